@@ -1,0 +1,38 @@
+# Every target builds what it needs; all of them are quick when nothing has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TUNE_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help install tune test test-fast lint bench clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## the package and what its tests need, in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+tune: install  ## detect the device, tune the default problem, print the result
+	$(BIN)/hsa-compile tune $(TUNE_ARGS)
+
+test: install lint  ## lint, types, and every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: install  ## the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## the benchmarks, with their ratios
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc -s
+
+clean:  ## remove .venv and build products
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,68 @@
+"""Compiler-style autotuning for Hierarchical Sparse Attention."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hsa_compile.errors import HSACompileError
+from hsa_compile.kernels.compile import Kernel, compile_kernel
+from hsa_compile.kernels.emit import KernelSource, emit
+from hsa_compile.kernels.hsa_attention import hsa_attention
+from hsa_compile.kernels.reference import hsa_attention_reference
+from hsa_compile.kernels.resolve import resolve
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.record import Measurement, TuningRecord
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    from hsa_compile.autotune.check import check
+    from hsa_compile.autotune.measure import measure
+    from hsa_compile.autotune.tune import tune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HSACompileError",
+    "Kernel",
+    "KernelSource",
+    "Measurement",
+    "Problem",
+    "Schedule",
+    "ScheduleCache",
+    "SearchSpace",
+    "Target",
+    "TuningRecord",
+    "check",
+    "compile_kernel",
+    "default_cache",
+    "default_schedule",
+    "emit",
+    "hsa_attention",
+    "hsa_attention_reference",
+    "measure",
+    "resolve",
+    "tune",
+]
+
+# Tuning needs Optuna, which takes longer to import than all of the rest: a process that only runs never pays.
+_LAZY = {
+    "check": "hsa_compile.autotune.check",
+    "measure": "hsa_compile.autotune.measure",
+    "tune": "hsa_compile.autotune.tune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+default_cache()

@@ -1,0 +1,88 @@
+"""Makes an emitted module importable: a real file on disk, imported once a process."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.errors import CacheError, CompileError, MissingDependency
+from hsa_compile.kernels.emit import KernelSource
+from hsa_compile.paths import source_dir
+
+_modules: dict[str, Any] = {}  # fingerprint → imported module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """An importable, launchable kernel.
+
+    Attributes:
+        source: what it was made from.
+        path: the file that holds the source.
+        entry: the function to call with tensors.
+        module: the imported module, for inspection.
+    """
+
+    source: KernelSource
+    path: Path
+    entry: Callable[..., Any]
+    module: Any
+
+
+def compile_kernel(source: KernelSource) -> Kernel:
+    """Writes the source to its file and imports it.
+
+    A Triton module compiles its kernels when they are first launched (a device of the target's kind must be
+    there); `ahead_of_time.compile_launches` compiles them for a device that is not.
+
+    Raises:
+        MissingDependency: the target needs Triton and it is not installed.
+        CompileError: the module cannot be imported.
+        CacheError: no directory can be written.
+    """
+    module = _modules.get(source.fingerprint)
+    if module is None:
+        if source.target.template == "triton" and importlib.util.find_spec("triton") is None:
+            raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
+        path = _write(source)
+        module = _import(path, f"hsa_compile_emitted_{path.stem}")
+        _modules[source.fingerprint] = module
+    return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
+
+
+def _write(source: KernelSource) -> Path:
+    """Puts the text where it belongs, whole or not at all; a damaged file of that name is replaced."""
+    directory = source_dir()
+    path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.py"
+    text = source.text.encode()
+    try:
+        if path.exists() and path.read_bytes() == text:
+            return path
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{path.stem}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CacheError(f"cannot write the emitted kernel {path}: {error.strerror}") from error
+    return path
+
+
+def _import(path: Path, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton and pickle look modules up by name
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, AttributeError) as error:
+        del sys.modules[name]
+        raise CompileError(f"the emitted module {path} cannot be imported: {error}") from error
+    return module

@@ -1,0 +1,86 @@
+"""Turns a problem and a schedule into the source text of a kernel: pure, the same bytes every time."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hsa_compile.errors import InvalidSchedule
+from hsa_compile.paths import TEMPLATE_DIR
+from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSource:
+    """An emitted Python module.
+
+    Attributes:
+        problem, schedule, target: what it was emitted for.
+        text: the module's source.
+        entry: name of the function to call: `hsa_forward` or `hsa_backward`.
+        fingerprint: 16 hex digits of the text's SHA-256.
+    """
+
+    problem: Problem
+    schedule: Schedule
+    target: Target
+    text: str
+    entry: str
+    fingerprint: str
+
+
+def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
+    """Emits the kernel of `problem.op` under `schedule`: Triton for a GPU, PyTorch for a CPU.
+
+    Lengths, batch, number of heads and top-k are arguments of the emitted function: the text depends only on
+    dtype, head dims, chunk size, group and options, so one file serves all lengths.
+
+    Raises:
+        InvalidSchedule: the schedule is not in the search space of this problem and target; the message says why.
+    """
+    if reason := SearchSpace.of(problem, target).why_invalid(problem, schedule, target):
+        raise InvalidSchedule(f"schedule '{schedule}' cannot run {problem.describe()} on {target.arch}: {reason}")
+    template = _environment().get_template(f"{target.template}/{problem.op}_{schedule.dataflow}.py.jinja")
+    text = template.render(
+        problem=problem, schedule=schedule, target=target, header=_header(problem, schedule, target)
+    )
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return KernelSource(
+        problem=problem, schedule=schedule, target=target, text=text, entry=problem.op, fingerprint=fingerprint
+    )
+
+
+def _header(problem: Problem, schedule: Schedule, target: Target) -> str:
+    options = [name for name in ("softmax_off_by_one", "per_head_weights") if getattr(problem, name)]
+    shape = f"{problem.dtype}, G {problem.group}, D {problem.head_dim}, Dv {problem.value_dim}, C {problem.chunk_size}"
+    device = "cpu" if target.kind == "cpu" else f"{target.kind} {target.arch}"
+    return (
+        f'"""{problem.op}, dataflow {schedule.dataflow}: emitted by hsa-compile, do not edit.\n\n'
+        f"problem   {', '.join([shape, *options])}\n"
+        f"schedule  {schedule}\n"
+        f"target    {device}\n"
+        f'"""\n'
+    )
+
+
+@functools.cache
+def _environment() -> "jinja2.Environment":
+    # Imported here: jinja2 takes a third of the import budget, and a process that finds its kernels needs it once.
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals["next_power_of_2"] = next_power_of_2
+    return environment

@@ -1,0 +1,88 @@
+"""Which tokens picked a chunk: the lists that chunk-stationary kernels walk, built on the device.
+
+The lists of all chunks of one (batch, kv head) lie one after the other in `entries`, and `offsets` says where each
+begins (CSR). Linear in the number of picks, no dense mask, no synchronisation with the host, and deterministic.
+"""
+
+import torch
+from torch import Tensor
+
+INT16_MAX = torch.iinfo(torch.int16).max
+INT32_MAX = torch.iinfo(torch.int32).max
+
+
+def inverse_index(chunk_indices: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Sort the picks of each (batch, kv head) by chunk.
+
+    Args:
+        chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
+        num_chunks: `N`.
+
+    Returns:
+        entries `[B·H, T·K]`, flat positions `t·K + slot` sorted by chunk, in rising order within a chunk, empty
+        slots last; int32 where `T·K` allows, else int64. offsets `[B·H, N + 1]` int64: chunk `c` was picked by
+        `entries[:, offsets[:, c] : offsets[:, c + 1]]`.
+    """
+    B, T, H, K = chunk_indices.shape
+    picked = (chunk_indices >= 0) & (chunk_indices < num_chunks)
+    chunk = torch.where(picked, chunk_indices, num_chunks)  # [B, T, H, K]
+    # A radix sort costs a pass a byte: narrow keys halve it.
+    key_dtype = torch.int16 if num_chunks <= INT16_MAX else torch.int32
+    chunk = chunk.to(key_dtype).transpose(1, 2).reshape(B * H, T * K)
+    ordered, entries = torch.sort(chunk, dim=1, stable=True)  # [B*H, T*K]
+    if T * K <= INT32_MAX:
+        entries = entries.to(torch.int32)
+    bounds = torch.arange(num_chunks + 1, dtype=key_dtype, device=chunk.device).expand(B * H, -1)
+    offsets = torch.searchsorted(ordered, bounds.contiguous())  # [B*H, N + 1]
+    return entries, offsets
+
+
+def list_addresses(entries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Turn list entries into addresses, so that kernels need no division.
+
+    Args:
+        entries: `[B·H, T·K]`, from `inverse_index`.
+        shape: of the chunk indices, `(B, T, H, K)`.
+
+    Returns:
+        token_heads `[B·H, T·K]`, the entry's row of a `[B·T·H, …]` tensor, and picks `[B·H, T·K]`, its place in a
+        flat `[B·T·H·K]` one; int32 where all places fit, else int64.
+    """
+    B, T, H, K = shape
+    dtype = torch.int32 if B * T * H * K <= INT32_MAX else torch.int64
+    first = torch.arange(B * H, device=entries.device, dtype=dtype)[:, None]  # [B*H, 1]
+    first = first // H * (T * H) + first % H  # the row of the list's token 0
+    entries = entries.to(dtype)
+    token = torch.div(entries, max(K, 1), rounding_mode="floor")
+    token_heads = first + token * H  # [B*H, T*K]
+    return token_heads, token_heads * K + (entries - token * K)
+
+
+def split_lists(offsets: Tensor, *, segment: int, num_entries: int) -> Tensor:
+    """Cut each chunk's list into tiles of at most `segment` entries, so that a hot chunk feeds many programs.
+
+    How many tiles there are is known only on the device; their number here is the most that there can be.
+
+    Args:
+        offsets: `[B·H, N + 1]`, from `inverse_index`.
+        segment: the most entries of a tile.
+        num_entries: `T·K`.
+
+    Returns:
+        tiles `[B·H, M, 3]`, (chunk, start, stop) with the bounds counted within `entries[bh]`; the superfluous
+        ones come last with start = stop. `M = min(N, T·K) + T·K // segment`; int32 where `T·K` allows.
+    """
+    num_lists, num_chunks = offsets.shape[0], offsets.shape[1] - 1
+    num_tiles = min(num_chunks, num_entries) + num_entries // segment
+    if num_chunks == 0:
+        return offsets.new_zeros(num_lists, 0, 3)
+    begin, end = offsets[:, :-1].contiguous(), offsets[:, 1:]  # [B*H, N]
+    tiles_each = (end - begin + segment - 1) // segment  # [B*H, N]
+    last_tile = tiles_each.cumsum(1)  # [B*H, N], the number of tiles up to and with chunk c
+    tile = torch.arange(num_tiles, device=offsets.device).expand(num_lists, -1).contiguous()  # [B*H, M]
+    chunk = torch.searchsorted(last_tile, tile, right=True).clamp(max=num_chunks - 1)  # [B*H, M]
+    first_tile = (last_tile - tiles_each).gather(1, chunk)
+    stop = end.gather(1, chunk)
+    start = torch.minimum(begin.gather(1, chunk) + (tile - first_tile) * segment, stop)
+    tiles = torch.stack([chunk, start, torch.minimum(start + segment, stop)], dim=-1)  # [B*H, M, 3]
+    return tiles.to(torch.int32) if num_entries <= INT32_MAX else tiles

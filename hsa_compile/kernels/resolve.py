@@ -1,0 +1,47 @@
+"""From a problem to its running kernel: look the schedule up, emit, import. It never tunes."""
+
+import logging
+import warnings
+from collections.abc import Hashable
+
+from hsa_compile.errors import UntunedWarning
+from hsa_compile.kernels.compile import Kernel, compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.target import Target
+
+_log = logging.getLogger("hsa_compile")
+_warned: set[Hashable] = set()
+
+
+def resolve(problem: Problem, target: Target) -> Kernel:
+    """The kernel for a problem, under the best schedule that is known: exact, pretuned, nearest, default.
+
+    Warns once for each kind of problem that has to run on the default schedule.
+    """
+    found = default_cache().lookup(problem, target)
+    if found is None:
+        schedule = default_schedule(problem, target)
+        _warn_untuned(problem, target)
+    else:
+        schedule = found.schedule
+        _log.debug("%s: %s entry at distance %.2f: %s", problem.describe(), found.origin, found.distance, schedule)
+    return compile_kernel(emit(problem, schedule, target))
+
+
+def _warn_untuned(problem: Problem, target: Target) -> None:
+    kind = (target, problem.dtype, problem.head_dim, problem.value_dim, problem.chunk_size, problem.group)
+    if kind in _warned:
+        return
+    _warned.add(kind)
+    device = "cpu" if target.kind == "cpu" else "cuda"
+    warnings.warn(
+        f"no tuned schedule for {problem.describe()} on {target.name}, the default runs; tune it with: "
+        f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {problem.seq_len} "
+        f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
+        f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
+        UntunedWarning,
+        stacklevel=5,
+    )

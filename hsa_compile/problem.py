@@ -1,0 +1,133 @@
+"""What is asked of a kernel: one op on one shape and dtype.
+
+Letters used all over the project: `B` batch, `T` query length, `S` key length, `HQ` query heads, `H` key/value
+heads, `G = HQ // H` group size, `D` head dim, `Dv` value dim, `C` chunk size, `N = S // C` chunks, `K` selected
+chunks, `E` experts, `V` vocabulary.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hsa_compile.errors import InvalidProblem
+
+OPS = ("hsa_forward", "hsa_backward")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_HEAD_DIM = 256
+MAX_CHUNK_SIZE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One op on one shape: the workload that a schedule is tuned for.
+
+    Attributes:
+        op: which kernel, one of `OPS`.
+        batch, seq_len: `B` and `T` of the queries.
+        kv_len: `S`, the number of keys; 0 means `seq_len`.
+        num_heads, num_kv_heads: `HQ` and `H`; `HQ` is a multiple of `H`.
+        head_dim, value_dim: `D` and `Dv`, at most 256; a value dim of 0 means `head_dim`.
+        chunk_size: `C`, keys in a chunk.
+        top_k: `K`, slots of a token.
+        dtype: of q, k and v, one of `DTYPES`.
+        softmax_off_by_one: an extra 1 in the normaliser of each chunk.
+        per_head_weights: chunk weights for each query head rather than for each kv head.
+        deterministic: only schedules that give the same bits twice.
+
+    Raises:
+        InvalidProblem: a field is out of range; the message names it, its value and what is allowed.
+    """
+
+    op: str = "hsa_forward"
+    batch: int = 1
+    seq_len: int
+    kv_len: int = 0
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int = 0
+    chunk_size: int = 64
+    top_k: int
+    dtype: str = "float32"
+    softmax_off_by_one: bool = False
+    per_head_weights: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        # A zero stands for "the same as": it is filled in here, so that equal problems compare equal.
+        if self.kv_len == 0:
+            object.__setattr__(self, "kv_len", self.seq_len)
+        if self.value_dim == 0:
+            object.__setattr__(self, "value_dim", self.head_dim)
+        _check_choice("op", self.op, OPS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
+            _check_range(name, getattr(self, name), 1, 2**40)
+        _check_range("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
+        _check_range("value_dim", self.value_dim, 1, MAX_HEAD_DIM)
+        _check_range("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidProblem(
+                f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}"
+            )
+
+    @property
+    def group(self) -> int:
+        """`G`, the query heads that share a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_chunks(self) -> int:
+        """`N`, the whole chunks among the keys."""
+        return self.kv_len // self.chunk_size
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of q, k or v."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    def with_op(self, op: str) -> "Problem":
+        """The same shape under another op."""
+        return replace(self, op=op)
+
+    def bucketed(self) -> "Problem":
+        """The problem with its lengths rounded up to powers of two: what the cache is keyed by."""
+        return replace(
+            self,
+            batch=next_power_of_2(self.batch),
+            seq_len=next_power_of_2(self.seq_len),
+            kv_len=next_power_of_2(self.kv_len),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = (
+            f"{self.op} B{self.batch} T{self.seq_len} HQ{self.num_heads} H{self.num_kv_heads} D{self.head_dim} "
+            f"C{self.chunk_size} K{self.top_k} {self.dtype}"
+        )
+        if self.kv_len != self.seq_len:
+            text += f" S{self.kv_len}"
+        if self.value_dim != self.head_dim:
+            text += f" Dv{self.value_dim}"
+        for flag in ("softmax_off_by_one", "per_head_weights", "deterministic"):
+            if getattr(self, flag):
+                text += f" {flag}"
+        return text
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n ≤ 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidProblem(f"{name} = {value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidProblem(f"{name} = {value!r} must be an integer in {low} … {high}")

@@ -1,0 +1,100 @@
+"""What a tuned schedule is looked up by: fields that must match, and fields where a near value will do."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hsa_compile.problem import Problem
+from hsa_compile.target import Target
+
+
+def _must_match(reason: str) -> Any:
+    return field(metadata={"match": "exact", "reason": reason})
+
+
+def _near(weight: float, reason: str) -> Any:
+    return field(metadata={"match": "near", "weight": weight, "reason": reason})
+
+
+def _recorded(reason: str) -> Any:
+    return field(default="", compare=False, metadata={"match": "recorded", "reason": reason})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleKey:
+    """The key of a cache entry, stored in clear beside its value.
+
+    A lookup accepts an entry only if every `exact` field is equal. Among those it takes the one at the least
+    distance: the sum over the `near` fields of `weight · |log2(a / b)|` for numbers and `weight` for options that
+    differ. Distance 0 is an exact hit. A `recorded` field matches anything: it is there to be read.
+    """
+
+    op: str = _must_match("other kernels have other knobs")
+    kind: str = _must_match("cuda, hip and cpu have other templates")
+    device: str = _must_match("schedules do not carry over between devices")
+    arch: str = _must_match("of the device; on a CPU the vector extension that PyTorch uses")
+    dtype: str = _must_match("decides tile bytes and the matrix instruction")
+    head_dim: int = _must_match("decides tile bytes")
+    value_dim: int = _must_match("decides tile bytes")
+    chunk_size: int = _must_match("decides tile bytes")
+    group: int = _must_match("decides rows of a tile for each token, and with it the dataflow")
+    deterministic: bool = _must_match("rules out whole dataflows; always false on a CPU, where all are")
+    seq_len: int = _near(1.0, "longer lists a chunk; rounded up to a power of two")
+    kv_len: int = _near(0.5, "more chunks, shorter lists; rounded up to a power of two")
+    top_k: int = _near(1.0, "longer lists a chunk")
+    batch: int = _near(0.5, "more programs; rounded up to a power of two")
+    num_kv_heads: int = _near(0.5, "more programs")
+    num_cores: int = _near(1.0, "how many programs run at once")
+    softmax_off_by_one: bool = _near(0.25, "one more addition a row")
+    per_head_weights: bool = _near(0.25, "one more load a row")
+
+    torch: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
+    triton: str = _recorded("as for torch")
+
+    @staticmethod
+    def of(problem: Problem, target: Target, versions: Mapping[str, str] | None = None) -> "ScheduleKey":
+        """The key under which a problem's schedule is stored and looked up."""
+        bucket = problem.bucketed()
+        return ScheduleKey(
+            op=bucket.op,
+            kind=target.kind,
+            device=target.name,
+            arch=target.arch,
+            dtype=bucket.dtype,
+            head_dim=bucket.head_dim,
+            value_dim=bucket.value_dim,
+            chunk_size=bucket.chunk_size,
+            group=bucket.group,
+            deterministic=bucket.deterministic and target.kind != "cpu",
+            seq_len=bucket.seq_len,
+            kv_len=bucket.kv_len,
+            top_k=bucket.top_k,
+            batch=bucket.batch,
+            num_kv_heads=bucket.num_kv_heads,
+            num_cores=target.num_cores,
+            softmax_off_by_one=bucket.softmax_off_by_one,
+            per_head_weights=bucket.per_head_weights,
+            torch=(versions or {}).get("torch", ""),
+            triton=(versions or {}).get("triton", ""),
+        )
+
+    def mismatches(self, other: "ScheduleKey") -> list[str]:
+        """Names of the `exact` fields in which two keys differ."""
+        return [
+            spec.name
+            for spec in fields(self)
+            if spec.metadata["match"] == "exact" and getattr(self, spec.name) != getattr(other, spec.name)
+        ]
+
+    def distance(self, other: "ScheduleKey") -> float:
+        """How far apart two keys with equal `exact` fields are; 0 for the same key."""
+        total = 0.0
+        for spec in fields(self):
+            if spec.metadata["match"] == "near":
+                mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
+                if isinstance(mine, bool):
+                    total += spec.metadata["weight"] * (mine != theirs)
+                else:
+                    total += spec.metadata["weight"] * abs(math.log2(mine / theirs))
+        return total

@@ -1,0 +1,71 @@
+"""The tuned knobs of one kernel."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hsa_compile.errors import InvalidSchedule
+
+Knob = int | str | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule(Mapping[str, Knob]):
+    """Knob values of one kernel, the dataflow first: `schedule["dataflow"]`, `schedule["num_warps"]`.
+
+    Which knobs there are, and which values each may take, is said once, in `SearchSpace`. The values cannot be
+    changed; two schedules with the same knobs are equal and hash alike.
+
+    Attributes:
+        dataflow: what one program owns: `token` or `chunk`.
+        knobs: the other knobs, sorted by name.
+    """
+
+    dataflow: str
+    knobs: tuple[tuple[str, Knob], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.knobs]
+        if len(set(names)) != len(names) or "dataflow" in names:
+            raise InvalidSchedule(f"knobs {names} must be named once each, and 'dataflow' given apart")
+        object.__setattr__(self, "knobs", tuple(sorted(self.knobs)))
+
+    @staticmethod
+    def of(dataflow: str, **knobs: Knob) -> "Schedule":
+        """A schedule from keyword arguments."""
+        return Schedule(dataflow=dataflow, knobs=tuple(knobs.items()))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Schedule":
+        """A schedule from a flat mapping, as `dict(schedule)` gives it.
+
+        Raises:
+            InvalidSchedule: there is no dataflow, or a value is no integer, string or boolean.
+        """
+        knobs = dict(values)
+        dataflow = knobs.pop("dataflow", None)
+        if not isinstance(dataflow, str):
+            raise InvalidSchedule(f"dataflow = {dataflow!r} must be a string")
+        for name, value in knobs.items():
+            if not isinstance(value, int | str | bool):
+                raise InvalidSchedule(f"{name} = {value!r} must be an integer, a string or a boolean")
+        return Schedule.of(dataflow, **knobs)
+
+    def __getitem__(self, name: str) -> Knob:
+        if name == "dataflow":
+            return self.dataflow
+        for knob, value in self.knobs:
+            if knob == name:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield "dataflow"
+        for name, _ in self.knobs:
+            yield name
+
+    def __len__(self) -> int:
+        return 1 + len(self.knobs)
+
+    def __str__(self) -> str:
+        return " ".join([self.dataflow, *(f"{name}={value}" for name, value in self.knobs)])

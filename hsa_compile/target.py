@@ -1,0 +1,144 @@
+"""The device that a kernel is made for: the one at hand, or a named one that need not be there."""
+
+import functools
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_compile.errors import InvalidTarget
+
+KINDS = ("cuda", "hip", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a schedule and an emitted kernel depend on of a device.
+
+    Attributes:
+        kind: `cuda`, `hip` or `cpu`.
+        name: the product's name, or the architecture where only that is known.
+        arch: `sm_90`, `gfx942`; on a CPU the vector extension, `avx512`.
+        num_cores: streaming multiprocessors, compute units, or CPU cores of this process.
+        shared_memory: bytes of shared memory (LDS) that one program can use; 0 on a CPU.
+        warp_size: threads of a warp (wavefront); 1 on a CPU.
+    """
+
+    kind: str
+    name: str
+    arch: str
+    num_cores: int
+    shared_memory: int = 0
+    warp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidTarget(f"kind = {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.num_cores < 1:
+            raise InvalidTarget(f"num_cores = {self.num_cores} must be at least 1")
+
+    @property
+    def slug(self) -> str:
+        """A file name for this device."""
+        text = self.name if self.kind != "cpu" else f"cpu {self.name} {self.arch}"
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+    @property
+    def template(self) -> str:
+        """The template family that serves this device: `triton` or `torch`."""
+        return "torch" if self.kind == "cpu" else "triton"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def current() -> "Target":
+        """The first GPU if there is one, else this CPU. Called at use, never at import."""
+        return Target.of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+    @staticmethod
+    def of(device: torch.device) -> "Target":
+        """The target of a tensor's device.
+
+        Raises:
+            InvalidTarget: no kernels can be made for that type of device, or it is not present.
+        """
+        if device.type == "cpu":
+            return _this_cpu(torch.get_num_threads())
+        if device.type == "cuda":
+            return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+        raise InvalidTarget(f"device {str(device)!r} is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+
+    @staticmethod
+    def parse(text: str) -> "Target":
+        """A target from a name: `auto`, `cpu`, `cuda`, `cuda:1` (present), or an architecture (need not be).
+
+        Raises:
+            InvalidTarget: the name is unknown, or names a device that is not present.
+        """
+        if text == "auto":
+            return Target.current()
+        if text in NAMED_TARGETS:
+            return NAMED_TARGETS[text]
+        if text == "cpu" or re.fullmatch(r"cuda(:\d+)?", text):
+            return Target.of(torch.device(text))
+        allowed = ", ".join(("auto", "cpu", "cuda", "cuda:N", *NAMED_TARGETS))
+        raise InvalidTarget(f"device {text!r} is not known; allowed are {allowed}")
+
+
+def _named(kind: str, name: str, arch: str, num_cores: int, shared_memory: int, warp_size: int) -> Target:
+    return Target(
+        kind=kind, name=name, arch=arch, num_cores=num_cores, shared_memory=shared_memory, warp_size=warp_size
+    )
+
+
+# Data-centre parts of each architecture: A100, H100 SXM, B200, MI300X. Shared memory is what one block may
+# opt in to (CUDA programming guide, table of compute capabilities; CDNA 3 ISA guide).
+NAMED_TARGETS = {
+    "sm_80": _named("cuda", "sm_80", "sm_80", 108, 163 * 1024, 32),
+    "sm_90": _named("cuda", "sm_90", "sm_90", 132, 227 * 1024, 32),
+    "sm_100": _named("cuda", "sm_100", "sm_100", 148, 227 * 1024, 32),
+    "gfx942": _named("hip", "gfx942", "gfx942", 304, 64 * 1024, 64),
+}
+
+
+@functools.cache
+def _this_cpu(num_threads: int) -> Target:
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace("default", "scalar")
+    return Target(kind="cpu", name=_cpu_name(), arch=capability, num_cores=num_threads)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        if match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE):
+            return match.group(1).strip()
+    return platform.processor() or platform.machine() or os.name
+
+
+@functools.cache
+def _gpu(index: int) -> Target:
+    if not torch.cuda.is_available():
+        raise InvalidTarget(f"device 'cuda:{index}' is not present: PyTorch finds no GPU; use cpu")
+    if index >= torch.cuda.device_count():
+        raise InvalidTarget(f"device 'cuda:{index}' is not present: there are {torch.cuda.device_count()}")
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch, kind = properties.gcnArchName.split(":")[0], "hip"
+    else:
+        arch, kind = f"sm_{properties.major}{properties.minor}", "cuda"
+    known = NAMED_TARGETS.get(arch)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or (known.shared_memory if known else 48 * 1024)
+    return Target(
+        kind=kind,
+        name=properties.name,
+        arch=arch,
+        num_cores=properties.multi_processor_count,
+        shared_memory=shared,
+        warp_size=properties.warp_size,
+    )
