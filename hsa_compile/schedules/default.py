@@ -28,7 +28,7 @@ def _torch_preferences(problem: Problem) -> list[Schedule]:
     token = [Schedule.of("token", block_t=block) for block in (64, 16, 4, 1)]
     if problem.seq_len * problem.top_k < _FEW_PICKS * num_chunks and problem.seq_len < num_chunks:
         return token
-    tile_rows = min(4096, max(256, next_power_of_2(problem.group)))
+    tile_rows = max(4096, next_power_of_2(problem.group))
     # Enough tokens that a chunk's list fills a tile, few enough that their rows stay in cache.
     tokens = next_power_of_2(tile_rows // problem.group * num_chunks // problem.top_k)
     limit = next_power_of_2(problem.seq_len)

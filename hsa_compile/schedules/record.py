@@ -42,7 +42,8 @@ class TuningRecord:
         problem, target, schedule: what was tuned, where, and what won.
         measurement: of the winner in the final play-off.
         default_measurement: of the default schedule in the same play-off, interleaved with it.
-        trials: candidates that were looked at.
+        trials: candidates that were tried.
+        failures: how many of them failed, by the name of the error.
         inputs: name of the input distribution.
         fingerprint: of the emitted source that was measured.
         versions: of torch, triton, optuna and hsa-compile.
@@ -55,6 +56,7 @@ class TuningRecord:
     measurement: Measurement
     default_measurement: Measurement
     trials: int
+    failures: Mapping[str, int]
     inputs: str
     fingerprint: str
     versions: Mapping[str, str]
@@ -74,6 +76,7 @@ class TuningRecord:
             "measurement": asdict(self.measurement),
             "default_measurement": asdict(self.default_measurement),
             "trials": self.trials,
+            "failures": dict(self.failures),
             "inputs": self.inputs,
             "fingerprint": self.fingerprint,
             "versions": dict(self.versions),
@@ -94,6 +97,7 @@ class TuningRecord:
             measurement=_build(Measurement, values["measurement"]),
             default_measurement=_build(Measurement, values["default_measurement"]),
             trials=int(values["trials"]),
+            failures={str(name): int(count) for name, count in values["failures"].items()},
             inputs=str(values["inputs"]),
             fingerprint=str(values["fingerprint"]),
             versions={str(name): str(version) for name, version in values["versions"].items()},

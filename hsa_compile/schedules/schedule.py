@@ -51,6 +51,22 @@ class Schedule(Mapping[str, Knob]):
                 raise InvalidSchedule(f"{name} = {value!r} must be an integer, a string or a boolean")
         return Schedule.of(dataflow, **knobs)
 
+    @staticmethod
+    def parse(text: str) -> "Schedule":
+        """A schedule as `str` prints it: `chunk block_t=4 num_warps=8`.
+
+        Raises:
+            InvalidSchedule: a word after the first is not of the form `name=value`.
+        """
+        dataflow, *words = text.split() or [""]
+        knobs: dict[str, Knob] = {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not (name and equals and value):
+                raise InvalidSchedule(f"{word!r} in schedule {text!r} is not of the form name=value")
+            knobs[name] = int(value) if value.removeprefix("-").isdigit() else value
+        return Schedule.of(dataflow, **knobs)
+
     def __getitem__(self, name: str) -> Knob:
         if name == "dataflow":
             return self.dataflow

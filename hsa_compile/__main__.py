@@ -1,0 +1,5 @@
+"""`python -m hsa_compile` is `hsa-compile`."""
+
+from hsa_compile.cli.main import main
+
+main()

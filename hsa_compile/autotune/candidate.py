@@ -1,0 +1,74 @@
+"""One point of the search: a schedule made into a checked, warm, callable kernel."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hsa_compile.autotune.check import check
+from hsa_compile.autotune.inputs import Inputs
+from hsa_compile.errors import CompileError, OutOfResources
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A schedule whose kernel gave the right answer.
+
+    Attributes:
+        schedule: its knobs.
+        fingerprint: of its emitted source.
+        call: runs it on the tuning inputs.
+    """
+
+    schedule: Schedule
+    fingerprint: str
+    call: Callable[[], object]
+
+
+def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs) -> Candidate:
+    """Emits, imports and checks one schedule; running the check also warms it up.
+
+    Raises:
+        CompileError, OutOfResources, WrongResult: the candidate is out, and why.
+    """
+    source = emit(problem, schedule, target)
+    kernel = compile_kernel(source)
+    with _launch_errors(target):
+        check(kernel, problem, inputs)
+    arguments, scale = inputs.arguments(problem.op), problem.head_dim**-0.5
+    return Candidate(
+        schedule=schedule,
+        fingerprint=source.fingerprint,
+        call=lambda: kernel.entry(*arguments, scale=scale),
+    )
+
+
+@contextlib.contextmanager
+def _launch_errors(target: Target) -> Iterator[None]:
+    """Gives the errors of a first launch, at which Triton compiles, their names in this project."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfResources(f"not enough memory: {error}") from error
+    except Exception as error:
+        if target.template == "triton" and (translated := _translate_triton(error)):
+            raise translated from error
+        raise
+
+
+def _translate_triton(error: Exception) -> CompileError | OutOfResources | None:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources as TritonOutOfResources
+    from triton.runtime.errors import PTXASError
+
+    if isinstance(error, TritonOutOfResources):
+        return OutOfResources(str(error))
+    if isinstance(error, CompilationError | PTXASError):
+        return CompileError(str(error))
+    return None

@@ -1,0 +1,69 @@
+"""The command line's door: collects the commands, and turns errors into one line and an exit code."""
+
+import sys
+import warnings
+
+import click
+
+from hsa_compile import __version__
+from hsa_compile.cli.doctor import doctor
+from hsa_compile.cli.emit import emit
+from hsa_compile.cli.schedules import schedules
+from hsa_compile.cli.tune import tune
+from hsa_compile.errors import HSACompileError, InvalidArgument
+
+USER_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hsa-compile")
+def cli() -> None:
+    """Compiler-style autotuning for Hierarchical Sparse Attention (HSA).
+
+    Emits attention kernels for the device at hand, searches their schedule, and keeps the winners in a cache that
+    hsa_attention reads when the package is imported.
+
+    \b
+    Start with:
+      hsa-compile doctor         what works on this machine
+      hsa-compile tune           tune the default problem
+      hsa-compile schedules list see what was found
+    """
+
+
+for command in (tune, schedules, emit, doctor):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    warnings.showwarning = _show_warning
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = USER_ERROR
+    except click.ClickException as error:
+        code = _fail(error.format_message(), USER_ERROR)
+    except InvalidArgument as error:
+        code = _fail(str(error), USER_ERROR)
+    except HSACompileError as error:
+        code = _fail(str(error), FAILURE)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; what was finished is stored, run the same command to go on", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _show_warning(message: object, *_: object, **__: object) -> None:
+    click.echo(f"warning: {message}", err=True)

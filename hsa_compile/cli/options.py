@@ -1,0 +1,100 @@
+"""Flags that several commands share: the shape of a problem, and how to print."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+import tabulate
+
+from hsa_compile.problem import DTYPES, OPS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
+_OP_NAMES = {"forward": OPS[:1], "backward": OPS[1:], "all": OPS}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+class Counts(click.ParamType):
+    """Positive integers separated by commas; `4k` is 4096, `1m` is 1048576."""
+
+    name = "N[,N…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        return [self._one(word.strip(), param, ctx) for word in str(value).split(",")]
+
+    def _one(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        factor = _SUFFIXES.get(word[-1:].lower(), 1)
+        digits = word[:-1] if factor > 1 else word
+        if not digits.isdecimal() or int(digits) < 1:
+            self.fail(f"{word!r} is not a positive integer such as 64 or 16k", param, ctx)
+        return int(digits) * factor
+
+
+class Dtypes(click.ParamType):
+    """Dtype names separated by commas."""
+
+    name = "DTYPE[,DTYPE…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        names = [DTYPE_ALIASES.get(word.strip(), word.strip()) for word in str(value).split(",")]
+        for name in names:
+            if name not in DTYPES:
+                self.fail(f"{name!r} is not one of {', '.join((*DTYPES, *DTYPE_ALIASES))}", param, ctx)
+        return names
+
+
+_SHAPE_FLAGS = (
+    ("--batch", "batch", Counts(), "Sequences in a batch."),
+    ("--seq-len", "seq_len", Counts(), "Tokens of a sequence (16k works)."),
+    ("--heads", "num_heads", Counts(), "Query heads."),
+    ("--kv-heads", "num_kv_heads", Counts(), "Key/value heads."),
+    ("--head-dim", "head_dim", Counts(), "Size of a head."),
+    ("--chunk-size", "chunk_size", Counts(), "Keys in a chunk."),
+    ("--top-k", "top_k", Counts(), "Chunks that a token picks."),
+    ("--dtype", "dtype", Dtypes(), "Of q, k and v."),
+)
+SHAPE_FIELDS = tuple(field for _, field, _, _ in _SHAPE_FLAGS)
+
+
+def shape_options(command: F) -> F:
+    """Adds the flags of a problem's shape; each accepts several values."""
+    for flag, field, kind, text in reversed(_SHAPE_FLAGS):
+        command = click.option(flag, field, type=kind, help=text)(command)
+    return command
+
+
+def op_option(default: str) -> Callable[[F], F]:
+    """Adds `--op`, which gives a tuple of op names."""
+    return click.option(
+        "--op",
+        "ops",
+        type=click.Choice(list(_OP_NAMES)),
+        default=default,
+        show_default=True,
+        callback=lambda ctx, param, value: _OP_NAMES[value],
+        help="Which kernels of hsa_attention.",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "nothing to show") -> None:
+    """Rows with equal keys as a table, or as a JSON list."""
+    if as_json:
+        print_json(list(rows))
+    elif rows:
+        click.echo(tabulate.tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
+    else:
+        click.echo(empty)
+
+
+def print_json(value: Any) -> None:
+    """A value as indented JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

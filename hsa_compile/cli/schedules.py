@@ -1,0 +1,95 @@
+"""`hsa-compile schedules`: look at what was tuned."""
+
+from typing import Any
+
+import click
+
+from hsa_compile.cli.options import json_option, print_json, print_rows
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.target import Target
+
+
+@click.group()
+def schedules() -> None:
+    """List, show, find or remove tuned schedules."""
+
+
+@schedules.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """All tuned schedules, the user's and those that ship with the package.
+
+    \b
+    Examples:
+      hsa-compile schedules list
+      hsa-compile schedules list --json
+    """
+    entries = list(default_cache().entries())
+    if as_json:
+        print_json([_entry(number, origin, record) for number, (origin, record) in enumerate(entries, start=1)])
+        return
+    rows = [
+        {
+            "#": number,
+            "from": origin,
+            "device": record.target.name,
+            "problem": record.problem.describe(),
+            "schedule": str(record.schedule),
+            "ms": f"{record.measurement.median_ms:.3g}",
+            "gain": f"{record.speedup:.2f}x",
+            "tuned": record.date[:10],
+        }
+        for number, (origin, record) in enumerate(entries, start=1)
+    ]
+    print_rows(rows, as_json=False, empty="nothing has been tuned yet: hsa-compile tune")
+
+
+@schedules.command()
+@click.argument("number", type=int)
+def show(number: int) -> None:
+    """Everything about entry NUMBER of the list, as JSON.
+
+    \b
+    Example:
+      hsa-compile schedules show 1
+    """
+    entries = list(default_cache().entries())
+    if not 1 <= number <= len(entries):
+        raise InvalidArgument(f"entry {number} does not exist; there are {len(entries)}")
+    origin, record = entries[number - 1]
+    print_json(_entry(number, origin, record))
+
+
+@schedules.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+def path(device: str) -> None:
+    """The file that holds a device's schedules.
+
+    \b
+    Example:
+      cp "$(hsa-compile schedules path)" backup.json
+    """
+    click.echo(default_cache().path(Target.parse(device)))
+
+
+@schedules.command()
+@click.option("--device", help="Only this device's: auto, cpu, cuda:0, …  Without it, all.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clear(device: str | None, yes: bool) -> None:
+    """Remove the user's tuned schedules.
+
+    \b
+    Examples:
+      hsa-compile schedules clear
+      hsa-compile schedules clear --device cpu --yes
+    """
+    target = Target.parse(device) if device else None
+    if not yes:
+        click.confirm(f"Remove all schedules of {target.name if target else 'every device'}?", abort=True, err=True)
+    click.echo(f"removed {default_cache().clear(target)} schedules")
+
+
+def _entry(number: int, origin: str, record: TuningRecord) -> dict[str, Any]:
+    return {"number": number, "origin": origin, "kind": "measured", "speedup": record.speedup, **record.to_dict()}

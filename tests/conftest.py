@@ -1,0 +1,15 @@
+"""Fixtures for all tests. Triton kernels run in its interpreter, which is chosen when Triton is imported."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the schedules of the person who runs it."""
+    monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
