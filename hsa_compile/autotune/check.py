@@ -13,7 +13,7 @@ from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.problem import Problem
 
 # ‖a − b‖ / ‖b‖, for outputs and gradients alike
-TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 RESULT_NAMES = {"hsa_forward": ("o",), "hsa_backward": ("dq", "dk", "dv", "dw")}
 
 _SMALL_TOKENS = 200  # with whole chunks, a tail and rows that see nothing
@@ -137,7 +137,8 @@ def _reference(op: str, inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
         o = hsa_attention_reference(q, k, v, inputs.chunk_indices, weights, **options)  # type: ignore[arg-type]
         if op == "hsa_forward":
             return (o,)
-        return torch.autograd.grad(o, leaves, inputs.grad_o.double())
+        # Where there is no whole chunk, o depends on no weight.
+        return torch.autograd.grad(o, leaves, inputs.grad_o.double(), materialize_grads=True)
 
 
 def _compare(op: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str, where: str) -> None:

@@ -70,7 +70,7 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
 
 
 def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
-    """Causal picks `[B, T, H, K]` int32: the queries are the last `T` of `S` positions, −1 where too few are visible."""
+    """Causal picks `[B, T, H, K]` int32, −1 where too few are visible; the queries are the last `T` of `S` positions."""
     if distribution not in DISTRIBUTIONS:
         raise InvalidArgument(f"distribution = {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
     B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
@@ -85,8 +85,9 @@ def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator)
             shared = uniform[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
             keep = torch.rand(B, T, H, K, generator=generator) < LOCAL_OVERLAP
             uniform = torch.where(keep, shared, uniform)
-        # One pick from each of K equal strata: uniform, no repetition, and no [T, N] scores.
-        indices = ((slot + uniform) * visible / K).long()
+        # One pick from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
+        first, past = slot * visible // K, (slot + 1) * visible // K
+        indices = first + torch.minimum((uniform * (past - first)).long(), past - first - 1)
         few = visible <= K
         indices = torch.where(few, slot.expand_as(indices), indices)
     return torch.where((slot < visible) & (indices < visible), indices, -1).to(torch.int32)

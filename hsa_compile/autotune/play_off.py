@@ -52,6 +52,4 @@ def play_off(
         if medians[i] < 1 - MIN_GAIN and sum(r < 1 for r in ratios[i]) >= CONFIDENT_SHARE * len(ratios[i])
     ]
     best = min(beaters, key=lambda i: medians[i], default=0)
-    return Verdict(
-        winner=entrants[best], measurement=summarize(times[best]), default_measurement=summarize(times[0])
-    )
+    return Verdict(winner=entrants[best], measurement=summarize(times[best]), default_measurement=summarize(times[0]))

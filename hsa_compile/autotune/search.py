@@ -75,7 +75,7 @@ def search(
         prepare: makes a schedule a checked candidate.
         time_pair: interleaved times of two candidates.
         max_trials: candidates to try, the default included.
-        deadline: `time.monotonic()` after which no new candidate begins.
+        deadline: `time.monotonic()` after which no new candidate but the default begins.
         seed: of the sampler.
         on_trial: called after each candidate.
 
@@ -88,6 +88,8 @@ def search(
     result.trials.append(Trial(candidate=default, ratio=1.0, median_ms=quantile([*default_times, *again], 0.5)))
     on_trial(result)
     for schedule, tell in _proposals(problem, target, first, seed):
+        if result.num_tried >= max_trials or time.monotonic() >= deadline:
+            break
         try:
             candidate = prepare(schedule)
         except (CompileError, OutOfResources, WrongResult) as error:
@@ -99,8 +101,6 @@ def search(
             result.trials.append(Trial(candidate=candidate, ratio=ratio, median_ms=quantile(times, 0.5)))
             tell(ratio)
         on_trial(result)
-        if result.num_tried >= max_trials or time.monotonic() >= deadline:
-            break
     return result
 
 

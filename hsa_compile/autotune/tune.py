@@ -23,6 +23,7 @@ from hsa_compile.versions import installed_versions
 
 DEFAULT_TRIALS = 40
 DEFAULT_TIMEOUT_S = 45.0
+MAX_SEED = 2**32 - 1  # of Optuna's sampler
 
 _PAIRS = 3  # rounds in which a trial is timed against the default
 _FINALISTS = 4
@@ -80,14 +81,11 @@ def tune(
         on_progress: called after each candidate.
 
     Raises:
-        InvalidArgument: trials or timeout out of range.
+        InvalidArgument: trials, timeout or seed out of range.
         InvalidTarget: the target's device is not the one at hand.
         CompileError, OutOfResources, WrongResult: the default schedule itself fails.
     """
-    if trials < 1:
-        raise InvalidArgument(f"trials = {trials} must be at least 1")
-    if not timeout > 0:
-        raise InvalidArgument(f"timeout = {timeout} must be more than 0 seconds")
+    check_limits(trials, timeout, seed)
     place = _device(target, device)
     target = Target.of(place)
     start = time.monotonic()
@@ -150,6 +148,20 @@ def tune(
     )
 
 
+def check_limits(trials: int, timeout: float, seed: int) -> None:
+    """Whether a search may run so long and so seeded.
+
+    Raises:
+        InvalidArgument: a value is out of range; the message shows it and what is allowed.
+    """
+    if trials < 1:
+        raise InvalidArgument(f"trials = {trials} must be at least 1")
+    if not timeout > 0:
+        raise InvalidArgument(f"timeout = {timeout} must be more than 0 seconds")
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidArgument(f"seed = {seed} must be in 0 … {MAX_SEED}")
+
+
 def _first_schedules(problem: Problem, target: Target) -> list[Schedule]:
     """The default, then what the nearest tuned problem uses."""
     first = [default_schedule(problem, target)]
@@ -160,7 +172,10 @@ def _first_schedules(problem: Problem, target: Target) -> list[Schedule]:
 
 def _device(target: Target | None, device: str | torch.device | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise InvalidTarget(f"device {device!r} is not known; allowed are cpu, cuda and cuda:N") from error
     kind = (target or Target.current()).kind
     place = torch.device("cpu" if kind == "cpu" else "cuda:0")
     if target is not None and Target.of(place) != target:

@@ -11,6 +11,7 @@ from hsa_compile.problem import DTYPES, OPS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_MAX_DIGITS = 18  # Python refuses to read thousands
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 _OP_NAMES = {"forward": OPS[:1], "backward": OPS[1:], "all": OPS}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -29,7 +30,7 @@ class Counts(click.ParamType):
     def _one(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         factor = _SUFFIXES.get(word[-1:].lower(), 1)
         digits = word[:-1] if factor > 1 else word
-        if not digits.isdecimal() or int(digits) < 1:
+        if not digits.isdecimal() or len(digits) > _MAX_DIGITS or int(digits) < 1:
             self.fail(f"{word!r} is not a positive integer such as 64 or 16k", param, ctx)
         return int(digits) * factor
 

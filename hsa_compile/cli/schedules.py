@@ -86,8 +86,9 @@ def clear(device: str | None, yes: bool) -> None:
       hsa-compile schedules clear --device cpu --yes
     """
     target = Target.parse(device) if device else None
-    if not yes:
-        click.confirm(f"Remove all schedules of {target.name if target else 'every device'}?", abort=True, err=True)
+    if not yes and not click.confirm(f"Remove all schedules of {target.name if target else 'every device'}?", err=True):
+        click.echo("removed nothing")
+        return
     click.echo(f"removed {default_cache().clear(target)} schedules")
 
 

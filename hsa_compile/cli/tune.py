@@ -8,13 +8,14 @@ import tqdm
 
 from hsa_compile.autotune.inputs import DISTRIBUTIONS
 from hsa_compile.autotune.problems import expand
-from hsa_compile.autotune.tune import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, Progress
+from hsa_compile.autotune.tune import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, MAX_SEED, Progress, check_limits
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
+from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.target import Target
+from hsa_compile.target import NAMED_TARGETS, Target
 
 
 @click.command()
@@ -30,7 +31,7 @@ from hsa_compile.target import Target
     show_default=True,
     help="Seconds for each problem and op.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampler and inputs.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of sampler and inputs.")
 @click.option("--force", is_flag=True, help="Tune again what is cached.")
 @json_option
 def tune(device: str, ops: tuple[str, ...], inputs: str, trials: int, timeout: float, seed: int, force: bool,
@@ -47,6 +48,11 @@ def tune(device: str, ops: tuple[str, ...], inputs: str, trials: int, timeout: f
       hsa-compile tune --chunk-size 32,64,128 --top-k 8,16 --op forward
       hsa-compile tune --device cuda:0 --dtype bf16,fp16 --trials 100 --timeout 300
     """
+    check_limits(trials, timeout, seed)
+    if device in NAMED_TARGETS:
+        raise InvalidTarget(
+            f"device {device!r} is an architecture, not a device to run on; allowed are auto, cpu, cuda, cuda:N"
+        )
     target = Target.parse(device)
     problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)

@@ -1,5 +1,6 @@
 """The op as users call it: arguments checked, the tuned kernel looked up, gradients registered."""
 
+import math
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ def hsa_attention(
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
     _check(q, k, v, chunk_indices, chunk_weights, chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
     if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
         return _nothing_to_attend_to(q, k, v, chunk_weights)
     o: Tensor = _HSAAttention.apply(

@@ -77,8 +77,9 @@ class ScheduleCache:
         return None
 
     def exact(self, problem: Problem, target: Target) -> TuningRecord | None:
-        """The user's own entry for a problem, if there is one."""
-        return self._origins["user"].get(ScheduleKey.of(problem, target))
+        """The user's own entry for a problem, if there is one whose schedule can still run it."""
+        record = self._origins["user"].get(ScheduleKey.of(problem, target))
+        return record if record and _use(problem, target, record, "user", 0.0) else None
 
     def entries(self) -> Iterator[tuple[str, TuningRecord]]:
         """All entries, as (origin, record)."""

@@ -1,5 +1,6 @@
 """What runs untuned, and the first trial of every search."""
 
+from hsa_compile.errors import InvalidSchedule
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -9,12 +10,20 @@ _FEW_PICKS = 16  # picks a chunk below which chunk-stationary tiles are nearly e
 
 
 def default_schedule(problem: Problem, target: Target) -> Schedule:
-    """A schedule that is valid and good on any device of its kind, found by rule, without measuring."""
+    """A schedule that is valid and good on any device of its kind, found by rule, without measuring.
+
+    Raises:
+        InvalidSchedule: no schedule at all can run the problem on the target; the message says why.
+    """
     space = SearchSpace.of(problem, target)
-    for candidate in _preferences(problem, target):
+    preferences = _preferences(problem, target)
+    for candidate in preferences:
         if space.is_valid(problem, candidate, target):
             return candidate
-    return next(space.schedules(problem, target))
+    if (valid := next(space.schedules(problem, target), None)) is not None:
+        return valid
+    reason = space.why_invalid(problem, preferences[0], target)
+    raise InvalidSchedule(f"no schedule can run {problem.describe()} on {target.arch}: {reason}")
 
 
 def _preferences(problem: Problem, target: Target) -> list[Schedule]:

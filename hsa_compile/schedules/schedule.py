@@ -1,5 +1,6 @@
 """The tuned knobs of one kernel."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,16 +57,16 @@ class Schedule(Mapping[str, Knob]):
         """A schedule as `str` prints it: `chunk block_t=4 num_warps=8`.
 
         Raises:
-            InvalidSchedule: a word after the first is not of the form `name=value`.
+            InvalidSchedule: a word after the first is not of the form `name=value`, or a name is given twice.
         """
         dataflow, *words = text.split() or [""]
-        knobs: dict[str, Knob] = {}
+        knobs: list[tuple[str, Knob]] = []
         for word in words:
             name, equals, value = word.partition("=")
             if not (name and equals and value):
                 raise InvalidSchedule(f"{word!r} in schedule {text!r} is not of the form name=value")
-            knobs[name] = int(value) if value.removeprefix("-").isdigit() else value
-        return Schedule.of(dataflow, **knobs)
+            knobs.append((name, int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value))
+        return Schedule(dataflow=dataflow, knobs=tuple(knobs))
 
     def __getitem__(self, name: str) -> Knob:
         if name == "dataflow":

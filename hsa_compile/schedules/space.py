@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hsa_compile.errors import InvalidProblem
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
@@ -73,8 +72,8 @@ class SearchSpace:
         return _why_invalid_triton(problem, schedule, target)
 
     def fit(self, problem: Problem, schedule: Schedule) -> Schedule:
-        """A schedule tuned for a longer sequence, with the knobs that count tokens cut to this problem's size."""
-        if self.template != "torch":
+        """A schedule tuned for another size, with the knobs that count tokens cut to what this problem can use."""
+        if self.template != "torch" or self._why_unknown(schedule):
             return schedule
         knobs = dict(schedule)
         tokens = next_power_of_2(problem.seq_len)
@@ -82,7 +81,7 @@ class SearchSpace:
             knobs["super_tile"] = self._largest(schedule, "super_tile", tokens)
             knobs["tile_rows"] = self._largest(schedule, "tile_rows", knobs["super_tile"] * problem.group)
         if "block_t" in knobs:
-            knobs["block_t"] = self._largest(schedule, "block_t", tokens)
+            knobs["block_t"] = self._largest(schedule, "block_t", min(tokens, _MAX_GATHER_BYTES // _gathered(problem)))
         return Schedule.from_dict(knobs)
 
     def schedules(self, problem: Problem, target: Target) -> Iterator[Schedule]:
@@ -113,9 +112,9 @@ class SearchSpace:
 
 def _why_invalid_torch(problem: Problem, schedule: Schedule) -> str | None:
     if schedule.dataflow == "token":
-        row = problem.top_k * problem.chunk_size * (problem.head_dim + problem.value_dim) * max(problem.itemsize, 4)
-        if schedule["block_t"] != 1 and schedule["block_t"] * row > _MAX_GATHER_BYTES:
-            return f"a block of {schedule['block_t']} tokens gathers {schedule['block_t'] * row} bytes, at most {_MAX_GATHER_BYTES}"
+        gathered = schedule["block_t"] * _gathered(problem)
+        if schedule["block_t"] != 1 and gathered > _MAX_GATHER_BYTES:
+            return f"a block of {schedule['block_t']} tokens gathers {gathered} bytes, at most {_MAX_GATHER_BYTES}"
         if schedule["block_t"] > next_power_of_2(problem.seq_len):
             return f"block_t = {schedule['block_t']} is more than the {problem.seq_len} tokens there are"
         return None
@@ -129,13 +128,19 @@ def _why_invalid_torch(problem: Problem, schedule: Schedule) -> str | None:
     return None
 
 
+def _gathered(problem: Problem) -> int:
+    """Bytes of keys and values that the PyTorch token dataflow gathers for one token."""
+    return problem.top_k * problem.chunk_size * (problem.head_dim + problem.value_dim) * max(problem.itemsize, 4)
+
+
 def _why_invalid_triton(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     if problem.dtype == "float64":
         return "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
     if "block_t" in schedule:
         rows = schedule["block_t"] * next_power_of_2(problem.group)
         if not _MIN_TILE_ROWS <= rows <= _MAX_TILE_ROWS and schedule["block_t"] != 1:
-            return f"block_t = {schedule['block_t']} makes tiles of {rows} rows, allowed are {_MIN_TILE_ROWS} … {_MAX_TILE_ROWS}"
+            allowed = f"{_MIN_TILE_ROWS} … {_MAX_TILE_ROWS}"
+            return f"block_t = {schedule['block_t']} makes tiles of {rows} rows, allowed are {allowed}"
     if problem.deterministic and schedule.dataflow == "chunk":
         return "dataflow = 'chunk' adds with atomics; a deterministic schedule is asked for"
     return None

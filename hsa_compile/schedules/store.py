@@ -99,7 +99,7 @@ def set_aside(path: Path) -> Path:
 def _read_entries(path: Path) -> list[Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number or a nesting beyond Python's limits
         raise DamagedFile(f"it is no whole JSON file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedFile(f"it is not a file of format {FORMAT!r}")

@@ -1,0 +1,77 @@
+"""hsa_attention on a CPU against dense causal attention and against gathering each token's chunks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hsa_compile import Problem, hsa_attention, hsa_attention_reference
+from hsa_compile.autotune.inputs import make_inputs
+
+GATHER_BLOCK = 128  # tokens at once: all 16,384 would gather 4 GB
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem's tensors with what is to be computed from them."""
+
+    problem: Problem
+    leaves: tuple[Tensor, ...]
+    chunk_indices: Tensor
+    grad_o: Tensor
+
+    def ours(self) -> Tensor:
+        q, k, v, weights = self.leaves
+        return hsa_attention(q, k, v, self.chunk_indices, weights, chunk_size=self.problem.chunk_size)
+
+    def dense(self) -> Tensor:
+        q, k, v, _ = (x.transpose(1, 2) for x in self.leaves)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def gather(self) -> Tensor:
+        q, k, v, weights = self.leaves
+        blocks = [slice(t, t + GATHER_BLOCK) for t in range(0, q.shape[1], GATHER_BLOCK)]
+        return torch.cat(
+            [
+                hsa_attention_reference(
+                    q[:, b], k, v, self.chunk_indices[:, b], weights[:, b], chunk_size=self.problem.chunk_size
+                )
+                for b in blocks
+            ],
+            dim=1,
+        )
+
+    def with_gradients(self, forward: Callable[[], Tensor], *, weights: bool) -> Callable[[], object]:
+        leaves = self.leaves if weights else self.leaves[:3]
+        return lambda: torch.autograd.grad(forward(), leaves, self.grad_o)
+
+
+@pytest.fixture(params=[1, 16], ids=["G16", "G1"])
+def case(request, tuned) -> Case:
+    problem = Problem(
+        seq_len=16384, num_heads=16, num_kv_heads=request.param, head_dim=64, chunk_size=64, top_k=8, dtype="float32"
+    )
+    tuned(problem)
+    inputs = make_inputs(problem, torch.device("cpu"))
+    leaves = tuple(x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights))
+    return Case(problem=problem, leaves=leaves, chunk_indices=inputs.chunk_indices, grad_o=inputs.grad_o)
+
+
+def test_forward(case: Case, race) -> None:
+    with torch.no_grad():
+        contenders = {"hsa_attention": case.ours, "dense causal SDPA": case.dense, "gather per token": case.gather}
+        wanted = {"dense causal SDPA": 7, "gather per token": 2} if case.problem.group == 16 else {}
+        race(contenders, 3, wanted)
+
+
+def test_forward_and_backward(case: Case, race) -> None:
+    contenders = {
+        "hsa_attention": case.with_gradients(case.ours, weights=True),
+        "dense causal SDPA": case.with_gradients(case.dense, weights=False),
+        "gather per token": case.with_gradients(case.gather, weights=True),
+    }
+    wanted = {"dense causal SDPA": 5, "gather per token": 2} if case.problem.group == 16 else {}
+    race(contenders, 3, wanted)

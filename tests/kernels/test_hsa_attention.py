@@ -1,0 +1,295 @@
+"""The op against the float64 reference on this CPU: outputs and all four gradients."""
+
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import hsa_compile
+from hsa_compile import Problem, Schedule, SearchSpace, Target, hsa_attention, hsa_attention_reference
+from hsa_compile.autotune.check import TOLERANCES, relative_error
+from hsa_compile.errors import InvalidArgument, UntunedWarning
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+CPU = Target.parse("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int = 2
+    T: int = 37
+    S: int = 101
+    HQ: int = 6
+    H: int = 2
+    D: int = 24
+    Dv: int = 24
+    C: int = 16
+    K: int = 3
+    off_by_one: bool = False
+    per_head: bool = False
+    logits: float = 1.0
+
+    def __str__(self) -> str:
+        text = f"B{self.B}-T{self.T}-S{self.S}-HQ{self.HQ}-H{self.H}-D{self.D}-Dv{self.Dv}-C{self.C}-K{self.K}"
+        return text + "-off_by_one" * self.off_by_one + "-per_head" * self.per_head + f"-x{self.logits:g}"
+
+
+SHAPES = [
+    Shape(),
+    Shape(HQ=3, H=3, per_head=True),  # G = 1
+    Shape(HQ=16, H=1, D=64, Dv=64, C=64, S=300),
+    Shape(HQ=48, H=3, D=16, Dv=40, C=32, S=133, per_head=True),  # D ≠ Dv
+    Shape(T=1, S=517, K=8),
+    Shape(B=1, T=1, S=16, HQ=1, H=1, K=1),
+    Shape(T=101, S=33, K=7),  # K beyond the chunks, T > S
+    Shape(T=613, S=613, HQ=4, H=1, C=7, K=5, D=20, Dv=12),
+    Shape(off_by_one=True),
+    Shape(off_by_one=True, per_head=True, HQ=8, H=2),
+    Shape(logits=1e4),
+    Shape(logits=1e4, off_by_one=True),
+]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    weights: Tensor
+    grad_o: Tensor
+    options: dict
+
+    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        tensors = (self.q, self.k, self.v, self.weights)
+        return [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in tensors]
+
+    def run(self, op, dtype: torch.dtype | None = None, **more) -> list[Tensor]:
+        """Output and the gradients of q, k, v and the weights."""
+        q, k, v, weights = leaves = self.leaves(dtype)
+        o = op(q, k, v, self.indices, weights, **self.options, **more)
+        return [o.detach(), *torch.autograd.grad(o, leaves, self.grad_o.to(o.dtype))]
+
+
+def arguments(shape: Shape, dtype: torch.dtype) -> Arguments:
+    """Random picks with empty slots, empty rows and duplicates; NaN where weights must never be read."""
+    torch.manual_seed(hash(str(shape)) % 2**31)
+    N = shape.S // shape.C
+    indices = torch.randint(-1, N, (shape.B, shape.T, shape.H, shape.K), dtype=torch.int32)
+    if shape.T > 3:
+        indices[:, 1::5] = -1
+    if shape.K > 1:
+        indices[:, ::4, :, 1] = indices[:, ::4, :, 0]
+    weights = torch.rand(shape.B, shape.T, shape.HQ if shape.per_head else shape.H, shape.K)
+    if not shape.per_head:
+        weights[indices < 0] = float("nan")
+    q = torch.randn(shape.B, shape.T, shape.HQ, shape.D) * shape.logits**0.5
+    k = torch.randn(shape.B, shape.S, shape.H, shape.D) * shape.logits**0.5
+    return Arguments(
+        q=q.to(dtype),
+        k=k.to(dtype),
+        v=torch.randn(shape.B, shape.S, shape.H, shape.Dv).to(dtype),
+        indices=indices,
+        weights=weights.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        grad_o=torch.randn(shape.B, shape.T, shape.HQ, shape.Dv).to(dtype),
+        options={"chunk_size": shape.C, "softmax_off_by_one": shape.off_by_one},
+    )
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
+    for name, one, other in zip(("o", "dq", "dk", "dv", "dw"), actual, expected, strict=True):
+        assert torch.isfinite(one).all(), name
+        assert relative_error(one, other) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients_equal_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    given = arguments(shape, dtype)
+    expected = given.run(hsa_attention_reference, torch.float64)
+    assert_close(given.run(hsa_attention), expected, dtype)
+
+
+def _corners() -> list[Schedule]:
+    """Of each dataflow, schedules that cut the work into one tile, and into many."""
+    return [
+        Schedule.of("chunk", super_tile=512, tile_rows=256),
+        Schedule.of("chunk", super_tile=512, tile_rows=1024),
+        Schedule.of("token", block_t=1),
+        Schedule.of("token", block_t=64),
+    ]
+
+
+@pytest.mark.parametrize("schedule", _corners(), ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[7], SHAPES[9], Shape(T=1300, S=1300, HQ=4, H=2, K=6)], ids=str)
+def test_every_dataflow_gives_the_same_answer_forward_and_backward(shape: Shape, schedule: Schedule) -> None:
+    given = arguments(shape, torch.float32)
+    o, *gradients = given.run(hsa_attention_reference, torch.float64)
+    scale = shape.D**-0.5
+    for op, expected in (("hsa_forward", [o]), ("hsa_backward", gradients)):
+        problem = Problem(
+            op=op, batch=shape.B, seq_len=shape.T, kv_len=shape.S, num_heads=shape.HQ, num_kv_heads=shape.H,
+            head_dim=shape.D, value_dim=shape.Dv, chunk_size=shape.C, top_k=shape.K,
+            softmax_off_by_one=shape.off_by_one, per_head_weights=shape.per_head,
+        )  # fmt: skip
+        assert SearchSpace.of(problem, CPU).is_valid(problem, schedule, CPU)
+        entry = compile_kernel(emit(problem, schedule, CPU)).entry
+        inputs = [given.q, given.k, given.v, given.indices, given.weights]
+        if op == "hsa_backward":
+            inputs.append(given.grad_o)
+        results = entry(*inputs, scale=scale)
+        for actual, wanted in zip(results if op == "hsa_backward" else [results], expected, strict=True):
+            assert relative_error(actual, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [Shape(B=1, T=5, S=20, D=3, Dv=4, C=4), Shape(B=1, T=3, S=9, HQ=2, C=3, off_by_one=True)])
+def test_gradcheck(shape: Shape) -> None:
+    given = arguments(shape, torch.float64)
+    weights = torch.where(torch.isnan(given.weights), 0.5, given.weights)
+    leaves = [x.detach().clone().requires_grad_() for x in (given.q, given.k, given.v, weights)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, w: hsa_attention(q, k, v, given.indices, w, **given.options), leaves
+    )
+
+
+def test_int64_indices_and_strided_inputs_are_accepted() -> None:
+    given = arguments(Shape(), torch.float32)
+    strided = hsa_attention(
+        given.q.transpose(1, 2).contiguous().transpose(1, 2),
+        given.k.transpose(1, 2).contiguous().transpose(1, 2),
+        given.v.repeat(1, 1, 1, 2)[..., : given.v.shape[3]],
+        given.indices.long(),
+        given.weights,
+        **given.options,
+    )
+    assert torch.equal(strided, given.run(hsa_attention)[0])
+
+
+def test_a_scale_of_ones_own_is_used() -> None:
+    given = arguments(Shape(), torch.float32)
+    assert_close(
+        given.run(hsa_attention, scale=0.7), given.run(hsa_attention_reference, torch.float64, scale=0.7), torch.float32
+    )
+
+
+@pytest.mark.parametrize("empty", ["rows", "no slots", "no tokens", "no whole chunk"])
+def test_nothing_to_attend_to_gives_zeros_that_have_gradients(empty: str) -> None:
+    T, S, K = (0 if empty == "no tokens" else 5), (7 if empty == "no whole chunk" else 32), (0 if empty == "no slots" else 2)
+    q, k, v = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (T, S, S))
+    weights = torch.full((1, T, 2, K), float("nan"), requires_grad=True)
+    o = hsa_attention(q, k, v, torch.full((1, T, 2, K), -1), weights, chunk_size=16)
+    assert o.shape == (1, T, 2, 8)
+    assert not o.any()
+    for gradient in torch.autograd.grad(o.sum(), (q, k, v, weights)):
+        assert not gradient.any()
+
+
+def test_only_the_gradients_that_are_asked_for_come_back() -> None:
+    given = arguments(Shape(), torch.float32)
+    q, k, v, weights = given.leaves()
+    k.requires_grad_(False)
+    hsa_attention(q, k, v, given.indices, weights, **given.options).sum().backward()
+    assert k.grad is None
+    assert v.grad is not None
+
+
+def test_same_bits_twice() -> None:
+    given = arguments(Shape(T=1300, S=1300), torch.float32)
+    first, second = given.run(hsa_attention, deterministic=True), given.run(hsa_attention, deterministic=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    given = arguments(Shape(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = given.run(hsa_attention)
+    assert all(torch.equal(one, other) for one, other in zip(o, given.run(hsa_attention), strict=True))
+
+
+def test_callable_from_several_threads_at_once() -> None:
+    given = arguments(Shape(), torch.float32)
+    expected = given.run(hsa_attention)[0]
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(given.run(hsa_attention)[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_works_in_a_forked_child_after_use_in_the_parent() -> None:
+    script = """
+import os, sys, torch, warnings
+warnings.simplefilter("ignore")
+from hsa_compile import hsa_attention
+torch.set_num_threads(2)
+q = torch.randn(2, 600, 2, 8)
+call = lambda: hsa_attention(q, q, q, torch.zeros(2, 600, 2, 1, dtype=torch.int32), torch.ones(2, 600, 2, 1), chunk_size=16)
+before = call()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    os._exit(0 if torch.equal(call(), before) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+def test_untuned_warns_once_and_names_the_command() -> None:
+    given = arguments(Shape(D=23, Dv=23), torch.float32)
+    with pytest.warns(UntunedWarning, match="hsa-compile tune .*--head-dim 23"):
+        given.run(hsa_attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given.run(hsa_attention)
+        arguments(Shape(T=40, D=23, Dv=23), torch.float32).run(hsa_attention)
+
+
+Q, INDICES, WEIGHTS = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 1, 2, dtype=torch.int32), torch.ones(1, 4, 1, 2)
+GOOD = {
+    "q": Q, "k": torch.zeros(1, 32, 1, 8), "v": torch.zeros(1, 32, 1, 8), "chunk_indices": INDICES,
+    "chunk_weights": WEIGHTS, "chunk_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"q": [1, 2]}, "q is a list"),
+        ({"q": torch.zeros(4, 2, 8)}, r"q has shape \[4, 2, 8\]; four dimensions"),
+        ({"q": torch.zeros(1, 4, 2, 8, dtype=torch.int32)}, "q has dtype torch.int32; .* float32"),
+        ({"k": torch.zeros(1, 32, 1, 8).half()}, "k has dtype torch.float16; q, k and v must share"),
+        ({"k": torch.zeros(1, 32, 1, 9)}, r"k has shape \[1, 32, 1, 9\]; .* \[1, 32, 1, 8\]"),
+        ({"v": torch.zeros(1, 31, 1, 8)}, r"v has shape \[1, 31, 1, 8\]; .* \[1, 32, 1, 8\]"),
+        ({"q": torch.zeros(1, 4, 3, 8), "k": torch.zeros(1, 32, 2, 8), "v": torch.zeros(1, 32, 2, 8)}, "3 heads.*multiple of the 2"),
+        ({"chunk_indices": torch.zeros(1, 5, 1, 2, dtype=torch.int32)}, r"chunk_indices has shape \[1, 5, 1, 2\]"),
+        ({"chunk_indices": INDICES.short()}, "chunk_indices has dtype torch.int16; int32 or int64"),
+        ({"chunk_indices": INDICES + 2}, "chunk_indices holds 2; allowed are -1 .* 0 … 1"),
+        ({"chunk_indices": INDICES - 2}, "chunk_indices holds -2; allowed are -1"),
+        ({"chunk_weights": torch.ones(1, 4, 1, 3)}, r"chunk_weights has shape \[1, 4, 1, 3\]"),
+        ({"chunk_weights": torch.ones(1, 4, 1, 2).int()}, "chunk_weights has dtype torch.int32; a float"),
+        ({"chunk_size": 0}, "chunk_size = 0 must be an integer in 1 …"),
+        ({"chunk_size": 16.0}, "chunk_size = 16.0 must be an integer"),
+        ({"scale": "big"}, "scale = 'big'"),
+        ({"k": torch.zeros(1, 32, 1, 8, device="meta")}, "k is on meta, q on cpu"),
+        ({name: GOOD[name].to("meta") for name in GOOD if name != "chunk_size"}, "device 'meta' is not supported"),
+        ({name: torch.zeros(1, n, 1, 300) for name, n in (("q", 4), ("k", 32), ("v", 32))}, "D = 300 .* 1 … 256"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_name_the_value_and_what_is_allowed(bad: dict, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        hsa_attention(**{**GOOD, **bad})
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, hsa_compile.HSACompileError)
