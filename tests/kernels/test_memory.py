@@ -1,0 +1,73 @@
+"""Memory of forward and backward grows with the length, never with its square."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hsa_compile import Problem, hsa_attention
+from hsa_compile.autotune.inputs import make_inputs
+
+PEAK_SCRIPT = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from hsa_compile import Problem, hsa_attention
+from hsa_compile.autotune.inputs import make_inputs
+
+def step(T):
+    problem = Problem(seq_len=T, num_heads=16, num_kv_heads=1, head_dim=64, chunk_size=64, top_k=8)
+    inputs = make_inputs(problem, torch.device("cpu"))
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    o = hsa_attention(*leaves[:3], inputs.chunk_indices, leaves[3], chunk_size=64)
+    torch.autograd.grad(o, leaves, inputs.grad_o)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+step(256)  # libraries' own buffers
+print(step(int(sys.argv[1])))
+"""
+
+
+def peak_extra_kib(seq_len: int) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_SCRIPT, str(seq_len)], capture_output=True, text=True, timeout=300, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+def test_peak_is_linear_in_the_length() -> None:
+    assert peak_extra_kib(32768) <= 2.2 * peak_extra_kib(16384)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operator's result had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+def test_no_tensor_has_tokens_times_chunks_elements() -> None:
+    problem = Problem(seq_len=16384, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=32, top_k=4)
+    inputs = make_inputs(problem, torch.device("cpu"))
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # then all operators run on this thread, where the mode sees them
+    try:
+        with LargestTensor() as largest:
+            o = hsa_attention(*leaves[:3], inputs.chunk_indices, leaves[3], chunk_size=32)
+            torch.autograd.grad(o, leaves, inputs.grad_o)
+    finally:
+        torch.set_num_threads(threads)
+    assert inputs.q.numel() <= largest.numel <= problem.seq_len * problem.num_chunks / 4
