@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -43,6 +44,13 @@ def source_dir() -> Path:
     fallback = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
     return fallback
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that builds CPU kernels: `CXX`, else the first of the usual names; None if there is none."""
+    if chosen := os.environ.get("CXX"):
+        return shutil.which(chosen)
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
 def triton_interprets() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hsa_compile.errors import InvalidTarget
+from hsa_compile.paths import cxx_compiler
 
 KINDS = ("cuda", "hip", "cpu")
 
@@ -26,6 +27,7 @@ class Target:
         num_cores: streaming multiprocessors, compute units, or CPU cores of this process.
         shared_memory: bytes of shared memory (LDS) that one program can use; 0 on a CPU.
         warp_size: threads of a warp (wavefront); 1 on a CPU.
+        has_compiler: whether emitted C++ can be built, on a CPU.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Target:
     num_cores: int
     shared_memory: int = 0
     warp_size: int = 1
+    has_compiler: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,11 +49,6 @@ class Target:
         """A file name for this device."""
         text = self.name if self.kind != "cpu" else f"cpu {self.name} {self.arch}"
         return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-    @property
-    def template(self) -> str:
-        """The template family that serves this device: `triton` or `torch`."""
-        return "torch" if self.kind == "cpu" else "triton"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -69,7 +67,7 @@ class Target:
             InvalidTarget: no kernels can be made for that type of device, or it is not present.
         """
         if device.type == "cpu":
-            return _this_cpu(torch.get_num_threads())
+            return this_cpu(torch.get_num_threads())
         if device.type == "cuda":
             return _gpu(device.index if device.index is not None else torch.cuda.current_device())
         raise InvalidTarget(f"device {str(device)!r} is not supported; supported are cpu and cuda (NVIDIA or AMD)")
@@ -108,16 +106,22 @@ NAMED_TARGETS = {
 
 
 @functools.cache
-def _this_cpu(num_threads: int) -> Target:
+def this_cpu(num_threads: int) -> Target:
+    """The CPU of this machine with so many threads; remembered, since a call of the op asks for it."""
     capability = torch.backends.cpu.get_cpu_capability().lower().replace("default", "scalar")
-    return Target(kind="cpu", name=_cpu_name(), arch=capability, num_cores=num_threads)
+    return Target(
+        kind="cpu",
+        name=_cpu_name(),
+        arch=capability,
+        num_cores=num_threads,
+        has_compiler=cxx_compiler() is not None,
+    )
 
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        if match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE):
-            return match.group(1).strip()
+    if cpuinfo.exists() and (match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
+        return match.group(1).strip()
     return platform.processor() or platform.machine() or os.name
 
 

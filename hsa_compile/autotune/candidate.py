@@ -39,7 +39,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs
     """
     source = emit(problem, schedule, target)
     kernel = compile_kernel(source)
-    with _launch_errors(target):
+    with _launch_errors(source.template):
         check(kernel, problem, inputs)
     arguments, scale = inputs.arguments(problem.op), problem.head_dim**-0.5
     return Candidate(
@@ -50,14 +50,14 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs
 
 
 @contextlib.contextmanager
-def _launch_errors(target: Target) -> Iterator[None]:
+def _launch_errors(template: str) -> Iterator[None]:
     """Gives the errors of a first launch, at which Triton compiles, their names in this project."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfResources(f"not enough memory: {error}") from error
     except Exception as error:
-        if target.template == "triton" and (translated := _translate_triton(error)):
+        if template == "triton" and (translated := _translate_triton(error)):
             raise translated from error
         raise
 

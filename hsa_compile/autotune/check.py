@@ -24,7 +24,8 @@ def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
     """Runs a kernel on a small problem with every oddity, then compares a sample of the full one.
 
     The full problem is too large for the reference: outputs and dq, dw are compared on some tokens, dk and dv on
-    the chunk that the middle token picked, with the reference given the tokens that picked it too.
+    the last chunk that the middle token picked and the last that any did, with the reference given the tokens that
+    picked them. All of each result must be finite.
 
     Args:
         kernel: of `problem.op`.
@@ -37,6 +38,9 @@ def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
     small, small_inputs, expected = _small_case(problem, inputs.q.device)
     _compare(small.op, _run(kernel, small_inputs), expected, problem.dtype, "a small odd shape")
     results = _run(kernel, inputs)
+    for name, result in zip(RESULT_NAMES[problem.op], results, strict=True):
+        if not result.isfinite().all():
+            raise WrongResult(f"{name} has values that are not finite")
     if problem.op == "hsa_forward":
         tokens = _sample(problem)
         expected = _reference(small.op, _at_tokens(inputs, tokens), problem)
@@ -61,14 +65,13 @@ def _check_gradients(results: tuple[Tensor, ...], problem: Problem, inputs: Inpu
     for actual, wanted, name in rows:
         _compare_one(name, actual, wanted, problem.dtype, "sampled tokens")
 
-    chunk = int(inputs.chunk_indices[0, problem.seq_len // 2].max())
-    if chunk < 0:
-        return
-    only = _only_chunk(inputs, chunk, problem.chunk_size)
-    keys = slice(chunk * problem.chunk_size, (chunk + 1) * problem.chunk_size)
-    _, dk_chunk, dv_chunk, _ = _reference(problem.op, only, problem)
-    for actual, wanted, name in ((dk[:, keys], dk_chunk, "dk"), (dv[:, keys], dv_chunk, "dv")):
-        _compare_one(name, actual, wanted, problem.dtype, f"chunk {chunk}")
+    middle = int(inputs.chunk_indices[0, problem.seq_len // 2].max())
+    for chunk in sorted({middle, int(inputs.chunk_indices.max())} - {-1}):
+        only = _only_chunk(inputs, chunk, problem.chunk_size)
+        keys = slice(chunk * problem.chunk_size, (chunk + 1) * problem.chunk_size)
+        _, dk_chunk, dv_chunk, _ = _reference(problem.op, only, problem)
+        for actual, wanted, name in ((dk[:, keys], dk_chunk, "dk"), (dv[:, keys], dv_chunk, "dv")):
+            _compare_one(name, actual, wanted, problem.dtype, f"chunk {chunk}")
 
 
 def _only_chunk(inputs: Inputs, chunk: int, chunk_size: int) -> Inputs:

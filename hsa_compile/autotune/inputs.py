@@ -70,7 +70,7 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
 
 
 def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
-    """Causal picks `[B, T, H, K]` int32, −1 where too few are visible; the queries are the last `T` of `S` positions."""
+    """Causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last `T` of `S` positions."""
     if distribution not in DISTRIBUTIONS:
         raise InvalidArgument(f"distribution = {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
     B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
@@ -87,7 +87,7 @@ def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator)
             uniform = torch.where(keep, shared, uniform)
         # One pick from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
         first, past = slot * visible // K, (slot + 1) * visible // K
-        indices = first + torch.minimum((uniform * (past - first)).long(), past - first - 1)
+        indices = first + (uniform * (past - first)).long()
         few = visible <= K
         indices = torch.where(few, slot.expand_as(indices), indices)
     return torch.where((slot < visible) & (indices < visible), indices, -1).to(torch.int32)

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
 
@@ -141,7 +142,7 @@ def _proposals(
 
 def _suggest(trial: optuna.Trial, space: SearchSpace) -> Schedule:
     dataflow = trial.suggest_categorical("dataflow", list(space.choices))
-    knobs = {
+    knobs: dict[str, Any] = {
         name: trial.suggest_categorical(f"{dataflow}.{name}", choices)
         for name, choices in space.choices[dataflow].items()
     }

@@ -9,7 +9,7 @@ import click
 import torch
 
 from hsa_compile.cli.options import json_option, print_json
-from hsa_compile.paths import cache_dir
+from hsa_compile.paths import cache_dir, cxx_compiler
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
@@ -48,9 +48,18 @@ def _findings() -> Iterator[Finding]:
         yield Finding(name=name, ok=version != "not installed", text=version)
     cpu = Target.parse("cpu")
     yield Finding(name="cpu", ok=True, text=f"{cpu.name}, {cpu.arch}, {cpu.num_cores} threads: tune and run")
+    yield _compiler()
     yield _gpu()
     yield _gpu_sources()
     yield from _cache()
+
+
+def _compiler() -> Finding:
+    if compiler := cxx_compiler():
+        return Finding(name="c++", ok=True, text=f"{compiler}: CPU kernels are emitted as C++ (float32, bfloat16)")
+    return Finding(
+        name="c++", ok=False, text="no C++ compiler: CPU kernels are emitted as PyTorch, 2 to 3 times slower"
+    )
 
 
 def _gpu() -> Finding:

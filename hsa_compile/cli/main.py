@@ -45,6 +45,8 @@ def main() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = USER_ERROR
+    except click.UsageError as error:
+        code = _fail(_with_allowed(error), USER_ERROR)
     except click.ClickException as error:
         code = _fail(error.format_message(), USER_ERROR)
     except InvalidArgument as error:
@@ -58,6 +60,17 @@ def main() -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_allowed(error: click.UsageError) -> str:
+    """Click's message, and for a word that is no command or flag those that are."""
+    message = error.format_message()
+    if error.ctx is None or isinstance(error, click.BadParameter | click.BadOptionUsage):
+        return message
+    command = error.ctx.command
+    flags = [flag for option in command.get_params(error.ctx) for flag in option.opts if flag.startswith("--")]
+    commands = list(command.commands) if isinstance(command, click.Group) else []
+    return f"{message.rstrip('.')}; allowed are {', '.join([*commands, *flags])}"
 
 
 def _fail(message: str, code: int) -> int:

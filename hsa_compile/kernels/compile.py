@@ -11,9 +11,10 @@ from typing import Any
 
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
+from hsa_compile.kernels.native import load_library, native_entry
 from hsa_compile.paths import source_dir
 
-_modules: dict[str, Any] = {}  # fingerprint → imported module
+_modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Kernel:
         source: what it was made from.
         path: the file that holds the source.
         entry: the function to call with tensors.
-        module: the imported module, for inspection.
+        module: the imported module or loaded library, for inspection.
     """
 
     source: KernelSource
@@ -34,19 +35,21 @@ class Kernel:
 
 
 def compile_kernel(source: KernelSource) -> Kernel:
-    """Writes the source to its file and imports it.
+    """Writes the source to its file and imports it; C++ is built first, once a machine.
 
     A Triton module compiles its kernels when they are first launched (a device of the target's kind must be
     there); `ahead_of_time.compile_launches` compiles them for a device that is not.
 
     Raises:
         MissingDependency: the target needs Triton and it is not installed.
-        CompileError: the module cannot be imported.
+        CompileError: the module cannot be imported, or the C++ compiler refuses it.
         CacheError: no directory can be written.
     """
+    if source.template == "cpp":
+        return _compile_native(source)
     module = _modules.get(source.fingerprint)
     if module is None:
-        if source.target.template == "triton" and importlib.util.find_spec("triton") is None:
+        if source.template == "triton" and importlib.util.find_spec("triton") is None:
             raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
         path = _write(source)
         module = _import(path, f"hsa_compile_emitted_{path.stem}")
@@ -54,10 +57,24 @@ def compile_kernel(source: KernelSource) -> Kernel:
     return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
 
 
+def _compile_native(source: KernelSource) -> Kernel:
+    path = _write(source)
+    library = _modules.get(source.fingerprint)
+    if library is None:
+        try:
+            library = load_library(path, source.target.arch)
+        except OSError as error:
+            raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
+        _modules[source.fingerprint] = library
+    entry = native_entry(library, source.problem, source.schedule.number("super_tile"))
+    return Kernel(source=source, path=path, entry=entry, module=library)
+
+
 def _write(source: KernelSource) -> Path:
     """Puts the text where it belongs, whole or not at all; a damaged file of that name is replaced."""
     directory = source_dir()
-    path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.py"
+    suffix = "cpp" if source.template == "cpp" else "py"
+    path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
     text = source.text.encode()
     try:
         if path.exists() and path.read_bytes() == text:
@@ -66,7 +83,7 @@ def _write(source: KernelSource) -> Path:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(text)
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -77,7 +94,8 @@ def _write(source: KernelSource) -> Path:
 
 def _import(path: Path, name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Triton and pickle look modules up by name
     try:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.paths import TEMPLATE_DIR
 from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.limits import vector_lanes
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, template_for
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSource:
-    """An emitted Python module.
+    """An emitted Python module, or a C++ file.
 
     Attributes:
         problem, schedule, target: what it was emitted for.
-        text: the module's source.
+        template: the family: `triton`, `cpp` or `torch`.
+        text: the source.
         entry: name of the function to call: `hsa_forward` or `hsa_backward`.
         fingerprint: 16 hex digits of the text's SHA-256.
     """
@@ -30,13 +32,14 @@ class KernelSource:
     problem: Problem
     schedule: Schedule
     target: Target
+    template: str
     text: str
     entry: str
     fingerprint: str
 
 
 def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
-    """Emits the kernel of `problem.op` under `schedule`: Triton for a GPU, PyTorch for a CPU.
+    """Emits the kernel of `problem.op` under `schedule`: Triton for a GPU, C++ or PyTorch for a CPU.
 
     Lengths, batch, number of heads and top-k are arguments of the emitted function: the text depends only on
     dtype, head dims, chunk size, group and options, so one file serves all lengths.
@@ -46,27 +49,37 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
     """
     if reason := SearchSpace.of(problem, target).why_invalid(problem, schedule, target):
         raise InvalidSchedule(f"schedule '{schedule}' cannot run {problem.describe()} on {target.arch}: {reason}")
-    template = _environment().get_template(f"{target.template}/{problem.op}_{schedule.dataflow}.py.jinja")
-    text = template.render(
-        problem=problem, schedule=schedule, target=target, header=_header(problem, schedule, target)
-    )
+    family = template_for(problem, target)
+    suffix = "cpp" if family == "cpp" else "py"
+    template = _environment().get_template(f"{family}/{problem.op}_{schedule.dataflow}.{suffix}.jinja")
+    header = _header(problem, schedule, target, comment=suffix == "cpp")
+    text = template.render(problem=problem, schedule=schedule, target=target, header=header)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     return KernelSource(
-        problem=problem, schedule=schedule, target=target, text=text, entry=problem.op, fingerprint=fingerprint
+        problem=problem,
+        schedule=schedule,
+        target=target,
+        template=family,
+        text=text,
+        entry=problem.op,
+        fingerprint=fingerprint,
     )
 
 
-def _header(problem: Problem, schedule: Schedule, target: Target) -> str:
+def _header(problem: Problem, schedule: Schedule, target: Target, *, comment: bool) -> str:
     options = [name for name in ("softmax_off_by_one", "per_head_weights") if getattr(problem, name)]
     shape = f"{problem.dtype}, G {problem.group}, D {problem.head_dim}, Dv {problem.value_dim}, C {problem.chunk_size}"
-    device = "cpu" if target.kind == "cpu" else f"{target.kind} {target.arch}"
-    return (
-        f'"""{problem.op}, dataflow {schedule.dataflow}: emitted by hsa-compile, do not edit.\n\n'
-        f"problem   {', '.join([shape, *options])}\n"
-        f"schedule  {schedule}\n"
-        f"target    {device}\n"
-        f'"""\n'
-    )
+    device = "cpu" if target.kind == "cpu" and not comment else f"{target.kind} {target.arch}"
+    lines = [
+        f"{problem.op}, dataflow {schedule.dataflow}: emitted by hsa-compile, do not edit.",
+        "",
+        f"problem   {', '.join([shape, *options])}",
+        f"schedule  {schedule}",
+        f"target    {device}",
+    ]
+    if comment:
+        return "".join(f"// {line}".rstrip() + "\n" for line in lines)
+    return '"""' + "\n".join(lines) + '\n"""\n'
 
 
 @functools.cache
@@ -82,5 +95,5 @@ def _environment() -> "jinja2.Environment":
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals["next_power_of_2"] = next_power_of_2
+    environment.globals.update(next_power_of_2=next_power_of_2, vector_lanes=vector_lanes)
     return environment

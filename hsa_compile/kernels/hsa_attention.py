@@ -142,7 +142,8 @@ def _nothing_to_attend_to(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> T
     """Zeros that still belong to the graph, for no tokens, no slots or no whole chunk."""
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights)):
-        o = o + 0 * sum(x[:0].sum() for x in (q, k, v, weights)).to(q.dtype)
+        for x in (q, k, v, weights):
+            o = o + 0 * x[:0].sum().to(q.dtype)
     return o
 
 

@@ -20,8 +20,8 @@ def inverse_index(chunk_indices: Tensor, num_chunks: int) -> tuple[Tensor, Tenso
 
     Returns:
         entries `[B·H, T·K]`, flat positions `t·K + slot` sorted by chunk, in rising order within a chunk, empty
-        slots last; int32 where `T·K` allows, else int64. offsets `[B·H, N + 1]` int64: chunk `c` was picked by
-        `entries[:, offsets[:, c] : offsets[:, c + 1]]`.
+        slots last. offsets `[B·H, N + 1]`: chunk `c` was picked by `entries[bh, offsets[bh, c] : offsets[bh, c + 1]]`.
+        Both are int32 where `T·K` allows, else int64.
     """
     B, T, H, K = chunk_indices.shape
     picked = (chunk_indices >= 0) & (chunk_indices < num_chunks)
@@ -30,11 +30,10 @@ def inverse_index(chunk_indices: Tensor, num_chunks: int) -> tuple[Tensor, Tenso
     key_dtype = torch.int16 if num_chunks <= INT16_MAX else torch.int32
     chunk = chunk.to(key_dtype).transpose(1, 2).reshape(B * H, T * K)
     ordered, entries = torch.sort(chunk, dim=1, stable=True)  # [B*H, T*K]
-    if T * K <= INT32_MAX:
-        entries = entries.to(torch.int32)
+    fits = T * K <= INT32_MAX
     bounds = torch.arange(num_chunks + 1, dtype=key_dtype, device=chunk.device).expand(B * H, -1)
-    offsets = torch.searchsorted(ordered, bounds.contiguous())  # [B*H, N + 1]
-    return entries, offsets
+    offsets = torch.searchsorted(ordered, bounds.contiguous(), out_int32=fits)  # [B*H, N + 1]
+    return (entries.to(torch.int32) if fits else entries), offsets
 
 
 def list_addresses(entries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -70,7 +69,7 @@ def split_lists(offsets: Tensor, *, segment: int, num_entries: int) -> Tensor:
 
     Returns:
         tiles `[B·H, M, 3]`, (chunk, start, stop) with the bounds counted within `entries[bh]`; the superfluous
-        ones come last with start = stop. `M = min(N, T·K) + T·K // segment`; int32 where `T·K` allows.
+        ones come last with start = stop. `M = min(N, T·K) + T·K // segment`; of the dtype of `offsets`.
     """
     num_lists, num_chunks = offsets.shape[0], offsets.shape[1] - 1
     num_tiles = min(num_chunks, num_entries) + num_entries // segment
@@ -85,4 +84,4 @@ def split_lists(offsets: Tensor, *, segment: int, num_entries: int) -> Tensor:
     stop = end.gather(1, chunk)
     start = torch.minimum(begin.gather(1, chunk) + (tile - first_tile) * segment, stop)
     tiles = torch.stack([chunk, start, torch.minimum(start + segment, stop)], dim=-1)  # [B*H, M, 3]
-    return tiles.to(torch.int32) if num_entries <= INT32_MAX else tiles
+    return tiles.to(offsets.dtype)

@@ -3,13 +3,15 @@
 import logging
 import warnings
 from collections.abc import Hashable
+from dataclasses import replace
 
-from hsa_compile.errors import UntunedWarning
+from hsa_compile.errors import CompileError, HSACompileWarning, UntunedWarning
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target
 
 _log = logging.getLogger("hsa_compile")
@@ -28,7 +30,13 @@ def resolve(problem: Problem, target: Target) -> Kernel:
     else:
         schedule = found.schedule
         _log.debug("%s: %s entry at distance %.2f: %s", problem.describe(), found.origin, found.distance, schedule)
-    return compile_kernel(emit(problem, schedule, target))
+    try:
+        return compile_kernel(emit(problem, schedule, target))
+    except CompileError as error:
+        if template_for(problem, target) != "cpp":
+            raise
+        warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=4)
+        return resolve(problem, replace(target, has_compiler=False))
 
 
 def _warn_untuned(problem: Problem, target: Target) -> None:

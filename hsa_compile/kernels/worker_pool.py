@@ -1,6 +1,7 @@
 """Runs the tiles of an emitted PyTorch kernel on all threads: parallel over tiles rather than inside operators."""
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ def run_on_workers(task: Callable[[int, int], R], count: int) -> list[tuple[int,
     """
     num_workers = max(1, min(torch.get_num_threads(), count))
     bounds = [count * i // num_workers for i in range(num_workers + 1)]
-    ranges = list(zip(bounds[:-1], bounds[1:], strict=True))
+    ranges = list(itertools.pairwise(bounds))
     if num_workers == 1:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return [(first, last, task(first, last)) for first, last in ranges]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target
 
 
@@ -34,6 +35,7 @@ class ScheduleKey:
     kind: str = _must_match("cuda, hip and cpu have other templates")
     device: str = _must_match("schedules do not carry over between devices")
     arch: str = _must_match("of the device; on a CPU the vector extension that PyTorch uses")
+    template: str = _must_match("Triton, C++ and PyTorch kernels have other knobs")
     dtype: str = _must_match("decides tile bytes and the matrix instruction")
     head_dim: int = _must_match("decides tile bytes")
     value_dim: int = _must_match("decides tile bytes")
@@ -61,6 +63,7 @@ class ScheduleKey:
             kind=target.kind,
             device=target.name,
             arch=target.arch,
+            template=template_for(bucket, target),
             dtype=bucket.dtype,
             head_dim=bucket.head_dim,
             value_dim=bucket.value_dim,

@@ -76,6 +76,12 @@ class Schedule(Mapping[str, Knob]):
                 return value
         raise KeyError(name)
 
+    def number(self, name: str) -> int:
+        """The value of a knob that counts something."""
+        value = self[name]
+        assert isinstance(value, int)
+        return value
+
     def __iter__(self) -> Iterator[str]:
         yield "dataflow"
         for name, _ in self.knobs:

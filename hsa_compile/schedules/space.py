@@ -5,38 +5,65 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.limits import (
+    MAX_GATHER_BYTES,
+    SMALLEST_SUPER_TILE,
+    gathered_bytes,
+    why_not_cpp,
+    why_not_torch,
+    why_not_triton,
+)
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
 
 Choices = Mapping[str, Mapping[str, tuple[Knob, ...]]]
 
 _TORCH_CHUNK = {
-    "super_tile": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
+    "super_tile": (SMALLEST_SUPER_TILE, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
     "tile_rows": (256, 512, 1024, 2048, 4096, 8192, 16384),
 }
 _TORCH_TOKEN = {"block_t": (1, 4, 16, 64, 256)}
-_WARPS = (1, 2, 4, 8)
-_STAGES = (1, 2, 3, 4)
+_CPP_CHUNK = {
+    "super_tile": _TORCH_CHUNK["super_tile"],
+    "rows": (2, 3, 4, 6, 8, 12, 16, 24),
+}
+_CPP_CHUNK_BACKWARD = {**_CPP_CHUNK, "tile_rows": (48, 96, 192, 384)}
+_WARPS, _STAGES = (2, 4, 8), (1, 2, 3, 4)
+_CHUNK_WARPS, _CHUNK_STAGES = (4, 8), (1, 2, 3)
+_BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
 _TRITON_TOKEN = {"num_warps": _WARPS, "num_stages": _STAGES}
 _TRITON_CHUNK = {
-    "block_t": (1, 2, 4, 8, 16, 32, 64, 128),
-    "segment": (256, 512, 1024, 2048),
-    "num_warps": (4, 8),
-    "num_stages": _STAGES,
+    "block_t": _BLOCK_T,
+    "segment": (64, 128, 256, 512, 1024, 2048),
+    "num_warps": _CHUNK_WARPS,
+    "num_stages": _CHUNK_STAGES,
 }
-_TRITON_TWO_PASS = {"block_t": _TRITON_CHUNK["block_t"], "num_warps": _WARPS, "num_stages": _STAGES}
+# dq and dw token by token, then dk and dv chunk by chunk
+_TRITON_TWO_PASS = {
+    **_TRITON_TOKEN,
+    "block_t": _BLOCK_T,
+    "chunk_warps": _CHUNK_WARPS,
+    "chunk_stages": _CHUNK_STAGES,
+}
 
 # (op, template family) → dataflow → knob → what it may be
 _CHOICES: Mapping[tuple[str, str], Choices] = {
     ("hsa_forward", "torch"): {"chunk": _TORCH_CHUNK, "token": _TORCH_TOKEN},
     ("hsa_backward", "torch"): {"chunk": _TORCH_CHUNK, "token": _TORCH_TOKEN},
+    ("hsa_forward", "cpp"): {"chunk": _CPP_CHUNK},
+    ("hsa_backward", "cpp"): {"chunk": _CPP_CHUNK_BACKWARD},
     ("hsa_forward", "triton"): {"chunk": _TRITON_CHUNK, "token": _TRITON_TOKEN},
     ("hsa_backward", "triton"): {"chunk": _TRITON_CHUNK, "token": _TRITON_TWO_PASS},
 }
 
-_MAX_GATHER_BYTES = 1 << 28  # of one batched product of the PyTorch token dataflow
-_MAX_TILE_ROWS = 256  # of one Triton tile: beyond, the accumulators spill on every GPU
-_MIN_TILE_ROWS = 16  # what a matrix instruction needs
+_CPP_DTYPES = ("float32", "bfloat16")
+
+
+def template_for(problem: Problem, target: Target) -> str:
+    """The template family that serves a problem: `triton` on a GPU, `cpp` where it can be built, else `torch`."""
+    if target.kind != "cpu":
+        return "triton"
+    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +83,8 @@ class SearchSpace:
     @staticmethod
     def of(problem: Problem, target: Target) -> "SearchSpace":
         """The space that serves a problem's op on a target."""
-        key = (problem.op, target.template)
-        return SearchSpace(op=problem.op, template=target.template, choices=_CHOICES[key])
+        template = template_for(problem, target)
+        return SearchSpace(op=problem.op, template=template, choices=_CHOICES[problem.op, template])
 
     def is_valid(self, problem: Problem, schedule: Schedule, target: Target) -> bool:
         """Whether `schedule` can run `problem` on `target`."""
@@ -67,22 +94,25 @@ class SearchSpace:
         """The first reason why `schedule` cannot run `problem` on `target`, or None if it can."""
         if reason := self._why_unknown(schedule):
             return reason
+        if self.template == "cpp":
+            return why_not_cpp(problem, schedule, target)
         if self.template == "torch":
-            return _why_invalid_torch(problem, schedule)
-        return _why_invalid_triton(problem, schedule, target)
+            return why_not_torch(problem, schedule)
+        return why_not_triton(problem, schedule, target)
 
     def fit(self, problem: Problem, schedule: Schedule) -> Schedule:
         """A schedule tuned for another size, with the knobs that count tokens cut to what this problem can use."""
-        if self.template != "torch" or self._why_unknown(schedule):
+        if self.template == "triton" or self._why_unknown(schedule):
             return schedule
-        knobs = dict(schedule)
         tokens = next_power_of_2(problem.seq_len)
-        if "super_tile" in knobs:
-            knobs["super_tile"] = self._largest(schedule, "super_tile", tokens)
-            knobs["tile_rows"] = self._largest(schedule, "tile_rows", knobs["super_tile"] * problem.group)
-        if "block_t" in knobs:
-            knobs["block_t"] = self._largest(schedule, "block_t", min(tokens, _MAX_GATHER_BYTES // _gathered(problem)))
-        return Schedule.from_dict(knobs)
+        if self.template == "cpp":
+            return Schedule.from_dict({**schedule, "super_tile": self._largest(schedule, "super_tile", tokens)})
+        if schedule.dataflow == "token":
+            block_t = self._largest(schedule, "block_t", min(tokens, MAX_GATHER_BYTES // gathered_bytes(problem)))
+            return Schedule.of("token", block_t=block_t)
+        super_tile = self._largest(schedule, "super_tile", tokens)
+        tile_rows = self._largest(schedule, "tile_rows", super_tile * problem.group)
+        return Schedule.of("chunk", super_tile=super_tile, tile_rows=tile_rows)
 
     def schedules(self, problem: Problem, target: Target) -> Iterator[Schedule]:
         """All valid schedules, in a fixed order."""
@@ -94,8 +124,8 @@ class SearchSpace:
 
     def _largest(self, schedule: Schedule, knob: str, limit: int) -> int:
         """The knob's own value, or the largest choice within the limit, or the smallest there is."""
-        choices = self.choices[schedule.dataflow][knob]
-        return max((c for c in choices if c <= min(limit, schedule[knob])), default=choices[0])
+        choices = [int(choice) for choice in self.choices[schedule.dataflow][knob]]
+        return max((c for c in choices if c <= min(limit, schedule.number(knob))), default=choices[0])
 
     def _why_unknown(self, schedule: Schedule) -> str | None:
         if schedule.dataflow not in self.choices:
@@ -108,39 +138,3 @@ class SearchSpace:
             if schedule[name] not in allowed:
                 return f"{name} = {schedule[name]!r} is not one of {', '.join(map(str, allowed))}"
         return None
-
-
-def _why_invalid_torch(problem: Problem, schedule: Schedule) -> str | None:
-    if schedule.dataflow == "token":
-        gathered = schedule["block_t"] * _gathered(problem)
-        if schedule["block_t"] != 1 and gathered > _MAX_GATHER_BYTES:
-            return f"a block of {schedule['block_t']} tokens gathers {gathered} bytes, at most {_MAX_GATHER_BYTES}"
-        if schedule["block_t"] > next_power_of_2(problem.seq_len):
-            return f"block_t = {schedule['block_t']} is more than the {problem.seq_len} tokens there are"
-        return None
-    if schedule["tile_rows"] < problem.group:
-        return f"tile_rows = {schedule['tile_rows']} is less than the {problem.group} rows of one token"
-    smallest = _CHOICES[problem.op, "torch"]["chunk"]["super_tile"][0]
-    if schedule["super_tile"] not in (smallest,) and schedule["super_tile"] > next_power_of_2(problem.seq_len):
-        return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
-    if schedule["tile_rows"] > schedule["super_tile"] * problem.group:
-        return f"tile_rows = {schedule['tile_rows']} is more than the rows of a super-tile"
-    return None
-
-
-def _gathered(problem: Problem) -> int:
-    """Bytes of keys and values that the PyTorch token dataflow gathers for one token."""
-    return problem.top_k * problem.chunk_size * (problem.head_dim + problem.value_dim) * max(problem.itemsize, 4)
-
-
-def _why_invalid_triton(problem: Problem, schedule: Schedule, target: Target) -> str | None:
-    if problem.dtype == "float64":
-        return "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
-    if "block_t" in schedule:
-        rows = schedule["block_t"] * next_power_of_2(problem.group)
-        if not _MIN_TILE_ROWS <= rows <= _MAX_TILE_ROWS and schedule["block_t"] != 1:
-            allowed = f"{_MIN_TILE_ROWS} … {_MAX_TILE_ROWS}"
-            return f"block_t = {schedule['block_t']} makes tiles of {rows} rows, allowed are {allowed}"
-    if problem.deterministic and schedule.dataflow == "chunk":
-        return "dataflow = 'chunk' adds with atomics; a deterministic schedule is asked for"
-    return None

@@ -72,7 +72,7 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -4,22 +4,27 @@ import subprocess
 import sys
 import threading
 import warnings
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import hsa_compile
-from hsa_compile import Problem, Schedule, SearchSpace, Target, hsa_attention, hsa_attention_reference
+from hsa_compile import Problem, Schedule, Target, hsa_attention, hsa_attention_reference
 from hsa_compile.autotune.check import TOLERANCES, relative_error
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.paths import cxx_compiler
+from hsa_compile.target import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
 CPU = Target.parse("cpu")
+WITHOUT_COMPILER = replace(CPU, has_compiler=False)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Arguments:
 
 def arguments(shape: Shape, dtype: torch.dtype) -> Arguments:
     """Random picks with empty slots, empty rows and duplicates; NaN where weights must never be read."""
-    torch.manual_seed(hash(str(shape)) % 2**31)
+    torch.manual_seed(zlib.crc32(str(shape).encode()))
     N = shape.S // shape.C
     indices = torch.randint(-1, N, (shape.B, shape.T, shape.H, shape.K), dtype=torch.int32)
     if shape.T > 3:
@@ -104,34 +109,57 @@ def arguments(shape: Shape, dtype: torch.dtype) -> Arguments:
     )
 
 
-def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
-    tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype, loosened: float = 1.0) -> None:
+    tolerance = loosened * TOLERANCES[str(dtype).removeprefix("torch.")]
     for name, one, other in zip(("o", "dq", "dk", "dv", "dw"), actual, expected, strict=True):
         assert torch.isfinite(one).all(), name
         assert relative_error(one, other) <= tolerance, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+FAMILIES = [
+    *((family, dtype) for family in ("cpp", "torch") for dtype in (torch.float32, torch.bfloat16)),
+    ("torch", torch.float16),
+    ("torch", torch.float64),
+]
+
+
+@pytest.fixture
+def family(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Which template family serves the CPU in this test."""
+    if request.param == "torch":
+        monkeypatch.setattr("hsa_compile.target.cxx_compiler", lambda: None)
+    elif cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    this_cpu.cache_clear()
+    yield request.param
+    this_cpu.cache_clear()
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES, indirect=["family"], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients_equal_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+def test_output_and_gradients_equal_the_reference(shape: Shape, family: str, dtype: torch.dtype) -> None:
     given = arguments(shape, dtype)
     expected = given.run(hsa_attention_reference, torch.float64)
-    assert_close(given.run(hsa_attention), expected, dtype)
+    # At 1e4 even float64 knows a logit to 1e-12 only, and near ties multiply that.
+    loosened = shape.logits if dtype == torch.float64 else 1.0
+    assert_close(given.run(hsa_attention), expected, dtype, loosened)
 
 
-def _corners() -> list[Schedule]:
-    """Of each dataflow, schedules that cut the work into one tile, and into many."""
-    return [
-        Schedule.of("chunk", super_tile=512, tile_rows=256),
-        Schedule.of("chunk", super_tile=512, tile_rows=1024),
-        Schedule.of("token", block_t=1),
-        Schedule.of("token", block_t=64),
-    ]
+# Schedules that cut the work into one tile, and into many.
+CORNERS = [
+    *((WITHOUT_COMPILER, Schedule.of("chunk", super_tile=512, tile_rows=rows)) for rows in (256, 1024)),
+    *((WITHOUT_COMPILER, Schedule.of("token", block_t=block)) for block in (1, 64)),
+    *((CPU, Schedule.of("chunk", super_tile=512, rows=rows, tile_rows=48)) for rows in (2, 6)),
+    (replace(CPU, arch="avx2"), Schedule.of("chunk", super_tile=512, rows=3, tile_rows=96)),
+    (replace(CPU, arch="scalar"), Schedule.of("chunk", super_tile=512, rows=4, tile_rows=384)),
+]
 
 
-@pytest.mark.parametrize("schedule", _corners(), ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[7], SHAPES[9], Shape(T=1300, S=1300, HQ=4, H=2, K=6)], ids=str)
-def test_every_dataflow_gives_the_same_answer_forward_and_backward(shape: Shape, schedule: Schedule) -> None:
+@pytest.mark.parametrize(("target", "schedule"), CORNERS, ids=lambda x: x.arch if isinstance(x, Target) else str(x))
+@pytest.mark.parametrize("shape", [SHAPES[7], SHAPES[9], Shape(T=500, S=1300, HQ=4, H=2, K=6)], ids=str)
+def test_every_schedule_gives_the_same_answer_forward_and_backward(
+    shape: Shape, target: Target, schedule: Schedule
+) -> None:
     given = arguments(shape, torch.float32)
     o, *gradients = given.run(hsa_attention_reference, torch.float64)
     scale = shape.D**-0.5
@@ -141,8 +169,10 @@ def test_every_dataflow_gives_the_same_answer_forward_and_backward(shape: Shape,
             head_dim=shape.D, value_dim=shape.Dv, chunk_size=shape.C, top_k=shape.K,
             softmax_off_by_one=shape.off_by_one, per_head_weights=shape.per_head,
         )  # fmt: skip
-        assert SearchSpace.of(problem, CPU).is_valid(problem, schedule, CPU)
-        entry = compile_kernel(emit(problem, schedule, CPU)).entry
+        knobs = dict(schedule)
+        if op == "hsa_forward" and "rows" in knobs:
+            del knobs["tile_rows"]  # a knob of the backward kernel
+        entry = compile_kernel(emit(problem, Schedule.from_dict(knobs), target)).entry
         inputs = [given.q, given.k, given.v, given.indices, given.weights]
         if op == "hsa_backward":
             inputs.append(given.grad_o)
@@ -151,7 +181,9 @@ def test_every_dataflow_gives_the_same_answer_forward_and_backward(shape: Shape,
             assert relative_error(actual, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", [Shape(B=1, T=5, S=20, D=3, Dv=4, C=4), Shape(B=1, T=3, S=9, HQ=2, C=3, off_by_one=True)])
+@pytest.mark.parametrize(
+    "shape", [Shape(B=1, T=5, S=20, D=3, Dv=4, C=4), Shape(B=1, T=3, S=9, HQ=2, C=3, off_by_one=True)]
+)
 def test_gradcheck(shape: Shape) -> None:
     given = arguments(shape, torch.float64)
     weights = torch.where(torch.isnan(given.weights), 0.5, given.weights)
@@ -183,7 +215,11 @@ def test_a_scale_of_ones_own_is_used() -> None:
 
 @pytest.mark.parametrize("empty", ["rows", "no slots", "no tokens", "no whole chunk"])
 def test_nothing_to_attend_to_gives_zeros_that_have_gradients(empty: str) -> None:
-    T, S, K = (0 if empty == "no tokens" else 5), (7 if empty == "no whole chunk" else 32), (0 if empty == "no slots" else 2)
+    T, S, K = (
+        (0 if empty == "no tokens" else 5),
+        (7 if empty == "no whole chunk" else 32),
+        (0 if empty == "no slots" else 2),
+    )
     q, k, v = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (T, S, S))
     weights = torch.full((1, T, 2, K), float("nan"), requires_grad=True)
     o = hsa_attention(q, k, v, torch.full((1, T, 2, K), -1), weights, chunk_size=16)
@@ -235,7 +271,8 @@ warnings.simplefilter("ignore")
 from hsa_compile import hsa_attention
 torch.set_num_threads(2)
 q = torch.randn(2, 600, 2, 8)
-call = lambda: hsa_attention(q, q, q, torch.zeros(2, 600, 2, 1, dtype=torch.int32), torch.ones(2, 600, 2, 1), chunk_size=16)
+picks = torch.zeros(2, 600, 2, 1, dtype=torch.int32)
+call = lambda: hsa_attention(q, q, q, picks, torch.ones(2, 600, 2, 1), chunk_size=16)
 before = call()
 child = os.fork()
 if child == 0:
@@ -272,7 +309,8 @@ GOOD = {
         ({"k": torch.zeros(1, 32, 1, 8).half()}, "k has dtype torch.float16; q, k and v must share"),
         ({"k": torch.zeros(1, 32, 1, 9)}, r"k has shape \[1, 32, 1, 9\]; .* \[1, 32, 1, 8\]"),
         ({"v": torch.zeros(1, 31, 1, 8)}, r"v has shape \[1, 31, 1, 8\]; .* \[1, 32, 1, 8\]"),
-        ({"q": torch.zeros(1, 4, 3, 8), "k": torch.zeros(1, 32, 2, 8), "v": torch.zeros(1, 32, 2, 8)}, "3 heads.*multiple of the 2"),
+        ({"q": torch.zeros(1, 4, 3, 8), "k": torch.zeros(1, 32, 2, 8), "v": torch.zeros(1, 32, 2, 8)},
+         "3 heads.*multiple of the 2"),
         ({"chunk_indices": torch.zeros(1, 5, 1, 2, dtype=torch.int32)}, r"chunk_indices has shape \[1, 5, 1, 2\]"),
         ({"chunk_indices": INDICES.short()}, "chunk_indices has dtype torch.int16; int32 or int64"),
         ({"chunk_indices": INDICES + 2}, "chunk_indices holds 2; allowed are -1 .* 0 … 1"),

@@ -1,0 +1,133 @@
+"""Builds emitted C++ into a shared library, once a machine, and calls it on tensors from all threads."""
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import CompileError
+from hsa_compile.kernels.worker_pool import run_on_workers
+from hsa_compile.paths import cxx_compiler
+from hsa_compile.problem import Problem
+
+# Flags of each vector extension, rather than -march=native: what is built depends on nothing that the source does
+# not name, so a cache directory can be shared by machines.
+_VECTOR_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+}
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+_BUILD_TIMEOUT_S = 300
+
+
+def load_library(source: Path, arch: str) -> ctypes.CDLL:
+    """The shared library of an emitted C++ file, built if it is not there or not whole.
+
+    Raises:
+        CompileError: there is no compiler, or it refuses the file.
+        OSError: the library cannot be written.
+    """
+    library, checksum = source.with_suffix(".so"), source.with_suffix(".so.sha256")
+    try:
+        whole = checksum.read_text() == _digest(library)
+    except (FileNotFoundError, UnicodeDecodeError):
+        whole = False
+    if not whole:
+        _build(source, library, arch)
+        checksum.write_text(_digest(library))
+    return ctypes.CDLL(str(library))
+
+
+def native_entry(library: ctypes.CDLL, problem: Problem, super_tile: int) -> Callable[..., Any]:
+    """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    run = _forward if problem.op == "hsa_forward" else _backward
+
+    def entry(*tensors: Tensor, scale: float) -> Any:
+        return run(library, problem, super_tile, tensors, scale)
+
+    return entry
+
+
+def _build(source: Path, library: Path, arch: str) -> None:
+    compiler = cxx_compiler()
+    if compiler is None:
+        raise CompileError("no C++ compiler is found (CXX, c++, g++ or clang++)")
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as directory:
+        built = Path(directory) / library.name
+        command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"{compiler} took more than {_BUILD_TIMEOUT_S} s for {source}") from error
+        if done.returncode:
+            raise CompileError(f"{compiler} refuses {source}: {done.stderr.strip()[-2000:]}")
+        built.replace(library)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _sizes(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def _forward(
+    library: ctypes.CDLL, problem: Problem, super_tile: int, tensors: tuple[Tensor, ...], scale: float
+) -> Tensor:
+    q, k, v, indices, weights = tensors
+    batch, seq_len, num_heads, _ = q.shape
+    kv_len, num_kv_heads, num_slots = k.shape[1], k.shape[2], indices.shape[3]
+    indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
+    o = torch.zeros(batch, seq_len, num_heads, problem.value_dim, dtype=torch.float32)
+    pointers = [_pointer(x) for x in (q, k, v, indices, float_weights, o)]
+    sizes = _sizes(seq_len, kv_len, num_kv_heads, num_slots)
+
+    def attend(first: int, last: int) -> None:
+        library.hsa_forward(*pointers, *sizes, ctypes.c_double(scale), *_sizes(first, last))
+
+    run_on_workers(attend, batch * num_kv_heads * -(-seq_len // super_tile))
+    return o.to(q.dtype)
+
+
+def _backward(
+    library: ctypes.CDLL, problem: Problem, super_tile: int, tensors: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, indices, weights, grad_o = tensors
+    batch, seq_len = q.shape[:2]
+    kv_len, num_kv_heads, num_slots = k.shape[1], k.shape[2], indices.shape[3]
+    num_chunks, num_super_tiles = kv_len // problem.chunk_size, -(-seq_len // super_tile)
+    whole = num_chunks * problem.chunk_size
+    indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
+    dq = torch.zeros(q.shape, dtype=torch.float32)
+    dw = torch.zeros(weights.shape, dtype=torch.float32)
+    before = [_pointer(x) for x in (q, k, v, indices, float_weights, grad_o, dq)]
+    sizes = _sizes(seq_len, kv_len, num_kv_heads, num_slots)
+
+    def differentiate(first: int, last: int) -> tuple[int, Tensor, Tensor]:
+        first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
+        dk = torch.zeros(last_pair - first_pair + 1, whole, problem.head_dim)
+        dv = torch.zeros(last_pair - first_pair + 1, whole, problem.value_dim)
+        own = [_pointer(x) for x in (dk, dv, dw)]
+        library.hsa_backward(*before, *own, *sizes, ctypes.c_double(scale), *_sizes(first, last))
+        return first_pair, dk, dv
+
+    # Each worker has its own dk and dv; they are summed in order, so that every run gives the same bits.
+    dk = torch.zeros(k.shape, dtype=torch.float32)
+    dv = torch.zeros(v.shape, dtype=torch.float32)
+    for _, _, (first_pair, dk_part, dv_part) in run_on_workers(differentiate, batch * num_kv_heads * num_super_tiles):
+        for pair in range(first_pair, first_pair + len(dk_part)):
+            b, h = divmod(pair, num_kv_heads)
+            dk[b, :whole, h] += dk_part[pair - first_pair]
+            dv[b, :whole, h] += dv_part[pair - first_pair]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dw.to(weights.dtype)

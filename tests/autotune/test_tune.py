@@ -1,0 +1,162 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import hsa_compile
+from hsa_compile.autotune import tune as tune_module
+from hsa_compile.autotune.candidate import Candidate, prepare
+from hsa_compile.autotune.tune import MAX_SEED, Progress, tune
+from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
+from hsa_compile.problem import OPS, Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.target import NAMED_TARGETS, Target
+
+PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
+QUICK: dict[str, Any] = {"device": "cpu", "trials": 3, "timeout": 5.0}
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
+    """Schedules in the order in which the search prepared them."""
+    order: list[Schedule] = []
+
+    def spy(problem: Problem, schedule: Schedule, *rest: Any) -> Candidate:
+        order.append(schedule)
+        return prepare(problem, schedule, *rest)
+
+    monkeypatch.setattr(tune_module, "prepare", spy)
+    return order
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
+    problem = PROBLEM.with_op(op)
+    seen: list[Progress] = []
+    record = tune(problem, trials=4, timeout=5.0, device="cpu", distribution="local", on_progress=seen.append)
+    target = Target.parse("cpu")
+    assert (record.problem, record.target, record.inputs) == (problem, target, "local")
+    assert SearchSpace.of(problem, target).is_valid(problem, record.schedule, target)
+    assert record.measurement.median_ms > 0
+    assert record.default_measurement.median_ms > 0
+    assert 1 <= record.trials <= 4
+    assert not record.failures
+    assert record.versions["torch"] == torch.__version__.split("+")[0] or record.versions["torch"] == torch.__version__
+    assert record.date.endswith("+00:00")
+    assert [progress.tried for progress in seen] == list(range(1, record.trials + 1))
+    assert all(progress.best_ms > 0 and progress.elapsed_s >= 0 for progress in seen)
+    kernel = hsa_compile.emit(problem, record.schedule, target)
+    assert kernel.fingerprint == record.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("op", OPS)
+def test_a_tiny_problem_is_tuned_in_cpp_where_there_is_a_compiler(op: str) -> None:
+    problem = PROBLEM.with_op(op)
+    record = tune(problem, trials=2, timeout=30.0, device="cpu")
+    assert record.target.has_compiler
+    assert template_for(problem, record.target) == "cpp"
+    assert (record.trials, record.failures) == (2, {})
+    default_cache().put(record)
+    found = default_cache().lookup(problem, Target.parse("cpu"))
+    assert found is not None
+    assert found.schedule == record.schedule
+
+
+def test_tuning_stores_nothing_and_what_is_stored_is_what_runs(tmp_path: Any) -> None:
+    record = tune(PROBLEM, **QUICK)
+    assert not list(default_cache().entries())
+    assert not (tmp_path / "cache" / "schedules").exists()
+    default_cache().put(record)
+    assert hsa_compile.resolve(PROBLEM, record.target).source.schedule == record.schedule
+
+
+def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepared: list[Schedule]) -> None:
+    longer = replace(PROBLEM, seq_len=1000, kv_len=1000)
+    target = Target.parse("cpu")
+    default = default_schedule(PROBLEM, target)
+    nearest = next(
+        schedule for schedule in SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target) if schedule != default
+    )
+    record = tune(longer, trials=1, timeout=5.0, device="cpu")
+    default_cache().put(replace(record, schedule=nearest))
+    prepared.clear()
+    tune(PROBLEM, trials=2, timeout=5.0, device="cpu")
+    assert prepared == [default, nearest]
+
+
+def test_one_trial_is_the_default_alone(prepared: list[Schedule]) -> None:
+    record = tune(PROBLEM, **{**QUICK, "trials": 1})
+    assert prepared == [record.schedule] == [default_schedule(PROBLEM, Target.parse("cpu"))]
+    assert record.measurement == record.default_measurement
+    assert record.speedup == 1.0
+
+
+def test_the_same_seed_tries_the_same_schedules(prepared: list[Schedule], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "measure", lambda calls, device, rounds: [[1.0] * rounds for _ in calls])
+    orders = []
+    for seed in (7, 7, 8):
+        prepared.clear()
+        tune(PROBLEM, **{**QUICK, "trials": 5, "timeout": 60.0, "seed": seed})
+        orders.append(list(prepared))
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_a_candidate_that_is_wrong_is_counted_and_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = default_schedule(PROBLEM, Target.parse("cpu"))
+
+    def wrong_but_default(problem: Problem, schedule: Schedule, *rest: Any) -> Candidate:
+        if schedule != default:
+            raise WrongResult("o is off")
+        return prepare(problem, schedule, *rest)
+
+    monkeypatch.setattr(tune_module, "prepare", wrong_but_default)
+    record = tune(PROBLEM, **QUICK)
+    assert record.schedule == default
+    assert record.failures == {"WrongResult": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"trials": 0}, "trials = 0 must be at least 1"),
+        ({"timeout": 0}, "timeout = 0 must be more than 0"),
+        ({"timeout": float("nan")}, "timeout = nan must be more than 0"),
+        ({"seed": -1}, "seed = -1 must be in 0"),
+        ({"seed": MAX_SEED + 1}, f"seed = {MAX_SEED + 1} must be in 0 … {MAX_SEED}"),
+        ({"distribution": "odd"}, "distribution = 'odd' is not one of random, local, hot"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused_with_its_value(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        tune(PROBLEM, **{**QUICK, **options})
+
+
+def test_the_largest_seed_works() -> None:
+    assert tune(PROBLEM, **{**QUICK, "seed": MAX_SEED}).trials == 3
+
+
+@pytest.mark.parametrize("device", ["sm_90", "banana", "cpu:x"])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(InvalidTarget, match=f"'{device}' is not known; allowed are cpu, cuda"):
+        tune(PROBLEM, **{**QUICK, "device": device})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_a_gpu_that_is_not_there_cannot_be_tuned_for() -> None:
+    with pytest.raises(InvalidTarget, match="not present"):
+        tune(PROBLEM, **{**QUICK, "device": "cuda:0"})
+    with pytest.raises(InvalidTarget, match="not present"):
+        tune(PROBLEM, NAMED_TARGETS["sm_90"], trials=1)
+
+
+def test_another_cpu_than_the_one_at_hand_cannot_be_tuned_for(cpu: Target) -> None:
+    with pytest.raises(InvalidTarget, match="target Test CPU is not the device at hand"):
+        tune(PROBLEM, cpu, trials=1)

@@ -1,0 +1,127 @@
+"""The emitted Triton kernels, compiled for GPUs that are not there: they fit, do not spill, and use the matrix units.
+
+A process either interprets kernels, as the other tests do, or compiles them: all compiling is in one other process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hsa_compile.errors import CompileError
+from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.target import Target
+
+pytest.importorskip("triton")
+
+TARGETS = ("sm_80", "sm_90", "gfx942", "sm_100")
+GROUPS = (1, 4, 16)
+# Of one thread, and outside of the loops: what the 255th register costs.
+ALLOWED_SPILLS = {"sm_80": 0, "sm_90": 8, "gfx942": 0, "sm_100": 8}
+TOKEN_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HMMA", "gfx942": "MFMA", "sm_100": "HMMA"}  # too few rows for more
+CHUNK_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "MFMA", "sm_100": "UTCHMMA"}
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from types import SimpleNamespace
+from hsa_compile.errors import CompileError, OutOfResources
+from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.target import Target
+
+def module(target, *, op, group, **options):
+    problem = Problem(op=op, seq_len=4096, num_heads=group, num_kv_heads=1, top_k=16, dtype="bfloat16",
+                      **{"head_dim": 128, **options})
+    return compile_kernel(emit(problem, default_schedule(problem, target), target)).module
+
+def altered(module, signature, constants={}):
+    launches = [{**x, "signature": {**x["signature"], **signature}, "constants": constants} for x in module.LAUNCHES]
+    return SimpleNamespace(LAUNCHES=launches)
+
+def failure(module, target):
+    try:
+        compile_launches(module, target)
+    except (CompileError, OutOfResources) as error:
+        return [type(error).__name__, str(error)]
+
+result = {"rows": []}
+for arch in json.loads(sys.argv[1]):
+    target = Target.parse(arch)
+    for group in json.loads(sys.argv[2]):
+        # Determinism makes the token dataflow the default.
+        for op, options in (("hsa_forward", {}), ("hsa_forward", {"deterministic": True}), ("hsa_backward", {}),
+                            ("hsa_backward", {"deterministic": True})):
+            for kernel in compile_launches(module(target, op=op, group=group, **options), target):
+                row = asdict(kernel)
+                result["texts"] = sorted(row.pop("asm"))
+                result["rows"].append({"arch": arch, "group": group, **row})
+
+hopper, cdna = Target.parse("sm_90"), Target.parse("gfx942")
+ones = {name: "constexpr" for name in ("T", "S", "H", "K")}
+for op in ("hsa_forward", "hsa_backward"):
+    for deterministic in (False, True):
+        one = module(hopper, op=op, group=3, head_dim=20, deterministic=deterministic)
+        compile_launches(altered(one, ones, dict.fromkeys(ones, 1)), hopper)
+wide = module(hopper, op="hsa_backward", group=1, head_dim=256, chunk_size=128)
+result["too large"] = failure(wide, cdna)
+result["ill-typed"] = failure(altered(module(hopper, op="hsa_forward", group=4), {"q": "*i32"}), hopper)
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(TARGETS), json.dumps(GROUPS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+def test_default_schedules_fit_use_the_matrix_units_and_do_not_spill(arch: str, compiled: dict[str, Any]) -> None:
+    rows = [row for row in compiled["rows"] if row["arch"] == arch]
+    assert {row["name"] for row in rows} == {
+        "_hsa_forward_token", "_hsa_forward_chunk", "_hsa_backward_dq_dw", "_hsa_backward_dk_dv", "_hsa_backward_chunk",
+    }  # fmt: skip
+    for row in rows:
+        by_token = row["name"] in ("_hsa_forward_token", "_hsa_backward_dq_dw")
+        assert row["matrix_instruction"] == (TOKEN_INSTRUCTION if by_token else CHUNK_INSTRUCTION)[arch], row
+        assert row["spills"] <= ALLOWED_SPILLS[arch], row
+        assert 0 < row["registers"] <= 512, row
+        assert 0 < row["shared_memory"] <= Target.parse(arch).shared_memory, row
+
+
+@pytest.mark.slow
+def test_texts_of_the_compiler_come_along(compiled: dict[str, Any]) -> None:
+    assert {"ttir", "ttgir", "ptx"} <= set(compiled["texts"])
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_fit_or_compile_says_so(compiled: dict[str, Any]) -> None:
+    kind, message = compiled["too large"]
+    assert kind == "OutOfResources"
+    assert "gfx942 has 65536" in message
+    kind, message = compiled["ill-typed"]
+    assert kind == "CompileError"
+    assert "_hsa_forward_chunk does not compile for sm_90" in message
+
+
+def test_an_interpreted_kernel_cannot_be_compiled() -> None:
+    target = Target.parse("sm_90")
+    problem = Problem(seq_len=64, num_heads=4, num_kv_heads=1, head_dim=64, top_k=2, dtype="bfloat16")
+    kernel = compile_kernel(emit(problem, default_schedule(problem, target), target))
+    with pytest.raises(CompileError, match="interpreter"):
+        compile_launches(kernel.module, target)

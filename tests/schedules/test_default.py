@@ -1,0 +1,75 @@
+import itertools
+
+import pytest
+
+from hsa_compile.errors import InvalidSchedule
+from hsa_compile.problem import DTYPES, OPS, Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import NAMED_TARGETS, Target
+
+
+def cpu_of(arch: str, *, has_compiler: bool) -> Target:
+    return Target(kind="cpu", name="test", arch=arch, num_cores=2, has_compiler=has_compiler)
+
+
+TARGETS = {
+    "cpu": cpu_of("avx2", has_compiler=False),
+    "cpu-avx2": cpu_of("avx2", has_compiler=True),
+    "cpu-avx512": cpu_of("avx512", has_compiler=True),
+    "cpu-other": cpu_of("scalar", has_compiler=True),
+    **{name: NAMED_TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")},
+}
+
+
+def runs_on(dtype: str, target: Target) -> bool:
+    return target.kind == "cpu" or dtype != "float64"
+
+
+@pytest.mark.parametrize("group", [1, 3, 16, 64])
+@pytest.mark.parametrize("seq_len", [1, 7, 16384, 1 << 20])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int) -> None:
+    shapes = itertools.product((1, 8, 64), (16, 64, 128), (16, 64, 80, 128, 256), DTYPES, (False, True))
+    for top_k, chunk_size, head_dim, dtype, deterministic in shapes:
+        if not runs_on(dtype, target):
+            continue
+        problem = Problem(
+            op=op,
+            seq_len=seq_len,
+            num_heads=2 * group,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            dtype=dtype,
+            deterministic=deterministic,
+        )
+        space = SearchSpace.of(problem, target)
+        if next(space.schedules(problem, target), None) is None:
+            # Keys, values and their gradients of one such chunk are more than a program can hold.
+            assert target.kind != "cpu"
+            assert (dtype, head_dim) == ("float32", 256)
+            with pytest.raises(InvalidSchedule, match="bytes of shared memory"):
+                default_schedule(problem, target)
+            continue
+        schedule = default_schedule(problem, target)
+        reason = space.why_invalid(problem, schedule, target)
+        assert reason is None, f"{problem.describe()}: {schedule}: {reason}"
+
+
+@pytest.mark.parametrize("kv_len", [1, 63, 1 << 20])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_default_is_valid_where_keys_and_queries_differ_in_number(target: Target, kv_len: int) -> None:
+    for op, seq_len in itertools.product(OPS, (1, 129)):
+        problem = Problem(op=op, seq_len=seq_len, kv_len=kv_len, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
+        assert SearchSpace.of(problem, target).is_valid(problem, default_schedule(problem, target), target)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda target: target.arch)
+def test_a_problem_without_any_schedule_is_refused_with_the_reason(target: Target, op: str) -> None:
+    problem = Problem(op=op, seq_len=129, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8, dtype="float64")
+    with pytest.raises(InvalidSchedule, match=f"float64 on {target.arch}: dtype = 'float64'"):
+        default_schedule(problem, target)

@@ -1,0 +1,47 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.schedules.record import Measurement, TuningRecord
+
+MakeRecord = Callable[..., TuningRecord]
+TIMES: dict[str, Any] = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1, "repeats": 3}
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1.0", None])
+@pytest.mark.parametrize("name", ["median_ms", "p20_ms", "p80_ms"])
+def test_a_time_that_is_no_positive_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"{name} = .* must be a positive number"):
+        Measurement(**{**TIMES, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, None])
+def test_a_measurement_without_repeats_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match="repeats"):
+        Measurement(**{**TIMES, "repeats": value})
+
+
+def test_a_dict_gives_back_the_same_record(make_record: MakeRecord) -> None:
+    record = make_record()
+    assert TuningRecord.from_dict(record.to_dict()) == record
+
+
+def test_the_speedup_is_the_default_time_over_the_tuned_one(make_record: MakeRecord) -> None:
+    assert make_record(median_ms=1.25).speedup == 2.0
+
+
+@pytest.mark.parametrize("name", ["problem", "target", "schedule", "measurement", "default_measurement", "versions"])
+def test_a_record_without_a_field_is_refused(name: str, make_record: MakeRecord) -> None:
+    values = make_record().to_dict()
+    del values[name]
+    with pytest.raises(KeyError, match=name):
+        TuningRecord.from_dict(values)
+
+
+def test_a_record_with_an_unknown_field_inside_is_refused(make_record: MakeRecord) -> None:
+    values = make_record().to_dict()
+    values["problem"]["colour"] = "red"
+    with pytest.raises(InvalidArgument, match="Problem has unknown fields colour"):
+        TuningRecord.from_dict(values)

@@ -1,0 +1,186 @@
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from hsa_compile.problem import DTYPES, OPS, Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.schedule import Knob, Schedule
+from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.target import NAMED_TARGETS, Target
+
+CPU = Target(kind="cpu", name="test", arch="avx2", num_cores=2)
+COMPILED = {f"cpu-{arch}": replace(CPU, arch=arch, has_compiler=True) for arch in ("avx2", "avx512", "scalar")}
+TARGETS = {"cpu": CPU, **COMPILED, **NAMED_TARGETS}
+
+both_ops = pytest.mark.parametrize("op", OPS)
+any_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+
+
+def problem_of(op: str = "hsa_forward", *, group: int = 4, **fields: object) -> Problem:
+    shape = {"seq_len": 4096, "num_heads": group, "num_kv_heads": 1, "head_dim": 64, "top_k": 8, "dtype": "float32"}
+    return Problem(op=op, **{**shape, **fields})  # type: ignore[arg-type]
+
+
+def every_point(space: SearchSpace) -> list[Schedule]:
+    return [
+        Schedule.of(dataflow, **dict(zip(knobs, values, strict=True)))
+        for dataflow, knobs in space.choices.items()
+        for values in itertools.product(*knobs.values())
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_kind_of_device_has_its_template(dtype: str) -> None:
+    problem = problem_of(dtype=dtype)
+    assert {template_for(problem, target) for target in NAMED_TARGETS.values()} == {"triton"}
+    assert template_for(problem, CPU) == "torch"
+    compiled = {template_for(problem, target) for target in COMPILED.values()}
+    assert compiled == ({"cpp"} if dtype in ("float32", "bfloat16") else {"torch"})
+
+
+@any_target
+@both_ops
+@pytest.mark.parametrize("group", [1, 3, 16, 64])
+@pytest.mark.parametrize("seq_len", [1, 7, 4096])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+def test_schedules_are_distinct_valid_and_all_that_are_valid(
+    op: str, target: Target, group: int, seq_len: int, deterministic: bool
+) -> None:
+    problem = problem_of(op, group=group, seq_len=seq_len, deterministic=deterministic)
+    space = SearchSpace.of(problem, target)
+    listed = list(space.schedules(problem, target))
+    assert listed
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {point for point in every_point(space) if space.is_valid(problem, point, target)}
+    assert listed == list(space.schedules(problem, target))
+
+
+@any_target
+@both_ops
+def test_validity_and_reason_agree(op: str, target: Target) -> None:
+    problem = problem_of(op, group=16, seq_len=600, deterministic=True)
+    space = SearchSpace.of(problem, target)
+    for point in every_point(space):
+        reason = space.why_invalid(problem, point, target)
+        assert space.is_valid(problem, point, target) == (reason is None)
+        assert reason is None or (reason.strip() and "\n" not in reason)
+
+
+def unknown_schedules(known: Schedule) -> list[tuple[Schedule, str]]:
+    """Schedules that differ from a valid one in what no problem allows, and what the reason must name."""
+    knob, value = known.knobs[0]
+    rest: dict[str, Knob] = dict(known.knobs[1:])
+    return [
+        (Schedule(dataflow="diagonal", knobs=known.knobs), "'diagonal'"),
+        (Schedule.of(known.dataflow, **rest), knob),
+        (Schedule(dataflow=known.dataflow, knobs=(*known.knobs, ("colour", "red"))), "colour"),
+        (Schedule.of(known.dataflow, **{**rest, knob: -7}), f"{knob} = -7"),
+        (Schedule.of(known.dataflow, **{**rest, knob: f"{value}"}), f"{knob} = '{value}'"),
+    ]
+
+
+@any_target
+@both_ops
+def test_an_unknown_dataflow_knob_or_value_is_named(op: str, target: Target) -> None:
+    problem = problem_of(op)
+    space = SearchSpace.of(problem, target)
+    for schedule, named in unknown_schedules(default_schedule(problem, target)):
+        reason = space.why_invalid(problem, schedule, target)
+        assert reason is not None
+        assert named in reason
+
+
+@both_ops
+def test_blocks_and_super_tiles_larger_than_the_sequence_are_refused(op: str) -> None:
+    problem = problem_of(op, seq_len=5)
+    space = SearchSpace.of(problem, CPU)
+    largest = Schedule.of("token", block_t=max(space.choices["token"]["block_t"]))
+    assert "5 tokens" in (space.why_invalid(problem, largest, CPU) or "")
+    tile = Schedule.of("chunk", **{knob: max(values) for knob, values in space.choices["chunk"].items()})  # type: ignore[type-var]
+    assert "5 tokens" in (space.why_invalid(problem, tile, CPU) or "")
+
+
+@both_ops
+def test_a_tile_holds_at_least_one_token_and_at_most_a_super_tile(op: str) -> None:
+    space = SearchSpace.of(problem_of(op), CPU)
+    rows, tokens = space.choices["chunk"]["tile_rows"], space.choices["chunk"]["super_tile"]
+    too_small = Schedule.of("chunk", super_tile=tokens[0], tile_rows=rows[0])
+    wide = problem_of(op, group=2 * int(rows[0]))
+    assert str(wide.group) in (space.why_invalid(wide, too_small, CPU) or "")
+    too_large = Schedule.of("chunk", super_tile=tokens[0], tile_rows=rows[-1])
+    assert "tile_rows" in (space.why_invalid(problem_of(op, group=1), too_large, CPU) or "")
+
+
+@both_ops
+def test_a_register_tile_that_does_not_fit_the_registers_is_refused(op: str) -> None:
+    target = COMPILED["cpu-avx2"]
+    problem = problem_of(op, chunk_size=64, head_dim=64)
+    space = SearchSpace.of(problem, target)
+    smallest, *_, largest = sorted(space.choices["chunk"]["rows"])
+    knobs: dict[str, Knob] = {knob: values[0] for knob, values in space.choices["chunk"].items()}
+    assert space.is_valid(problem, Schedule.of("chunk", **{**knobs, "rows": smallest}), target)
+    reason = space.why_invalid(problem, Schedule.of("chunk", **{**knobs, "rows": largest}), target)
+    assert f"rows = {largest}" in (reason or "")
+
+
+@both_ops
+def test_a_block_that_gathers_too_many_bytes_is_refused_but_a_single_token_never(op: str) -> None:
+    problem = problem_of(op, top_k=64, chunk_size=1024, head_dim=256)
+    space = SearchSpace.of(problem, CPU)
+    blocks = space.choices["token"]["block_t"]
+    assert space.is_valid(problem, Schedule.of("token", block_t=1), CPU)
+    assert "gathers" in (space.why_invalid(problem, Schedule.of("token", block_t=blocks[-1]), CPU) or "")
+
+
+@pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=NAMED_TARGETS)
+@both_ops
+def test_a_gpu_has_no_schedule_for_float64(op: str, target: Target) -> None:
+    problem = problem_of(op, dtype="float64")
+    assert not list(SearchSpace.of(problem, target).schedules(problem, target))
+
+
+@pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=NAMED_TARGETS)
+@both_ops
+def test_a_deterministic_problem_rules_out_atomics(op: str, target: Target) -> None:
+    problem = problem_of(op, dtype="bfloat16")
+    space = SearchSpace.of(problem, target)
+    free = list(space.schedules(problem, target))
+    strict = list(space.schedules(replace(problem, deterministic=True), target))
+    assert {schedule.dataflow for schedule in free} == set(space.choices)
+    assert {schedule.dataflow for schedule in strict} == {"token"}
+
+
+@both_ops
+@pytest.mark.parametrize("target", [CPU, *COMPILED.values()], ids=["cpu", *COMPILED])
+@pytest.mark.parametrize("group", [1, 3, 16, 64])
+@pytest.mark.parametrize("top_k", [1, 8, 64])
+def test_fitting_a_schedule_of_a_longer_problem_gives_a_valid_one_on_a_cpu(
+    op: str, target: Target, group: int, top_k: int
+) -> None:
+    for chunk_size, head_dim, seq_len in itertools.product((16, 128), (64, 256), (1, 7, 700, 16384)):
+        long = problem_of(op, group=group, seq_len=1 << 20, top_k=1, chunk_size=chunk_size, head_dim=head_dim)
+        short = replace(long, seq_len=seq_len, kv_len=0, top_k=top_k)
+        space = SearchSpace.of(long, target)
+        for schedule in space.schedules(long, target):
+            fitted = space.fit(short, schedule)
+            assert space.why_invalid(short, fitted, target) is None, (schedule, fitted)
+            assert fitted.dataflow == schedule.dataflow
+
+
+@any_target
+@both_ops
+def test_fitting_to_the_same_problem_changes_nothing(op: str, target: Target) -> None:
+    problem = problem_of(op)
+    space = SearchSpace.of(problem, target)
+    for schedule in space.schedules(problem, target):
+        assert space.fit(problem, schedule) == schedule
+
+
+@any_target
+def test_fitting_a_schedule_that_this_version_does_not_know_leaves_it_to_be_refused(target: Target) -> None:
+    problem = problem_of()
+    space = SearchSpace.of(problem, target)
+    for schedule, _ in unknown_schedules(default_schedule(problem, target)):
+        fitted = space.fit(problem, schedule)
+        assert not space.is_valid(problem, fitted, target)
