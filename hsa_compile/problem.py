@@ -11,6 +11,7 @@ from typing import Any
 from hsa_compile.errors import InvalidProblem
 
 OPS = ("hsa_forward", "hsa_backward")
+OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed")  # what changes the emitted source
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_CHUNK_SIZE = 1024
@@ -31,6 +32,8 @@ class Problem:
         dtype: of q, k and v, one of `DTYPES`.
         softmax_off_by_one: an extra 1 in the normaliser of each chunk.
         per_head_weights: chunk weights for each query head rather than for each kv head.
+        mask_last_token: the last key of each chunk is a landmark and is not attended to.
+        packed: several sequences lie one after the other in a batch of one, and chunks begin where a table says.
         deterministic: only schedules that give the same bits twice.
 
     Raises:
@@ -50,6 +53,8 @@ class Problem:
     dtype: str = "float32"
     softmax_off_by_one: bool = False
     per_head_weights: bool = False
+    mask_last_token: bool = False
+    packed: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +69,7 @@ class Problem:
             _check_range(name, getattr(self, name), 1, 2**40)
         _check_range("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
         _check_range("value_dim", self.value_dim, 1, MAX_HEAD_DIM)
-        _check_range("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+        _check_range("chunk_size", self.chunk_size, 2 if self.mask_last_token else 1, MAX_CHUNK_SIZE)
         if self.num_heads % self.num_kv_heads:
             raise InvalidProblem(
                 f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -112,7 +117,7 @@ class Problem:
             text += f" S{self.kv_len}"
         if self.value_dim != self.head_dim:
             text += f" Dv{self.value_dim}"
-        for flag in ("softmax_off_by_one", "per_head_weights", "deterministic"):
+        for flag in (*OPTIONS, "deterministic"):
             if getattr(self, flag):
                 text += f" {flag}"
         return text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.paths import TEMPLATE_DIR
-from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.problem import OPTIONS, Problem, next_power_of_2
 from hsa_compile.schedules.limits import vector_lanes
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, template_for
@@ -67,7 +67,7 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
 
 
 def _header(problem: Problem, schedule: Schedule, target: Target, *, comment: bool) -> str:
-    options = [name for name in ("softmax_off_by_one", "per_head_weights") if getattr(problem, name)]
+    options = [name for name in OPTIONS if getattr(problem, name)]
     shape = f"{problem.dtype}, G {problem.group}, D {problem.head_dim}, Dv {problem.value_dim}, C {problem.chunk_size}"
     device = "cpu" if target.kind == "cpu" and not comment else f"{target.kind} {target.arch}"
     lines = [

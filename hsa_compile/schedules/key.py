@@ -50,6 +50,8 @@ class ScheduleKey:
     num_cores: int = _near(1.0, "how many programs run at once")
     softmax_off_by_one: bool = _near(0.25, "one more addition a row")
     per_head_weights: bool = _near(0.25, "one more load a row")
+    mask_last_token: bool = _near(0.25, "one key less a chunk")
+    packed: bool = _near(0.25, "one more load a chunk")
 
     torch: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
     triton: str = _recorded("as for torch")
@@ -78,6 +80,8 @@ class ScheduleKey:
             num_cores=target.num_cores,
             softmax_off_by_one=bucket.softmax_off_by_one,
             per_head_weights=bucket.per_head_weights,
+            mask_last_token=bucket.mask_last_token,
+            packed=bucket.packed,
             torch=(versions or {}).get("torch", ""),
             triton=(versions or {}).get("triton", ""),
         )

@@ -50,7 +50,8 @@ def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int)
         if next(space.schedules(problem, target), None) is None:
             # Keys, values and their gradients of one such chunk are more than a program can hold.
             assert target.kind != "cpu"
-            assert (dtype, head_dim) == ("float32", 256)
+            assert dtype == "float32"
+            assert chunk_size * head_dim >= 64 * 128
             with pytest.raises(InvalidSchedule, match="bytes of shared memory"):
                 default_schedule(problem, target)
             continue
