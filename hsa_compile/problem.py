@@ -10,10 +10,16 @@ from typing import Any
 
 from hsa_compile.errors import InvalidProblem
 
-OPS = ("hsa_forward", "hsa_backward")
-OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed")  # what changes the emitted source
+OPS = ("hsa_forward", "hsa_backward")  # of hsa_attention
+SELECT_OPS = ("select_chunks", "select_chunks_backward")
+ALL_OPS = (*OPS, *SELECT_OPS)
+FUSIONS = ("softmax", "stick_breaking")
+# What changes the emitted source.
+OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
+MAX_RETRIEVAL_DIM = 1024  # of select_chunks
+MAX_SELECTED = 128  # chunks that select_chunks keeps for a token
 MAX_CHUNK_SIZE = 1024
 
 
@@ -22,17 +28,20 @@ class Problem:
     """One op on one shape: the workload that a schedule is tuned for.
 
     Attributes:
-        op: which kernel, one of `OPS`.
+        op: which kernel, one of `ALL_OPS`.
         batch, seq_len: `B` and `T` of the queries.
         kv_len: `S`, the number of keys; 0 means `seq_len`.
         num_heads, num_kv_heads: `HQ` and `H`; `HQ` is a multiple of `H`.
-        head_dim, value_dim: `D` and `Dv`, at most 256; a value dim of 0 means `head_dim`.
+        head_dim, value_dim: `D` and `Dv`, at most 256; a value dim of 0 means `head_dim`. In `select_chunks`, the
+            retrieval dim, at most 1024.
         chunk_size: `C`, keys in a chunk.
         top_k: `K`, slots of a token.
         dtype: of q, k and v, one of `DTYPES`.
         softmax_off_by_one: an extra 1 in the normaliser of each chunk.
         per_head_weights: chunk weights for each query head rather than for each kv head.
         mask_last_token: the last key of each chunk is a landmark and is not attended to.
+        fusion: in `select_chunks`, how the picked scores become weights, one of `FUSIONS`.
+        noise: in `select_chunks`, whether Gumbel noise is added to the scores that are compared.
         packed: several sequences lie one after the other in a batch of one, and chunks begin where a table says.
         deterministic: only schedules that give the same bits twice.
 
@@ -55,6 +64,8 @@ class Problem:
     per_head_weights: bool = False
     mask_last_token: bool = False
     packed: bool = False
+    fusion: str = "softmax"
+    noise: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -63,17 +74,26 @@ class Problem:
             object.__setattr__(self, "kv_len", self.seq_len)
         if self.value_dim == 0:
             object.__setattr__(self, "value_dim", self.head_dim)
-        _check_choice("op", self.op, OPS)
+        _check_choice("op", self.op, ALL_OPS)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("fusion", self.fusion, FUSIONS)
         for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
             _check_range(name, getattr(self, name), 1, 2**40)
-        _check_range("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
-        _check_range("value_dim", self.value_dim, 1, MAX_HEAD_DIM)
+        most = MAX_RETRIEVAL_DIM if self.selects else MAX_HEAD_DIM
+        _check_range("head_dim", self.head_dim, 1, most)
+        _check_range("value_dim", self.value_dim, 1, most)
+        if self.selects:
+            _check_range("top_k", self.top_k, 1, MAX_SELECTED)
         _check_range("chunk_size", self.chunk_size, 2 if self.mask_last_token else 1, MAX_CHUNK_SIZE)
         if self.num_heads % self.num_kv_heads:
             raise InvalidProblem(
                 f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}"
             )
+
+    @property
+    def selects(self) -> bool:
+        """Whether this is `select_chunks` or its backward, rather than the attention over what it picks."""
+        return self.op in SELECT_OPS
 
     @property
     def group(self) -> int:
@@ -117,6 +137,8 @@ class Problem:
             text += f" S{self.kv_len}"
         if self.value_dim != self.head_dim:
             text += f" Dv{self.value_dim}"
+        if self.fusion != "softmax":
+            text += f" {self.fusion}"
         for flag in (*OPTIONS, "deterministic"):
             if getattr(self, flag):
                 text += f" {flag}"

@@ -10,6 +10,7 @@ from hsa_compile.schedules.record import Measurement
 
 MIN_GAIN = 0.01  # a winner saves at least this share of the default's time …
 CONFIDENT_SHARE = 0.8  # … and is faster in at least this share of the rounds
+MIN_ROUNDS = 9  # with fewer, one of four equals would beat the default by luck every fifth time
 _ROUNDS_AT_ONCE = 3
 
 TimeAll = Callable[[Sequence[Candidate], int], list[list[float]]]
@@ -34,15 +35,15 @@ def play_off(
 
     Args:
         time_all: interleaved times of several candidates over a number of rounds.
-        max_rounds: at most so many; at least `_ROUNDS_AT_ONCE`.
-        deadline: `time.monotonic()` after which no more rounds begin.
+        max_rounds: at most so many; at least `MIN_ROUNDS` are run.
+        deadline: `time.monotonic()` after which no more rounds begin than those.
     """
     entrants = [default, *challengers]
     times: list[list[float]] = [[] for _ in entrants]
     while len(times[0]) < max_rounds:
         for collected, new in zip(times, time_all(entrants, _ROUNDS_AT_ONCE), strict=True):
             collected.extend(new)
-        if time.monotonic() >= deadline:
+        if len(times[0]) >= MIN_ROUNDS and time.monotonic() >= deadline:
             break
     ratios = [[t / d for t, d in zip(mine, times[0], strict=True)] for mine in times]
     medians = [quantile(r, 0.5) for r in ratios]

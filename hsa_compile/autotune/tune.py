@@ -10,7 +10,8 @@ import torch
 from hsa_compile.autotune.candidate import Candidate, prepare
 from hsa_compile.autotune.inputs import make_inputs
 from hsa_compile.autotune.measure import measure
-from hsa_compile.autotune.play_off import play_off
+from hsa_compile.autotune.memory import check_memory
+from hsa_compile.autotune.play_off import MIN_ROUNDS, play_off
 from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.errors import InvalidArgument, InvalidTarget
 from hsa_compile.problem import Problem
@@ -26,7 +27,7 @@ DEFAULT_TIMEOUT_S = 45.0
 MAX_SEED = 2**32 - 1  # of Optuna's sampler
 
 _PAIRS = 3  # rounds in which a trial is timed against the default
-_FINALISTS = 4
+_MAX_FINALISTS = 4
 _PLAY_OFF_ROUNDS = 15
 _PLAY_OFF_SHARE = 0.25  # of the time
 
@@ -82,12 +83,14 @@ def tune(
 
     Raises:
         InvalidArgument: trials, timeout or seed out of range.
+        InvalidProblem: its tensors do not fit in the memory that is free.
         InvalidTarget: the target's device is not the one at hand.
         CompileError, OutOfResources, WrongResult: the default schedule itself fails.
     """
     check_limits(trials, timeout, seed)
     place = _device(target, device)
     target = Target.of(place)
+    check_memory(problem, place)
     start = time.monotonic()
     deadline = start + timeout
     inputs = make_inputs(problem, place, distribution=distribution, seed=seed)
@@ -125,7 +128,7 @@ def tune(
         on_trial=report,
     )
     default, *others = result.trials
-    finalists = sorted(others, key=lambda trial: trial.ratio)[:_FINALISTS]
+    finalists = sorted(others, key=lambda trial: trial.ratio)[: _num_finalists(default.median_ms, deadline)]
     verdict = play_off(
         default.candidate,
         [trial.candidate for trial in finalists],
@@ -160,6 +163,12 @@ def check_limits(trials: int, timeout: float, seed: int) -> None:
         raise InvalidArgument(f"timeout = {timeout} must be more than 0 seconds")
     if not 0 <= seed <= MAX_SEED:
         raise InvalidArgument(f"seed = {seed} must be in 0 … {MAX_SEED}")
+
+
+def _num_finalists(default_ms: float, deadline: float) -> int:
+    """As many as can play all rounds that are needed in the time that is left, one at least."""
+    affordable = (deadline - time.monotonic()) * 1e3 / (MIN_ROUNDS * default_ms) - 1
+    return max(1, min(_MAX_FINALISTS, int(affordable)))
 
 
 def _first_schedules(problem: Problem, target: Target) -> list[Schedule]:

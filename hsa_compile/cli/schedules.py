@@ -13,7 +13,12 @@ from hsa_compile.target import Target
 
 @click.group()
 def schedules() -> None:
-    """List, show, find or remove tuned schedules."""
+    """List, show, find or remove tuned schedules.
+
+    \b
+    Example:
+      hsa-compile schedules list
+    """
 
 
 @schedules.command("list")

@@ -1,21 +1,33 @@
 """`hsa-compile tune`: search the schedules of one or several problems and store the winners."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import click
+import torch
 import tqdm
 
 from hsa_compile.autotune.inputs import DISTRIBUTIONS
+from hsa_compile.autotune.memory import check_memory
 from hsa_compile.autotune.problems import expand
 from hsa_compile.autotune.tune import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, MAX_SEED, Progress, check_limits
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one problem: its record, tuned just now or found."""
+
+    problem: Problem
+    record: TuningRecord
+    cached: bool
 
 
 @click.command()
@@ -55,18 +67,25 @@ def tune(device: str, ops: tuple[str, ...], inputs: str, trials: int, timeout: f
         )
     target = Target.parse(device)
     problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
+    for problem in problems:  # before the first is tuned, so that the last does not end the run
+        check_memory(problem, torch.device(_place(device, target)))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)
     cache = default_cache()
-    results = []
+    outcomes = []
     for problem in problems:
         record = None if force else cache.exact(problem, target)
         cached = record is not None
         if record is None:
             record = _tune_with_bar(problem, target, device, inputs, trials, timeout, seed)
             cache.put(record)
-        click.echo(_verdict(record, cached), err=True)
-        results.append((record, cached))
-    _print_results(results, ops, cache, target, as_json)
+        outcomes.append(Outcome(problem=problem, record=record, cached=cached))
+        click.echo(_verdict(outcomes[-1]), err=True)
+    if as_json:
+        print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
+        return
+    click.echo()
+    print_rows(list(_shape_rows(outcomes, len(ops))), as_json=False)
+    click.echo(f"\nstored in {cache.path(target)}")
 
 
 def _tune_with_bar(
@@ -83,11 +102,10 @@ def _tune_with_bar(
             )
             bar.update(progress.tried - bar.n)
 
-        place = "cuda:0" if device in ("auto", "cuda") and target.kind != "cpu" else device
         return tune_problem(
             problem,
             target,
-            device="cpu" if target.kind == "cpu" else place,
+            device=_place(device, target),
             trials=trials,
             timeout=timeout,
             seed=seed,
@@ -96,41 +114,37 @@ def _tune_with_bar(
         )
 
 
+def _place(device: str, target: Target) -> str:
+    """The device to run on, by the name PyTorch has for it."""
+    return device if ":" in device or device == "cpu" else "cpu" if target.kind == "cpu" else "cuda:0"
+
+
 def _seconds_left(progress: Progress) -> float:
     """Until the trials run out at the pace so far, or the time does."""
     by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
     return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
 
 
-def _verdict(record: TuningRecord, cached: bool) -> str:
+def _verdict(outcome: Outcome) -> str:
+    record = outcome.record
     found = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default: {record.schedule}"
-    how = "cached (--force tunes again)" if cached else f"{record.trials} trials"
-    return f"{record.problem.describe()}: {found} [{how}]"
+    how = "cached (--force tunes again)" if outcome.cached else f"{record.trials} trials"
+    if record.problem != outcome.problem:
+        how += f", tuned as {record.problem.describe()}"
+    return f"{outcome.problem.describe()}: {found} [{how}]"
 
 
-def _print_results(
-    results: list[tuple[TuningRecord, bool]], ops: tuple[str, ...], cache: ScheduleCache, target: Target, as_json: bool
-) -> None:
-    if as_json:
-        print_json([{**record.to_dict(), "speedup": record.speedup, "cached": cached} for record, cached in results])
-        return
-    click.echo()
-    print_rows(list(_shape_rows([record for record, _ in results], len(ops))), as_json=False)
-    click.echo(f"\nstored in {cache.path(target)}")
-
-
-def _shape_rows(records: list[TuningRecord], ops_a_shape: int) -> Iterator[dict[str, str]]:
+def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str, str]]:
     """One row a shape: each op's time and gain, their sum, and the sum over the cheapest shape's."""
-    shapes = [records[i : i + ops_a_shape] for i in range(0, len(records), ops_a_shape)]
-    totals = [sum(record.measurement.median_ms for record in shape) for shape in shapes]
+    shapes = [outcomes[i : i + ops_a_shape] for i in range(0, len(outcomes), ops_a_shape)]
+    totals = [sum(outcome.record.measurement.median_ms for outcome in shape) for shape in shapes]
     for shape, total in zip(shapes, totals, strict=True):
         problem = shape[0].problem
-        row = {
-            "shape": problem.describe().removeprefix(f"{problem.op} "),
-        }
-        for record in shape:
-            row[record.problem.op.removeprefix("hsa_")] = f"{record.measurement.median_ms:.3g} ms"
-            row[f"{record.problem.op.removeprefix('hsa_')} gain"] = f"{record.speedup:.2f}x"
+        row = {"shape": problem.describe().removeprefix(f"{problem.op} ")}
+        for outcome in shape:
+            op = outcome.problem.op.removeprefix("hsa_")
+            row[op] = f"{outcome.record.measurement.median_ms:.3g} ms"
+            row[f"{op} gain"] = f"{outcome.record.speedup:.2f}x"
         row["sum"] = f"{total:.3g} ms"
         row["cost"] = f"{total / min(totals):.2f}"
         yield row

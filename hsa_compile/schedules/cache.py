@@ -1,7 +1,8 @@
 """The file that cuts the pipe in two: tuning puts schedules in, running takes them out."""
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,13 +107,17 @@ class ScheduleCache:
         return path
 
     def clear(self, target: Target | None = None) -> int:
-        """Removes the user's entries, of one device or all; returns how many there were."""
+        """Removes the user's files, of one device or all; returns how many entries they held.
+
+        What is damaged in a file is copied aside first.
+
+        Raises:
+            CacheError: a file cannot be locked or removed.
+        """
         removed = 0
-        for key, record in list(self._origins["user"].items()):
-            if target is None or record.target.slug == target.slug:
-                self._update(self.path(record.target), lambda records, key=key: _without(records, key))
-                del self._origins["user"][key]
-                removed += 1
+        for path in [self.path(target)] if target else sorted(self.directory.glob("*.json")):
+            removed += self._remove(path)
+        self._origins["user"] = _read_all(self.directory)
         self.generation += 1
         return removed
 
@@ -129,21 +134,38 @@ class ScheduleCache:
             return "the entries that match have schedules that this problem cannot use"
         return f"the closest entry differs in what must match: {', '.join(best)}"
 
-    def _update(self, path: Path, change) -> None:  # type: ignore[no-untyped-def]
-        # Imported here: filelock pulls in asyncio, and only tuning writes.
-        import filelock
+    def _update(self, path: Path, change: Callable[[Records], Records]) -> None:
+        with _locked(path):
+            records, damages = read_records(path)
+            if damages:
+                set_aside(path)
+            write_records(path, change(records).values())
 
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_TIMEOUT_S):
-                records, damages = read_records(path)
-                if damages:
-                    set_aside(path)
-                write_records(path, change(records).values())
-        except filelock.Timeout as error:
-            raise CacheError(f"schedule cache {path} was locked by another process for {LOCK_TIMEOUT_S} s") from error
-        except OSError as error:
-            raise CacheError(f"schedule cache {path} cannot be written: {error.strerror or error}") from error
+    def _remove(self, path: Path) -> int:
+        if not path.exists():
+            return 0
+        with _locked(path):
+            records, damages = read_records(path)
+            if damages:
+                set_aside(path)
+            path.unlink(missing_ok=True)
+        return len(records)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file's lock, and gives what goes wrong with the file system its name here."""
+    # Imported here: filelock pulls in asyncio, and only tuning writes.
+    import filelock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_TIMEOUT_S):
+            yield
+    except filelock.Timeout as error:
+        raise CacheError(f"schedule cache {path} was locked by another process for {LOCK_TIMEOUT_S} s") from error
+    except OSError as error:
+        raise CacheError(f"schedule cache {path} cannot be written: {error.strerror or error}") from error
 
 
 @functools.cache
@@ -158,10 +180,6 @@ def default_cache() -> ScheduleCache:
 
 def _key(record: TuningRecord) -> ScheduleKey:
     return ScheduleKey.of(record.problem, record.target, record.versions)
-
-
-def _without(records: Records, key: ScheduleKey) -> Records:
-    return {other: record for other, record in records.items() if other != key}
 
 
 def _read_all(directory: Path) -> Records:

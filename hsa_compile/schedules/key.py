@@ -52,6 +52,8 @@ class ScheduleKey:
     per_head_weights: bool = _near(0.25, "one more load a row")
     mask_last_token: bool = _near(0.25, "one key less a chunk")
     packed: bool = _near(0.25, "one more load a chunk")
+    stick_breaking: bool = _near(0.25, "other weights from the same picks")
+    noise: bool = _near(0.5, "a hash and two logarithms a score")
 
     torch: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
     triton: str = _recorded("as for torch")
@@ -82,6 +84,8 @@ class ScheduleKey:
             per_head_weights=bucket.per_head_weights,
             mask_last_token=bucket.mask_last_token,
             packed=bucket.packed,
+            stick_breaking=bucket.fusion == "stick_breaking",
+            noise=bucket.noise,
             torch=(versions or {}).get("torch", ""),
             triton=(versions or {}).get("triton", ""),
         )

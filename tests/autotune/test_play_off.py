@@ -7,7 +7,7 @@ import pytest
 
 from hsa_compile.autotune import play_off as play_off_module
 from hsa_compile.autotune.candidate import Candidate
-from hsa_compile.autotune.play_off import Verdict, play_off
+from hsa_compile.autotune.play_off import MIN_ROUNDS, Verdict, play_off
 from hsa_compile.schedules.schedule import Schedule
 
 Fake = Callable[[Schedule], Candidate]
@@ -76,7 +76,7 @@ def test_both_measurements_come_from_the_same_rounds(fake_candidate: Fake) -> No
     assert verdict.measurement.p20_ms <= verdict.measurement.median_ms <= verdict.measurement.p80_ms
 
 
-def test_no_round_begins_after_the_deadline_but_the_first_ones(
+def test_no_round_begins_after_the_deadline_but_those_that_are_needed(
     fake_candidate: Fake, clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(play_off_module, "time", SimpleNamespace(monotonic=clock.monotonic))
@@ -86,8 +86,8 @@ def test_no_round_begins_after_the_deadline_but_the_first_ones(
         clock.pass_(1.0 * rounds)
         return [[1.0] * rounds, [0.5] * rounds]
 
-    verdict = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=clock.now + 5)
-    assert verdict.measurement.repeats == 6
+    verdict = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=clock.now + 11)
+    assert verdict.measurement.repeats == 12
     late = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=clock.now - 1)
-    assert late.measurement.repeats == 3
+    assert late.measurement.repeats == MIN_ROUNDS
     assert late.winner is other

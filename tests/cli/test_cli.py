@@ -296,7 +296,7 @@ def test_emit_prints_cpp_for_a_cpu_with_a_compiler(op: str, run: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "schedule"), [("cpu", "token block_t=4"), ("gfx942", "token num_warps=8 num_stages=1")]
+    ("target", "schedule"), [("cpu", "token block_t=4"), ("gfx942", "token num_warps=4 num_stages=1")]
 )
 def test_emit_follows_the_schedule_it_is_given(target: str, schedule: str, run: Shell) -> None:
     outcome = run("emit", "--target", target, *SHAPE, "--schedule", schedule)
@@ -351,6 +351,7 @@ def test_doctor_names_a_cache_that_cannot_be_written(
 
 # arguments, what the message must show of the input, what it must show of what is allowed
 BAD_INPUTS: list[tuple[list[str], str, str]] = [
+    (["tune", "--device", "cpu", "--seq-len", "2048m", "--batch", "1024"], "T2147483648", "GiB free"),
     (["banana"], "'banana'", "tune, schedules, emit, doctor"),
     (["--banana"], "'--banana'", "--help"),
     (["tune", "--banana"], "'--banana'", "--seq-len"),

@@ -34,6 +34,8 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "num_cores": ({}, {"num_cores": 4 * 132}),
     "softmax_off_by_one": ({"softmax_off_by_one": True}, {}),
     "per_head_weights": ({"per_head_weights": True}, {}),
+    "mask_last_token": ({"mask_last_token": True}, {}),
+    "packed": ({"packed": True}, {}),
 }
 
 MakeProblem = Callable[..., Problem]
