@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import CompileError
+from hsa_compile.kernels.chunk_gradients import add_chunk_gradients
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.problem import Problem
@@ -48,8 +49,8 @@ def native_entry(library: ctypes.CDLL, problem: Problem, super_tile: int) -> Cal
     """The library's function as a callable on tensors, with the signature of any other emitted entry."""
     run = _forward if problem.op == "hsa_forward" else _backward
 
-    def entry(*tensors: Tensor, scale: float) -> Any:
-        return run(library, problem, super_tile, tensors, scale)
+    def entry(*tensors: Tensor, scale: float, chunk_starts: Tensor | None = None) -> Any:
+        return run(library, problem, super_tile, tensors, chunk_starts, scale)
 
     return entry
 
@@ -74,8 +75,8 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _sizes(*values: int) -> list[ctypes.c_int64]:
@@ -83,15 +84,21 @@ def _sizes(*values: int) -> list[ctypes.c_int64]:
 
 
 def _forward(
-    library: ctypes.CDLL, problem: Problem, super_tile: int, tensors: tuple[Tensor, ...], scale: float
+    library: ctypes.CDLL,
+    problem: Problem,
+    super_tile: int,
+    tensors: tuple[Tensor, ...],
+    chunk_starts: Tensor | None,
+    scale: float,
 ) -> Tensor:
     q, k, v, indices, weights = tensors
     batch, seq_len, num_heads, _ = q.shape
     kv_len, num_kv_heads, num_slots = k.shape[1], k.shape[2], indices.shape[3]
+    num_chunks = kv_len // problem.chunk_size if chunk_starts is None else chunk_starts.numel()
     indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
     o = torch.zeros(batch, seq_len, num_heads, problem.value_dim, dtype=torch.float32)
-    pointers = [_pointer(x) for x in (q, k, v, indices, float_weights, o)]
-    sizes = _sizes(seq_len, kv_len, num_kv_heads, num_slots)
+    pointers = [_pointer(x) for x in (q, k, v, indices, float_weights, chunk_starts, o)]
+    sizes = _sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
 
     def attend(first: int, last: int) -> None:
         library.hsa_forward(*pointers, *sizes, ctypes.c_double(scale), *_sizes(first, last))
@@ -101,33 +108,33 @@ def _forward(
 
 
 def _backward(
-    library: ctypes.CDLL, problem: Problem, super_tile: int, tensors: tuple[Tensor, ...], scale: float
+    library: ctypes.CDLL,
+    problem: Problem,
+    super_tile: int,
+    tensors: tuple[Tensor, ...],
+    chunk_starts: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, indices, weights, grad_o = tensors
     batch, seq_len = q.shape[:2]
     kv_len, num_kv_heads, num_slots = k.shape[1], k.shape[2], indices.shape[3]
-    num_chunks, num_super_tiles = kv_len // problem.chunk_size, -(-seq_len // super_tile)
-    whole = num_chunks * problem.chunk_size
+    num_chunks = kv_len // problem.chunk_size if chunk_starts is None else chunk_starts.numel()
+    num_super_tiles = -(-seq_len // super_tile)
     indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
     dq = torch.zeros(q.shape, dtype=torch.float32)
     dw = torch.zeros(weights.shape, dtype=torch.float32)
-    before = [_pointer(x) for x in (q, k, v, indices, float_weights, grad_o, dq)]
-    sizes = _sizes(seq_len, kv_len, num_kv_heads, num_slots)
+    before = [_pointer(x) for x in (q, k, v, indices, float_weights, grad_o, chunk_starts, dq)]
+    sizes = _sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
 
     def differentiate(first: int, last: int) -> tuple[int, Tensor, Tensor]:
         first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
-        dk = torch.zeros(last_pair - first_pair + 1, whole, problem.head_dim)
-        dv = torch.zeros(last_pair - first_pair + 1, whole, problem.value_dim)
+        dk = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.head_dim)
+        dv = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.value_dim)
         own = [_pointer(x) for x in (dk, dv, dw)]
         library.hsa_backward(*before, *own, *sizes, ctypes.c_double(scale), *_sizes(first, last))
         return first_pair, dk, dv
 
-    # Each worker has its own dk and dv; they are summed in order, so that every run gives the same bits.
-    dk = torch.zeros(k.shape, dtype=torch.float32)
-    dv = torch.zeros(v.shape, dtype=torch.float32)
-    for _, _, (first_pair, dk_part, dv_part) in run_on_workers(differentiate, batch * num_kv_heads * num_super_tiles):
-        for pair in range(first_pair, first_pair + len(dk_part)):
-            b, h = divmod(pair, num_kv_heads)
-            dk[b, :whole, h] += dk_part[pair - first_pair]
-            dv[b, :whole, h] += dv_part[pair - first_pair]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dw.to(weights.dtype)
+    parts = [part for _, _, part in run_on_workers(differentiate, batch * num_kv_heads * num_super_tiles)]
+    dk = add_chunk_gradients(k, [(pair, dk) for pair, dk, _ in parts], problem.chunk_size, chunk_starts)
+    dv = add_chunk_gradients(v, [(pair, dv) for pair, _, dv in parts], problem.chunk_size, chunk_starts)
+    return dq.to(q.dtype), dk, dv, dw.to(weights.dtype)

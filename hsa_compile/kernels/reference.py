@@ -1,5 +1,7 @@
 """The definition of the op in plain PyTorch: what every kernel is checked against."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ def hsa_attention_reference(
     chunk_size: int,
     scale: float | None = None,
     softmax_off_by_one: bool = False,
+    mask_last_token: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Hierarchical sparse attention: each chunk is attended to on its own, the results fused by weight.
 
@@ -30,12 +34,28 @@ def hsa_attention_reference(
         chunk_size: `C`.
         scale: of the logits; `D ** -0.5` if None.
         softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: the last key of each chunk, a landmark, is not attended to.
+        cu_seqlens: `[num_sequences + 1]`, where each of several sequences packed into a batch of one begins, and
+            the end; chunks are counted from the beginning of a token's own sequence.
 
     Returns:
         o `[B, T, HQ, Dv]`; zeros where all slots are empty.
 
     Source: arXiv 2504.16795, equations of section 3; softmax-off-by-one as in arXiv 2410.01651.
     """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = [
+            hsa_attention_reference(
+                *(x[:, first:last] for x in (q, k, v, chunk_indices, chunk_weights)),
+                chunk_size=chunk_size,
+                scale=scale,
+                softmax_off_by_one=softmax_off_by_one,
+                mask_last_token=mask_last_token,
+            )
+            for first, last in itertools.pairwise(bounds)
+        ]
+        return torch.cat(parts, dim=1)
     batch, seq_len, num_heads, head_dim = q.shape
     kv_len, num_kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, num_chunks = num_heads // num_kv_heads, kv_len // chunk_size
@@ -55,9 +75,12 @@ def hsa_attention_reference(
 
     q_grouped = q.unflatten(2, (num_kv_heads, group)).movedim(1, 2)  # [B, H, T, G, D]
     logits = scale * torch.einsum("bhtgd,bhtkcd->bhtgkc", q_grouped, k_picked)
+    if mask_last_token:
+        logits = logits[..., : chunk_size - 1]
+        v_picked = v_picked[..., : chunk_size - 1, :]
     if softmax_off_by_one:
         logits = torch.cat([logits, torch.zeros_like(logits[..., :1])], dim=-1)
-    attention = logits.softmax(dim=-1)[..., :chunk_size]  # [B, H, T, G, K, C]
+    attention = logits.softmax(dim=-1)[..., : v_picked.shape[4]]  # [B, H, T, G, K, C]
 
     if chunk_weights.shape[2] != num_heads:
         chunk_weights = chunk_weights.repeat_interleave(group, dim=2)  # [B, T, HQ, K]

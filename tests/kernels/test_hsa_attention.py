@@ -18,6 +18,7 @@ from hsa_compile.autotune.check import TOLERANCES, relative_error
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.packing import global_indices
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import this_cpu
 
@@ -244,11 +245,86 @@ def test_same_bits_twice() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_autocast_does_not_reach_inside() -> None:
+def test_autocast_casts_what_it_would_for_dense_attention() -> None:
     given = arguments(Shape(), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        o = given.run(hsa_attention)
-    assert all(torch.equal(one, other) for one, other in zip(o, given.run(hsa_attention), strict=True))
+        o = hsa_attention(given.q, given.k, given.v, given.indices, given.weights, **given.options)
+    lowered = (x.bfloat16() for x in (given.q, given.k, given.v))
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, hsa_attention(*lowered, given.indices, given.weights, **given.options))
+
+
+@pytest.mark.parametrize("family", ["cpp", "torch"], indirect=True)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[7], SHAPES[9]], ids=str)
+def test_a_landmark_in_the_last_place_is_not_attended_to(shape: Shape, family: str) -> None:
+    given = arguments(shape, torch.float32)
+    results = given.run(hsa_attention, mask_last_token=True)
+    assert_close(results, given.run(hsa_attention_reference, torch.float64, mask_last_token=True), torch.float32)
+    landmarks = [i for i in range(shape.S) if i % shape.C == shape.C - 1]
+    assert not results[2][:, landmarks].any()
+    assert not results[3][:, landmarks].any()
+
+
+CU_SEQLENS = torch.tensor([0, 37, 37, 120, 121, 297], dtype=torch.int32)  # one is empty, one has no whole chunk
+
+
+def packed_arguments(per_head: bool) -> Arguments:
+    shape = Shape(B=1, T=297, S=297, C=16, K=3, per_head=per_head)
+    given = arguments(shape, torch.float32)
+    lengths = CU_SEQLENS.diff()
+    chunks = (lengths // shape.C).repeat_interleave(lengths).view(1, -1, 1, 1)
+    indices = torch.where(given.indices < chunks, given.indices, -1)
+    return replace(given, indices=indices)
+
+
+@pytest.mark.parametrize("family", ["cpp", "torch"], indirect=True)
+@pytest.mark.parametrize("mask_last_token", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_packed_sequences_are_attended_to_one_by_one(per_head: bool, mask_last_token: bool, family: str) -> None:
+    given = packed_arguments(per_head)
+    options = {"cu_seqlens": CU_SEQLENS, "mask_last_token": mask_last_token}
+    assert_close(
+        given.run(hsa_attention, **options), given.run(hsa_attention_reference, torch.float64, **options), torch.float32
+    )
+
+
+def test_packed_sequences_by_the_token_dataflow() -> None:
+    given = packed_arguments(False)
+    expected, *gradients = given.run(hsa_attention_reference, torch.float64, cu_seqlens=CU_SEQLENS)
+    indices, chunk_starts = global_indices(given.indices, CU_SEQLENS, 297, 16)
+    problem = Problem(
+        seq_len=297, num_heads=6, num_kv_heads=2, head_dim=24, chunk_size=16, top_k=3, packed=True
+    )  # fmt: skip
+    schedule, scale = Schedule.of("token", block_t=16), 24**-0.5
+    inputs = (given.q, given.k, given.v, indices, given.weights)
+    forward = compile_kernel(emit(problem, schedule, WITHOUT_COMPILER)).entry
+    backward = compile_kernel(emit(problem.with_op("hsa_backward"), schedule, WITHOUT_COMPILER)).entry
+    results = [
+        forward(*inputs, scale=scale, chunk_starts=chunk_starts),
+        *backward(*inputs, given.grad_o, scale=scale, chunk_starts=chunk_starts),
+    ]
+    assert_close(results, [expected, *gradients], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0, 4]), "a batch of 1 and T = S; B = 1, T = 4, S = 32"),
+        (torch.tensor([[0, 32]]), r"shape \[1, 2\]"),
+        (torch.tensor([0.0, 32.0]), "dtype torch.float32"),
+        (torch.tensor([0, 40]), r"\[0, 40\] must rise from 0 to T = 32"),
+        (torch.tensor([0, 20, 10, 32]), r"\[0, 20, 10, 32\] must rise"),
+    ],
+)
+def test_bad_cu_seqlens_are_named(cu_seqlens: Tensor, message: str) -> None:
+    T = 4 if "T = 4" in message else 32
+    q = torch.zeros(1, T, 1, 8)
+    k = torch.zeros(1, 32, 1, 8)
+    with pytest.raises(InvalidArgument, match=message):
+        hsa_attention(
+            q, k, k, torch.zeros(1, T, 1, 1, dtype=torch.int32), torch.ones(1, T, 1, 1), chunk_size=8,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
 
 
 def test_callable_from_several_threads_at_once() -> None:
@@ -321,7 +397,6 @@ GOOD = {
         ({"chunk_size": 16.0}, "chunk_size = 16.0 must be an integer"),
         ({"scale": "big"}, "scale = 'big'"),
         ({"k": torch.zeros(1, 32, 1, 8, device="meta")}, "k is on meta, q on cpu"),
-        ({name: GOOD[name].to("meta") for name in GOOD if name != "chunk_size"}, "device 'meta' is not supported"),
         ({name: torch.zeros(1, n, 1, 300) for name, n in (("q", 4), ("k", 32), ("v", 32))}, "D = 300 .* 1 … 256"),
     ],
 )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The op as PyTorch's tools see it: schema, tracing, compilation, export."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hsa_compile import hsa_attention
+from hsa_compile.kernels import torch_ops
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::hsa_compile.errors.UntunedWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+C, K = 8, 3
+
+
+def tensors(T: int = 21, S: int = 45, *, requires_grad: bool = True) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(T)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_(requires_grad)
+
+    q, k, v = normal(2, T, 4, 16), normal(2, S, 2, 16), normal(2, S, 2, 16)
+    indices = torch.randint(-1, S // C, (2, T, 2, K), generator=generator)
+    weights = torch.rand(2, T, 2, K, generator=generator).requires_grad_(requires_grad)
+    return q, k, v, indices, weights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return hsa_attention(q, k, v, indices, weights, chunk_size=C)
+
+
+def test_opcheck_of_forward_and_backward() -> None:
+    q, k, v, indices, weights = tensors()
+    options = (C, 0.25, False, False, False)
+    torch.library.opcheck(torch_ops.hsa_forward, (q, k, v, indices, weights, None, *options))
+    plain = tensors(requires_grad=False)
+    torch.library.opcheck(torch_ops.hsa_backward, (*plain, None, torch.randn(q.shape), *options))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_forward_and_backward_for_any_length(backend: str) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, examples: list[Tensor]):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, examples)
+
+    compiled = torch.compile(lambda *x: attend(*x).relu(), backend=count, fullgraph=True, dynamic=True)
+    for T in (21, 34, 55):
+        given = tensors(T, T + 24)
+        leaves = [x for x in given if x.requires_grad]
+        expected = attend(*given).relu()
+        actual = compiled(*given)
+        assert torch.equal(actual, expected)
+        for one, other in zip(
+            torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+        ):
+            assert torch.equal(one, other)
+    assert len(graphs) == 1
+
+
+def test_packed_sequences_compile() -> None:
+    torch._dynamo.reset()
+    cu_seqlens = torch.tensor([0, 13, 45])
+    q, k, v, indices, weights = (x[:1] for x in tensors(45, 45, requires_grad=False))
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return hsa_attention(q, k, v, indices, weights, chunk_size=C, cu_seqlens=cu_seqlens)
+
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    given = (q, k, v, indices, weights, cu_seqlens)
+    assert torch.equal(compiled(*given), packed(*given))
+
+
+def test_exports() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            return attend(q, k, v, indices, weights)
+
+    given = tensors(requires_grad=False)
+    exported = torch.export.export(Attention(), given)
+    assert "hsa_compile.hsa_forward" in str(exported.graph)
+    assert torch.equal(exported.module()(*given), attend(*given))
+
+
+def test_shapes_are_known_without_data() -> None:
+    given = [x.to("meta") for x in tensors(requires_grad=False)]
+    assert attend(*given).shape == (2, 21, 4, 16)
