@@ -62,16 +62,31 @@ def case(request, tuned) -> Case:
 
 def test_forward(case: Case, race) -> None:
     with torch.no_grad():
-        contenders = {"hsa_attention": case.ours, "dense causal SDPA": case.dense, "gather per token": case.gather}
-        wanted = {"dense causal SDPA": 7, "gather per token": 2} if case.problem.group == 16 else {}
-        race(contenders, 3, wanted)
+        contenders = {"hsa_attention": case.ours, "dense causal SDPA": case.dense}
+        if case.problem.group == 16:  # at G = 1 gathering moves sixteen times as much, and takes over a minute
+            contenders["gather per token"] = case.gather
+        wanted = {16: {"dense causal SDPA": 20, "gather per token": 2}, 1: {"dense causal SDPA": 10}}
+        race(contenders, 5, wanted[case.problem.group])
 
 
 def test_forward_and_backward(case: Case, race) -> None:
     contenders = {
         "hsa_attention": case.with_gradients(case.ours, weights=True),
         "dense causal SDPA": case.with_gradients(case.dense, weights=False),
-        "gather per token": case.with_gradients(case.gather, weights=True),
     }
-    wanted = {"dense causal SDPA": 5, "gather per token": 2} if case.problem.group == 16 else {}
+    if case.problem.group == 16:
+        contenders["gather per token"] = case.with_gradients(case.gather, weights=True)
+    wanted = {"dense causal SDPA": 12, "gather per token": 2} if case.problem.group == 16 else {}
     race(contenders, 3, wanted)
+
+
+@pytest.mark.parametrize("case", [1], ids=["G16"], indirect=True)
+def test_share_of_matmul_rate(case: Case, race, capsys) -> None:
+    """Achieved GFLOP/s beside those of a large product in the same run; at least 30 % are wanted."""
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    problem = case.problem
+    with torch.no_grad():
+        ratio = race({"hsa_attention": case.ours, "matmul 2048": lambda: left @ right}, 9, {})["matmul 2048"]
+    flops = 4 * problem.seq_len * problem.num_heads * problem.top_k * problem.chunk_size * problem.head_dim
+    with capsys.disabled():
+        print(f"  rate of hsa_attention over that of matmul: {flops / (2 * 2048**3) * ratio:.0%} (goal 30%)")

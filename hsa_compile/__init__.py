@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from hsa_compile.errors import HSACompileError
 from hsa_compile.kernels.compile import Kernel, compile_kernel
+from hsa_compile.kernels.decode_reference import hsa_decode_reference
 from hsa_compile.kernels.emit import KernelSource, emit
 from hsa_compile.kernels.hsa_attention import hsa_attention
+from hsa_compile.kernels.hsa_decode import hsa_decode
 from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.kernels.resolve import resolve
+from hsa_compile.kernels.select_chunks import select_chunks
+from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.default import default_schedule
@@ -42,8 +46,12 @@ __all__ = [
     "emit",
     "hsa_attention",
     "hsa_attention_reference",
+    "hsa_decode",
+    "hsa_decode_reference",
     "measure",
     "resolve",
+    "select_chunks",
+    "select_chunks_reference",
     "tune",
 ]
 

@@ -12,15 +12,17 @@ from hsa_compile.errors import InvalidProblem
 
 OPS = ("hsa_forward", "hsa_backward")  # of hsa_attention
 SELECT_OPS = ("select_chunks", "select_chunks_backward")
-ALL_OPS = (*OPS, *SELECT_OPS)
+DECODE_OPS = ("hsa_decode",)
+ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
 FUSIONS = ("softmax", "stick_breaking")
 # What changes the emitted source.
-OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise")
+OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_RETRIEVAL_DIM = 1024  # of select_chunks
 MAX_SELECTED = 128  # chunks that select_chunks keeps for a token
 MAX_CHUNK_SIZE = 1024
+MAX_DECODE_TOKENS = 16  # of one call of hsa_decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,8 @@ class Problem:
     Attributes:
         op: which kernel, one of `ALL_OPS`.
         batch, seq_len: `B` and `T` of the queries.
-        kv_len: `S`, the number of keys; 0 means `seq_len`.
+        kv_len: `S`, the number of keys; 0 means `seq_len`. In `hsa_decode`, those in all pages, or if `paged`
+            in one sequence.
         num_heads, num_kv_heads: `HQ` and `H`; `HQ` is a multiple of `H`.
         head_dim, value_dim: `D` and `Dv`, at most 256; a value dim of 0 means `head_dim`. In `select_chunks`, the
             retrieval dim, at most 1024.
@@ -42,6 +45,7 @@ class Problem:
         mask_last_token: the last key of each chunk is a landmark and is not attended to.
         fusion: in `select_chunks`, how the picked scores become weights, one of `FUSIONS`.
         noise: in `select_chunks`, whether Gumbel noise is added to the scores that are compared.
+        paged: in `hsa_decode`, whether a table says in which page a chunk of a sequence lies.
         packed: several sequences lie one after the other in a batch of one, and chunks begin where a table says.
         deterministic: only schedules that give the same bits twice.
 
@@ -66,6 +70,7 @@ class Problem:
     packed: bool = False
     fusion: str = "softmax"
     noise: bool = False
+    paged: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +84,8 @@ class Problem:
         _check_choice("fusion", self.fusion, FUSIONS)
         for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
             _check_range(name, getattr(self, name), 1, 2**40)
+        if self.decodes:
+            _check_range("seq_len", self.seq_len, 1, MAX_DECODE_TOKENS)
         most = MAX_RETRIEVAL_DIM if self.selects else MAX_HEAD_DIM
         _check_range("head_dim", self.head_dim, 1, most)
         _check_range("value_dim", self.value_dim, 1, most)
@@ -94,6 +101,11 @@ class Problem:
     def selects(self) -> bool:
         """Whether this is `select_chunks` or its backward, rather than the attention over what it picks."""
         return self.op in SELECT_OPS
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is `hsa_decode`, the attention of few tokens over chunks in pages."""
+        return self.op in DECODE_OPS
 
     @property
     def group(self) -> int:

@@ -13,3 +13,8 @@ import pytest
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the schedules of the person who runs it."""
     monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--case", help="a case of test_random_cases.py, as it prints one that fails")
+    parser.addoption("--refresh-goldens", action="store_true", help="write the golden sources anew")

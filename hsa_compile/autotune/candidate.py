@@ -8,6 +8,8 @@ import torch
 
 from hsa_compile.autotune.check import check
 from hsa_compile.autotune.inputs import Inputs
+from hsa_compile.autotune.select_check import check_select
+from hsa_compile.autotune.select_inputs import SelectInputs
 from hsa_compile.errors import CompileError, OutOfResources
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
@@ -31,7 +33,7 @@ class Candidate:
     call: Callable[[], object]
 
 
-def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs) -> Candidate:
+def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs | SelectInputs) -> Candidate:
     """Emits, imports and checks one schedule; running the check also warms it up.
 
     Raises:
@@ -40,12 +42,15 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs
     source = emit(problem, schedule, target)
     kernel = compile_kernel(source)
     with _launch_errors(source.template):
-        check(kernel, problem, inputs)
-    arguments, scale = inputs.arguments(problem.op), problem.head_dim**-0.5
+        if isinstance(inputs, SelectInputs):
+            check_select(kernel, problem, inputs)
+        else:
+            check(kernel, problem, inputs)
+    arguments, options = inputs.arguments(problem.op), inputs.options(problem.op)
     return Candidate(
         schedule=schedule,
         fingerprint=source.fingerprint,
-        call=lambda: kernel.entry(*arguments, scale=scale),
+        call=lambda: kernel.entry(*arguments, **options),
     )
 
 

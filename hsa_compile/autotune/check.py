@@ -135,9 +135,9 @@ def _reference(op: str, inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     if op == "hsa_backward":
         leaves = [x.requires_grad_() for x in leaves]
     q, k, v, weights = leaves
-    options = {"chunk_size": problem.chunk_size, "softmax_off_by_one": problem.softmax_off_by_one}
+    options = {name: getattr(problem, name) for name in ("chunk_size", "softmax_off_by_one", "mask_last_token")}
     with torch.enable_grad():
-        o = hsa_attention_reference(q, k, v, inputs.chunk_indices, weights, **options)  # type: ignore[arg-type]
+        o = hsa_attention_reference(q, k, v, inputs.chunk_indices, weights, **options)
         if op == "hsa_forward":
             return (o,)
         # Where there is no whole chunk, o depends on no weight.

@@ -34,6 +34,11 @@ class Inputs:
         forward = (self.q, self.k, self.v, self.chunk_indices, self.chunk_weights)
         return forward if op == "hsa_forward" else (*forward, self.grad_o)
 
+    def options(self, op: str) -> dict[str, float]:
+        """Keyword arguments of the emitted entry of `op`."""
+        del op
+        return {"scale": self.q.shape[-1] ** -0.5}
+
     def with_indices(self, chunk_indices: Tensor) -> "Inputs":
         """The same tensors with other picks."""
         return replace(self, chunk_indices=chunk_indices)

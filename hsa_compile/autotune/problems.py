@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hsa_compile.problem import OPS, Problem
+from hsa_compile.problem import OPS, SELECT_OPS, Problem
 from hsa_compile.target import Target
 
 # What `tune` takes where nothing is said: the published HSA shapes (head group of 16, chunks of 64) at a size that
@@ -33,4 +33,10 @@ def expand(target: Target, chosen: Mapping[str, Sequence[Any]], ops: Sequence[st
     fields = {name: (value,) for name, value in default_fields(target).items()}
     fields.update({name: tuple(values) for name, values in chosen.items() if values})
     shapes = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
-    return [Problem(op=op, **shape) for shape in shapes for op in ops]
+    return [_problem(op, shape) for shape in shapes for op in ops]
+
+
+def _problem(op: str, shape: Mapping[str, Any]) -> Problem:
+    """A retrieval head belongs to a kv head; its width is taken to be the same."""
+    heads = {"num_heads": shape["num_kv_heads"]} if op in SELECT_OPS else {}
+    return Problem(op=op, **{**shape, **heads})

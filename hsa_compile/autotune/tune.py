@@ -8,11 +8,11 @@ from datetime import datetime, timezone
 import torch
 
 from hsa_compile.autotune.candidate import Candidate, prepare
-from hsa_compile.autotune.inputs import make_inputs
 from hsa_compile.autotune.measure import measure
 from hsa_compile.autotune.memory import check_memory
 from hsa_compile.autotune.play_off import MIN_ROUNDS, play_off
 from hsa_compile.autotune.search import SearchResult, search
+from hsa_compile.autotune.select_inputs import inputs_of
 from hsa_compile.errors import InvalidArgument, InvalidTarget
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -93,7 +93,7 @@ def tune(
     check_memory(problem, place)
     start = time.monotonic()
     deadline = start + timeout
-    inputs = make_inputs(problem, place, distribution=distribution, seed=seed)
+    inputs = inputs_of(problem, place, distribution=distribution, seed=seed)
 
     def time_all(candidates: Sequence[Candidate], rounds: int) -> list[list[float]]:
         return measure([candidate.call for candidate in candidates], place, rounds=rounds)

@@ -49,21 +49,22 @@ class KernelResources:
     asm: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
-def compile_launches(module: ModuleType, target: Target) -> tuple[KernelResources, ...]:
+def compile_launches(module: ModuleType, target: Target, *, sass: bool = False) -> tuple[KernelResources, ...]:
     """Compile every kernel of an emitted Triton module for `target`; no GPU is needed.
 
     Args:
         module: an imported module with a `LAUNCHES` tuple.
         target: a `cuda` or `hip` target.
+        sass: disassemble the machine code of a `cuda` target too, which takes longer than compiling.
 
     Raises:
         CompileError: the compiler refused a kernel, or Triton runs as an interpreter in this process.
         OutOfResources: a kernel needs more shared or tensor memory than the target has.
     """
-    return tuple(_compile_launch(launch, target) for launch in module.LAUNCHES)
+    return tuple(_compile_launch(launch, target, sass) for launch in module.LAUNCHES)
 
 
-def _compile_launch(launch: Mapping[str, Any], target: Target) -> KernelResources:
+def _compile_launch(launch: Mapping[str, Any], target: Target, sass: bool) -> KernelResources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -86,6 +87,8 @@ def _compile_launch(launch: Mapping[str, Any], target: Target) -> KernelResource
     # Triton's passes and LLVM report through RuntimeError; an assembler, through its own.
     except (CompilationError, PTXASError, RuntimeError) as error:
         raise CompileError(f"{kernel.__name__} does not compile for {target.arch}: {error}") from error
+    if sass and target.kind == "cuda":
+        compiled.asm["sass"]  # Triton disassembles when this is first asked for
     resources = _cuda_resources(compiled) if target.kind == "cuda" else _hip_resources(compiled)
     _check_limits(resources, compiled, target)
     return resources

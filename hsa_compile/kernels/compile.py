@@ -12,6 +12,7 @@ from typing import Any
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.native import load_library, native_entry
+from hsa_compile.kernels.native_select import select_entry
 from hsa_compile.paths import source_dir
 
 _modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded library
@@ -66,7 +67,8 @@ def _compile_native(source: KernelSource) -> Kernel:
         except OSError as error:
             raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
         _modules[source.fingerprint] = library
-    entry = native_entry(library, source.problem, source.schedule.number("super_tile"))
+    make_entry = select_entry if source.problem.selects else native_entry
+    entry = make_entry(library, source.problem, source.schedule.number("super_tile"))
     return Kernel(source=source, path=path, entry=entry, module=library)
 
 

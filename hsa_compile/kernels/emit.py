@@ -25,7 +25,7 @@ class KernelSource:
         problem, schedule, target: what it was emitted for.
         template: the family: `triton`, `cpp` or `torch`.
         text: the source.
-        entry: name of the function to call: `hsa_forward` or `hsa_backward`.
+        entry: name of the function to call, which is the op's.
         fingerprint: 16 hex digits of the text's SHA-256.
     """
 
@@ -69,6 +69,8 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
 def _header(problem: Problem, schedule: Schedule, target: Target, *, comment: bool) -> str:
     options = [name for name in OPTIONS if getattr(problem, name)]
     shape = f"{problem.dtype}, G {problem.group}, D {problem.head_dim}, Dv {problem.value_dim}, C {problem.chunk_size}"
+    if problem.selects:
+        shape = f"{problem.dtype}, Dr {problem.head_dim}, C {problem.chunk_size}, {problem.fusion}"
     device = "cpu" if target.kind == "cpu" and not comment else f"{target.kind} {target.arch}"
     lines = [
         f"{problem.op}, dataflow {schedule.dataflow}: emitted by hsa-compile, do not edit.",

@@ -10,8 +10,6 @@ from hsa_compile.kernels import torch_ops
 from hsa_compile.kernels.packing import global_indices
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM
 
-DEVICE_TYPES = ("cpu", "cuda", "meta")
-
 
 def hsa_attention(
     q: Tensor,
@@ -109,7 +107,7 @@ def _check(
             raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
         if x.device != q.device:
             raise InvalidArgument(f"{name} is on {x.device}, q on {q.device}; all must be on one device")
-    if q.device.type not in DEVICE_TYPES:
+    if q.device.type not in torch_ops.DEVICE_TYPES:
         raise InvalidArgument(f"device '{q.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in torch_ops.DTYPE_NAMES or x.dtype != q.dtype:

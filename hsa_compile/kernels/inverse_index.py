@@ -28,7 +28,7 @@ def inverse_index(chunk_indices: Tensor, num_chunks: int) -> tuple[Tensor, Tenso
     chunk = torch.where(picked, chunk_indices, num_chunks)  # [B, T, H, K]
     # A radix sort costs a pass a byte: narrow keys halve it.
     key_dtype = torch.int16 if num_chunks <= INT16_MAX else torch.int32
-    chunk = chunk.to(key_dtype).transpose(1, 2).reshape(B * H, T * K)
+    chunk = chunk.to(key_dtype).transpose(1, 2).reshape(B * H, T * K).contiguous()  # kernels address what comes of it
     ordered, entries = torch.sort(chunk, dim=1, stable=True)  # [B*H, T*K]
     fits = T * K <= INT32_MAX
     bounds = torch.arange(num_chunks + 1, dtype=key_dtype, device=chunk.device).expand(B * H, -1)
@@ -85,3 +85,45 @@ def split_lists(offsets: Tensor, *, segment: int, num_entries: int) -> Tensor:
     start = torch.minimum(begin.gather(1, chunk) + (tile - first_tile) * segment, stop)
     tiles = torch.stack([chunk, start, torch.minimum(start + segment, stop)], dim=-1)  # [B*H, M, 3]
     return tiles.to(offsets.dtype)
+
+
+def block_visits(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The union of the chunks that each block of neighbouring tokens picked, as a list of visits.
+
+    A visit is one chunk and at most `block_m` of the block's picks of it: more of them, as duplicates can make,
+    are more visits of the same chunk. Linear in the number of picks, deterministic, no synchronisation.
+
+    Args:
+        chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
+        num_chunks: `N`.
+        block_m: `M`, tokens of a block; the last block of a sequence may hold fewer.
+
+    Returns:
+        visits `[B·H·blocks, M·K, 3]`, (chunk, start, stop) with the bounds counted within the block's entries, in
+        rising order of chunks; the superfluous ones come last with start = stop. entries `[B·H·blocks, M·K]`,
+        positions `token·K + slot` within the block, sorted by chunk, empty slots last. num_visits `[B·H·blocks]`.
+        All int32.
+    """
+    B, T, H, K = chunk_indices.shape
+    num_blocks, picks = -(-T // block_m), block_m * K
+    picked = (chunk_indices >= 0) & (chunk_indices < num_chunks)
+    key_dtype = torch.int16 if num_chunks <= INT16_MAX else torch.int32
+    chunk = torch.where(picked, chunk_indices, num_chunks).to(key_dtype).transpose(1, 2)  # [B, H, T, K]
+    chunk = torch.nn.functional.pad(chunk, (0, 0, 0, num_blocks * block_m - T), value=num_chunks)
+    ordered, entries = torch.sort(
+        chunk.reshape(B * H * num_blocks, picks).contiguous(), dim=1, stable=True
+    )  # [B*H*blocks, M*K]
+
+    position = torch.arange(picks, dtype=torch.int32, device=chunk.device)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    since_first = position - torch.where(first, position, 0).cummax(dim=1).values
+    filled = (ordered < num_chunks).sum(dim=1, keepdim=True, dtype=torch.int32)  # [B*H*blocks, 1]
+    begins = (since_first % block_m == 0) & (position < filled)
+    # Sorting puts the places where visits begin in front.
+    start = torch.where(begins, position, picks).sort(dim=1).values.to(torch.int32)
+    chunk = ordered.gather(1, start.clamp(max=max(0, picks - 1)).long()).to(torch.int32)
+    start = torch.minimum(start, filled)
+    stop = torch.cat([start[:, 1:], filled], dim=1) if picks else start
+    num_visits = begins.sum(dim=1, dtype=torch.int32)
+    return torch.stack([chunk, start, stop], dim=-1), entries.to(torch.int32), num_visits

@@ -40,14 +40,23 @@ def resolve(problem: Problem, target: Target) -> Kernel:
 
 
 def _warn_untuned(problem: Problem, target: Target) -> None:
-    kind = (target, problem.dtype, problem.head_dim, problem.value_dim, problem.chunk_size, problem.group)
-    if kind in _warned:
+    kind = (
+        target, problem.selects, problem.decodes, problem.dtype, problem.head_dim, problem.value_dim,
+        problem.chunk_size, problem.group,
+    )  # fmt: skip
+    # The backward of select_chunks has next to nothing to tune.
+    if kind in _warned or problem.op == "select_chunks_backward":
         return
     _warned.add(kind)
     device = "cpu" if target.kind == "cpu" else "cuda"
+    if problem.selects:
+        device += " --op select"
+    if problem.decodes:
+        device += " --op decode"
+    seq_len = problem.kv_len if problem.decodes else problem.seq_len  # as `tune` takes it
     warnings.warn(
         f"no tuned schedule for {problem.describe()} on {target.name}, the default runs; tune it with: "
-        f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {problem.seq_len} "
+        f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {seq_len} "
         f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
         f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
         UntunedWarning,

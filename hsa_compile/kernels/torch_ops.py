@@ -12,6 +12,7 @@ from hsa_compile.problem import DTYPES, Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
 
+DEVICE_TYPES = ("cpu", "cuda", "meta")  # with a kernel, or with shapes alone
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 _MAX_REMEMBERED = 4096

@@ -53,6 +53,7 @@ class ScheduleKey:
     mask_last_token: bool = _near(0.25, "one key less a chunk")
     packed: bool = _near(0.25, "one more load a chunk")
     stick_breaking: bool = _near(0.25, "other weights from the same picks")
+    paged: bool = _near(0.25, "one more load a chunk")
     noise: bool = _near(0.5, "a hash and two logarithms a score")
 
     torch: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
@@ -85,6 +86,7 @@ class ScheduleKey:
             mask_last_token=bucket.mask_last_token,
             packed=bucket.packed,
             stick_breaking=bucket.fusion == "stick_breaking",
+            paged=bucket.paged,
             noise=bucket.noise,
             torch=(versions or {}).get("torch", ""),
             triton=(versions or {}).get("triton", ""),

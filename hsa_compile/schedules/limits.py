@@ -9,7 +9,7 @@ MAX_GATHER_BYTES = 1 << 28  # of one batched product of the PyTorch token datafl
 
 _MIN_TRITON_ROWS = 16  # what a matrix instruction needs
 _MAX_TRITON_ROWS = 256  # beyond, the accumulators spill on every GPU
-_MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
+MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
 _MAX_PANEL = 4  # vectors in a row of a C++ register tile
 
 # Floats of a vector register, and registers that a tile may fill: what is left holds a row and a broadcast.
@@ -73,25 +73,43 @@ def why_not_triton(problem: Problem, schedule: Schedule, target: Target) -> str 
     """The first reason against a schedule of the Triton family."""
     if problem.dtype == "float64":
         return "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
-    if problem.deterministic and schedule.dataflow == "chunk":
-        return "dataflow = 'chunk' adds with atomics; a deterministic schedule is asked for"
+    if reason := _why_not_reduction(problem, schedule):
+        return reason
     for knob in ("num_warps", "chunk_warps"):
-        if target.kind == "hip" and knob in schedule and schedule.number(knob) > _MAX_HIP_WARPS:
-            return f"{knob} = {schedule[knob]} leaves a wavefront too few registers, at most {_MAX_HIP_WARPS}"
-    if "block_t" in schedule:
-        rows = chunk_rows(problem, schedule)
-        if rows < _MIN_TRITON_ROWS or (rows > _MAX_TRITON_ROWS and schedule["block_t"] != 1):
+        if target.kind == "hip" and knob in schedule and schedule.number(knob) > MAX_HIP_WARPS:
+            return f"{knob} = {schedule[knob]} leaves a wavefront too few registers, at most {MAX_HIP_WARPS}"
+    for knob in ("block_t", "block_m"):
+        if knob not in schedule:
+            continue
+        rows = tile_rows(problem, schedule.number(knob))
+        if rows < _MIN_TRITON_ROWS or (rows > _MAX_TRITON_ROWS and schedule[knob] != 1):
             allowed = f"{_MIN_TRITON_ROWS} … {_MAX_TRITON_ROWS}"
-            return f"block_t = {schedule['block_t']} makes tiles of {rows} rows, allowed are {allowed}"
+            return f"{knob} = {schedule[knob]} makes tiles of {rows} rows, allowed are {allowed}"
     needed = least_shared_memory(problem, schedule, target)
     if needed > target.shared_memory:
         return f"it needs at least {needed} bytes of shared memory, {target.name} has {target.shared_memory}"
     return None
 
 
-def chunk_rows(problem: Problem, schedule: Schedule) -> int:
-    """Rows of a chunk-stationary Triton tile: list entries times padded heads of a group."""
-    return schedule.number("block_t") * next_power_of_2(problem.group)
+def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
+    """The first reason against how a chunk-stationary Triton schedule adds up parts."""
+    if schedule.dataflow != "chunk":
+        return None
+    knob = "dq" if problem.op == "hsa_backward" else "reduce"
+    if problem.deterministic and schedule[knob] == "atomic":
+        return f"{knob} = 'atomic' adds in any order; a deterministic schedule is asked for"
+    if problem.deterministic and problem.op == "hsa_backward" and schedule["segment"] != 0:
+        return f"segment = {schedule['segment']} splits lists, whose parts add in any order; deterministic takes 0"
+    if schedule[knob] == "slots16" and problem.itemsize != 2:
+        return f"{knob} = 'slots16' keeps parts in the input's dtype, which is {problem.dtype}; use slots"
+    if schedule["super_tile"] and schedule.number("super_tile") >= next_power_of_2(problem.seq_len):
+        return f"super_tile = {schedule['super_tile']} is no less than the {problem.seq_len} tokens there are; use 0"
+    return None
+
+
+def tile_rows(problem: Problem, tokens: int) -> int:
+    """Rows of a Triton tile of so many tokens or list entries: each is a group of heads, padded."""
+    return tokens * next_power_of_2(problem.group)
 
 
 def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) -> int:
@@ -100,19 +118,21 @@ def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) ->
     Seen to hold on 15 shapes and four targets with Triton 3.7.1; what the compiler adds is its own business.
     """
     needed = 0
-    if schedule.dataflow == "token":
-        needed = token_shared_memory(problem, target, schedule.number("num_stages"))[0]
+    if schedule.dataflow in ("token", "union"):
+        tokens = schedule.number("block_m") if schedule.dataflow == "union" else 1
+        needed = token_shared_memory(problem, target, tokens, schedule.number("num_stages"))[0]
     if "block_t" in schedule:
         stages = schedule.number("chunk_stages" if "chunk_stages" in schedule else "num_stages")
+        rows = tile_rows(problem, schedule.number("block_t"))
         atomics = schedule.dataflow == "chunk"
-        needed = max(needed, chunk_shared_memory(problem, target, chunk_rows(problem, schedule), stages, atomics)[0])
+        needed = max(needed, chunk_shared_memory(problem, target, rows, stages, atomics)[0])
     return needed
 
 
-def token_shared_memory(problem: Problem, target: Target, stages: int) -> tuple[int, int]:
-    """Least and most bytes of a token-stationary Triton kernel, by the buffers of its software pipeline."""
+def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: int) -> tuple[int, int]:
+    """Least and most bytes of a Triton kernel that owns so many tokens, by the buffers of its software pipeline."""
     C, D, Dv = _padded_dims(problem)
-    rows = max(_MIN_TRITON_ROWS, next_power_of_2(problem.group))
+    rows = max(_MIN_TRITON_ROWS, tile_rows(problem, tokens))
     tile = C * (D + Dv) * problem.itemsize
     row_bytes = rows * (D + (Dv if problem.op == "hsa_backward" else 0)) * problem.itemsize
     least = max(1, stages - 2) * tile if stages > 1 else C * max(D, Dv) * problem.itemsize

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.hsa_decode import DECODE_CHOICES, fit_decode, why_not_decode
 from hsa_compile.schedules.limits import (
     MAX_GATHER_BYTES,
     SMALLEST_SUPER_TILE,
@@ -14,9 +15,11 @@ from hsa_compile.schedules.limits import (
     why_not_triton,
 )
 from hsa_compile.schedules.schedule import Knob, Schedule
+from hsa_compile.schedules.select_chunks import SELECT_CHOICES, why_not_select
 from hsa_compile.target import Target
 
-Choices = Mapping[str, Mapping[str, tuple[Knob, ...]]]
+_Knobs = Mapping[str, tuple[Knob, ...]]
+Choices = Mapping[str, _Knobs]
 
 _TORCH_CHUNK = {
     "super_tile": (SMALLEST_SUPER_TILE, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
@@ -31,19 +34,35 @@ _CPP_CHUNK_BACKWARD = {**_CPP_CHUNK, "tile_rows": (48, 96, 192, 384)}
 _WARPS, _STAGES = (2, 4, 8), (1, 2, 3, 4)
 _CHUNK_WARPS, _CHUNK_STAGES = (4, 8), (1, 2, 3)
 _BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
-_TRITON_TOKEN = {"num_warps": _WARPS, "num_stages": _STAGES}
-_TRITON_CHUNK = {
+_TRITON_TOKEN: _Knobs = {"num_warps": _WARPS, "num_stages": _STAGES}
+_TRITON_CHUNK: _Knobs = {
     "block_t": _BLOCK_T,
-    "segment": (64, 128, 256, 512, 1024, 2048),
+    "segment": (128, 512, 2048),
+    "super_tile": (0, 1024, 4096),
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
-# dq and dw token by token, then dk and dv chunk by chunk
-_TRITON_TWO_PASS = {
-    **_TRITON_TOKEN,
-    "block_t": _BLOCK_T,
+# How the parts of one token's output, or dq, come together: added to memory, or summed by a second kernel.
+_REDUCTIONS = ("atomic", "slots", "slots16")
+_TRITON_CHUNK_FORWARD: _Knobs = {"reduce": _REDUCTIONS, **_TRITON_CHUNK}
+_TRITON_CHUNK_BACKWARD: _Knobs = {"dq": _REDUCTIONS, **_TRITON_CHUNK, "segment": (0, *_TRITON_CHUNK["segment"])}
+_TRITON_UNION: _Knobs = {
+    "block_m": (1, 2, 4, 8, 16, 32, 64),
+    "num_warps": _CHUNK_WARPS,
+    "num_stages": _CHUNK_STAGES,
+}
+# dq and dw token by token or block by block, then dk and dv chunk by chunk
+_TRITON_SECOND_PASS: _Knobs = {
+    "dk_dv": ("together", "apart"),
+    "block_t": _BLOCK_T[:-1],
     "chunk_warps": _CHUNK_WARPS,
-    "chunk_stages": _CHUNK_STAGES,
+    "chunk_stages": (1, 2),
+}
+
+_TRITON_BACKWARD: Choices = {
+    "chunk": _TRITON_CHUNK_BACKWARD,
+    "union": {**_TRITON_UNION, **_TRITON_SECOND_PASS},
+    "token": {**_TRITON_TOKEN, **_TRITON_SECOND_PASS},
 }
 
 # (op, template family) → dataflow → knob → what it may be
@@ -52,8 +71,10 @@ _CHOICES: Mapping[tuple[str, str], Choices] = {
     ("hsa_backward", "torch"): {"chunk": _TORCH_CHUNK, "token": _TORCH_TOKEN},
     ("hsa_forward", "cpp"): {"chunk": _CPP_CHUNK},
     ("hsa_backward", "cpp"): {"chunk": _CPP_CHUNK_BACKWARD},
-    ("hsa_forward", "triton"): {"chunk": _TRITON_CHUNK, "token": _TRITON_TOKEN},
-    ("hsa_backward", "triton"): {"chunk": _TRITON_CHUNK, "token": _TRITON_TWO_PASS},
+    ("hsa_forward", "triton"): {"chunk": _TRITON_CHUNK_FORWARD, "union": _TRITON_UNION, "token": _TRITON_TOKEN},
+    ("hsa_backward", "triton"): _TRITON_BACKWARD,
+    **SELECT_CHOICES,
+    **DECODE_CHOICES,
 }
 
 _CPP_DTYPES = ("float32", "bfloat16")
@@ -63,7 +84,7 @@ def template_for(problem: Problem, target: Target) -> str:
     """The template family that serves a problem: `triton` on a GPU, `cpp` where it can be built, else `torch`."""
     if target.kind != "cpu":
         return "triton"
-    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
+    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES and not problem.decodes else "torch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +115,10 @@ class SearchSpace:
         """The first reason why `schedule` cannot run `problem` on `target`, or None if it can."""
         if reason := self._why_unknown(schedule):
             return reason
+        if problem.selects:
+            return why_not_select(problem, schedule, target)
+        if problem.decodes:
+            return why_not_decode(problem, schedule, target)
         if self.template == "cpp":
             return why_not_cpp(problem, schedule, target)
         if self.template == "torch":
@@ -102,7 +127,11 @@ class SearchSpace:
 
     def fit(self, problem: Problem, schedule: Schedule) -> Schedule:
         """A schedule tuned for another size, with the knobs that count tokens cut to what this problem can use."""
-        if self.template == "triton" or self._why_unknown(schedule):
+        if problem.selects or self._why_unknown(schedule):
+            return schedule
+        if problem.decodes:
+            return fit_decode(problem, schedule)
+        if self.template == "triton":
             return schedule
         tokens = next_power_of_2(problem.seq_len)
         if self.template == "cpp":

@@ -352,7 +352,7 @@ def test_doctor_names_a_cache_that_cannot_be_written(
 # arguments, what the message must show of the input, what it must show of what is allowed
 BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["tune", "--device", "cpu", "--seq-len", "2048m", "--batch", "1024"], "T2147483648", "GiB free"),
-    (["banana"], "'banana'", "tune, schedules, emit, doctor"),
+    (["banana"], "'banana'", "tune, schedules, emit, inspect, doctor"),
     (["--banana"], "'--banana'", "--help"),
     (["tune", "--banana"], "'--banana'", "--seq-len"),
     (["tune", "banana"], "(banana)", "--seq-len"),
@@ -467,7 +467,7 @@ COMMANDS = all_commands(cli)
 
 def test_the_commands_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
-        "tune", "schedules list", "schedules show", "schedules path", "schedules clear", "emit", "doctor"
+        "tune", "schedules list", "schedules show", "schedules path", "schedules clear", "emit", "inspect", "doctor"
     }  # fmt: skip
 
 

@@ -71,3 +71,42 @@ def test_no_tensor_has_tokens_times_chunks_elements() -> None:
     finally:
         torch.set_num_threads(threads)
     assert inputs.q.numel() <= largest.numel <= problem.seq_len * problem.num_chunks / 4
+
+
+LONG_SCRIPT = """
+import resource, warnings
+warnings.simplefilter("ignore")
+import torch
+from hsa_compile import hsa_attention, select_chunks
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(T):
+    HQ, H, D, C, K = 4, 2, 64, 64, 8
+    q, k, v, grad_o = (torch.randn(1, T, heads, D) for heads in (HQ, H, H, HQ))
+    query, landmarks = torch.randn(1, T, H, D), torch.randn(1, T // C, H, D)
+    inputs = [x.requires_grad_() for x in (q, k, v, query, landmarks)]
+    before = peak()
+    indices, weights = select_chunks(query, landmarks, chunk_size=C, top_k=K)
+    o = hsa_attention(q, k, v, indices, weights, chunk_size=C)
+    gradients = torch.autograd.grad(o, inputs, grad_o)
+    declared = [o, *gradients, indices, weights]
+    tensors = sum(x.numel() * x.element_size() for x in (*inputs, grad_o, *declared))
+    new = sum(x.numel() * x.element_size() for x in declared)
+    return peak() - before, tensors, new
+
+step(2048)  # libraries' own buffers
+extra, tensors, new = step(131072)
+print(extra, tensors, new)
+"""
+
+
+@pytest.mark.slow
+def test_attention_and_selection_of_131072_tokens_need_little_beyond_their_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_SCRIPT], capture_output=True, text=True, timeout=300, check=True
+    )  # fmt: skip
+    extra, tensors, new = (int(word) for word in done.stdout.split())
+    # Everything that there is, results included, is at most 1.2 times inputs, outputs, gradients and slots.
+    assert extra - new <= 0.2 * tensors

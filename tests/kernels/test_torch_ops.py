@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsa_compile import hsa_attention
-from hsa_compile.kernels import torch_ops
+from hsa_compile import hsa_attention, select_chunks
+from hsa_compile.kernels import select_ops, torch_ops
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::hsa_compile.errors.UntunedWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
@@ -87,3 +87,48 @@ def test_exports() -> None:
 def test_shapes_are_known_without_data() -> None:
     given = [x.to("meta") for x in tensors(requires_grad=False)]
     assert attend(*given).shape == (2, 21, 4, 16)
+
+
+def selected(query: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+    return select_chunks(query, landmarks, chunk_size=C, top_k=K, noise_seed=3)
+
+
+def test_opcheck_of_selection() -> None:
+    query, landmarks = torch.randn(2, 40, 2, 16, requires_grad=True), torch.randn(2, 5, 2, 16, requires_grad=True)
+    options = (C, K, 0, "softmax", None, False)
+    torch.library.opcheck(select_ops.select_chunks, (query, landmarks, *options))
+    _, indices = select_ops.select_chunks(query, landmarks, *options)
+    plain = (query.detach(), landmarks.detach(), indices, torch.randn(indices.shape))
+    torch.library.opcheck(select_ops.select_chunks_backward, (*plain, C, "softmax", False))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_selection_and_attention_compile_as_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+
+    def layer(query: Tensor, landmarks: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, *selected(query, landmarks))
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for T in (40, 56):
+        q, k, v, *_ = tensors(T, T)
+        leaves = [
+            torch.randn(2, T, 2, 16, requires_grad=True), torch.randn(2, T // C, 2, 16, requires_grad=True), q, k, v
+        ]  # fmt: skip
+        expected, actual = layer(*leaves), compiled(*leaves)
+        assert torch.equal(actual, expected)
+        for one, other in zip(
+            torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_selection_exports() -> None:
+    class Selection(nn.Module):
+        def forward(self, query: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+            return selected(query, landmarks)
+
+    given = (torch.randn(2, 40, 2, 16), torch.randn(2, 5, 2, 16))
+    exported = torch.export.export(Selection(), given)
+    for one, other in zip(exported.module()(*given), selected(*given), strict=True):
+        assert torch.equal(one, other)

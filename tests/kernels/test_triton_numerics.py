@@ -1,6 +1,9 @@
 """The emitted Triton kernels, interpreted on this CPU, against the float64 reference: outputs and all gradients."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +13,21 @@ from torch import Tensor
 from hsa_compile.autotune.check import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.inverse_index import inverse_index, list_addresses, split_lists
 from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.schedule import Knob, Schedule
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 TARGET = Target.parse("sm_90")
-DATAFLOWS = ("token", "chunk")
-ROWS = 32  # of a chunk-stationary step: small, so that short lists take several
+# Dataflow and, for chunk, how parts are added up; `chunk-whole` does not split lists.
+VARIANTS = ("token", "union-apart", "chunk", "chunk-slots", "chunk-whole")
+DETERMINISTIC = ("token", "union-apart", "chunk-whole")
+ROWS = 32  # of a tile: small, so that short lists take several
+CANARY, MARGIN = 12345.0, 64
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,30 @@ class Shape:
     K: int = 3
     off_by_one: bool = False
     per_head: bool = False
+    mask_last: bool = False
+    packed: tuple[int, ...] = ()  # keys of each of several sequences, S in all
     logits: float = 1.0
     index_dtype: torch.dtype = torch.int32
 
     def __str__(self) -> str:
         text = f"B{self.B}-T{self.T}-S{self.S}-HQ{self.HQ}-H{self.H}-D{self.D}-Dv{self.Dv}-C{self.C}-K{self.K}"
-        return text + "-off_by_one" * self.off_by_one + "-per_head" * self.per_head + f"-x{self.logits:g}"
+        text += "-off_by_one" * self.off_by_one + "-per_head" * self.per_head + "-mask_last" * self.mask_last
+        return text + "-packed" * bool(self.packed) + f"-x{self.logits:g}"
+
+    @property
+    def starts(self) -> list[int]:
+        """The key row at which each chunk begins."""
+        first, starts = 0, []
+        for length in self.packed or (self.S,):
+            starts += range(first, first + length - self.C + 1, self.C)
+            first += length
+        return starts
+
+    @property
+    def attended(self) -> Tensor:
+        """The key rows of each chunk that are attended to."""
+        starts = torch.tensor(self.starts, dtype=torch.long)[:, None]
+        return (starts + torch.arange(self.C - self.mask_last)).flatten()
 
 
 SHAPES = [
@@ -56,6 +80,9 @@ SHAPES = [
     Shape(off_by_one=True),
     Shape(per_head=True, HQ=3, H=1),
     Shape(off_by_one=True, per_head=True, B=2, T=3),
+    Shape(mask_last=True, C=17, off_by_one=True),
+    Shape(packed=(20, 15, 40, 16), S=91, K=4),
+    Shape(packed=(20, 40), S=60, mask_last=True, per_head=True, HQ=2),
 ]
 
 
@@ -74,7 +101,7 @@ class Case:
         def normal(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=random).to(self.dtype)
 
-        num_chunks = shape.S // shape.C
+        num_chunks = len(shape.starts)
         size = (shape.B, shape.T, shape.H, shape.K)
         indices = torch.randint(-2, num_chunks + 1, size, generator=random)
         indices[:, : shape.T // 2 : 3] = -1
@@ -83,10 +110,14 @@ class Case:
         weights = torch.rand(shape.B, shape.T, heads, shape.K, generator=random)
         empty = (indices < 0) | (indices >= num_chunks)
         weights[empty.repeat_interleave(heads // shape.H, dim=2)] = float("nan")  # must not be read
+        k, v = normal(shape.B, shape.S, shape.H, shape.D), normal(shape.B, shape.S, shape.H, shape.Dv)
+        unseen = torch.ones(shape.S, dtype=torch.bool)
+        unseen[shape.attended] = False
+        k[:, unseen], v[:, unseen] = float("nan"), float("nan")  # must not be read
         return [
             normal(shape.B, shape.T, shape.HQ, shape.D) * shape.logits,
-            normal(shape.B, shape.S, shape.H, shape.D),
-            normal(shape.B, shape.S, shape.H, shape.Dv),
+            k,
+            v,
             indices.to(shape.index_dtype),
             weights,
             normal(shape.B, shape.T, shape.HQ, shape.Dv),
@@ -95,10 +126,13 @@ class Case:
     def expected(self) -> list[Tensor]:
         """o, dq, dk, dv, dw in float64."""
         q, k, v, indices, weights, grad_o = self.tensors()
-        indices = torch.where(indices < self.shape.S // self.shape.C, indices, -1)
+        shape = self.shape
+        indices = torch.where(indices < len(shape.starts), indices, -1)
         leaves = [x.double().requires_grad_() for x in (q, k, v, weights.nan_to_num(0.0))]
-        options = {"chunk_size": self.shape.C, "softmax_off_by_one": self.shape.off_by_one}
-        o = hsa_attention_reference(*leaves[:3], indices, leaves[3], **options)
+        # What packing and masking mean: the reference sees the keys that are attended to, and no others.
+        keys, values = (x[:, shape.attended] for x in leaves[1:3])
+        options = {"chunk_size": shape.C - shape.mask_last, "softmax_off_by_one": shape.off_by_one}
+        o = hsa_attention_reference(leaves[0], keys, values, indices, leaves[3], **options)
         return [o.detach(), *torch.autograd.grad(o, leaves, grad_o.double())]
 
     def problem(self) -> Problem:
@@ -108,27 +142,65 @@ class Case:
             num_kv_heads=shape.H, head_dim=shape.D, value_dim=shape.Dv, chunk_size=shape.C,
             top_k=max(shape.K, 1), dtype=str(self.dtype).removeprefix("torch."),
             softmax_off_by_one=shape.off_by_one, per_head_weights=shape.per_head,
+            mask_last_token=shape.mask_last, packed=bool(shape.packed),
         )  # fmt: skip
 
-    def actual(self, dataflow: str) -> list[Tensor]:
-        """o, dq, dk, dv, dw of the emitted kernels."""
+    def actual(self, variant: str, super_tile: int = 0) -> list[Tensor]:
+        """o, dq, dk, dv, dw of the emitted kernels; nothing around any of the buffers may be touched."""
         *inputs, grad_o = self.tensors()
-        problem, scale = self.problem(), self.shape.D**-0.5
+        options: dict[str, object] = {"scale": self.shape.D**-0.5}
+        if self.shape.packed:  # one chunk more than there are, which begins nowhere
+            options["chunk_starts"] = torch.tensor([*self.shape.starts, 10**6], dtype=torch.int32)
+        problem = self.problem()
         forward, backward = (
-            compile_kernel(emit(problem.with_op(op), schedule(problem, op, dataflow), TARGET)).entry
+            compile_kernel(emit(problem.with_op(op), schedule(problem, op, variant, super_tile), TARGET)).entry
             for op in ("hsa_forward", "hsa_backward")
         )
-        return [forward(*inputs, scale=scale), *backward(*inputs, grad_o, scale=scale)]
+        with canaries():
+            return [forward(*inputs, **options), *backward(*inputs, grad_o, **options)]
 
 
-def schedule(problem: Problem, op: str, dataflow: str) -> Schedule:
-    knobs = {"num_warps": 4, "num_stages": 2}
+def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Schedule:
+    dataflow, _, adding = variant.partition("-")
+    knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 2}
     block_t = max(1, ROWS // next_power_of_2(problem.group))
     if dataflow == "chunk":
-        knobs |= {"block_t": block_t, "segment": 256}
+        reduction = {"": "atomic", "whole": "slots"}.get(adding, adding)
+        segment = 0 if op == "hsa_backward" and adding == "whole" else 128
+        knobs |= {"block_t": block_t, "segment": segment, "super_tile": super_tile}
+        knobs["dq" if op == "hsa_backward" else "reduce"] = reduction
     elif op == "hsa_backward":
         knobs |= {"block_t": block_t, "chunk_warps": 8, "chunk_stages": 2}
+        knobs["dk_dv"] = "apart" if adding == "apart" else "together"
+    if dataflow == "union":
+        knobs["block_m"] = max(1, ROWS // next_power_of_2(problem.group))
     return Schedule.of(dataflow, **knobs)
+
+
+@contextmanager
+def canaries() -> Iterator[None]:
+    """Floats that PyTorch allocates meanwhile lie between margins, which must still be whole at the end."""
+    guarded: list[Tensor] = []
+
+    def surround(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            x = allocate(*args, **kwargs)
+            if not (x.is_floating_point() and x.numel()):
+                return x
+            whole = x.new_full((x.numel() + 2 * MARGIN,), CANARY)
+            guarded.append(whole)
+            return whole[MARGIN:-MARGIN].view(x.shape).copy_(x)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in ((torch, ("empty", "zeros", "empty_like", "zeros_like")), (Tensor, ("new_empty",))):
+            for name in names:
+                patch.setattr(owner, name, surround(getattr(owner, name)))
+        yield
+    for whole in guarded:
+        assert (whole[:MARGIN] == CANARY).all()
+        assert (whole[-MARGIN:] == CANARY).all()
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -163,30 +235,29 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("dataflow", DATAFLOWS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients_equal_the_reference(shape: Shape, dataflow: str) -> None:
+def test_output_and_gradients_equal_the_reference(shape: Shape, variant: str) -> None:
     case = Case(shape)
-    assert_close(case.actual(dataflow), case.expected(), TOLERANCES["float32"])
+    assert_close(case.actual(variant), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("dataflow", DATAFLOWS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[9]], ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, "chunk-slots16"])
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, SHAPES[9]), (torch.float16, SHAPES[0])], ids=str)
 def test_half_precision_is_close_and_results_have_the_dtypes_of_the_inputs(
-    shape: Shape, dtype: torch.dtype, dataflow: str
+    dtype: torch.dtype, shape: Shape, variant: str
 ) -> None:
     case = Case(shape, dtype)
-    actual = case.actual(dataflow)
+    actual = case.actual(variant)
     assert [x.dtype for x in actual] == [dtype, dtype, dtype, dtype, torch.float32]
     assert_close(actual, case.expected(), TOLERANCES["bfloat16"])
 
 
-@pytest.mark.parametrize("dataflow", DATAFLOWS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("off_by_one", [False, True])
-def test_large_logits_stay_finite_and_right(off_by_one: bool, dataflow: str) -> None:
+def test_large_logits_stay_finite_and_right(off_by_one: bool, variant: str) -> None:
     case = Case(Shape(logits=1e4, off_by_one=off_by_one))
-    (o, dq, dk, dv, dw), (o_expected, _, _, dv_expected, dw_expected) = case.actual(dataflow), case.expected()
+    (o, dq, dk, dv, dw), (o_expected, _, _, dv_expected, dw_expected) = case.actual(variant), case.expected()
     # In float32 a logit of 1e4 is off by 1e-3. The softmax is one-hot but for near ties, dq and dk vanish with it.
     for one, other in ((o, o_expected), (dv, dv_expected), (dw, dw_expected)):
         assert relative_error(one, other) <= 1e-2
@@ -197,19 +268,41 @@ def test_large_logits_stay_finite_and_right(off_by_one: bool, dataflow: str) -> 
 @pytest.mark.parametrize("shape", [Shape(T=300, S=40, HQ=2, K=2), Shape(T=300, S=40, HQ=3, H=1, K=1)], ids=str)
 def test_a_hot_chunk_is_split_over_several_programs(shape: Shape) -> None:
     case = Case(shape)
-    assert_close(case.actual("chunk"), case.expected(), TOLERANCES["float32"])
+    assert_close(case.actual("chunk-slots"), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("dataflow", DATAFLOWS)
+@pytest.mark.parametrize("variant", ["chunk", "chunk-slots", "chunk-whole"])
+def test_super_tiles_add_up(variant: str) -> None:
+    case = Case(Shape(B=2, T=1030, S=20, HQ=1, H=1, D=16, Dv=16, K=1))
+    assert_close(case.actual(variant, super_tile=1024), case.expected(), TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("shape", [Shape(T=70, S=20, K=2), Shape(T=9, S=20, K=9, per_head=True)], ids=str)
+def test_a_block_that_picks_a_chunk_more_often_than_it_has_tokens_visits_it_again(shape: Shape) -> None:
+    case = Case(shape)
+    assert_close(case.actual("union-apart"), case.expected(), TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "shape", [Shape(T=0), Shape(K=0), Shape(S=15), Shape(S=0), Shape(B=0)], ids=["T0", "K0", "N0", "S0", "B0"]
 )
-def test_nothing_to_attend_to_gives_zeros(shape: Shape, dataflow: str) -> None:
+def test_nothing_to_attend_to_gives_zeros(shape: Shape, variant: str) -> None:
     case = Case(shape)
     inputs = case.tensors()
-    for result, like in zip(case.actual(dataflow), (inputs[5], *inputs[:3], inputs[4]), strict=True):
+    for result, like in zip(case.actual(variant), (inputs[5], *inputs[:3], inputs[4]), strict=True):
         assert result.shape == like.shape
         assert not result.any()
+
+
+def test_a_write_outside_of_a_buffer_is_seen() -> None:
+    def write_past_the_end() -> None:
+        with canaries():
+            x = torch.empty(3)
+            x.as_strided((1,), (1,), x.storage_offset() + 3).zero_()
+
+    with pytest.raises(AssertionError):
+        write_past_the_end()
 
 
 def test_one_module_serves_all_lengths() -> None:
@@ -220,41 +313,12 @@ def test_one_module_serves_all_lengths() -> None:
     assert len(texts) == 1
 
 
-def test_same_bits_twice() -> None:
+@pytest.mark.parametrize("variant", DETERMINISTIC)
+def test_same_bits_twice(variant: str) -> None:
     case = Case(Shape(T=11, S=40))
-    first, second = case.actual("token"), case.actual("token")
+    first, second = case.actual(variant), case.actual(variant)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("num_chunks", [0, 1, 5, 40000])
-def test_lists_hold_every_pick_once_in_order(num_chunks: int) -> None:
-    B, T, H, K = 2, 13, 3, 4
-    indices = torch.randint(-1, 7, (B, T, H, K), generator=torch.Generator().manual_seed(0))
-    entries, offsets = inverse_index(indices, num_chunks)
-    token_heads, picks = list_addresses(entries, indices.shape)
-    assert offsets.shape == (B * H, num_chunks + 1)
-    assert {x.dtype for x in (entries, offsets, token_heads, picks)} == {torch.int32}
-    flat = indices.movedim(2, 1).flatten(2)  # [B, H, T·K]
-    for bh in range(B * H):
-        for chunk in range(min(num_chunks, 8)):
-            mine = slice(*offsets[bh, chunk : chunk + 2].tolist())
-            expected = (flat[bh // H, bh % H] == chunk).nonzero().flatten()
-            assert torch.equal(entries[bh, mine].long(), expected)
-            assert (indices.flatten()[picks[bh, mine].long()] == chunk).all()
-            assert torch.equal(picks[bh, mine] // K, token_heads[bh, mine])
-
-
-@pytest.mark.parametrize("segment", [1, 4, 100])
-def test_tiles_cover_every_list_once(segment: int) -> None:
-    indices = torch.randint(-1, 5, (1, 17, 2, 3), generator=torch.Generator().manual_seed(0))
-    entries, offsets = inverse_index(indices, 6)
-    tiles = split_lists(offsets, segment=segment, num_entries=entries.shape[1])
-    assert tiles.shape == (2, 6 + 51 // segment, 3)
-    for bh in range(2):
-        covered = []
-        for chunk, start, stop in tiles[bh].tolist():
-            assert stop - start <= segment
-            if start < stop:
-                assert offsets[bh, chunk] <= start < stop <= offsets[bh, chunk + 1]
-                covered += range(start, stop)
-        assert covered == list(range(int(offsets[bh, -1])))
+    strict = replace(case.problem(), deterministic=True)
+    for op in ("hsa_forward", "hsa_backward"):
+        space = SearchSpace.of(strict.with_op(op), TARGET)
+        assert space.is_valid(strict.with_op(op), schedule(strict, op, variant), TARGET)

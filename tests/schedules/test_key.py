@@ -36,6 +36,9 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "per_head_weights": ({"per_head_weights": True}, {}),
     "mask_last_token": ({"mask_last_token": True}, {}),
     "packed": ({"packed": True}, {}),
+    "stick_breaking": ({"fusion": "stick_breaking"}, {}),
+    "paged": ({"paged": True}, {}),
+    "noise": ({"noise": True}, {}),
 }
 
 MakeProblem = Callable[..., Problem]
@@ -94,7 +97,7 @@ def test_an_entry_that_differs_in_a_near_field_serves_at_its_weighted_distance(
     cache.put(make_record(make_problem(), gpu))
     other, elsewhere = make_problem(**problem), replace(gpu, **target)
     found = cache.lookup(other, elsewhere)
-    steps = 1 if isinstance(next(iter({**problem, **target}.values())), bool) else 2  # numbers differ fourfold
+    steps = 1 if isinstance(next(iter({**problem, **target}.values())), bool | str) else 2  # numbers differ fourfold
     assert found is not None
     assert found.distance == pytest.approx(steps * WEIGHTS[name])
     there, back = ScheduleKey.of(make_problem(), gpu), ScheduleKey.of(other, elsewhere)

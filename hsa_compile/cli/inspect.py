@@ -1,0 +1,117 @@
+"""`hsa-compile inspect`: compile kernels for a GPU that need not be there, and show what they use."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import tqdm
+
+from hsa_compile.autotune.predict import count_work, occupancy, predict
+from hsa_compile.autotune.problems import expand
+from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_rows, shape_options
+from hsa_compile.errors import CacheError, InvalidArgument
+from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import NAMED_TARGETS, Target
+
+# What the default schedules are held to: nothing spilled at any of these points.
+_MATRIX_DTYPES, _MATRIX_HEAD_DIMS = ("bfloat16", "float16"), (64, 128)
+_MATRIX_GROUPS, _MATRIX_CHUNKS = (1, 4, 16), (32, 64, 128)
+_TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
+
+
+@click.command()
+@click.option("--target", "target_name", type=click.Choice(list(NAMED_TARGETS)), default="sm_90", show_default=True)
+@op_option("all")
+@shape_options
+@click.option("--schedule", "schedule_text", help="'DATAFLOW KNOB=VALUE …'; the tuned one, else the default.")
+@click.option("--matrix", is_flag=True, help="The default schedules over dtype x head dim x group x chunk size.")
+@click.option("--ptx", is_flag=True, help="Write the PTX of each kernel.")
+@click.option("--sass", is_flag=True, help="Write the machine code of each kernel (NVIDIA).")
+@click.option("--ttgir", is_flag=True, help="Write Triton's GPU intermediate code of each kernel.")
+@click.option("--amdgcn", is_flag=True, help="Write the machine code of each kernel (AMD).")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", help="Where files are written.")
+@json_option
+def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, matrix: bool, out: Path,
+            as_json: bool, **flags: Any) -> None:  # fmt: skip
+    """Compile kernels for a named GPU, without the GPU, and show registers, spills and what bounds them.
+
+    Occupancy counts resident threads; FLOPs and bytes are counted from the shape, and the predicted time is the
+    roofline's, a lower bound.
+
+    \b
+    Examples:
+      hsa-compile inspect --target sm_90
+      hsa-compile inspect --target gfx942 --op backward --head-dim 128 --chunk-size 64
+      hsa-compile inspect --target sm_80 --op forward --schedule 'token num_warps=4 num_stages=2' --sass
+      hsa-compile inspect --target sm_100 --matrix
+    """
+    target = Target.parse(target_name)
+    chosen = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
+    texts = [name for name in _TEXTS if flags[name]]
+    if matrix and (chosen or schedule_text):
+        raise InvalidArgument("--matrix has its own shapes and schedules; leave the shape flags and --schedule out")
+    problems = list(_matrix_problems(target, ops)) if matrix else expand(target, chosen, ops)
+    rows = []
+    for problem in tqdm.tqdm(problems, desc="compile", disable=len(problems) < 4, leave=False):
+        schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
+        kernel = compile_kernel(emit(problem, schedule, target))
+        for resources in compile_launches(kernel.module, target, sass="sass" in texts):
+            rows.append(_row(problem, schedule, target, resources))
+            _write_texts(resources, texts, out / f"{resources.name}_{target.arch}_{kernel.source.fingerprint}")
+    print_rows(rows, as_json=as_json)
+
+
+def _matrix_problems(target: Target, ops: Sequence[str]) -> Iterator[Problem]:
+    points = itertools.product(_MATRIX_DTYPES, _MATRIX_HEAD_DIMS, _MATRIX_GROUPS, _MATRIX_CHUNKS)
+    for dtype, head_dim, group, chunk_size in points:
+        fields: dict[str, list[Any]] = {
+            "dtype": [dtype],
+            "head_dim": [head_dim],
+            "num_heads": [2 * group],
+            "chunk_size": [chunk_size],
+        }
+        yield from expand(target, fields, ops)
+
+
+def _schedule_of(problem: Problem, target: Target) -> Schedule:
+    found = default_cache().lookup(problem, target)
+    return found.schedule if found else default_schedule(problem, target)
+
+
+def _row(problem: Problem, schedule: Schedule, target: Target, resources: KernelResources) -> dict[str, Any]:
+    work = count_work(problem, schedule)
+    prediction = predict(problem, work, target)
+    return {
+        "kernel": resources.name.removeprefix("_"),
+        "shape": f"{problem.dtype} G{problem.group} D{problem.head_dim} C{problem.chunk_size}",
+        "schedule": str(schedule),
+        "registers": resources.registers,
+        "spills": resources.spills,
+        "shared KB": round(resources.shared_memory / 1024, 1),
+        "occupancy": f"{occupancy(resources, target):.0%}",
+        "matrix": resources.matrix_instruction,
+        "GFLOP": round(work.flops / 1e9, 1),
+        "MB": round(work.cache_bytes / 1e6, 1),
+        "bound": f"{prediction.bound}, {prediction.time_ms:.2g} ms",
+    }
+
+
+def _write_texts(resources: KernelResources, texts: Sequence[str], stem: Path) -> None:
+    for name in texts:
+        if name not in resources.asm:
+            raise InvalidArgument(f"--{name} does not exist for this target; it has {', '.join(sorted(resources.asm))}")
+        path = stem.with_name(f"{stem.name}.{name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(resources.asm[name])
+        except OSError as error:
+            raise CacheError(f"cannot write {path}: {error.strerror}") from error
+        click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,83 @@
+"""The definition of chunk selection in plain PyTorch: dense scores, so for small shapes."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from hsa_compile.kernels.gumbel import gumbel, noise_keys
+
+
+def select_chunks_reference(
+    query: Tensor,
+    landmarks: Tensor,
+    *,
+    chunk_size: int,
+    top_k: int,
+    offset: int = 0,
+    fusion: str = "softmax",
+    noise_seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `top_k` chunks that score highest for each token, most recent first, and their weights.
+
+    Chunk `i` is visible to row `t`, at position `offset + t`, iff `offset + t ≥ (i + 1)·C`. Scores are
+    `query · landmark / √Dr`. Of equal scores the lower chunk wins. Differentiable in query and landmarks, through the
+    weights, of any float dtype (float64 for checks), on any device.
+
+    Args:
+        query: `[B, T, H, Dr]`.
+        landmarks: `[B, N, H, Dr]`.
+        chunk_size: `C`.
+        top_k: `K`.
+        offset: position of the first query row.
+        fusion: `softmax` over the K scores, or `stick_breaking` from the most recent chunk on.
+        noise_seed: of the Gumbel noise that is added to the scores for the comparison alone; None for none.
+
+    Returns:
+        chunk_indices `[B, T, H, K]` int32, falling, −1 where fewer than K chunks are visible, and chunk_weights
+        `[B, T, H, K]` in the dtype of query, 0 there.
+
+    Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
+    """
+    (batch, seq_len, num_heads, _), num_chunks = query.shape, landmarks.shape[1]
+    positions = torch.arange(seq_len, device=query.device) + offset
+    chunks = torch.arange(num_chunks, device=query.device)
+    scores = _scores(query.detach(), landmarks.detach())  # [B, T, H, N]
+    if noise_seed is not None:
+        keys = noise_keys(noise_seed, batch, num_heads, positions)
+        scores = scores + gumbel(keys.unsqueeze(-1), chunks)
+    visible = (positions[:, None] >= (chunks + 1) * chunk_size).view(1, seq_len, 1, num_chunks)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    best, order = scores.sort(dim=-1, descending=True, stable=True)
+    picks = torch.where(best == float("-inf"), -1, order)[..., :top_k]
+    picks = torch.nn.functional.pad(picks, (0, top_k - picks.shape[-1]), value=-1)
+    indices = picks.sort(dim=-1, descending=True).values.to(torch.int32)
+    return indices, select_weights_reference(query, landmarks, indices, fusion=fusion)
+
+
+def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Tensor, *, fusion: str) -> Tensor:
+    """The weights of chunks that were picked: `[B, T, H, K]` in the dtype of query, differentiable.
+
+    Args:
+        query: `[B, T, H, Dr]`.
+        landmarks: `[B, N, H, Dr]`.
+        chunk_indices: `[B, T, H, K]`, most recent first; −1 is an empty slot.
+        fusion: `softmax` or `stick_breaking`.
+    """
+    filled = chunk_indices >= 0
+    if landmarks.shape[1] == 0:
+        return query.new_zeros(chunk_indices.shape) + 0 * (query.sum() + landmarks.sum())
+    b = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(query.shape[2], device=query.device).view(1, 1, -1, 1)
+    picked = landmarks[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, Dr]
+    scores = torch.einsum("bthd,bthkd->bthk", query, picked) * query.shape[-1] ** -0.5
+    if fusion == "softmax":
+        # A row without picks gets a finite score, and then a weight of zero: no NaN on the way back.
+        scores = scores.masked_fill(~filled & filled.any(dim=-1, keepdim=True), float("-inf"))
+        return scores.softmax(dim=-1).masked_fill(~filled, 0)
+    passed_on = logsigmoid(-scores)  # log(1 − σ)
+    before = torch.cat([torch.zeros_like(scores[..., :1]), passed_on[..., :-1].cumsum(dim=-1)], dim=-1)
+    return (logsigmoid(scores) + before).exp().masked_fill(~filled, 0)
+
+
+def _scores(query: Tensor, landmarks: Tensor) -> Tensor:
+    return torch.einsum("bthd,bnhd->bthn", query, landmarks) * query.shape[-1] ** -0.5

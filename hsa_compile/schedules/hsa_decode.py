@@ -1,0 +1,85 @@
+"""The schedules of `hsa_decode`: knobs, what a problem can use of them, and what runs untuned."""
+
+from collections.abc import Iterator, Mapping
+
+from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.limits import (
+    MAX_GATHER_BYTES,
+    MAX_HIP_WARPS,
+    gathered_bytes,
+    token_shared_memory,
+)
+from hsa_compile.schedules.schedule import Knob, Schedule
+from hsa_compile.target import Target
+
+Choices = Mapping[str, Mapping[str, tuple[Knob, ...]]]
+
+_SPLITS = (1, 2, 4, 8, 16)
+
+# (op, template family) → dataflow → knob → what it may be
+DECODE_CHOICES: Mapping[tuple[str, str], Choices] = {
+    # picks of one batched product
+    ("hsa_decode", "torch"): {"split": {"block": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)}},
+    # programs that share the picks of one token and kv head
+    ("hsa_decode", "triton"): {
+        "split": {"split": _SPLITS, "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)},
+    },
+}
+
+_BLOCK_BYTES = 1 << 20  # gathered by one batched product: stays in L2, and is worth a thread's start
+
+
+def why_not_decode(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    """The first reason against a schedule of this op."""
+    if target.kind == "cpu":
+        gathered = schedule.number("block") * _pick_bytes(problem)
+        if schedule["block"] != 1 and gathered > MAX_GATHER_BYTES:
+            return f"block = {schedule['block']} gathers {gathered} bytes, at most {MAX_GATHER_BYTES}"
+        return None
+    if problem.dtype == "float64":
+        return "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
+    if target.kind == "hip" and schedule.number("num_warps") > MAX_HIP_WARPS:
+        return f"num_warps = {schedule['num_warps']} leaves a wavefront too few registers, at most {MAX_HIP_WARPS}"
+    if schedule.number("split") > next_power_of_2(problem.top_k):
+        return f"split = {schedule['split']} is more than the {problem.top_k} slots there are"
+    needed = token_shared_memory(problem, target, 1, schedule.number("num_stages"))[0]
+    if needed > target.shared_memory:
+        return f"it needs at least {needed} bytes of shared memory, {target.name} has {target.shared_memory}"
+    return None
+
+
+def fit_decode(problem: Problem, schedule: Schedule) -> Schedule:
+    """A schedule tuned for more slots, with no more programs to a token than this problem has slots."""
+    if "split" not in schedule:
+        return schedule
+    split = min(schedule.number("split"), next_power_of_2(problem.top_k))
+    return Schedule.from_dict({**schedule, "split": split})
+
+
+def decode_preferences(problem: Problem, target: Target, template: str) -> list[Schedule]:
+    """Schedules to run untuned, the best first."""
+    if template == "torch":
+        blocks = DECODE_CHOICES["hsa_decode", "torch"]["split"]["block"]
+        fitting = [block for block in blocks if block == 1 or int(block) * _pick_bytes(problem) <= _BLOCK_BYTES]
+        return [Schedule.of("split", block=fitting[-1])]
+    return list(_triton_preferences(problem, target))
+
+
+def _triton_preferences(problem: Problem, target: Target) -> Iterator[Schedule]:
+    """As many programs as the device has multiprocessors, if the slots suffice; then the longest pipeline that fits."""
+    tokens = problem.batch * problem.seq_len * problem.num_kv_heads
+    wanted = next_power_of_2(-(-target.num_cores // tokens))
+    split = min(wanted, next_power_of_2(problem.top_k), _SPLITS[-1])
+    group = next_power_of_2(problem.group)
+    num_warps = 8 if target.kind == "cuda" and group >= 128 else 4
+    # A stage more than a program has chunks would never be filled.
+    steps = -(-problem.top_k // split)
+    most = 1 if problem.itemsize == 4 and target.kind == "hip" else 2 if target.kind == "hip" else 3
+    for stages in range(min(most, max(1, steps)), 0, -1):
+        if stages == 1 or token_shared_memory(problem, target, 1, stages)[1] <= target.shared_memory:
+            yield Schedule.of("split", split=split, num_warps=num_warps, num_stages=stages)
+
+
+def _pick_bytes(problem: Problem) -> int:
+    """Bytes that one pick gathers, in the dtype that is computed in."""
+    return gathered_bytes(problem) // problem.top_k

@@ -1,0 +1,164 @@
+"""Any valid pair of problem and schedule gives the reference's answer: drawn at random over the whole space."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hsa_compile import Problem, Schedule, SearchSpace, Target, hsa_attention_reference
+from hsa_compile.autotune.check import relative_error
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.packing import global_indices
+from hsa_compile.target import NAMED_TARGETS
+
+OPS = ("hsa_forward", "hsa_backward")
+# Looser than the table of the op's own tests: on a handful of tokens a gradient may be a difference of large numbers.
+TOLERANCES = {"float32": 3e-5, "bfloat16": 3e-2, "float16": 1e-2, "float64": 1e-9}
+CPU = Target.parse("cpu")
+TARGETS = {
+    "cpp": CPU,
+    "cpp-avx2": replace(CPU, arch="avx2"),
+    "torch": replace(CPU, has_compiler=False),
+    **{name: NAMED_TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")},
+}
+GPUS = ("sm_80", "sm_90", "gfx942")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem under one schedule, as it can be written on a command line."""
+
+    target: str
+    problem: dict
+    schedule: str
+    lengths: tuple[int, ...]  # of packed sequences
+    seed: int
+
+    def __str__(self) -> str:
+        return f"pytest tests/kernels/test_random_cases.py -k given_case --case '{json.dumps(asdict(self))}'"
+
+
+@st.composite
+def cases(draw: st.DrawFn, names: tuple[str, ...], most_tokens: int) -> Case:
+    name = draw(st.sampled_from(names))
+    gpu = name in GPUS
+    packed = draw(st.booleans()) if draw(st.booleans()) else False
+    lengths = tuple(draw(st.lists(st.integers(0, most_tokens), min_size=1, max_size=4))) if packed else ()
+    seq_len = max(1, sum(lengths)) if packed else draw(st.integers(1, most_tokens))
+    num_kv_heads = draw(st.integers(1, 2))
+    per_head = draw(st.booleans())
+    problem = Problem(
+        op=draw(st.sampled_from(OPS)),
+        batch=1 if packed else draw(st.integers(1, 2)),
+        seq_len=seq_len,
+        kv_len=seq_len if packed else draw(st.integers(1, 3 * most_tokens)),
+        num_heads=num_kv_heads * draw(st.sampled_from((1, 2, 3, 5, 16))),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.integers(1, 40)),
+        value_dim=draw(st.integers(1, 40)),
+        chunk_size=draw(st.integers(2, 40)),
+        top_k=draw(st.integers(1, 5)),
+        dtype=draw(st.sampled_from(("float32", "float16") if gpu else ("float32", "bfloat16", "float16", "float64"))),
+        softmax_off_by_one=draw(st.booleans()),
+        per_head_weights=per_head,
+        mask_last_token=draw(st.booleans()),
+        packed=packed,
+        deterministic=draw(st.booleans()),
+    )
+    if per_head and problem.group == 1:  # then the two shapes of weights are one
+        problem = replace(problem, per_head_weights=False)
+    valid = list(SearchSpace.of(problem, TARGETS[name]).schedules(problem, TARGETS[name]))
+    schedule = draw(st.sampled_from(valid))
+    return Case(name, problem.to_dict(), str(schedule), lengths, draw(st.integers(0, 999)))
+
+
+def run(case: Case) -> None:
+    """Emits, compiles and runs a case, and compares all its results with the float64 reference."""
+    problem, schedule = Problem(**case.problem), Schedule.parse(case.schedule)
+    torch.manual_seed(case.seed)
+    dtype = getattr(torch, problem.dtype)
+    B, T, S, H, K = problem.batch, problem.seq_len, problem.kv_len, problem.num_kv_heads, problem.top_k
+    q = torch.randn(B, T, problem.num_heads, problem.head_dim).to(dtype)
+    k = torch.randn(B, S, H, problem.head_dim).to(dtype)
+    v = torch.randn(B, S, H, problem.value_dim).to(dtype)
+    grad_o = torch.randn(B, T, problem.num_heads, problem.value_dim).to(dtype)
+    weights = torch.rand(B, T, problem.num_heads if problem.per_head_weights else H, K)
+    weights = weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    indices, cu_seqlens, packing = _picks(problem, case.lengths)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, weights)]
+    expected = hsa_attention_reference(
+        *leaves[:3],
+        indices,
+        leaves[3],
+        chunk_size=problem.chunk_size,
+        softmax_off_by_one=problem.softmax_off_by_one,
+        mask_last_token=problem.mask_last_token,
+        cu_seqlens=cu_seqlens,
+    )
+    if problem.packed:
+        indices, chunk_starts = global_indices(indices, cu_seqlens, S, problem.chunk_size)
+        packing = {"chunk_starts": chunk_starts}
+    entry = compile_kernel(emit(problem, schedule, TARGETS[case.target])).entry
+    inputs = [q, k, v, indices, weights]
+    if problem.op == "hsa_backward":
+        inputs.append(grad_o)
+    results = entry(*inputs, scale=problem.head_dim**-0.5, **packing)
+    if problem.op == "hsa_forward":
+        pairs = {"o": (results, expected.detach())}
+    else:
+        gradients = torch.autograd.grad(expected, leaves, grad_o.double(), materialize_grads=True)
+        pairs = dict(zip(("dq", "dk", "dv", "dw"), zip(results, gradients, strict=True), strict=True))
+    for name, (actual, wanted) in pairs.items():
+        error = relative_error(actual, wanted)
+        assert error <= TOLERANCES[problem.dtype], f"{name} is off by {error:.1e}; reproduce with: {case}"
+
+
+def _picks(problem: Problem, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor | None, dict]:
+    shape = (problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k)
+    if not problem.packed:
+        return torch.randint(-1, max(problem.num_chunks, 0), shape, dtype=torch.int32), None, {}
+    lengths = lengths if sum(lengths) else (1,)
+    chunks = torch.tensor([length // problem.chunk_size for length in lengths for _ in range(length)])
+    indices = (torch.rand(shape) * (chunks.view(1, -1, 1, 1) + 1)).int() - 1
+    return indices, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), {}
+
+
+ANY_SPEED = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.slow
+@settings(ANY_SPEED, max_examples=120)
+@given(case=cases(("cpp", "cpp-avx2"), 60))
+def test_any_cpp_schedule_is_right(case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.slow
+@settings(ANY_SPEED, max_examples=150)
+@given(case=cases(("torch",), 60))
+def test_any_torch_schedule_is_right(case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.slow
+@settings(ANY_SPEED, max_examples=200)
+@given(case=cases(GPUS, 9))
+def test_any_triton_schedule_is_right(case: Case) -> None:
+    run(case)
+
+
+def test_given_case(request: pytest.FixtureRequest) -> None:
+    case = request.config.getoption("--case")
+    if case is None:
+        pytest.skip("no --case is given")
+    run(Case(**json.loads(case)))

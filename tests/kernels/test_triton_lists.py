@@ -1,0 +1,59 @@
+"""The lists that emitted Triton kernels walk, against loops in Python."""
+
+import pytest
+import torch
+
+from hsa_compile.kernels.inverse_index import block_visits, inverse_index, list_addresses, split_lists
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 5, 40000])
+def test_lists_hold_every_pick_once_in_order(num_chunks: int) -> None:
+    B, T, H, K = 2, 13, 3, 4
+    indices = torch.randint(-1, 7, (B, T, H, K), generator=torch.Generator().manual_seed(0))
+    entries, offsets = inverse_index(indices, num_chunks)
+    token_heads, picks = list_addresses(entries, indices.shape)
+    assert offsets.shape == (B * H, num_chunks + 1)
+    assert {x.dtype for x in (entries, offsets, token_heads, picks)} == {torch.int32}
+    flat = indices.movedim(2, 1).flatten(2)  # [B, H, T·K]
+    for bh in range(B * H):
+        for chunk in range(min(num_chunks, 8)):
+            mine = slice(*offsets[bh, chunk : chunk + 2].tolist())
+            expected = (flat[bh // H, bh % H] == chunk).nonzero().flatten()
+            assert torch.equal(entries[bh, mine].long(), expected)
+            assert (indices.flatten()[picks[bh, mine].long()] == chunk).all()
+            assert torch.equal(picks[bh, mine] // K, token_heads[bh, mine])
+
+
+@pytest.mark.parametrize("segment", [1, 4, 100])
+def test_tiles_cover_every_list_once(segment: int) -> None:
+    indices = torch.randint(-1, 5, (1, 17, 2, 3), generator=torch.Generator().manual_seed(0))
+    entries, offsets = inverse_index(indices, 6)
+    tiles = split_lists(offsets, segment=segment, num_entries=entries.shape[1])
+    assert tiles.shape == (2, 6 + 51 // segment, 3)
+    for bh in range(2):
+        covered = []
+        for chunk, start, stop in tiles[bh].tolist():
+            assert stop - start <= segment
+            if start < stop:
+                assert offsets[bh, chunk] <= start < stop <= offsets[bh, chunk + 1]
+                covered += range(start, stop)
+        assert covered == list(range(int(offsets[bh, -1])))
+
+
+@pytest.mark.parametrize("block_m", [1, 4, 32])
+def test_visits_serve_every_pick_of_a_block_once(block_m: int) -> None:
+    B, T, H, K = 2, 13, 3, 5
+    indices = torch.randint(-1, 4, (B, T, H, K), generator=torch.Generator().manual_seed(0))
+    visits, entries, num_visits = block_visits(indices, 3, block_m=block_m)
+    num_blocks = -(-T // block_m)
+    assert visits.shape == (B * H * num_blocks, block_m * K, 3)
+    for program, (rows, order, count) in enumerate(zip(visits.tolist(), entries.tolist(), num_visits, strict=True)):
+        bh, block = divmod(program, num_blocks)
+        picks = indices[bh // H, block * block_m : (block + 1) * block_m, bh % H].flatten().tolist()
+        served = []
+        for chunk, start, stop in rows[:count]:
+            assert 0 < stop - start <= block_m
+            assert all(picks[entry] == chunk for entry in order[start:stop])
+            served += order[start:stop]
+        assert sorted(served) == [entry for entry, chunk in enumerate(picks) if 0 <= chunk < 3]
+        assert all(start == stop for _, start, stop in rows[count:])
