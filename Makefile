@@ -32,7 +32,7 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: install  ## the benchmarks, with their ratios
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc -s
+	$(BIN)/python -m pytest benchmarks -n 0 --benchmark-enable --benchmark-only --benchmark-disable-gc -s
 
 clean:  ## remove .venv and build products
 	rm -rf $(VENV) build dist *.egg-info

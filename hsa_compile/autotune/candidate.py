@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from hsa_compile.autotune.check import check
+from hsa_compile.autotune.decode_check import check_decode
+from hsa_compile.autotune.decode_inputs import DecodeInputs
 from hsa_compile.autotune.inputs import Inputs
 from hsa_compile.autotune.select_check import check_select
 from hsa_compile.autotune.select_inputs import SelectInputs
@@ -33,7 +35,9 @@ class Candidate:
     call: Callable[[], object]
 
 
-def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs | SelectInputs) -> Candidate:
+def prepare(
+    problem: Problem, schedule: Schedule, target: Target, inputs: Inputs | SelectInputs | DecodeInputs
+) -> Candidate:
     """Emits, imports and checks one schedule; running the check also warms it up.
 
     Raises:
@@ -44,6 +48,8 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: Inputs
     with _launch_errors(source.template):
         if isinstance(inputs, SelectInputs):
             check_select(kernel, problem, inputs)
+        elif isinstance(inputs, DecodeInputs):
+            check_decode(kernel, problem, inputs)
         else:
             check(kernel, problem, inputs)
     arguments, options = inputs.arguments(problem.op), inputs.options(problem.op)

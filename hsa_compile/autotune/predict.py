@@ -73,7 +73,9 @@ class Prediction:
 
 
 def count_work(problem: Problem, schedule: Schedule) -> Work:
-    """FLOPs and bytes of an attention op, by the dataflow of its schedule (all slots filled)."""
+    """FLOPs and bytes of an op, by the dataflow of its schedule (all slots filled)."""
+    if problem.selects:
+        return _count_selection(problem, schedule)
     size, backward = problem.itemsize, problem.op == "hsa_backward"
     tokens = problem.batch * problem.seq_len
     rows = tokens * problem.num_heads * problem.top_k
@@ -82,6 +84,8 @@ def count_work(problem: Problem, schedule: Schedule) -> Work:
     q_bytes = tokens * problem.num_heads * D * size
     o_bytes = tokens * problem.num_heads * Dv * size
     kv_bytes = problem.batch * problem.kv_len * problem.num_kv_heads * (D + Dv) * size
+    if problem.decodes:  # of the whole context, the picked chunks alone
+        kv_bytes = lists * C * (D + Dv) * size
     pick_bytes = lists * 8
     two_pass = backward and schedule.dataflow != "chunk"
     products = D + Dv if not backward else 4 * D + 3 * Dv if two_pass else 3 * D + 2 * Dv
@@ -98,6 +102,26 @@ def count_work(problem: Problem, schedule: Schedule) -> Work:
     if two_pass:
         cache += kv_bytes * 2 + rows * (D + Dv) * size
     return Work(flops=2.0 * rows * C * products, memory_bytes=memory, cache_bytes=cache + pick_bytes)
+
+
+def _count_selection(problem: Problem, schedule: Schedule) -> Work:
+    """Scores of all visible landmarks, read once a block of tokens; backward, K landmarks a token."""
+    tokens = problem.batch * problem.seq_len * problem.num_kv_heads
+    row = problem.head_dim * problem.itemsize
+    landmarks = problem.batch * problem.num_kv_heads * problem.num_chunks
+    results = tokens * problem.top_k * 8
+    if problem.op == "select_chunks_backward":
+        flops = 6.0 * tokens * problem.top_k * problem.head_dim  # the score again, and both gradients
+        memory = 2 * (tokens + landmarks) * row + results
+        return Work(flops=flops, memory_bytes=memory, cache_bytes=memory + 2 * tokens * problem.top_k * row)
+    visible = max(0.5, 1 - problem.seq_len / (2 * problem.kv_len)) * problem.num_chunks
+    block = schedule.number("block_t") if "block_t" in schedule else 1
+    memory = (tokens + landmarks) * row + results
+    return Work(
+        flops=2.0 * tokens * visible * problem.head_dim,
+        memory_bytes=memory,
+        cache_bytes=memory + tokens / block * visible * row,
+    )
 
 
 def predict(problem: Problem, work: Work, target: Target) -> Prediction:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hsa_compile.problem import OPS, SELECT_OPS, Problem
+from hsa_compile.problem import DECODE_OPS, OPS, SELECT_OPS, Problem
 from hsa_compile.target import Target
 
 # What `tune` takes where nothing is said: the published HSA shapes (head group of 16, chunks of 64) at a size that
@@ -37,6 +37,9 @@ def expand(target: Target, chosen: Mapping[str, Sequence[Any]], ops: Sequence[st
 
 
 def _problem(op: str, shape: Mapping[str, Any]) -> Problem:
-    """A retrieval head belongs to a kv head; its width is taken to be the same."""
+    """A retrieval head belongs to a kv head; its width is taken to be the same. A decoded token is the last of its
+    sequence, which lies in pages."""
+    if op in DECODE_OPS:
+        return Problem(op=op, **{**shape, "seq_len": 1, "kv_len": shape["seq_len"], "paged": True})
     heads = {"num_heads": shape["num_kv_heads"]} if op in SELECT_OPS else {}
     return Problem(op=op, **{**shape, **heads})

@@ -1,10 +1,11 @@
-"""Tensors to tune and check chunk selection on, and the door to those of either op."""
+"""Tensors to tune and check chunk selection on, and the door to those of any op."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hsa_compile.autotune.decode_inputs import DecodeInputs, make_decode_inputs
 from hsa_compile.autotune.inputs import LOCAL_BLOCK, Inputs, make_inputs, pick_chunks
 from hsa_compile.kernels.gumbel import noise_keys
 from hsa_compile.problem import Problem
@@ -48,12 +49,14 @@ class SelectInputs:
 
 def inputs_of(
     problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
-) -> Inputs | SelectInputs:
+) -> Inputs | SelectInputs | DecodeInputs:
     """Random tensors of a problem's shapes, whichever its op is.
 
     Raises:
         InvalidArgument: the distribution is unknown.
     """
+    if problem.decodes:
+        return make_decode_inputs(problem, device, distribution=distribution, seed=seed)
     make = make_select_inputs if problem.selects else make_inputs
     return make(problem, device, distribution=distribution, seed=seed)
 

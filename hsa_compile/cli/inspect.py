@@ -28,8 +28,15 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 
 
 @click.command()
-@click.option("--target", "target_name", type=click.Choice(list(NAMED_TARGETS)), default="sm_90", show_default=True)
-@op_option("all")
+@click.option(
+    "--target",
+    "target_name",
+    type=click.Choice(list(NAMED_TARGETS)),
+    default="sm_90",
+    show_default=True,
+    help="Which GPU.",
+)
+@op_option("every")
 @shape_options
 @click.option("--schedule", "schedule_text", help="'DATAFLOW KNOB=VALUE …'; the tuned one, else the default.")
 @click.option("--matrix", is_flag=True, help="The default schedules over dtype x head dim x group x chunk size.")
@@ -60,7 +67,7 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
         raise InvalidArgument("--matrix has its own shapes and schedules; leave the shape flags and --schedule out")
     problems = list(_matrix_problems(target, ops)) if matrix else expand(target, chosen, ops)
     rows = []
-    for problem in tqdm.tqdm(problems, desc="compile", disable=len(problems) < 4, leave=False):
+    for problem in tqdm.tqdm(problems, desc="compile", disable=not matrix, leave=False):
         schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
         kernel = compile_kernel(emit(problem, schedule, target))
         for resources in compile_launches(kernel.module, target, sass="sass" in texts):

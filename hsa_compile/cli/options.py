@@ -7,13 +7,20 @@ from typing import Any, TypeVar
 import click
 import tabulate
 
-from hsa_compile.problem import DTYPES, OPS, SELECT_OPS
+from hsa_compile.problem import DECODE_OPS, DTYPES, OPS, SELECT_OPS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DIGITS = 18  # Python refuses to read thousands
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-_OP_NAMES = {"forward": OPS[:1], "backward": OPS[1:], "all": OPS, "select": SELECT_OPS[:1]}
+_OP_NAMES = {
+    "forward": OPS[:1],
+    "backward": OPS[1:],
+    "all": OPS,
+    "select": SELECT_OPS[:1],
+    "decode": DECODE_OPS,
+    "every": (*OPS, *SELECT_OPS, *DECODE_OPS),
+}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -79,7 +86,7 @@ def op_option(default: str) -> Callable[[F], F]:
         default=default,
         show_default=True,
         callback=lambda ctx, param, value: _OP_NAMES[value],
-        help="Which kernels: of hsa_attention (all: both), or select_chunks.",
+        help="Of hsa_attention forward, backward or both (all); select_chunks; hsa_decode, one token; every one.",
     )
 
 

@@ -53,10 +53,11 @@ def _check_memory(name: str, x: Tensor, device: torch.device) -> None:
         )
     _, num_heads, chunk_size, width = x.shape
     inner = (chunk_size * width, width, 1)
-    if any(size != 1 and a != b for size, a, b in zip(x.shape[1:], x.stride()[1:], inner, strict=True)):
+    dims = zip(x.shape[1:], x.stride()[1:], inner, strict=True)
+    if x.stride(0) % width or any(size != 1 and stride != needed for size, stride, needed in dims):
         raise InvalidArgument(
             f"{name} has strides {list(x.stride())}; a page [H, C, D] = {[num_heads, chunk_size, width]} must be "
-            f"contiguous, strides [any, {', '.join(map(str, inner))}]"
+            f"contiguous, strides [n · {width}, {', '.join(map(str, inner))}]"
         )
 
 

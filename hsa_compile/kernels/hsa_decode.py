@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels import decode_ops
-from hsa_compile.kernels.torch_ops import DEVICE_TYPES
 from hsa_compile.kernels.torch_ops import DEVICE_TYPES, DTYPE_NAMES
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_DECODE_TOKENS, MAX_HEAD_DIM
 
@@ -31,11 +30,12 @@ def hsa_decode(
     The maths of `hsa_attention`; a page holds one chunk. Only pages that are picked are read. On a GPU a call is
     two launches at most, its grid depends on shapes alone, and nothing waits for the device: after a first call,
     which compiles, it can be captured into a CUDA graph. There it allocates at most 16 float32 copies of o.
+    Autocast casts nothing here, since that would copy all pages.
 
     Args:
         q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU. `T` at most 16.
         k_chunks: `[P, H, C, D]`, dtype of q; `HQ` is a multiple of `H`, `D` at most 256. A page `[H, C, D]` is
-            contiguous; pages may lie any stride apart, and are never copied. On the device of q, or for q on
+            contiguous; pages may lie any number of rows apart, and are never copied. On the device of q, or for q on
             a GPU in pinned memory of the CPU, from which kernels read picked pages directly.
         v_chunks: `[P, H, C, Dv]`, as k_chunks; `Dv` at most 256.
         chunk_indices: `[B, T, H, K]` int32 or int64, in any order: pages 0 … P − 1, or with a page table chunks

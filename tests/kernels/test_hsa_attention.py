@@ -118,9 +118,9 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
 
 
 FAMILIES = [
-    *((family, dtype) for family in ("cpp", "torch") for dtype in (torch.float32, torch.bfloat16)),
-    ("torch", torch.float16),
-    ("torch", torch.float64),
+    ("cpp", torch.float32),
+    pytest.param("cpp", torch.bfloat16, marks=pytest.mark.slow),  # building takes a second a shape
+    *(("torch", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
 ]
 
 

@@ -27,7 +27,7 @@ def runs_on(dtype: str, target: Target) -> bool:
 
 
 @pytest.mark.parametrize("group", [1, 3, 16, 64])
-@pytest.mark.parametrize("seq_len", [1, 7, 16384, 1 << 20])
+@pytest.mark.parametrize("seq_len", [1, 16384, *(pytest.param(T, marks=pytest.mark.slow) for T in (7, 1 << 20))])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int) -> None:
