@@ -63,23 +63,21 @@ def prepare(
 @contextlib.contextmanager
 def _launch_errors(template: str) -> Iterator[None]:
     """Gives the errors of a first launch, at which Triton compiles, their names in this project."""
+    no_resources, no_code = _triton_errors() if template == "triton" else ((), ())
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfResources(f"not enough memory: {error}") from error
-    except Exception as error:
-        if template == "triton" and (translated := _translate_triton(error)):
-            raise translated from error
-        raise
+    except no_resources as error:
+        raise OutOfResources(str(error)) from error
+    except no_code as error:
+        raise CompileError(str(error)) from error
 
 
-def _translate_triton(error: Exception) -> CompileError | OutOfResources | None:
+def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """What Triton raises where a kernel does not fit, and where it cannot be compiled."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources as TritonOutOfResources
     from triton.runtime.errors import PTXASError
 
-    if isinstance(error, TritonOutOfResources):
-        return OutOfResources(str(error))
-    if isinstance(error, CompilationError | PTXASError):
-        return CompileError(str(error))
-    return None
+    return (TritonOutOfResources,), (CompilationError, PTXASError)

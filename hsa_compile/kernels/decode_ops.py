@@ -7,14 +7,10 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.resolve import resolve
+from hsa_compile.kernels.resolve import remembered
 from hsa_compile.kernels.torch_ops import DTYPE_NAMES
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
-
-_MAX_REMEMBERED = 4096
-_kernels: dict[tuple[Any, ...], Kernel] = {}
 
 _library = torch.library.Library("hsa_compile", "FRAGMENT")
 _library.define(
@@ -76,12 +72,13 @@ def _kernel(
     num_chunks = num_pages if page_table is None else page_table.shape[1]
     weight_heads, num_slots = weights.shape[2:]
     key = (
-        q.shape, num_chunks, num_kv_heads, chunk_size, v_chunks.shape[3], num_slots, weight_heads, q.dtype,
-        page_table is None, softmax_off_by_one, mask_last_token, target, default_cache().generation,
+        "hsa_decode", q.shape, num_chunks, num_kv_heads, chunk_size, v_chunks.shape[3], num_slots, weight_heads,
+        q.dtype, page_table is None, softmax_off_by_one, mask_last_token,
     )  # fmt: skip
-    kernel = _kernels.get(key)
-    if kernel is None:
-        problem = Problem(
+    return remembered(
+        key,
+        target,
+        lambda: Problem(
             op="hsa_decode",
             batch=q.shape[0],
             seq_len=q.shape[1],
@@ -97,11 +94,8 @@ def _kernel(
             per_head_weights=weight_heads != num_kv_heads,
             mask_last_token=mask_last_token,
             paged=page_table is not None,
-        )
-        if len(_kernels) >= _MAX_REMEMBERED:  # sizes that never repeat must not grow memory without bound
-            _kernels.clear()
-        kernel = _kernels[key] = resolve(problem, target)
-    return kernel
+        ),
+    )
 
 
 def _fake(q: Tensor, k_chunks: Tensor, v_chunks: Tensor, *_: Any) -> Tensor:

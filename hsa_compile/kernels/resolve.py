@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from hsa_compile.errors import CompileError, HSACompileWarning, UntunedWarning
@@ -16,6 +16,26 @@ from hsa_compile.target import Target
 
 _log = logging.getLogger("hsa_compile")
 _warned: set[Hashable] = set()
+
+_MAX_REMEMBERED = 4096
+_kernels: dict[Hashable, Kernel] = {}
+
+
+def remembered(key: Hashable, target: Target, problem: Callable[[], Problem]) -> Kernel:
+    """The kernel for a call of an op: a dictionary access, except the first time.
+
+    Args:
+        key: whatever the problem depends on, quick to make from the arguments of the call.
+        target: of the tensors' device.
+        problem: what to resolve if nothing is known under that key.
+    """
+    known = (key, target, default_cache().generation)
+    kernel = _kernels.get(known)
+    if kernel is None:
+        if len(_kernels) >= _MAX_REMEMBERED:  # lengths that never repeat must not grow memory without bound
+            _kernels.clear()
+        kernel = _kernels[known] = resolve(problem(), target)
+    return kernel
 
 
 def resolve(problem: Problem, target: Target) -> Kernel:

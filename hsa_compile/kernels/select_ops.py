@@ -7,14 +7,10 @@ from torch import Tensor
 
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gumbel import noise_keys
-from hsa_compile.kernels.resolve import resolve
+from hsa_compile.kernels.resolve import remembered
 from hsa_compile.kernels.torch_ops import DTYPE_NAMES
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
-
-_MAX_REMEMBERED = 4096
-_kernels: dict[tuple[Any, ...], Kernel] = {}
 
 _library = torch.library.Library("hsa_compile", "FRAGMENT")
 _library.define(
@@ -85,12 +81,12 @@ def _kernel(
     """The kernel for these tensors: a dictionary access, except the first time."""
     target = Target.of(query.device)
     key = (
-        op, query.shape, landmarks.shape[1], query.dtype, chunk_size, top_k, fusion, noise, deterministic, target,
-        default_cache().generation,
+        op, query.shape, landmarks.shape[1], query.dtype, chunk_size, top_k, fusion, noise, deterministic,
     )  # fmt: skip
-    kernel = _kernels.get(key)
-    if kernel is None:
-        problem = Problem(
+    return remembered(
+        key,
+        target,
+        lambda: Problem(
             op=op,
             batch=query.shape[0],
             seq_len=query.shape[1],
@@ -104,11 +100,8 @@ def _kernel(
             fusion=fusion,
             noise=noise,
             deterministic=deterministic,
-        )
-        if len(_kernels) >= _MAX_REMEMBERED:  # lengths that never repeat must not grow memory without bound
-            _kernels.clear()
-        kernel = _kernels[key] = resolve(problem, target)
-    return kernel
+        ),
+    )
 
 
 def _fake_forward(query: Tensor, landmarks: Tensor, chunk_size: int, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:

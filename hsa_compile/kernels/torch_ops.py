@@ -7,16 +7,13 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.resolve import resolve
+from hsa_compile.kernels.resolve import remembered
 from hsa_compile.problem import DTYPES, Problem
-from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
 
 DEVICE_TYPES = ("cpu", "cuda", "meta")  # with a kernel, or with shapes alone
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
-_MAX_REMEMBERED = 4096
-_kernels: dict[tuple[Any, ...], Kernel] = {}
 
 _OPTIONS = "int chunk_size, float scale, bool softmax_off_by_one, bool mask_last_token, bool deterministic"
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor chunk_indices, Tensor chunk_weights, Tensor? chunk_starts"
@@ -68,11 +65,12 @@ def _kernel(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, o
     weight_heads, num_slots = weights.shape[2:]
     key = (
         op, q.shape, k.shape, v.shape[3], num_slots, weight_heads, q.dtype, chunk_size, softmax_off_by_one,
-        mask_last_token, chunk_starts is None, deterministic, target, default_cache().generation,
+        mask_last_token, chunk_starts is None, deterministic,
     )  # fmt: skip
-    kernel = _kernels.get(key)
-    if kernel is None:
-        problem = Problem(
+    return remembered(
+        key,
+        target,
+        lambda: Problem(
             op=op,
             batch=q.shape[0],
             seq_len=q.shape[1],
@@ -89,11 +87,8 @@ def _kernel(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, o
             mask_last_token=mask_last_token,
             packed=chunk_starts is not None,
             deterministic=deterministic,
-        )
-        if len(_kernels) >= _MAX_REMEMBERED:  # lengths that never repeat must not grow memory without bound
-            _kernels.clear()
-        kernel = _kernels[key] = resolve(problem, target)
-    return kernel
+        ),
+    )
 
 
 def _check_values(indices: Tensor, num_chunks: int, kv_len: int) -> None:
