@@ -3,7 +3,7 @@
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.hsa_decode import decode_preferences
-from hsa_compile.schedules.limits import chunk_shared_memory, token_shared_memory
+from hsa_compile.schedules.limits import SMALLEST_CPP_SUPER_TILE, chunk_shared_memory, token_shared_memory
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.schedules.select_chunks import select_preferences
 from hsa_compile.schedules.space import SearchSpace, template_for
@@ -40,16 +40,18 @@ def _preferences(problem: Problem, target: Target) -> list[Schedule]:
     if problem.decodes:
         return decode_preferences(problem, target, template)
     if template == "cpp":
-        return _cpp_preferences(problem)
+        return _cpp_preferences(problem, target)
     if template == "torch":
         return _torch_preferences(problem)
     return _triton_preferences(problem, target)
 
 
-def _cpp_preferences(problem: Problem) -> list[Schedule]:
-    # A chunk is packed once a super-tile: enough rows must follow to pay for it.
+def _cpp_preferences(problem: Problem, target: Target) -> list[Schedule]:
+    # A chunk is packed once a super-tile: enough rows must follow to pay for it, and yet enough tiles for all cores.
     tokens = next_power_of_2(_CPP_ROWS_A_CHUNK // problem.group * max(1, problem.num_chunks) // problem.top_k)
-    super_tile = min(max(tokens, 512), 131072, max(512, next_power_of_2(problem.seq_len)))
+    shared = problem.batch * problem.num_kv_heads * problem.seq_len // (2 * target.num_cores)
+    super_tile = min(max(tokens, 512), 131072, next_power_of_2(max(1, shared)), next_power_of_2(problem.seq_len))
+    super_tile = max(super_tile, SMALLEST_CPP_SUPER_TILE)
     more = {"tile_rows": 96} if problem.op == "hsa_backward" else {}
     return [Schedule.of("chunk", super_tile=super_tile, rows=rows, **more) for rows in (24, 16, 12, 8, 6, 4, 3, 2)]
 

@@ -4,7 +4,8 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-SMALLEST_SUPER_TILE = 512
+SMALLEST_SUPER_TILE = 512  # of the PyTorch family, where each tile costs operators
+SMALLEST_CPP_SUPER_TILE = 128
 MAX_GATHER_BYTES = 1 << 28  # of one batched product of the PyTorch token dataflow
 
 _MIN_TRITON_ROWS = 16  # what a matrix instruction needs
@@ -47,7 +48,7 @@ def why_not_torch(problem: Problem, schedule: Schedule) -> str | None:
         return f"tile_rows = {schedule['tile_rows']} is less than the {problem.group} rows of one token"
     if schedule.number("tile_rows") > schedule.number("super_tile") * problem.group:
         return f"tile_rows = {schedule['tile_rows']} is more than the rows of a super-tile"
-    return _why_not_super_tile(problem, schedule)
+    return _why_not_super_tile(problem, schedule, SMALLEST_SUPER_TILE)
 
 
 def why_not_cpp(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -59,11 +60,11 @@ def why_not_cpp(problem: Problem, schedule: Schedule, target: Target) -> str | N
     needed = schedule.number("rows") * max(vector_columns(size, lanes) for size in sizes)
     if needed > registers:
         return f"rows = {schedule['rows']} fill {needed} vector registers, {target.arch} has {registers} for them"
-    return _why_not_super_tile(problem, schedule)
+    return _why_not_super_tile(problem, schedule, SMALLEST_CPP_SUPER_TILE)
 
 
-def _why_not_super_tile(problem: Problem, schedule: Schedule) -> str | None:
-    tokens = max(SMALLEST_SUPER_TILE, next_power_of_2(problem.seq_len))
+def _why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> str | None:
+    tokens = max(smallest, next_power_of_2(problem.seq_len))
     if schedule.number("super_tile") > tokens:
         return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
     return None

@@ -8,6 +8,7 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.hsa_decode import DECODE_CHOICES, fit_decode, why_not_decode
 from hsa_compile.schedules.limits import (
     MAX_GATHER_BYTES,
+    SMALLEST_CPP_SUPER_TILE,
     SMALLEST_SUPER_TILE,
     gathered_bytes,
     why_not_cpp,
@@ -27,7 +28,7 @@ _TORCH_CHUNK = {
 }
 _TORCH_TOKEN = {"block_t": (1, 4, 16, 64, 256)}
 _CPP_CHUNK = {
-    "super_tile": _TORCH_CHUNK["super_tile"],
+    "super_tile": (SMALLEST_CPP_SUPER_TILE, 256, *_TORCH_CHUNK["super_tile"]),
     "rows": (2, 3, 4, 6, 8, 12, 16, 24),
 }
 _CPP_CHUNK_BACKWARD = {**_CPP_CHUNK, "tile_rows": (48, 96, 192, 384)}
