@@ -150,9 +150,9 @@ def test_output_and_gradients_equal_the_reference(shape: Shape, family: str, dty
 CORNERS = [
     *((WITHOUT_COMPILER, Schedule.of("chunk", super_tile=512, tile_rows=rows)) for rows in (256, 1024)),
     *((WITHOUT_COMPILER, Schedule.of("token", block_t=block)) for block in (1, 64)),
-    *((CPU, Schedule.of("chunk", super_tile=512, rows=rows, tile_rows=48)) for rows in (2, 6)),
-    (replace(CPU, arch="avx2"), Schedule.of("chunk", super_tile=512, rows=3, tile_rows=96)),
-    (replace(CPU, arch="scalar"), Schedule.of("chunk", super_tile=512, rows=4, tile_rows=384)),
+    *((CPU, Schedule.of("chunk", super_tile=128, rows=rows, tile_rows=48)) for rows in (2, 6)),
+    (replace(CPU, arch="avx2"), Schedule.of("chunk", super_tile=128, rows=3, tile_rows=96)),
+    (replace(CPU, arch="scalar"), Schedule.of("chunk", super_tile=128, rows=4, tile_rows=384)),
 ]
 
 
