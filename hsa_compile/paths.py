@@ -3,9 +3,9 @@
 `HSA_COMPILE_CACHE_DIR` beats the user's cache directory.
 """
 
+import functools
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +16,13 @@ PRETUNED_DIR = PACKAGE_DIR / "schedules" / "pretuned"
 
 def cache_dir() -> Path:
     """The root of everything that hsa-compile keeps for this user."""
-    if chosen := os.environ.get("HSA_COMPILE_CACHE_DIR"):
+    return _cache_dir(os.environ.get("HSA_COMPILE_CACHE_DIR"))
+
+
+@functools.cache
+def _cache_dir(chosen: str | None) -> Path:
+    # Remembered: every call of an op asks for it.
+    if chosen:
         return Path(chosen).expanduser()
     import platformdirs
 
@@ -43,7 +49,15 @@ def source_dir() -> Path:
         pass  # the temporary directory below serves; `hsa-compile doctor` names the unwritable one
     fallback = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and fallback.stat().st_uid != os.getuid():
+        return _own_temporary_dir()
     return fallback
+
+
+@functools.cache
+def _own_temporary_dir() -> Path:
+    """A new directory: whoever made the usual one could put code there that this process would run."""
+    return Path(tempfile.mkdtemp(prefix="hsa-compile-"))
 
 
 def cxx_compiler() -> str | None:
@@ -51,13 +65,3 @@ def cxx_compiler() -> str | None:
     if chosen := os.environ.get("CXX"):
         return shutil.which(chosen)
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-
-
-def triton_interprets() -> bool:
-    """Whether Triton kernels of this process run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
-
-
-def stdout_is_a_terminal() -> bool:
-    """Whether a person watches (progress bars go to stderr)."""
-    return sys.stderr.isatty()
