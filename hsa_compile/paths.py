@@ -12,17 +12,17 @@ from pathlib import Path
 PACKAGE_DIR = Path(__file__).parent
 TEMPLATE_DIR = PACKAGE_DIR / "kernels" / "templates"
 PRETUNED_DIR = PACKAGE_DIR / "schedules" / "pretuned"
+REGRET_FILE = PACKAGE_DIR / "schedules" / "regret.json"
+
+
+def chosen_cache_dir() -> str | None:
+    """What the user set, as it stands."""
+    return os.environ.get("HSA_COMPILE_CACHE_DIR")
 
 
 def cache_dir() -> Path:
     """The root of everything that hsa-compile keeps for this user."""
-    return _cache_dir(os.environ.get("HSA_COMPILE_CACHE_DIR"))
-
-
-@functools.cache
-def _cache_dir(chosen: str | None) -> Path:
-    # Remembered: every call of an op asks for it.
-    if chosen:
+    if chosen := chosen_cache_dir():
         return Path(chosen).expanduser()
     import platformdirs
 

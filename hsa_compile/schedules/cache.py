@@ -2,21 +2,25 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsa_compile.errors import CacheError
-from hsa_compile.paths import PRETUNED_DIR, schedule_dir
+from hsa_compile.paths import PRETUNED_DIR, chosen_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.journal import drop_journal
 from hsa_compile.schedules.key import ScheduleKey
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
+from hsa_compile.schedules.regret import expected_regret
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.store import Records, read_records, set_aside, warn_of_damage, write_records
+from hsa_compile.schedules.store import Records, add, put_record, read_records, set_aside, warn_of_damage
 from hsa_compile.target import Target
 
 LOCK_TIMEOUT_S = 60
+_LOCK_POLL_S = 0.005
+_MAX_ANSWERS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +32,20 @@ class Lookup:
         record: the entry that it was taken from.
         origin: `user` or `pretuned`.
         distance: of the entry's key from the problem's; 0 is an exact hit.
+        regret: share of time that it is expected to lose against the shape's own winner, 0.03 for 3 %; None where
+            nobody measured it: farther than any measured pair of shapes, or another device.
     """
 
     schedule: Schedule
     record: TuningRecord
     origin: str
     distance: float
+    regret: float | None
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether a model chose the schedule, and no measurement."""
+        return self.record.kind == PREDICTED
 
 
 class ScheduleCache:
@@ -51,36 +63,49 @@ class ScheduleCache:
         self.directory = directory
         self.generation = 0  # grows with every change, so that whoever remembers a lookup can forget it
         self._origins: dict[str, Records] = {"user": _read_all(directory), "pretuned": _read_all(pretuned)}
+        self._answers: dict[tuple[Problem, Target], Lookup | None] = {}
 
     def path(self, target: Target) -> Path:
         """The user's file for a device."""
         return self.directory / f"{target.slug}.json"
 
     def lookup(self, problem: Problem, target: Target) -> Lookup | None:
-        """The best entry for a problem: exact by the user, exact pretuned, then the nearest tuned shape.
+        """The best entry for a problem: the nearest that was measured, else the nearest that was predicted.
+
+        An exact entry is at distance 0, so it comes first; at equal distance the user's comes before a pretuned
+        one. A measured entry comes before any predicted one: what a measurement of a neighbour is worth is known
+        (`Lookup.regret`), what the model is worth on a device that was not there is not.
 
         Returns:
             None if no entry agrees in all fields that must match (`ScheduleKey`) with a valid schedule.
         """
+        asked = (problem, target)
+        if asked in self._answers:
+            return self._answers[asked]
+        if len(self._answers) >= _MAX_ANSWERS:  # lengths that never repeat must not grow memory without bound
+            self._answers.clear()
+        found = self._answers[asked] = self._search(problem, target)
+        return found
+
+    def _search(self, problem: Problem, target: Target) -> Lookup | None:
         key = ScheduleKey.of(problem, target)
-        for origin, records in self._origins.items():
-            if (record := records.get(key)) and (found := _use(problem, target, record, origin, 0.0)):
-                return found
-        near = [
-            (key.distance(other), origin, record)
+        legal = [
+            (record.kind == PREDICTED, key.distance(other), origin, record)
             for origin, records in self._origins.items()
             for other, record in records.items()
             if not key.mismatches(other)
         ]
-        for distance, origin, record in sorted(near, key=lambda item: item[0]):
-            if found := _use(problem, target, record, origin, distance):
-                return found
+        for _, distance, origin, record in sorted(legal, key=lambda item: item[:2]):
+            if schedule := usable_schedule(problem, target, record, distance):
+                regret = expected_regret(target.kind, distance) if record.target.name == target.name else None
+                return Lookup(schedule=schedule, record=record, origin=origin, distance=distance, regret=regret)
         return None
 
-    def exact(self, problem: Problem, target: Target) -> TuningRecord | None:
-        """The user's own entry for a problem, if there is one whose schedule can still run it."""
+    def exact(self, problem: Problem, target: Target, kind: str = MEASURED) -> TuningRecord | None:
+        """The user's own entry of a kind for a problem, if there is one whose schedule can still run it."""
         record = self._origins["user"].get(ScheduleKey.of(problem, target))
-        return record if record and _use(problem, target, record, "user", 0.0) else None
+        usable = record and record.kind == kind and usable_schedule(problem, target, record, 0.0)
+        return record if usable else None
 
     def entries(self) -> Iterator[tuple[str, TuningRecord]]:
         """All entries, as (origin, record)."""
@@ -91,8 +116,8 @@ class ScheduleCache:
     def put(self, record: TuningRecord) -> Path:
         """Stores a record in the user's file of its device, replacing one with the same key.
 
-        The file is read again under its lock, so that two writers lose nothing; a damaged file is copied aside
-        before it is written over.
+        A predicted record never replaces a measured one. Two writers lose nothing: the file is changed under its
+        lock; a damaged one is copied aside before it is written over.
 
         Returns:
             the file.
@@ -101,9 +126,10 @@ class ScheduleCache:
             CacheError: it cannot be locked or written; what was there is untouched.
         """
         path = self.path(record.target)
-        self._update(path, lambda records: {**records, _key(record): record})
-        self._origins["user"][_key(record)] = record
-        self.generation += 1
+        with _locked(path):
+            put_record(path, record)
+        add(self._origins["user"], record)
+        self._changed()
         return path
 
     def clear(self, target: Target | None = None) -> int:
@@ -118,28 +144,26 @@ class ScheduleCache:
         for path in [self.path(target)] if target else sorted(self.directory.glob("*.json")):
             removed += self._remove(path)
         self._origins["user"] = _read_all(self.directory)
-        self.generation += 1
+        self._changed()
         return removed
 
     def explain_miss(self, problem: Problem, target: Target) -> str:
         """Why no entry serves a problem, in one line; for a hit, which entry and how far it is."""
         if found := self.lookup(problem, target):
             how = "exactly" if found.distance == 0 else f"at distance {found.distance:.2f}"
-            return f"served {how} by the {found.origin} entry for {found.record.problem.describe()}"
+            entry = f"{found.origin} entry ({found.record.kind})"
+            return f"served {how} by the {entry} for {found.record.problem.describe()}"
         key = ScheduleKey.of(problem, target)
-        best = min((key.mismatches(_key(record)) for _, record in self.entries()), key=len, default=None)
+        best = min((key.mismatches(other) for keys in self._origins.values() for other in keys), key=len, default=None)
         if best is None:
             return "nothing has been tuned yet"
         if not best:
             return "the entries that match have schedules that this problem cannot use"
         return f"the closest entry differs in what must match: {', '.join(best)}"
 
-    def _update(self, path: Path, change: Callable[[Records], Records]) -> None:
-        with _locked(path):
-            records, damages = read_records(path)
-            if damages:
-                set_aside(path)
-            write_records(path, change(records).values())
+    def _changed(self) -> None:
+        self._answers.clear()
+        self.generation += 1
 
     def _remove(self, path: Path) -> int:
         if not path.exists():
@@ -149,6 +173,7 @@ class ScheduleCache:
             if damages:
                 set_aside(path)
             path.unlink(missing_ok=True)
+            drop_journal(path)
         return len(records)
 
 
@@ -160,7 +185,7 @@ def _locked(path: Path) -> Iterator[None]:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_TIMEOUT_S):
+        with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
             yield
     except filelock.Timeout as error:
         raise CacheError(f"schedule cache {path} was locked by another process for {LOCK_TIMEOUT_S} s") from error
@@ -169,17 +194,22 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _cache_in(directory: Path) -> ScheduleCache:
-    return ScheduleCache(directory)
+def _cache_of(chosen: str | None) -> ScheduleCache:
+    # By the text of the environment: to make a path of it at every call of an op would take longer than the lookup.
+    del chosen
+    return ScheduleCache(schedule_dir())
 
 
 def default_cache() -> ScheduleCache:
     """This process's cache in the user's directory, read at the first call."""
-    return _cache_in(schedule_dir())
+    return _cache_of(chosen_cache_dir())
 
 
-def _key(record: TuningRecord) -> ScheduleKey:
-    return ScheduleKey.of(record.problem, record.target, record.versions)
+def usable_schedule(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule | None:
+    """A record's schedule as a problem so far away can use it, or None if it cannot."""
+    space = SearchSpace.of(problem, target)
+    schedule = space.fit(problem, record.schedule) if distance else record.schedule
+    return schedule if space.is_valid(problem, schedule, target) else None
 
 
 def _read_all(directory: Path) -> Records:
@@ -188,13 +218,6 @@ def _read_all(directory: Path) -> Records:
         records, damages = read_records(path)
         if damages:
             warn_of_damage(path, damages)
-        merged.update(records)
+        for record in records.values():
+            add(merged, record)
     return merged
-
-
-def _use(problem: Problem, target: Target, record: TuningRecord, origin: str, distance: float) -> Lookup | None:
-    space = SearchSpace.of(problem, target)
-    schedule = space.fit(problem, record.schedule) if distance else record.schedule
-    if not space.is_valid(problem, schedule, target):
-        return None
-    return Lookup(schedule=schedule, record=record, origin=origin, distance=distance)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.source_version import source_version
 from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target
 
@@ -33,9 +35,9 @@ class ScheduleKey:
 
     op: str = _must_match("other kernels have other knobs")
     kind: str = _must_match("cuda, hip and cpu have other templates")
-    device: str = _must_match("schedules do not carry over between devices")
     arch: str = _must_match("of the device; on a CPU the vector extension that PyTorch uses")
     template: str = _must_match("Triton, C++ and PyTorch kernels have other knobs")
+    kernel_source: str = _must_match("what was tuned is another kernel than what would run")
     dtype: str = _must_match("decides tile bytes and the matrix instruction")
     head_dim: int = _must_match("decides tile bytes")
     value_dim: int = _must_match("decides tile bytes")
@@ -55,20 +57,27 @@ class ScheduleKey:
     stick_breaking: bool = _near(0.25, "other weights from the same picks")
     paged: bool = _near(0.25, "one more load a chunk")
     noise: bool = _near(0.5, "a hash and two logarithms a score")
+    device: str = _near(2.0, "another product of the same architecture: other clocks, caches and bandwidths")
 
-    torch: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
-    triton: str = _recorded("as for torch")
+    driver: str = _recorded("a newer version keeps the schedule valid, though perhaps no longer the best")
+    torch: str = _recorded("as for the driver")
+    triton: str = _recorded("as for the driver")
 
     @staticmethod
-    def of(problem: Problem, target: Target, versions: Mapping[str, str] | None = None) -> "ScheduleKey":
-        """The key under which a problem's schedule is stored and looked up."""
+    def of(
+        problem: Problem,
+        target: Target,
+        versions: Mapping[str, str] | None = None,
+        kernel_source: str | None = None,
+    ) -> "ScheduleKey":
+        """The key that a problem is looked up by; the kernels' source is this package's unless it is given."""
         bucket = problem.bucketed()
         return ScheduleKey(
             op=bucket.op,
             kind=target.kind,
-            device=target.name,
             arch=target.arch,
             template=template_for(bucket, target),
+            kernel_source=source_version(problem, target) if kernel_source is None else kernel_source,
             dtype=bucket.dtype,
             head_dim=bucket.head_dim,
             value_dim=bucket.value_dim,
@@ -88,26 +97,38 @@ class ScheduleKey:
             stick_breaking=bucket.fusion == "stick_breaking",
             paged=bucket.paged,
             noise=bucket.noise,
+            device=target.name,
+            driver=(versions or {}).get("driver", ""),
             torch=(versions or {}).get("torch", ""),
             triton=(versions or {}).get("triton", ""),
         )
 
+    @staticmethod
+    def of_record(record: TuningRecord) -> "ScheduleKey":
+        """The key that a record is stored under."""
+        return ScheduleKey.of(record.problem, record.target, record.versions, record.kernel_source)
+
     def mismatches(self, other: "ScheduleKey") -> list[str]:
-        """Names of the `exact` fields in which two keys differ."""
-        return [
-            spec.name
-            for spec in fields(self)
-            if spec.metadata["match"] == "exact" and getattr(self, spec.name) != getattr(other, spec.name)
-        ]
+        """Names of the `exact` fields in which two keys differ; the kernels' source is named where it alone does."""
+        names = [name for name in _EXACT if getattr(self, name) != getattr(other, name)]
+        if "op" in names or "template" in names:
+            return [name for name in names if name != "kernel_source"]
+        return names
+
+    def distances(self, other: "ScheduleKey") -> dict[str, float]:
+        """How far each `near` field that differs takes two keys apart."""
+        apart = {}
+        for name, weight in _NEAR.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                is_number = isinstance(mine, int) and not isinstance(mine, bool)
+                apart[name] = weight * abs(math.log2(mine / theirs)) if is_number else weight
+        return apart
 
     def distance(self, other: "ScheduleKey") -> float:
         """How far apart two keys with equal `exact` fields are; 0 for the same key."""
-        total = 0.0
-        for spec in fields(self):
-            if spec.metadata["match"] == "near":
-                mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-                if isinstance(mine, bool):
-                    total += spec.metadata["weight"] * (mine != theirs)
-                else:
-                    total += spec.metadata["weight"] * abs(math.log2(mine / theirs))
-        return total
+        return sum(self.distances(other).values())
+
+
+_EXACT = [spec.name for spec in fields(ScheduleKey) if spec.metadata["match"] == "exact"]
+_NEAR = {spec.name: spec.metadata["weight"] for spec in fields(ScheduleKey) if spec.metadata["match"] == "near"}

@@ -8,7 +8,11 @@ from typing import Any
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.source_version import source_version
 from hsa_compile.target import Target
+
+MEASURED, PREDICTED = "measured", "predicted"
+KINDS = (MEASURED, PREDICTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +21,7 @@ class Measurement:
 
     Attributes:
         median_ms, p20_ms, p80_ms: over the repetitions.
-        repeats: how many there were.
+        repeats: how many there were; 0 if the time was predicted, not measured.
     """
 
     median_ms: float
@@ -30,8 +34,13 @@ class Measurement:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise InvalidArgument(f"{name} = {value!r} must be a positive number of milliseconds")
-        if not isinstance(self.repeats, int) or self.repeats < 1:
-            raise InvalidArgument(f"repeats = {self.repeats!r} must be at least 1")
+        if not isinstance(self.repeats, int) or self.repeats < 0:
+            raise InvalidArgument(f"repeats = {self.repeats!r} must be at least 0")
+
+    @staticmethod
+    def predicted(time_ms: float) -> "Measurement":
+        """A time that a model gave."""
+        return Measurement(median_ms=time_ms, p20_ms=time_ms, p80_ms=time_ms, repeats=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +49,7 @@ class TuningRecord:
 
     Attributes:
         problem, target, schedule: what was tuned, where, and what won.
-        measurement: of the winner in the final play-off.
+        measurement: of the winner in the final play-off, or what the model predicts for it.
         default_measurement: of the default schedule in the same play-off, interleaved with it.
         trials: candidates that were tried.
         failures: how many of them failed, by the name of the error.
@@ -48,6 +57,8 @@ class TuningRecord:
         fingerprint: of the emitted source that was measured.
         versions: of torch, triton, optuna and hsa-compile.
         date: ISO 8601, UTC.
+        kind: `measured` on the device, or `predicted` for one that was not there.
+        kernel_source: digest of the templates that the kernel was emitted from; those of this package if None.
     """
 
     problem: Problem
@@ -61,6 +72,16 @@ class TuningRecord:
     fingerprint: str
     versions: Mapping[str, str]
     date: str
+    kind: str = MEASURED
+    kernel_source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidArgument(f"kind = {self.kind!r} is not one of {', '.join(KINDS)}")
+        if (self.measurement.repeats == 0) != (self.kind == PREDICTED):
+            raise InvalidArgument(f"a {self.kind} record has a time from {self.measurement.repeats} repeats")
+        if self.kernel_source is None:
+            object.__setattr__(self, "kernel_source", source_version(self.problem, self.target))
 
     @property
     def speedup(self) -> float:
@@ -81,6 +102,8 @@ class TuningRecord:
             "fingerprint": self.fingerprint,
             "versions": dict(self.versions),
             "date": self.date,
+            "kind": self.kind,
+            "kernel_source": self.kernel_source,
         }
 
     @staticmethod
@@ -102,6 +125,9 @@ class TuningRecord:
             fingerprint=str(values["fingerprint"]),
             versions={str(name): str(version) for name, version in values["versions"].items()},
             date=str(values["date"]),
+            # Files from before these were kept have neither; what their kernels were emitted from is not known.
+            kind=str(values.get("kind", MEASURED)),
+            kernel_source=str(values.get("kernel_source", "")),
         )
 
 

@@ -1,4 +1,8 @@
-"""One JSON file of tuning records: read with every damage found, written whole or not at all."""
+"""One JSON file of tuning records: read with every damage found, written whole or not at all.
+
+A long file is not written anew at every put: new entries go to a journal beside it, line by line, until the journal
+is as long as the file, which then takes them in.
+"""
 
 import contextlib
 import hashlib
@@ -13,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CacheWarning
+from hsa_compile.schedules.journal import append_line, drop_journal, journal_path, journal_size, read_lines
 from hsa_compile.schedules.key import ScheduleKey
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 
 FORMAT = "hsa-compile schedules"
 VERSION = 1
+
+JOURNAL_ABOVE = 1 << 18  # bytes of a file that is no longer written anew at every put; about a hundred entries
 
 Records = dict[ScheduleKey, TuningRecord]
 
@@ -26,30 +33,73 @@ class DamagedFile(ValueError):
     """A file that cannot be used as a whole; the message says why."""
 
 
+# What an entry that is not whole can raise when it is read.
+DAMAGES = (DamagedFile, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+
+
 def read_records(path: Path) -> tuple[Records, list[str]]:
     """The records of a file and what is wrong with it, never an exception for its content.
 
     Returns:
         records of the entries that are whole, and one line for each damage; both empty if there is no file.
     """
+    entries: list[Any] = []
+    damages: list[str] = []
+    records: Records = {}
+    # The journal first: a writer drops it only after the file holds its entries, so none is missed.
     try:
+        lines = read_lines(path)
         entries = _read_entries(path)
     except FileNotFoundError:
         return {}, []
     except OSError as error:
         return {}, [f"it cannot be read ({error.strerror})"]
     except DamagedFile as error:
-        return {}, [str(error)]
-    records: Records = {}
-    damages = []
+        damages.append(str(error))
     for number, entry in enumerate(entries, start=1):
         try:
-            record = _decode(entry)
-        except (DamagedFile, KeyError, TypeError, ValueError, AttributeError) as error:
+            add(records, decode(entry))
+        except DAMAGES as error:
             damages.append(f"entry {number} of {len(entries)} is damaged ({error})")
-        else:
-            records[_key_of(record)] = record
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = decode(json.loads(line))
+            # A writer killed before it dropped the journal leaves lines older than what the file took in with them.
+            known = records.get(ScheduleKey.of_record(record))
+            if known is None or known.date <= record.date:
+                add(records, record)
+        except DAMAGES as error:
+            damages.append(f"line {number} of {len(lines)} of its journal is damaged ({error})")
     return records, damages
+
+
+def add(records: Records, record: TuningRecord) -> None:
+    """Puts a record in the place of one with the same key; a prediction never takes that of a measurement."""
+    key = ScheduleKey.of_record(record)
+    known = records.get(key)
+    if known is None or (record.kind, known.kind) != (PREDICTED, MEASURED):
+        # Removed first, so that the key is the new record's: its recorded fields belong to it.
+        records.pop(key, None)
+        records[key] = record
+
+
+def put_record(path: Path, record: TuningRecord) -> None:
+    """Adds a record to a file. The caller holds the lock.
+
+    A damaged file is copied aside before it is written over.
+
+    Raises:
+        OSError: the directory cannot be written or the disk is full; what was there is untouched.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    if size > JOURNAL_ABOVE and journal_size(path) < size:
+        append_line(path, json.dumps(encode(record), ensure_ascii=False).encode())
+        return
+    records, damages = read_records(path)
+    if damages:
+        set_aside(path)
+    add(records, record)
+    write_records(path, records.values())
 
 
 def warn_of_damage(path: Path, damages: list[str]) -> None:
@@ -59,12 +109,12 @@ def warn_of_damage(path: Path, damages: list[str]) -> None:
 
 
 def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
-    """Replaces the file: written beside it, synced, renamed. The caller holds the lock.
+    """Replaces the file and its journal: written beside it, synced, renamed. The caller holds the lock.
 
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
-    entries = [_encode(record) for record in records]
+    entries = [encode(record) for record in records]
     text = json.dumps({"format": FORMAT, "version": VERSION, "entries": entries}, indent=1, ensure_ascii=False)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -82,10 +132,11 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+    drop_journal(path)
 
 
 def set_aside(path: Path) -> Path:
-    """Copies a damaged file to the first free `NAME.damaged-N`, so that writing over it loses nothing."""
+    """Copies a damaged file, and its journal, to the first free `NAME.damaged-N`: writing over them loses nothing."""
     number = 1
     while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -93,6 +144,8 @@ def set_aside(path: Path) -> Path:
         path.rename(copy)
     else:
         shutil.copy2(path, copy)
+    if journal_size(path):
+        shutil.copy2(journal_path(path), journal_path(copy))
     return copy
 
 
@@ -110,22 +163,25 @@ def _read_entries(path: Path) -> list[Any]:
     return content["entries"]
 
 
-def _encode(record: TuningRecord) -> dict[str, Any]:
-    body = {"key": asdict(_key_of(record)), "record": record.to_dict()}
-    return {**body, "checksum": _checksum(body)}
+def encode(record: TuningRecord) -> dict[str, Any]:
+    """An entry of a file: the key in clear, the record, and a checksum of both."""
+    body = {"key": asdict(ScheduleKey.of_record(record)), "record": record.to_dict()}
+    return {**body, "checksum": checksum(body)}
 
 
-def _decode(entry: Any) -> TuningRecord:
+def decode(entry: Any) -> TuningRecord:
+    """The record of an entry.
+
+    Raises:
+        one of `DAMAGES`: it is not what `encode` made.
+    """
     if not isinstance(entry, dict) or set(entry) != {"key", "record", "checksum"}:
         raise DamagedFile("it is not a mapping of key, record and checksum")
-    if entry["checksum"] != _checksum({"key": entry["key"], "record": entry["record"]}):
+    if entry["checksum"] != checksum({"key": entry["key"], "record": entry["record"]}):
         raise DamagedFile("its checksum does not fit")
     return TuningRecord.from_dict(entry["record"])
 
 
-def _key_of(record: TuningRecord) -> ScheduleKey:
-    return ScheduleKey.of(record.problem, record.target, record.versions)
-
-
-def _checksum(body: dict[str, Any]) -> str:
+def checksum(body: Any) -> str:
+    """16 hex digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

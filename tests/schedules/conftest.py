@@ -45,21 +45,27 @@ def make_record(cpu: Target, make_problem: MakeProblem) -> MakeRecord:
         *,
         median_ms: float = 1.25,
         torch: str = "2.13.0",
+        kind: str = "measured",
+        kernel_source: str | None = None,
+        date: str = "2026-02-03T04:05:06+00:00",
         **fields: Any,
     ) -> TuningRecord:
         problem = problem or make_problem(**fields)
+        measurement = Measurement(median_ms=median_ms, p20_ms=median_ms, p80_ms=median_ms, repeats=15)
         return TuningRecord(
             problem=problem,
             target=target,
             schedule=schedule or default_schedule(problem, target),
-            measurement=Measurement(median_ms=median_ms, p20_ms=median_ms, p80_ms=median_ms, repeats=15),
+            measurement=measurement if kind == "measured" else Measurement.predicted(median_ms),
             default_measurement=Measurement(median_ms=2.5, p20_ms=2.25, p80_ms=2.75, repeats=15),
             trials=12,
             failures={"WrongResult": 1},
             inputs="random",
             fingerprint="0123456789abcdef",
             versions={"torch": torch, "triton": "3.6.0", "optuna": "5.0.0", "hsa-compile": "0.1.0"},
-            date="2026-02-03T04:05:06+00:00",
+            date=date,
+            kind=kind,
+            kernel_source=kernel_source,
         )
 
     return make

@@ -150,9 +150,9 @@ def test_a_miss_and_a_hit_explain_themselves(
     cache.put(make_record(dtype="float32", head_dim=128, chunk_size=32))
     assert cache.explain_miss(problem, cpu).endswith("must match: head_dim, value_dim, chunk_size")
     cache.put(make_record(seq_len=8192))
-    assert "at distance 1.50 by the user entry for" in cache.explain_miss(problem, cpu)
+    assert "at distance 1.50 by the user entry (measured) for" in cache.explain_miss(problem, cpu)
     cache.put(make_record())
-    assert "served exactly by the user entry for" in cache.explain_miss(problem, cpu)
+    assert "served exactly by the user entry (measured) for" in cache.explain_miss(problem, cpu)
 
 
 def test_the_file_is_json_that_a_person_can_read(make_record: MakeRecord, open_cache: OpenCache) -> None:

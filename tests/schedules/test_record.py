@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,33 @@ def test_a_time_that_is_no_positive_number_is_refused(name: str, value: Any) -> 
         Measurement(**{**TIMES, name: value})
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, None])
-def test_a_measurement_without_repeats_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [-1, 2.5, None])
+def test_a_measurement_without_a_number_of_repeats_is_refused(value: Any) -> None:
     with pytest.raises(InvalidArgument, match="repeats"):
         Measurement(**{**TIMES, "repeats": value})
+
+
+def test_a_prediction_is_a_time_without_repeats_and_only_that(make_record: MakeRecord) -> None:
+    time = Measurement.predicted(1.5)
+    assert (time.median_ms, time.repeats) == (1.5, 0)
+    record = replace(make_record(), measurement=time, default_measurement=time, kind="predicted")
+    assert TuningRecord.from_dict(record.to_dict()) == record
+    for wrong in ({"kind": "measured"}, {"measurement": make_record().measurement}, {"kind": "guessed"}):
+        with pytest.raises(InvalidArgument):
+            replace(record, **wrong)
+
+
+def test_a_record_from_before_kinds_were_kept_is_measured_by_unknown_kernels(make_record: MakeRecord) -> None:
+    values = make_record().to_dict()
+    del values["kind"], values["kernel_source"]
+    old = TuningRecord.from_dict(values)
+    assert (old.kind, old.kernel_source) == ("measured", "")
+
+
+def test_a_record_knows_the_templates_of_its_op(make_record: MakeRecord) -> None:
+    sources = {make_record(op=op, deterministic=False).kernel_source for op in ("hsa_forward", "hsa_backward")}
+    assert len(sources) == 2
+    assert all(len(source) == 12 for source in sources)
 
 
 def test_a_dict_gives_back_the_same_record(make_record: MakeRecord) -> None:

@@ -1,0 +1,215 @@
+"""A long file's new entries go to lines beside it: whole at every moment, whoever is killed, however many write."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hsa_compile.errors import CacheError
+from hsa_compile.schedules import store
+from hsa_compile.schedules.cache import ScheduleCache
+from hsa_compile.schedules.journal import append_line, journal_path, journal_size, read_lines
+from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.store import read_records
+
+MakeRecord = Callable[..., TuningRecord]
+OpenCache = Callable[..., ScheduleCache]
+
+
+@pytest.fixture
+def short_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two entries make a file long."""
+    monkeypatch.setattr(store, "JOURNAL_ABOVE", 4000)
+
+
+def head_dims(cache: ScheduleCache) -> set[int]:
+    return {record.problem.head_dim for _, record in cache.entries()}
+
+
+@pytest.fixture
+def stored(short_files: None, make_record: MakeRecord, open_cache: OpenCache) -> Path:
+    """A file of two entries and a journal of two."""
+    cache = open_cache()
+    for head_dim in (32, 64, 96, 128):
+        path = cache.put(make_record(head_dim=head_dim))
+    assert (len(json.loads(path.read_text())["entries"]), len(read_lines(path))) == (2, 2)
+    return path
+
+
+def test_a_long_file_is_not_rewritten_by_a_put_and_takes_the_journal_in_when_that_is_as_long(
+    short_files: None, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    cache = open_cache()
+    rewritten, before = [], b""
+    for head_dim in range(1, 41):
+        path = cache.put(make_record(head_dim=head_dim))
+        if path.read_bytes() != before:
+            rewritten.append(head_dim)
+            assert journal_size(path) == 0
+        before = path.read_bytes()
+        assert head_dims(open_cache()) == set(range(1, head_dim + 1))
+    steps = [later / earlier for earlier, later in itertools.pairwise(rewritten[3:])]
+    assert len(rewritten) < 12
+    assert all(step > 1.4 for step in steps)  # lengths grow by a factor, so all writing together is linear
+
+
+def test_what_a_killed_writer_left_of_a_line_is_no_line_and_no_damage(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    whole = journal_path(stored).read_bytes()
+    with journal_path(stored).open("ab") as file:
+        file.write(whole[: len(whole) // 3])
+    assert read_records(stored)[1] == []
+    assert head_dims(open_cache()) == {32, 64, 96, 128}
+    open_cache().put(make_record(head_dim=16))
+    assert read_records(stored)[1] == []
+    assert head_dims(open_cache()) == {16, 32, 64, 96, 128}
+
+
+def test_a_flipped_byte_in_a_line_is_that_entrys_damage_alone(stored: Path) -> None:
+    text = journal_path(stored).read_bytes()
+    journal_path(stored).write_bytes(text.replace(b'"median_ms": 1.25', b'"median_ms": 1.35', 1))
+    records, damages = read_records(stored)
+    assert len(records) == 3
+    assert len(damages) == 1
+    assert "of its journal is damaged" in damages[0]
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = journal_path(stored).read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CacheError, match="No space left on device"):
+            open_cache().put(make_record(head_dim=16))
+    assert journal_path(stored).read_bytes() == before
+
+
+def test_a_journal_left_behind_does_not_undo_what_the_file_took_in(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    left = journal_path(stored).read_bytes()
+    later = make_record(head_dim=128, median_ms=0.5, date="2026-03-03T04:05:06+00:00")
+    while journal_size(stored):
+        open_cache().put(later)
+    journal_path(stored).write_bytes(left)
+    times = {record.problem.head_dim: record.measurement.median_ms for _, record in open_cache().entries()}
+    assert times[128] == 0.5
+
+
+def test_a_file_that_was_removed_takes_its_journal_with_it(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    stored.unlink()
+    assert head_dims(open_cache()) == set()
+    open_cache().put(make_record(head_dim=16))
+    assert head_dims(open_cache()) == {16}
+    assert not journal_path(stored).exists()
+
+
+def test_clear_counts_and_removes_the_journal_too(stored: Path, open_cache: OpenCache) -> None:
+    assert open_cache().clear() == 4
+    assert not stored.exists()
+    assert not journal_path(stored).exists()
+
+
+def test_lines_come_back_as_they_were_added(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    for line in (b"one", b"two"):
+        append_line(path, line)
+    assert read_lines(path) == [b"one", b"two"]
+    assert read_lines(tmp_path / "none.json") == []
+
+
+PUT_MANY = """
+import json, sys, time
+from dataclasses import replace
+from pathlib import Path
+from hsa_compile.schedules.cache import ScheduleCache
+from hsa_compile.schedules.record import TuningRecord
+
+directory, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+record = TuningRecord.from_dict(json.loads(sys.stdin.read()))
+cache = ScheduleCache(directory, pretuned=directory / "none")
+(directory / f"ready-{first}").touch()
+while not (directory / "go").exists():
+    time.sleep(0.001)
+for top_k in range(first, first + count):
+    cache.put(replace(record, problem=replace(record.problem, top_k=top_k)))
+"""
+
+
+def start_writers(directory: Path, record: TuningRecord, writers: int, puts: int) -> list[subprocess.Popen]:
+    """Processes that put `puts` entries each, all at once; entry numbers begin with 1."""
+    directory.mkdir(exist_ok=True)
+    processes = []
+    firsts = [1 + number * puts for number in range(writers)]
+    for first in firsts:
+        command = [sys.executable, "-c", PUT_MANY, str(directory), str(first), str(puts)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(record.to_dict()))
+        process.stdin.close()
+        processes.append(process)
+    while not all((directory / f"ready-{first}").exists() for first in firsts):
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes)
+    (directory / "go").touch()
+    return processes
+
+
+def top_ks(path: Path) -> set[int]:
+    """What a new process would read; the file must be whole."""
+    records, damages = read_records(path)
+    assert damages == []
+    return {record.problem.top_k for record in records.values()}
+
+
+@pytest.mark.slow
+def test_eight_processes_with_a_thousand_puts_each_lose_nothing_and_leave_a_whole_file_at_every_moment(
+    make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    record = make_record()
+    path = open_cache().path(record.target)
+    writers = start_writers(open_cache().directory, record, writers=8, puts=1000)
+    seen, looks = 0, 0
+    while any(writer.poll() is None for writer in writers):
+        now = len(top_ks(path))
+        assert now >= seen, "an entry was there and is gone"
+        seen, looks = now, looks + 1
+        time.sleep(0.2)
+    assert [writer.returncode for writer in writers] == [0] * 8
+    assert looks > 5
+    assert top_ks(path) == set(range(1, 8001))
+
+
+@pytest.mark.slow
+def test_writers_killed_at_random_moments_leave_a_whole_file_with_all_that_others_put(
+    make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    record = make_record()
+    path = open_cache().path(record.target)
+    victim, survivor = start_writers(open_cache().directory, record, writers=2, puts=400)
+    time.sleep(0.5)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert survivor.wait(timeout=120) == 0
+    victim.wait(timeout=10)
+    kept = top_ks(path)
+    assert set(range(401, 801)) <= kept
+    of_victim = kept - set(range(401, 801))
+    assert of_victim == set(range(1, 1 + len(of_victim)))  # every put that ended, and no other
+    open_cache().put(replace(record, problem=replace(record.problem, top_k=900)))
+    assert top_ks(path) == {*kept, 900}
