@@ -13,8 +13,9 @@ from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.kernels.resolve import resolve
 from hsa_compile.kernels.select_chunks import select_chunks
 from hsa_compile.kernels.select_reference import select_chunks_reference
+from hsa_compile.log import set_up_logging
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.cache import Lookup, ScheduleCache, default_cache, tuned_for
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
@@ -32,6 +33,7 @@ __all__ = [
     "HSACompileError",
     "Kernel",
     "KernelSource",
+    "Lookup",
     "Measurement",
     "Problem",
     "Schedule",
@@ -53,6 +55,7 @@ __all__ = [
     "select_chunks",
     "select_chunks_reference",
     "tune",
+    "tuned_for",
 ]
 
 # Tuning needs Optuna, which takes longer to import than all of the rest: a process that only runs never pays.
@@ -73,4 +76,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
+set_up_logging()
 default_cache()

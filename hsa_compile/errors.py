@@ -9,11 +9,17 @@ HSACompileError
 ├── CompileError                   the compiler refused an emitted kernel
 ├── OutOfResources                 a kernel needs more registers, shared memory or memory than there is
 ├── WrongResult                    a kernel disagrees with the reference
+│   └── NotFinite                  … by values that are infinite or not a number
+├── CandidateCrashed               the process that ran a candidate died
+├── CandidateError                 a candidate raised an error that has no name here
+├── TimedOut                       a candidate ran too long
+│   └── CompileTimedOut            … while it was compiled
+├── StorageError                   the storage of studies cannot be opened
 └── CacheError                     the schedule cache cannot be written
 
 HSACompileWarning (UserWarning)
 ├── CacheWarning                   a cache file or entry was ignored
-└── UntunedWarning                 the default schedule runs because nothing was tuned
+└── UntunedWarning                 the default schedule runs, or one that was tuned too far away
 """
 
 
@@ -53,6 +59,30 @@ class WrongResult(HSACompileError):
     """A kernel disagrees with the reference beyond the tolerance of its dtype."""
 
 
+class NotFinite(WrongResult):
+    """A kernel gives values that are infinite or not a number."""
+
+
+class CandidateCrashed(HSACompileError):
+    """The process that compiled or ran a candidate died; the message says of what."""
+
+
+class CandidateError(HSACompileError):
+    """A candidate raised an error that has no name here; the message shows it."""
+
+
+class TimedOut(HSACompileError):
+    """A candidate ran longer than its limit and was killed."""
+
+
+class CompileTimedOut(TimedOut):
+    """A candidate took longer to compile than its limit and was killed."""
+
+
+class StorageError(HSACompileError):
+    """The storage of studies cannot be opened or does not answer."""
+
+
 class CacheError(HSACompileError):
     """The schedule cache cannot be written; what was there is untouched."""
 
@@ -66,4 +96,4 @@ class CacheWarning(HSACompileWarning):
 
 
 class UntunedWarning(HSACompileWarning):
-    """The default schedule runs because no tuned one is close enough."""
+    """The default schedule runs because none was tuned, or one tuned so far away that its loss is not known."""

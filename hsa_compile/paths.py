@@ -1,6 +1,6 @@
 """Where things lie on disk, and the only place that reads the environment.
 
-`HSA_COMPILE_CACHE_DIR` beats the user's cache directory.
+`HSA_COMPILE_CACHE_DIR` beats the user's cache directory; `HSA_COMPILE_LOG=debug` says what is done.
 """
 
 import functools
@@ -58,6 +58,11 @@ def source_dir() -> Path:
 def _own_temporary_dir() -> Path:
     """A new directory: whoever made the usual one could put code there that this process would run."""
     return Path(tempfile.mkdtemp(prefix="hsa-compile-"))
+
+
+def log_level() -> str | None:
+    """How much the user wants to be told: `debug`, `info`, `warning`, …; None if nothing was said."""
+    return os.environ.get("HSA_COMPILE_LOG")
 
 
 def cxx_compiler() -> str | None:

@@ -8,17 +8,34 @@ from dataclasses import replace
 from hsa_compile.errors import CompileError, HSACompileWarning, UntunedWarning
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.log import logger
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.cache import Lookup, default_cache
 from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target
 
-_log = logging.getLogger("hsa_compile")
+OnMiss = Callable[[Problem, Target], None]
+
 _warned: set[Hashable] = set()
 
 _MAX_REMEMBERED = 4096
 _kernels: dict[Hashable, Kernel] = {}
+
+_on_miss: OnMiss | None = None
+_missed: set[tuple[Problem, Target]] = set()
+
+
+def set_on_miss(callback: OnMiss | None) -> None:
+    """What to do once for each problem that has no measured entry of its own, before the next best is taken.
+
+    A callback may put an entry into the cache: it is looked up again afterwards. None, the default, does nothing.
+    """
+    global _on_miss
+    _on_miss = callback
+    _missed.clear()
+    _kernels.clear()
 
 
 def remembered(key: Hashable, target: Target, problem: Callable[[], Problem]) -> Kernel:
@@ -41,15 +58,10 @@ def remembered(key: Hashable, target: Target, problem: Callable[[], Problem]) ->
 def resolve(problem: Problem, target: Target) -> Kernel:
     """The kernel for a problem, under the best schedule that is known: exact, pretuned, nearest, default.
 
-    Warns once for each kind of problem that has to run on the default schedule.
+    Warns once for each kind of problem that has to run on the default schedule, or on one tuned so far away that
+    nobody measured what that costs.
     """
-    found = default_cache().lookup(problem, target)
-    if found is None:
-        schedule = default_schedule(problem, target)
-        _warn_untuned(problem, target)
-    else:
-        schedule = found.schedule
-        _log.debug("%s: %s entry at distance %.2f: %s", problem.describe(), found.origin, found.distance, schedule)
+    schedule = _schedule(problem, target)
     try:
         return compile_kernel(emit(problem, schedule, target))
     except CompileError as error:
@@ -59,7 +71,39 @@ def resolve(problem: Problem, target: Target) -> Kernel:
         return resolve(problem, replace(target, has_compiler=False))
 
 
-def _warn_untuned(problem: Problem, target: Target) -> None:
+def _schedule(problem: Problem, target: Target) -> Schedule:
+    found = _lookup(problem, target)
+    schedule = found.schedule if found else default_schedule(problem, target)
+    if logger.isEnabledFor(logging.DEBUG):  # to explain takes longer than to look up
+        why = default_cache().explain_miss(problem, target)
+        logger.debug("%s on %s runs %s: %s", problem.describe(), target.name, schedule, why)
+    if found is None:
+        _warn_once(problem, target, f"no tuned schedule for {problem.describe()} on {target.name}, the default runs")
+    elif found.regret is None:
+        _warn_once(
+            problem,
+            target,
+            f"{problem.describe()} on {target.name} runs on the schedule of {found.record.problem.describe()} on "
+            f"{found.record.target.name}; how much slower that is at distance {found.distance:.1f} is not known",
+        )
+    return schedule
+
+
+def _lookup(problem: Problem, target: Target) -> Lookup | None:
+    found = default_cache().lookup(problem, target)
+    if _on_miss is None or (found and found.distance == 0 and not found.is_predicted):
+        return found
+    asked = (problem.bucketed(), target)
+    if asked in _missed:
+        return found
+    _missed.add(asked)  # before the call, which may itself run a kernel
+    logger.info("%s: a miss, handed to %s", problem.describe(), getattr(_on_miss, "__name__", _on_miss))
+    _on_miss(problem, target)
+    return default_cache().lookup(problem, target)
+
+
+def _warn_once(problem: Problem, target: Target, what: str) -> None:
+    """Says what is missing and which command tunes it, once for each kind of problem."""
     kind = (
         target, problem.selects, problem.decodes, problem.dtype, problem.head_dim, problem.value_dim,
         problem.chunk_size, problem.group,
@@ -75,10 +119,10 @@ def _warn_untuned(problem: Problem, target: Target) -> None:
         device += " --op decode"
     seq_len = problem.kv_len if problem.decodes else problem.seq_len  # as `tune` takes it
     warnings.warn(
-        f"no tuned schedule for {problem.describe()} on {target.name}, the default runs; tune it with: "
+        f"{what}; tune it with: "
         f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {seq_len} "
         f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
         f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
         UntunedWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

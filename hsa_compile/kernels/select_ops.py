@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gumbel import noise_keys
+from hsa_compile.kernels.op_gradient import register_gradient
 from hsa_compile.kernels.resolve import remembered
 from hsa_compile.kernels.torch_ops import DTYPE_NAMES
 from hsa_compile.problem import Problem
@@ -124,8 +125,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradient(ctx: Any, grad_weights: Tensor, grad_indices: Tensor | None) -> tuple[Tensor | None, ...]:
     del grad_indices  # picks are integers
     dquery, dlandmarks = select_chunks_backward(*ctx.saved_tensors, grad_weights, *ctx.options)
-    needed = ctx.needs_input_grad
-    return (dquery if needed[0] else None, dlandmarks if needed[1] else None, *(None,) * 6)
+    return (dquery, dlandmarks, *(None,) * 6)
 
 
 for _device in ("CPU", "CUDA"):
@@ -133,4 +133,4 @@ for _device in ("CPU", "CUDA"):
     _library.impl("select_chunks_backward", _run_backward, _device)
 torch.library.register_fake("hsa_compile::select_chunks", _fake_forward, lib=_library)
 torch.library.register_fake("hsa_compile::select_chunks_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("hsa_compile::select_chunks", _gradient, setup_context=_save, lib=_library)
+register_gradient(_library, "select_chunks", _save, _gradient)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.op_gradient import register_gradient
 from hsa_compile.kernels.resolve import remembered
 from hsa_compile.problem import DTYPES, Problem
 from hsa_compile.target import Target
@@ -120,9 +121,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, chunk_starts = ctx.saved_tensors
     dq, dk, dv, dw = hsa_backward(*tensors, chunk_starts, grad_o, *ctx.options)
-    needed = ctx.needs_input_grad
-    gradients = [g if needed[i] else None for i, g in ((0, dq), (1, dk), (2, dv))]
-    return (*gradients, None, dw if needed[4] else None, *[None] * (1 + len(ctx.options)))
+    return (dq, dk, dv, None, dw, *[None] * (1 + len(ctx.options)))
 
 
 for _device in ("CPU", "CUDA"):
@@ -130,4 +129,4 @@ for _device in ("CPU", "CUDA"):
     _library.impl("hsa_backward", _run_backward, _device)
 torch.library.register_fake("hsa_compile::hsa_forward", _fake_forward, lib=_library)
 torch.library.register_fake("hsa_compile::hsa_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("hsa_compile::hsa_forward", _gradient, setup_context=_save, lib=_library)
+register_gradient(_library, "hsa_forward", _save, _gradient)

@@ -33,7 +33,8 @@ class Lookup:
         origin: `user` or `pretuned`.
         distance: of the entry's key from the problem's; 0 is an exact hit.
         regret: share of time that it is expected to lose against the shape's own winner, 0.03 for 3 %; None where
-            nobody measured it: farther than any measured pair of shapes, or another device.
+            nobody measured it: farther than any measured pair of shapes, or from another device. Of a predicted
+            entry, against what would be predicted for the shape itself.
     """
 
     schedule: Schedule
@@ -97,7 +98,7 @@ class ScheduleCache:
         ]
         for _, distance, origin, record in sorted(legal, key=lambda item: item[:2]):
             if schedule := usable_schedule(problem, target, record, distance):
-                regret = expected_regret(target.kind, distance) if record.target.name == target.name else None
+                regret = _regret(key, target, record)
                 return Lookup(schedule=schedule, record=record, origin=origin, distance=distance, regret=regret)
         return None
 
@@ -205,11 +206,32 @@ def default_cache() -> ScheduleCache:
     return _cache_of(chosen_cache_dir())
 
 
+def tuned_for(problem: Problem, target: Target | None = None) -> Lookup | None:
+    """The tuned schedule that a problem would run on here, with where it is from and what it is expected to lose.
+
+    Args:
+        problem: what would run.
+        target: where; this machine's first GPU, else its CPU, if None.
+
+    Returns:
+        None if nothing that was tuned can serve it, and the default schedule would run.
+    """
+    return default_cache().lookup(problem, target or Target.current())
+
+
 def usable_schedule(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule | None:
     """A record's schedule as a problem so far away can use it, or None if it cannot."""
     space = SearchSpace.of(problem, target)
     schedule = space.fit(problem, record.schedule) if distance else record.schedule
     return schedule if space.is_valid(problem, schedule, target) else None
+
+
+def _regret(key: ScheduleKey, target: Target, record: TuningRecord) -> float | None:
+    apart = key.distances(ScheduleKey.of_record(record))
+    another_device = apart.pop("device", 0.0)  # a prediction is made for an architecture, not for a product
+    if another_device and record.kind == MEASURED:
+        return None
+    return expected_regret(target.kind, sum(apart.values()))
 
 
 def _read_all(directory: Path) -> Records:

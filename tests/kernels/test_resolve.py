@@ -1,0 +1,169 @@
+"""Which schedule a call runs on, what it says about it, and what a hook may do before."""
+
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import hsa_compile
+from hsa_compile.errors import UntunedWarning
+from hsa_compile.kernels import resolve as resolve_module
+from hsa_compile.kernels.resolve import resolve, set_on_miss
+from hsa_compile.problem import Problem
+from hsa_compile.schedules import cache as cache_module
+from hsa_compile.schedules.cache import default_cache, tuned_for
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.record import Measurement, TuningRecord
+from hsa_compile.schedules.regret import RegretBin, RegretTable
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import Target
+
+# In float64, which is never built from C++.
+PROBLEM = Problem(seq_len=64, num_heads=4, num_kv_heads=2, head_dim=8, chunk_size=16, top_k=2, dtype="float64")
+TOKEN_4 = Schedule.of("token", block_t=4)
+
+
+def record(problem: Problem = PROBLEM, schedule: Schedule = TOKEN_4, **changes: Any) -> TuningRecord:
+    time = Measurement(median_ms=1.0, p20_ms=1.0, p80_ms=1.0, repeats=9)
+    made = TuningRecord(
+        problem=problem, target=Target.parse("cpu"), schedule=schedule, measurement=time, default_measurement=time,
+        trials=1, failures={}, inputs="random", fingerprint="", versions={}, date="2026-02-03T04:05:06+00:00",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@pytest.fixture(autouse=True)
+def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing was warned about yet; a regret table that reaches to distance 2; the hook is taken out again."""
+    monkeypatch.setattr(resolve_module, "_warned", set())
+    entry = RegretBin(up_to=2.0, pairs=5, mean=0.04, p90=0.1, default_mean=0.2)
+    table = RegretTable(device="Some CPU", shapes=3, bins=(entry,))
+    monkeypatch.setattr("hsa_compile.schedules.regret.regret_table", lambda kind: table)
+    yield
+    set_on_miss(None)
+
+
+def warned(problem: Problem = PROBLEM) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resolve(problem, Target.parse("cpu"))
+    assert all(warning.category is UntunedWarning for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_an_untuned_problem_runs_on_the_default_and_says_once_how_to_tune_it() -> None:
+    (message,) = warned()
+    assert "the default runs; tune it with: hsa-compile tune --device cpu" in message
+    assert warned() == []
+
+
+def test_an_exact_and_a_near_entry_run_without_a_word() -> None:
+    default_cache().put(record())
+    assert warned() == []
+    assert warned(replace(PROBLEM, seq_len=128, kv_len=128)) == []
+
+
+def test_an_entry_farther_than_any_measured_pair_runs_and_warns_once() -> None:
+    default_cache().put(record())
+    far = replace(PROBLEM, seq_len=64 << 6, kv_len=64 << 6)
+    (message,) = warned(far)
+    assert "at distance 9.0 is not known" in message
+    assert "tune it with: hsa-compile tune" in message
+    assert warned(far) == []
+    assert resolve(far, Target.parse("cpu")).source.schedule == TOKEN_4
+
+
+def test_tuned_for_tells_the_entry_its_distance_and_the_expected_loss() -> None:
+    assert tuned_for(PROBLEM) is None
+    default_cache().put(record())
+    exact = hsa_compile.tuned_for(PROBLEM, Target.parse("cpu"))
+    assert exact is not None
+    assert (exact.schedule, exact.origin, exact.distance, exact.regret) == (TOKEN_4, "user", 0.0, 0.0)
+    near = tuned_for(replace(PROBLEM, kv_len=128), Target.parse("cpu"))
+    assert near is not None
+    assert (near.distance, near.regret) == (0.5, 0.04)
+    far = tuned_for(replace(PROBLEM, seq_len=1 << 20), Target.parse("cpu"))
+    assert far is not None
+    assert far.regret is None
+
+
+def test_an_entry_of_another_device_has_no_known_loss_unless_it_is_predicted() -> None:
+    other = replace(Target.parse("cpu"), name="Another CPU")
+    default_cache().put(record(target=other))
+    found = tuned_for(PROBLEM, Target.parse("cpu"))
+    assert found is not None
+    assert (found.distance, found.regret) == (2.0, None)
+    time = Measurement.predicted(1.0)
+    default_cache().clear()
+    default_cache().put(record(target=other, kind="predicted", measurement=time, default_measurement=time))
+    found = tuned_for(PROBLEM, Target.parse("cpu"))
+    assert found is not None
+    assert found.is_predicted
+    assert found.regret == 0.0
+
+
+def test_the_hook_is_asked_once_a_problem_and_what_it_stores_is_used() -> None:
+    asked = []
+
+    def tune_now(problem: Problem, target: Target) -> None:
+        asked.append(problem)
+        default_cache().put(record(problem))
+
+    set_on_miss(tune_now)
+    assert warned() == []
+    assert resolve(PROBLEM, Target.parse("cpu")).source.schedule == TOKEN_4
+    assert asked == [PROBLEM]
+    near = replace(PROBLEM, top_k=1)
+    warned(near)
+    assert asked == [PROBLEM, near]
+
+
+def test_a_hook_that_stores_nothing_is_not_asked_again() -> None:
+    asked = []
+    set_on_miss(lambda problem, target: asked.append(problem))
+    assert len(warned()) == 1
+    assert warned() == []
+    assert asked == [PROBLEM]
+    assert resolve(PROBLEM, Target.parse("cpu")).source.schedule == default_schedule(PROBLEM, Target.parse("cpu"))
+    set_on_miss(None)
+    warned(replace(PROBLEM, top_k=1))
+    assert asked == [PROBLEM]
+
+
+def test_debug_messages_tell_the_schedule_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="hsa_compile"):
+        warned()
+        default_cache().put(record())
+        warned()
+        warned(replace(PROBLEM, kv_len=128))
+    first, exact, near = (entry.getMessage() for entry in caplog.records)
+    assert "nothing has been tuned yet" in first
+    assert "runs token block_t=4: served exactly by the user entry (measured)" in exact
+    assert "served at distance 0.50 by the user entry" in near
+
+
+def test_the_environment_turns_the_messages_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import hsa_compile, logging; logging.getLogger('hsa_compile').debug('hello')"
+    for level, expected in (("debug", "hsa-compile DEBUG: hello\n"), ("info", "")):
+        monkeypatch.setenv("HSA_COMPILE_LOG", level)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stderr == expected
+    monkeypatch.setenv("HSA_COMPILE_LOG", "loud")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "HSA_COMPILE_LOG = 'loud' is not one of debug, info, warning, error" in done.stderr
+
+
+def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    default_cache().put(record())
+    first = tuned_for(PROBLEM, Target.parse("cpu"))
+
+    def again(*_: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(cache_module.ScheduleCache, "_search", again)
+    assert tuned_for(PROBLEM, Target.parse("cpu")) is first
