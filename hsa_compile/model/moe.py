@@ -4,7 +4,6 @@ As in Ling-2.0 and DeepSeek-V3; the balancing is arXiv 2408.15664.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.grouped_product import ExpertOrder, grouped_swiglu, sort_by_expert
 from hsa_compile.model.layers import SwiGLU
+from hsa_compile.model.precision import compute_dtype, no_autocast
 
 FEW_PAIRS = 8  # up to here, which is a step of decoding, sorting costs more than it saves
 
@@ -85,7 +85,7 @@ class MoE(nn.Module):
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`tokens [T, dim]` → chosen experts and their weights, both `[T, K]`."""
-        with _no_autocast(tokens.device):
+        with no_autocast(tokens.device):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             scores = F.linear(tokens.to(dtype), self.router.weight.to(dtype)).sigmoid()
         chosen = (scores.detach() + self.balance_bias).topk(self.experts_per_token, dim=-1).indices
@@ -93,10 +93,10 @@ class MoE(nn.Module):
         return chosen, weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
     def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        dtype = _compute_dtype(tokens)
+        dtype = compute_dtype(tokens)
         tokens, weights = tokens.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        with _no_autocast(tokens.device):
+        with no_autocast(tokens.device):
             # Shapes without values cannot be sorted; gathered weights also show the right number of FLOPs.
             if tokens.is_meta or (chosen.numel() <= FEW_PAIRS and not torch.is_grad_enabled()):
                 few = _pair_by_pair if tokens.device.type == "cpu" else _gathered
@@ -188,13 +188,3 @@ def _gathered(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, 
     gate, up = torch.bmm(rows, gate_up.index_select(0, experts)).chunk(2, dim=-1)
     pairs = torch.bmm(F.silu(gate) * up, down.index_select(0, experts))
     return torch.bmm(weights.unsqueeze(1), pairs.view(*chosen.shape, -1)).squeeze(1)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype

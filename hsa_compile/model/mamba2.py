@@ -1,0 +1,198 @@
+"""The Mamba-2 layer (arXiv 2405.21060): a recurrent mixer of tokens whose state has a fixed size."""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.layers import RMSNorm
+from hsa_compile.model.precision import no_autocast
+from hsa_compile.model.ssd_scan import ssd_scan, ssd_step
+
+STEP_RANGE = (1e-3, 1e-1)  # of dt, and
+DECAY_RANGE = (1.0, 16.0)  # of -A, at the start of training; both as published
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2State:
+    """All that a layer keeps of the tokens it has read.
+
+    Attributes:
+        conv: `[B, conv_width - 1, channels]`, the last inputs of the convolution.
+        ssm: `[B, heads, head_dim, state_dim]`, float32 at least.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    def __post_init__(self) -> None:
+        if self.conv.ndim != 3 or self.ssm.ndim != 4 or len(self.conv) != len(self.ssm):
+            raise InvalidArgument(
+                f"a Mamba2State needs conv [B, W, channels] and ssm [B, H, P, N], not {[*self.conv.shape]} and "
+                f"{[*self.ssm.shape]}"
+            )
+
+    def to(self, *args: Any, **kwargs: Any) -> "Mamba2State":
+        """Both tensors through `Tensor.to`."""
+        return Mamba2State(conv=self.conv.to(*args, **kwargs), ssm=self.ssm.to(*args, **kwargs))
+
+
+class Mamba2(nn.Module):
+    """One Mamba-2 mixer with one group of B and C; parameters are named and shaped as in the published code.
+
+    On CUDA the scan is `mamba_ssm`'s where that package is installed; the scan runs in float32 at least.
+
+    Args:
+        dim: of input and output.
+        state_dim: `N`.
+        head_dim: `P`; `expand · dim` must be a multiple of it.
+        expand: inner size over `dim`.
+        conv_width: of the causal depthwise convolution.
+        chunk_length: of the scan; any value gives the same result.
+        norm_eps: of the gated RMSNorm.
+
+    Raises:
+        InvalidArgument: a size below 1, or heads that do not fill the inner size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_dim: int = 64,
+        head_dim: int = 32,
+        expand: int = 2,
+        conv_width: int = 4,
+        chunk_length: int = 64,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "state_dim": state_dim, "head_dim": head_dim, "expand": expand}
+        for name, size in {**sizes, "conv_width": conv_width, "chunk_length": chunk_length}.items():
+            if size < 1:
+                raise InvalidArgument(f"{name} is {size}; it must be at least 1")
+        inner = expand * dim
+        if inner % head_dim:
+            raise InvalidArgument(f"head_dim is {head_dim}; it must divide expand · dim = {inner}")
+        self.inner, self.state_dim, self.head_dim = inner, state_dim, head_dim
+        self.num_heads = inner // head_dim
+        self.conv_width, self.chunk_length = conv_width, chunk_length
+        self.channels = inner + 2 * state_dim  # x, B, C
+        self.in_proj = nn.Linear(dim, inner + self.channels + self.num_heads, bias=False)  # z, x, B, C, dt
+        self.conv1d = nn.Conv1d(self.channels, self.channels, conv_width, groups=self.channels)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = RMSNorm(inner, norm_eps)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws all weights anew: projections normal, the rest as published."""
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.normal_(projection.weight, std=std)
+        self.conv1d.reset_parameters()
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm.weight)
+        with torch.no_grad():
+            self.A_log.uniform_(*DECAY_RANGE).log_()
+            dt = torch.empty_like(self.dt_bias).uniform_(*map(math.log, STEP_RANGE)).exp()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+
+    def initial_state(self, batch: int, like: Tensor) -> Mamba2State:
+        """The state before the first token, on the device and for the dtype of `like`."""
+        ssm_dtype = torch.promote_types(like.dtype, torch.float32)
+        return Mamba2State(
+            conv=like.new_zeros(batch, self.conv_width - 1, self.channels),
+            ssm=like.new_zeros(batch, self.num_heads, self.head_dim, self.state_dim, dtype=ssm_dtype),
+        )
+
+    def forward(
+        self, x: Tensor, state: Mamba2State | None = None, num_valid: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        """Reads on from a state; texts cut into pieces of any size give the same outputs.
+
+        Args:
+            x: `[B, T, dim]`; T may be 0.
+            state: after the tokens before; None at the start.
+            num_valid: `[B]` integers; the tokens of row b from `num_valid[b]` on are padding: they leave the state as
+                it is, and their outputs mean nothing. None where there is no padding.
+
+        Returns:
+            `[B, T, dim]`, the state after each row's last valid token.
+        """
+        z, conv_in, dt = self.in_proj(x).split((self.inner, self.channels, self.num_heads), dim=-1)
+        state = self.initial_state(x.shape[0], conv_in) if state is None else state
+        if x.shape[1] == 0:
+            return self.out_proj(z), state
+        window = torch.cat((state.conv.to(conv_in.dtype), conv_in), dim=1)  # [B, conv_width - 1 + T, channels]
+        valid = None if num_valid is None else num_valid.to(x.device)
+        y, ssm = self._scan(self._convolve(window), dt, state.ssm, valid)
+        y = self.norm(y.to(z.dtype) * F.silu(z))
+        return self.out_proj(y), Mamba2State(conv=self._last_inputs(window, valid), ssm=ssm)
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        if window.shape[1] == self.conv_width:
+            weight = self.conv1d.weight.squeeze(1).T.to(window.dtype)
+            assert self.conv1d.bias is not None
+            y = (window * weight).sum(dim=1, keepdim=True) + self.conv1d.bias.to(window.dtype)
+        else:
+            y = self.conv1d(window.transpose(1, 2)).transpose(1, 2)
+        return F.silu(y)
+
+    def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`xbc [B, T, channels]`, `dt [B, T, heads]` → y `[B, T, inner]`, the state."""
+        dtype = state.dtype
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        if valid is not None:
+            dt = dt * (torch.arange(dt.shape[1], device=dt.device) < valid[:, None]).unsqueeze(-1)
+        A = -self.A_log.to(dtype).exp()
+        x, B, C = xbc.split((self.inner, self.state_dim, self.state_dim), dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        fused = _fused_scan() if x.is_cuda and x.shape[1] > 1 else None
+        with no_autocast(x.device):
+            if fused is not None:
+                y, state = fused(x, dt, A, B, C, state)
+            elif x.shape[1] == 1:
+                y, state = ssd_step(x[:, 0].to(dtype), dt[:, 0], A, B[:, 0].to(dtype), C[:, 0].to(dtype), state)
+                y = y.unsqueeze(1)
+            else:
+                y, state = ssd_scan(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), state, self.chunk_length)
+            y = y + self.D.to(dtype).unsqueeze(-1) * x
+        return y.flatten(2), state
+
+    def _last_inputs(self, window: Tensor, valid: Tensor | None) -> Tensor:
+        keep = self.conv_width - 1
+        if valid is None:
+            return window[:, window.shape[1] - keep :].clone()  # a view would keep the whole window alive
+        places = valid[:, None] + torch.arange(keep, device=window.device)
+        return window.gather(1, places.unsqueeze(-1).expand(-1, -1, self.channels))
+
+
+@functools.cache
+def _fused_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`ssd_scan` by the kernels of `mamba_ssm`, which make their own chunks; None where it is not installed."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    kernels = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.mamba_chunk_scan_combined(
+            x.contiguous(),
+            dt,
+            A,
+            B.unsqueeze(2).contiguous(),
+            C.unsqueeze(2).contiguous(),
+            chunk_size=256,
+            initial_states=state,
+            return_final_states=True,
+        )
+
+    return scan
