@@ -1,0 +1,230 @@
+"""What a model is made of: one frozen config for the whole family, and the list of layers that follows from it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
+
+VARIANTS = ("hsa-ultralong", "ramba", "drt", "swa", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What one layer holds, in the order in which it runs.
+
+    Attributes:
+        mixer: `window`, `full` or `mamba`; `none` for a layer that only reads the memory.
+        retrieves: whether it chooses chunks anew; else it reads those of the last layer that did.
+        reads_memory: whether it attends to chunks of the memory.
+        mlp: `dense`, `moe` or `none`.
+    """
+
+    mixer: str
+    retrieves: bool = False
+    reads_memory: bool = False
+    mlp: str = "dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes of one model of the family.
+
+    Attributes:
+        variant: `hsa-ultralong` (arXiv 2511.23319), `ramba` (2504.16795), `drt` (2410.01651), or a baseline without
+            a memory: `swa` (sliding windows alone), `full` (attention to everything).
+        vocab_size: `V`; 256 for bytes.
+        dim: width of the residual stream.
+        num_lower_layers: layers below the memory.
+        num_groups, layers_per_group: of the upper half; the first layer of a group retrieves.
+        num_heads, num_kv_heads, head_dim: of the attention inside a layer (window or full).
+        window: tokens that sliding-window attention sees, the own one included.
+        ffn_dim: inner width of a dense SwiGLU.
+        rope_theta: base of RoPE.
+        chunk_size, top_k: `C` and `K` of the memory.
+        memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
+        retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
+        encoder_layers, encoder_ffn_dim: of the chunk encoder.
+        selection_noise: whether Gumbel noise is added when chunks are chosen in training.
+        num_experts: `E` of a MoE layer; 0 makes every MLP dense.
+        experts_per_token, expert_dim, num_shared_experts: of a MoE layer.
+        num_dense_layers: how many of the first layers keep a dense MLP.
+        state_dim, mamba_head_dim, mamba_expand: of a Mamba-2 layer.
+        tie_embeddings: whether the output layer is the embedding.
+        norm_eps: of every RMSNorm.
+        init_std: standard deviation of initial weights.
+
+    Raises:
+        InvalidArgument: a field is out of range; the message names it, its value and what is allowed.
+    """
+
+    variant: str = "hsa-ultralong"
+    vocab_size: int
+    dim: int
+    num_lower_layers: int
+    num_groups: int
+    layers_per_group: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    ffn_dim: int
+    rope_theta: float = 10_000.0
+    chunk_size: int = 64
+    top_k: int = 64
+    memory_heads: int
+    memory_kv_heads: int
+    memory_head_dim: int
+    retrieval_dim: int
+    encoder_layers: int = 1
+    encoder_ffn_dim: int
+    selection_noise: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 4
+    expert_dim: int = 0
+    num_shared_experts: int = 1
+    num_dense_layers: int = 1
+    state_dim: int = 64
+    mamba_head_dim: int = 32
+    mamba_expand: int = 2
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InvalidArgument(f"variant = {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
+        for heads, kv_heads in (("num_heads", "num_kv_heads"), ("memory_heads", "memory_kv_heads")):
+            if getattr(self, heads) % getattr(self, kv_heads):
+                raise InvalidArgument(
+                    f"{heads} = {getattr(self, heads)} must be a multiple of {kv_heads} = {getattr(self, kv_heads)}"
+                )
+        if self.head_dim % 2:
+            raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
+        self._check_experts()
+        if self.variant == "drt" and self.chunk_size < 2:
+            raise InvalidArgument(
+                f"chunk_size = {self.chunk_size} must be at least 2: drt puts a landmark in each chunk"
+            )
+
+    def _check_experts(self) -> None:
+        if self.num_experts == 0:
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise InvalidArgument(
+                f"experts_per_token = {self.experts_per_token} must be an integer in 1 … {self.num_experts}"
+            )
+        if self.expert_dim < 1:
+            raise InvalidArgument(f"expert_dim = {self.expert_dim} must be at least 1 where there are experts")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of both halves."""
+        return self.num_lower_layers + self.num_upper_layers
+
+    @property
+    def num_upper_layers(self) -> int:
+        """Layers above the memory."""
+        return self.num_groups * self.layers_per_group
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there are chunks to retrieve from; the baselines have none."""
+        return self.variant not in ("swa", "full")
+
+    @property
+    def has_landmark_tokens(self) -> bool:
+        """Whether the model puts a token of its own at the end of each chunk and retrieves by it (DRT)."""
+        return self.variant == "drt"
+
+    @property
+    def fusion(self) -> str:
+        """How the picked scores become weights, as `select_chunks` names it."""
+        return "stick_breaking" if self.variant == "ramba" else "softmax"
+
+    @property
+    def bypass(self) -> bool:
+        """Whether what is read from the memory goes into the MLP alone: `out = x + MLP(norm(x + HSA))`."""
+        return self.variant == "hsa-ultralong"
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All layers from the bottom up."""
+        lower = tuple(self._layer(i) for i in range(self.num_lower_layers))
+        upper = []
+        for i in range(self.num_upper_layers):
+            first = i % self.layers_per_group == 0
+            if self.variant == "ramba" and first:
+                # One retrieval serves all groups; the layer that reads has neither mixer nor MLP.
+                upper.append(LayerSpec(mixer="none", retrieves=i == 0, reads_memory=True, mlp="none"))
+                continue
+            upper.append(
+                replace(
+                    self._layer(self.num_lower_layers + i),
+                    retrieves=self.has_memory and self.variant != "ramba" and first,
+                    reads_memory=self.variant == "drt" or (self.variant == "hsa-ultralong" and first),
+                )
+            )
+        return lower + tuple(upper)
+
+    def _layer(self, index: int) -> LayerSpec:
+        if self.variant == "ramba":
+            return LayerSpec(mixer="mamba", mlp="none")
+        sparse = self.num_experts > 0 and index >= self.num_dense_layers
+        return LayerSpec(mixer="full" if self.variant == "full" else "window", mlp="moe" if sparse else "dense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "ModelConfig":
+        """The config that `to_dict` wrote.
+
+        Raises:
+            InvalidArgument: a field is missing, unknown or out of range.
+        """
+        known = {spec.name for spec in fields(ModelConfig)}
+        if unknown := set(values) - known:
+            raise InvalidArgument(f"the model config has unknown fields {', '.join(sorted(unknown))}")
+        try:
+            return ModelConfig(**values)
+        except TypeError as error:
+            raise InvalidArgument(f"the model config is not complete: {error}") from error
+
+
+_COUNT = 2**31
+_RANGES = (
+    ("vocab_size", 1, _COUNT),
+    ("dim", 1, _COUNT),
+    ("num_lower_layers", 0, 1000),
+    ("num_groups", 1, 1000),
+    ("layers_per_group", 1, 1000),
+    ("num_heads", 1, _COUNT),
+    ("num_kv_heads", 1, _COUNT),
+    ("head_dim", 2, MAX_HEAD_DIM),
+    ("window", 1, _COUNT),
+    ("ffn_dim", 1, _COUNT),
+    ("chunk_size", 1, MAX_CHUNK_SIZE),
+    ("top_k", 1, MAX_SELECTED),
+    ("memory_heads", 1, _COUNT),
+    ("memory_kv_heads", 1, _COUNT),
+    ("memory_head_dim", 2, MAX_HEAD_DIM),
+    ("retrieval_dim", 1, MAX_RETRIEVAL_DIM),
+    ("encoder_layers", 0, 100),
+    ("encoder_ffn_dim", 1, _COUNT),
+    ("num_experts", 0, 100_000),
+    ("num_dense_layers", 0, 1000),
+    ("num_shared_experts", 0, 100),
+    ("state_dim", 1, 1024),
+    ("mamba_head_dim", 1, 1024),
+    ("mamba_expand", 1, 16),
+)

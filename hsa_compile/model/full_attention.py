@@ -1,0 +1,93 @@
+"""Attention to the whole past: the baseline that HSA is compared with."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.layers import RMSNorm, rotate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullCache:
+    """All keys and values of one layer so far.
+
+    Attributes:
+        k, v: `[B, S, H, D]`; of row b the first `num_past[b]` are there.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+class FullAttention(nn.Module):
+    """Causal attention with grouped queries, QK norm and RoPE.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: FullCache | None = None,
+        num_past: Tensor | None = None,
+        num_valid: Tensor | None = None,
+    ) -> tuple[Tensor, FullCache | None]:
+        """Attends within `x [B, T, dim]`, and to the cache where there is one; arguments as of `WindowAttention`,
+        but that `num_past` is given wherever there is a cache."""
+        B, T, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim)), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)), *rope)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        mask = None
+        if cache is not None:
+            assert num_past is not None
+            cache = FullCache(
+                k=_inserted(cache.k, k, num_past, num_valid), v=_inserted(cache.v, v, num_past, num_valid)
+            )
+            k, v = cache.k, cache.v
+            last = num_past[:, None] + torch.arange(T, device=x.device)  # the newest key that a query sees
+            mask = (torch.arange(k.shape[1], device=x.device) <= last[:, :, None])[:, None]
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1)), cache
+
+    def empty_cache(self, batch: int, like: Tensor) -> FullCache:
+        """The cache before the first token, in the dtype and on the device of `like`."""
+        shape = (batch, 0, self.num_kv_heads, self.head_dim)
+        return FullCache(k=like.new_zeros(shape), v=like.new_zeros(shape))
+
+
+def _inserted(cache: Tensor, new: Tensor, num_past: Tensor, num_valid: Tensor | None) -> Tensor:
+    """`cache [B, S, …]` with `new [B, T, …]` written behind the rows of each text, grown as far as needed.
+
+    Rows of padding are written too: the next piece writes over them, and no query before that sees them.
+    """
+    T = new.shape[1]
+    size = int(num_past.max()) + T
+    if cache.shape[1] < size:
+        cache = F.pad(cache, (0, 0, 0, 0, 0, size - cache.shape[1]))
+    elif num_valid is None:
+        cache = cache.clone()
+    index = num_past[:, None] + torch.arange(T, device=new.device)
+    return cache.scatter(1, index[:, :, None, None].expand_as(new), new)

@@ -1,0 +1,188 @@
+"""How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hsa_compile.kernels.hsa_attention import hsa_attention
+from hsa_compile.kernels.select_chunks import select_chunks
+from hsa_compile.model.chunk_encoder import EncodedChunks
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.layers import RMSNorm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The chunks that each token reads, and how much.
+
+    Attributes:
+        indices: `[B, T, H, K]` int32, −1 where a slot is empty.
+        weights: `[B, T, H, K]`.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+class Memory(Protocol):
+    """What retrieval and HSAttention ask of a memory: `SequenceMemory` in training, `ChunkMemory` in inference."""
+
+    def select(
+        self, query: Tensor, positions: list[int], *, top_k: int, fusion: str, once_a_chunk: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The best chunks that are complete at each token, as (indices, weights) `[B, T, H, K]`.
+
+        With `once_a_chunk`, query row t is the last token of chunk `position + t`, which sees the chunks before.
+        """
+
+    def attend(
+        self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
+    ) -> Tensor:
+        """What the tokens read from their chunks, `[B, T, HQ, D]`."""
+
+
+class SequenceMemory:
+    """The chunks of the sequence that is being trained on; gradients reach them.
+
+    Args:
+        chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
+    """
+
+    def __init__(self, chunks: EncodedChunks) -> None:
+        self.chunk_size = chunks.k.shape[2]
+        self.k, self.v, self.landmarks = chunks.k.flatten(1, 2), chunks.v.flatten(1, 2), chunks.landmarks
+
+    def select(
+        self,
+        query: Tensor,
+        positions: list[int],
+        *,
+        top_k: int,
+        fusion: str,
+        once_a_chunk: bool,
+        noise_seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
+        assert not any(positions), "a training sequence begins at 0"
+        return select_chunks(
+            query,
+            self.landmarks,
+            chunk_size=1 if once_a_chunk else self.chunk_size,
+            top_k=top_k,
+            fusion=fusion,
+            noise_seed=noise_seed,
+        )
+
+    def attend(
+        self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
+    ) -> Tensor:
+        """`Memory.attend`."""
+        return hsa_attention(
+            q,
+            self.k,
+            self.v,
+            indices,
+            weights,
+            chunk_size=self.chunk_size,
+            softmax_off_by_one=softmax_off_by_one,
+            mask_last_token=mask_last_token,
+        )
+
+
+class Retrieval(nn.Module):
+    """Chooses chunks by the scores of landmarks: once a token, or in DRT once a chunk.
+
+    The query is a linear function of RMSNorm(h), one retrieval head for each kv head of the memory.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.retrieval_dim = config.memory_kv_heads, config.retrieval_dim
+        self.top_k, self.fusion = config.top_k, config.fusion
+        self.chunk_size = config.chunk_size
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.q_proj = nn.Linear(config.dim, self.num_heads * self.retrieval_dim, bias=False)
+
+    def forward(self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None = None) -> Selection:
+        """The chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
+        return self._select(x, memory, positions, noise_seed, once_a_chunk=False)
+
+    def once_a_chunk(
+        self, x: Tensor, memory: Memory, position: int, carried: Selection | None, noise_seed: int | None = None
+    ) -> tuple[Selection, Selection]:
+        """DRT's way: the last token of a chunk, its landmark token, chooses for all tokens of the next chunk.
+
+        Args:
+            x: `[B, T, dim]`; all rows begin at `position`.
+            memory: to choose from; chunk c sees chunks up to c − 2.
+            position: of the first token.
+            carried: what was chosen for the chunk that `x` begins in; None at the beginning of a text.
+            noise_seed: of the Gumbel noise, or None.
+
+        Returns:
+            the selection for the tokens of `x`, and for the first token after them.
+        """
+        C, T = self.chunk_size, x.shape[1]
+        first = position // C
+        end = (first + 1) * C - 1 - position
+        ends = torch.arange(end, max(end, T), C, device=x.device)
+        chosen = self._select(x[:, ends], memory, [first] * x.shape[0], noise_seed, once_a_chunk=True)
+        if carried is None:
+            shape = (x.shape[0], 1, self.num_heads, self.top_k)
+            carried = Selection(indices=chosen.indices.new_full(shape, -1), weights=chosen.weights.new_zeros(shape))
+        indices = torch.cat((carried.indices, chosen.indices), dim=1)
+        weights = torch.cat((carried.weights, chosen.weights), dim=1)
+        chunk = (position + torch.arange(T + 1, device=x.device)) // C - first
+        now, after = chunk[:-1], chunk[-1:]
+        return (
+            Selection(indices=indices[:, now], weights=weights[:, now]),
+            Selection(indices=indices[:, after], weights=weights[:, after]),
+        )
+
+    def _select(
+        self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None, *, once_a_chunk: bool
+    ) -> Selection:
+        query = self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim)
+        select = memory.select
+        if noise_seed is not None:
+            assert isinstance(memory, SequenceMemory), "noise is for training"
+            select = functools.partial(memory.select, noise_seed=noise_seed)
+        indices, weights = select(query, positions, top_k=self.top_k, fusion=self.fusion, once_a_chunk=once_a_chunk)
+        return Selection(indices=indices, weights=weights)
+
+
+class HSAttention(nn.Module):
+    """Hierarchical sparse attention to the memory, without position encoding, with QK norm (arXiv 2511.23319).
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.memory_heads, config.memory_head_dim
+        self.softmax_off_by_one = config.variant == "drt"
+        self.mask_last_token = config.has_landmark_tokens
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.q_proj = nn.Linear(config.dim, self.num_heads * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, memory: Memory, selection: Selection) -> Tensor:
+        """What the tokens of `x [B, T, dim]` read from their chunks, `[B, T, dim]`; the residual is the caller's."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(self.norm(x)).view(B, T, self.num_heads, self.head_dim))
+        o = memory.attend(
+            q,
+            selection.indices,
+            selection.weights,
+            softmax_off_by_one=self.softmax_off_by_one,
+            mask_last_token=self.mask_last_token,
+        )
+        return self.o_proj(o.reshape(B, T, self.num_heads * self.head_dim))

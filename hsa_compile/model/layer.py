@@ -1,0 +1,133 @@
+"""One layer of the model: a mixer of tokens, then the memory, then an MLP, as its `LayerSpec` says."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hsa_compile.model.config import LayerSpec, ModelConfig
+from hsa_compile.model.full_attention import FullAttention, FullCache
+from hsa_compile.model.hs_attention import HSAttention, Memory, Retrieval, Selection
+from hsa_compile.model.layers import RMSNorm, SwiGLU
+from hsa_compile.model.mamba2 import Mamba2, Mamba2State
+from hsa_compile.model.moe import MoE
+from hsa_compile.model.window_attention import WindowAttention, WindowCache
+
+Cache = WindowCache | FullCache | Mamba2State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Where in its texts the piece lies that runs through the layers.
+
+    Attributes:
+        positions: of the first token of each row.
+        rope: cosines and sines `[B or 1, T, head_dim / 2]`.
+        num_past: `[B]`, tokens in the caches; None if these are full, or there are none.
+        num_valid: `[B]`, tokens of a row that are no padding; None for all.
+        memory: to retrieve from; None below it and in baselines.
+        noise_seed: of the Gumbel noise in training, or None.
+        carried: DRT, by layer: what was chosen for the next token. Filled in; None in training.
+    """
+
+    positions: list[int]
+    rope: tuple[Tensor, Tensor]
+    num_past: Tensor | None = None
+    num_valid: Tensor | None = None
+    memory: Memory | None = None
+    noise_seed: int | None = None
+    carried: dict[int, Selection] | None = None
+
+
+class Layer(nn.Module):
+    """A residual layer.
+
+    Args:
+        config: of the model.
+        spec: what this layer holds.
+        index: from the bottom.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, index: int) -> None:
+        super().__init__()
+        self.index, self.bypass = index, config.bypass
+        self.has_landmark_tokens = config.has_landmark_tokens
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps) if spec.mixer != "none" else None
+        self.mixer = _mixer(config, spec)
+        self.retrieval = Retrieval(config) if spec.retrieves else None
+        self.memory_attention = HSAttention(config) if spec.reads_memory else None
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps) if spec.mlp != "none" else None
+        self.mlp = _mlp(config, spec)
+
+    def forward(
+        self, x: Tensor, piece: Piece, selection: Selection | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Selection | None, Cache | None]:
+        """One layer's step.
+
+        Args:
+            x: `[B, T, dim]`.
+            piece: what is the same for all layers.
+            selection: of the last layer that retrieved.
+            cache: the mixer's; None in training.
+
+        Returns:
+            `[B, T, dim]`, the selection for the layers above, the cache after this piece.
+        """
+        if self.mixer is not None:
+            y, cache = self._mix(self.mixer_norm(x), piece, cache)
+            x = x + y
+        if self.retrieval is not None:
+            selection = self._retrieve(self.retrieval, x, piece)
+        read = None
+        if self.memory_attention is not None:
+            assert piece.memory is not None and selection is not None
+            read = self.memory_attention(x, piece.memory, selection)
+            if not self.bypass:
+                x, read = x + read, None
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x if read is None else x + read))
+        return x, selection, cache
+
+    def _mix(self, x: Tensor, piece: Piece, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+        if isinstance(self.mixer, Mamba2):
+            y, state = self.mixer(x, cache, piece.num_valid)
+            return y, state if cache is not None else None
+        return self.mixer(x, piece.rope, cache, piece.num_past, piece.num_valid)
+
+    def _retrieve(self, retrieval: Retrieval, x: Tensor, piece: Piece) -> Selection:
+        assert piece.memory is not None
+        noise_seed = None if piece.noise_seed is None else (piece.noise_seed + self.index) % 2**63
+        if not self.has_landmark_tokens:
+            return retrieval(x, piece.memory, piece.positions, noise_seed)
+        carried = piece.carried.get(self.index) if piece.carried is not None else None
+        now, after = retrieval.once_a_chunk(x, piece.memory, piece.positions[0], carried, noise_seed)
+        if piece.carried is not None:
+            piece.carried[self.index] = after
+        return now
+
+
+def _mixer(config: ModelConfig, spec: LayerSpec) -> nn.Module | None:
+    if spec.mixer == "window":
+        return WindowAttention(config)
+    if spec.mixer == "full":
+        return FullAttention(config)
+    if spec.mixer == "mamba":
+        return Mamba2(
+            config.dim,
+            state_dim=config.state_dim,
+            head_dim=config.mamba_head_dim,
+            expand=config.mamba_expand,
+            norm_eps=config.norm_eps,
+        )
+    return None
+
+
+def _mlp(config: ModelConfig, spec: LayerSpec) -> nn.Module | None:
+    if spec.mlp == "moe":
+        return MoE(
+            config.dim,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            expert_dim=config.expert_dim,
+            num_shared_experts=config.num_shared_experts,
+        )
+    return SwiGLU(config.dim, config.ffn_dim) if spec.mlp == "dense" else None

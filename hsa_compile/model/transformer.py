@@ -1,0 +1,183 @@
+"""The language model: embedding, lower half, chunk encoder, upper half, output; the whole family through one config."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.chunk_encoder import ChunkEncoder, EncodedChunks
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.hs_attention import Selection, SequenceMemory
+from hsa_compile.model.layer import Cache, Layer, Piece
+from hsa_compile.model.layers import RMSNorm, rope_angles
+from hsa_compile.model.mamba2 import Mamba2
+from hsa_compile.model.moe import MoE
+
+
+class HSATransformer(nn.Module):
+    """A decoder whose upper half reads a memory made of its lower half's output (arXiv 2511.23319).
+
+    `forward` is for training and one-shot evaluation; `inference.extend` and `inference.prefill` read texts of any
+    length piece by piece.
+
+    Args:
+        config: sizes and variant.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.landmark_token = nn.Parameter(torch.zeros(config.dim)) if config.has_landmark_tokens else None
+        layers = [Layer(config, spec, index) for index, spec in enumerate(config.layers)]
+        self.lower = nn.ModuleList(layers[: config.num_lower_layers])
+        self.chunk_encoder = ChunkEncoder(config) if config.has_memory else None
+        self.upper = nn.ModuleList(layers[config.num_lower_layers :])
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew: normal with `init_std`, norms one, biases zero."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, MoE):
+                module.reset_parameters(std)
+            elif isinstance(module, ChunkEncoder) and module.cls is not None:
+                nn.init.normal_(module.cls, std=std)
+        if self.landmark_token is not None:
+            nn.init.normal_(self.landmark_token, std=std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def forward(
+        self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None
+    ) -> Tensor:
+        """Logits of the next token at every position of whole texts.
+
+        Args:
+            tokens: `[B, T]` integers below `V`. Texts may end in padding: it changes nothing before it.
+            noise_seed: of the Gumbel noise on selection, 0 … 2⁶³ − 1. If None, it is drawn from PyTorch's generator in
+                training where the config asks for noise; else there is none.
+            selections: filled with what each retrieval chose.
+
+        Returns:
+            `[B, T, V]`.
+
+        Raises:
+            InvalidArgument: tokens have another shape or dtype.
+        """
+        return self.logits(self.hidden(tokens, noise_seed=noise_seed, selections=selections))
+
+    def hidden(
+        self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None
+    ) -> Tensor:
+        """The normalised output of the last layer `[B, T, dim]`, from which `logits` are made; arguments as above."""
+        x = self.embed(tokens)
+        text = None
+        if self.landmark_token is not None:
+            x, text = self.with_landmark_tokens(x, 0)
+        if noise_seed is None and self.training and self.config.selection_noise and self.config.has_memory:
+            noise_seed = int(torch.randint(2**63 - 1, ()))
+        piece = self.piece([0] * x.shape[0], x)
+        x, _ = self.run(self.lower, x, piece)
+        memory = None
+        if self.chunk_encoder is not None:
+            memory = SequenceMemory(self._encode_whole_chunks(x))
+        upper = Piece(positions=piece.positions, rope=piece.rope, memory=memory, noise_seed=noise_seed)
+        x, _ = self.run(self.upper, x, upper, selections=selections)
+        return self.norm(x if text is None else x[:, text])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden [..., dim]` → `[..., V]`."""
+        if self.output is not None:
+            return self.output(hidden)
+        return nn.functional.linear(hidden, self.embedding.weight)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`tokens [B, T]` → `[B, T, dim]`.
+
+        Raises:
+            InvalidArgument: tokens have another shape or dtype.
+        """
+        if tokens.dim() != 2:
+            raise InvalidArgument(f"tokens have shape {list(tokens.shape)}; [B, T] is needed")
+        if tokens.dtype not in (torch.int32, torch.int64, torch.uint8):
+            raise InvalidArgument(f"tokens have dtype {tokens.dtype}; int64, int32 or uint8 is needed")
+        return self.embedding(tokens.to(torch.int64) if tokens.dtype == torch.uint8 else tokens)
+
+    def with_landmark_tokens(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """DRT: puts the landmark token behind each C − 1 tokens of text.
+
+        Args:
+            x: `[B, T, dim]`, embedded text.
+            position: where its first token stands, landmark tokens counted.
+
+        Returns:
+            `[B, T', dim]`, and `[T]` the places of the text in it.
+        """
+        assert self.landmark_token is not None
+        per_chunk = self.config.chunk_size - 1
+        start = position - position // self.config.chunk_size  # tokens of text before
+        count = start + torch.arange(x.shape[1] + 1, device=x.device)
+        place = count + count // per_chunk - position
+        text, length = place[:-1], int(place[-1])
+        filled = self.landmark_token.to(x.dtype).expand(x.shape[0], length, -1)
+        return filled.index_copy(1, text, x), text
+
+    def piece(self, positions: Sequence[int], x: Tensor) -> Piece:
+        """Where `x [B, T, dim]` lies whose rows begin at `positions`, with its RoPE."""
+        starts = list(positions)
+        first = torch.tensor(starts[:1] if len(set(starts)) <= 1 else starts, device=x.device)
+        places = first[:, None] + torch.arange(x.shape[1], device=x.device)
+        rope = rope_angles(places, self.config.head_dim, self.config.rope_theta, x.dtype)
+        return Piece(positions=starts, rope=rope)
+
+    def run(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        piece: Piece,
+        caches: Sequence[Cache] | None = None,
+        selections: list[Selection] | None = None,
+    ) -> tuple[Tensor, list[Cache]]:
+        """Runs `x [B, T, dim]` through layers of one half; with caches, returns them after it."""
+        selection: Selection | None = None
+        after: list[Cache] = []
+        for i, layer in enumerate(layers):
+            if self.checkpoint_activations and self.training:
+                x, selection, _ = checkpoint(layer, x, piece, selection, use_reentrant=False)
+            else:
+                x, selection, cache = layer(x, piece, selection, caches[i] if caches is not None else None)
+                if caches is not None:
+                    after.append(cache)
+            if selections is not None and layer.retrieval is not None:
+                selections.append(selection)
+        return x, after
+
+    def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache]:
+        """The caches of layers before the first token."""
+        like = self.embedding.weight.detach()
+        return [_empty_cache(layer, batch, like) for layer in layers]
+
+    def _encode_whole_chunks(self, x: Tensor) -> EncodedChunks:
+        assert self.chunk_encoder is not None
+        C = self.config.chunk_size
+        num_chunks = x.shape[1] // C
+        return self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
+
+
+def _empty_cache(layer: Layer, batch: int, like: Tensor) -> Cache:
+    if isinstance(layer.mixer, Mamba2):
+        return layer.mixer.initial_state(batch, like)
+    return layer.mixer.empty_cache(batch, like) if layer.mixer is not None else None

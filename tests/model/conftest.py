@@ -1,0 +1,17 @@
+"""Every test of the model runs for each member of the family that it asks for."""
+
+import pytest
+
+from hsa_compile.model.config import VARIANTS
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """Each member of the family."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for the tests of a process, so that a C++ kernel is built once; not the user's."""
+    monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "model-cache"))

@@ -1,0 +1,152 @@
+"""Reading in pieces, decoding and the fast prefill give the logits of one shot, for the whole family."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.inference import ModelState, extend, new_state, prefill, upper_reach
+from hsa_compile.model.transformer import HSATransformer
+
+from small_models import build, small_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+TOLERANCE = 1e-4
+
+
+def texts(batch: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(19, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def read_in_pieces(model: HSATransformer, tokens: Tensor, state: ModelState, size: int) -> Tensor:
+    return torch.cat([extend(model, piece, state) for piece in tokens.split(size, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_pieces_then_tokens_give_the_logits_of_one_shot(variant: str, size: int) -> None:
+    model = build(small_config(variant))
+    tokens = texts(2, 103)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = new_state(model, batch=2)
+    read = read_in_pieces(model, tokens[:, :90], state, size)
+    decoded = read_in_pieces(model, tokens[:, 90:], state, 1)
+    torch.testing.assert_close(torch.cat((read, decoded), dim=1), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 29, 30, 31, 88])
+def test_fast_prefill_is_the_full_forward_at_the_last_token(variant: str, length: int) -> None:
+    model = build(small_config(variant))
+    tokens = texts(2, length + 9)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = new_state(model, batch=2)
+    last = prefill(model, tokens[:, :length], state, piece=16)
+    torch.testing.assert_close(last, whole[:, length - 1], rtol=0, atol=TOLERANCE)
+    decoded = read_in_pieces(model, tokens[:, length:], state, 1)
+    torch.testing.assert_close(decoded, whole[:, length:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("first", [3, 60])
+@pytest.mark.parametrize("second", [2, 50])
+def test_prefill_goes_on_where_an_earlier_one_ended(variant: str, first: int, second: int) -> None:
+    model = build(small_config(variant))
+    tokens = texts(1, first + second + 4)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = new_state(model)
+    prefill(model, tokens[:, :first], state, piece=11)
+    last = prefill(model, tokens[:, first : first + second], state, piece=11)
+    torch.testing.assert_close(last, whole[:, first + second - 1], rtol=0, atol=TOLERANCE)
+    decoded = read_in_pieces(model, tokens[:, first + second :], state, 1)
+    torch.testing.assert_close(decoded, whole[:, first + second :], rtol=0, atol=TOLERANCE)
+
+
+def test_rows_of_unequal_length_are_as_if_alone(variant: str) -> None:
+    model = build(small_config(variant))
+    lengths = [61, 1, 34, 5]
+    more = 7
+    tokens = [texts(1, n + more, seed=n) for n in lengths]
+    padded = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for b, (row, n) in enumerate(zip(tokens, lengths, strict=True)):
+        padded[b, :n] = row[0, :n]
+    with torch.no_grad():
+        alone = [model(row)[0] for row in tokens]
+    state = new_state(model, batch=len(lengths))
+    last = prefill(model, padded, state, lengths, piece=16)
+    for b, n in enumerate(lengths):
+        torch.testing.assert_close(last[b], alone[b][n - 1], rtol=0, atol=TOLERANCE)
+    for step in range(more):
+        new = torch.cat([row[:, n + step : n + step + 1] for row, n in zip(tokens, lengths, strict=True)])
+        logits = extend(model, new, state)
+        for b, n in enumerate(lengths):
+            torch.testing.assert_close(logits[b, 0], alone[b][n + step], rtol=0, atol=TOLERANCE)
+
+
+def test_rows_that_rest_while_others_go_on(variant: str) -> None:
+    model = build(small_config(variant))
+    tokens = texts(2, 40)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = new_state(model, batch=2)
+    done = [0, 0]
+    for counts in ([3, 11], [0, 9], [12, 0], [6, 6], [1, 0], [18, 14]):
+        piece = torch.zeros(2, max(counts), dtype=torch.int64)
+        for b, n in enumerate(counts):
+            piece[b, :n] = tokens[b, done[b] : done[b] + n]
+        logits = extend(model, piece, state, counts)
+        for b, n in enumerate(counts):
+            torch.testing.assert_close(logits[b, :n], whole[b, done[b] : done[b] + n], rtol=0, atol=TOLERANCE)
+            done[b] += n
+    assert done == [40, 40]
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_where_the_memory_lies_changes_nothing(placement: str, tmp_path) -> None:
+    model = build(small_config("hsa-ultralong"))
+    tokens = texts(2, 70)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = new_state(model, batch=2, memory=placement, directory=tmp_path)
+    torch.testing.assert_close(read_in_pieces(model, tokens, state, 13), whole, rtol=0, atol=TOLERANCE)
+
+
+def test_the_upper_half_runs_over_the_tail_alone() -> None:
+    model = build(small_config("hsa-ultralong"))
+    reach = upper_reach(model)
+    assert reach == 4 * 6 + 1
+    seen = []
+    model.upper[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].shape[1]))
+    prefill(model, texts(1, 500), new_state(model), piece=64)
+    assert seen == [reach]
+
+
+def test_positions_beyond_sixteen_million_are_as_good_as_the_first() -> None:
+    model = build(small_config("swa"))
+    tokens = texts(1, 40)
+    logits = []
+    for start in (0, 2**24):
+        state = new_state(model)
+        state.positions, state.num_upper_past = [start], [0]
+        state.lower = model.empty_caches(model.lower, 1)
+        x = model.embed(tokens)
+        with torch.no_grad():
+            out, _ = model.run(model.lower, x, model.piece([start], x))
+        logits.append(out)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
+
+
+def test_bad_input_is_named() -> None:
+    model = build(small_config("hsa-ultralong"))
+    state = new_state(model, batch=2)
+    with pytest.raises(InvalidArgument, match=r"\[3, 4\].*\[2, T\]"):
+        extend(model, texts(3, 4), state)
+    with pytest.raises(InvalidArgument, match=r"num_valid = \[5, 1\].*0 … 4"):
+        extend(model, texts(2, 4), state, [5, 1])
+    with pytest.raises(InvalidArgument, match=r"lengths = \[4, 0\]"):
+        prefill(model, texts(2, 4), state, [4, 0])
+    with pytest.raises(InvalidArgument, match="float32"):
+        extend(model, torch.zeros(2, 4), state)
+    with pytest.raises(InvalidArgument, match="batch = 0"):
+        new_state(model, batch=0)

@@ -1,0 +1,105 @@
+"""The model as a whole: causality, gradients against reference ops in float64, published parameter counts."""
+
+import pytest
+import torch
+
+from hsa_compile.kernels.reference import hsa_attention_reference
+from hsa_compile.kernels.select_reference import select_chunks_reference
+from hsa_compile.model import hs_attention
+from hsa_compile.model.presets import preset
+from hsa_compile.model.transformer import HSATransformer
+
+from small_models import build, small_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 23, 36])
+def test_a_changed_token_changes_no_logit_before_it(variant: str, place: int) -> None:
+    model = build(small_config(variant))
+    tokens = torch.randint(19, (2, 37))
+    other = tokens.clone()
+    other[:, place] = (other[:, place] + 1) % 19
+    with torch.no_grad():
+        logits, changed = model(tokens), model(other)
+    torch.testing.assert_close(logits[:, :place], changed[:, :place], rtol=0, atol=1e-5)
+    assert not torch.allclose(logits[:, place:], changed[:, place:])
+
+
+def test_the_whole_past_is_reached(variant: str) -> None:
+    """Through the memory, a window of 7 sees the first token of 60; a chunk of 5, top-k of all."""
+    model = build(small_config(variant, top_k=16))
+    tokens = torch.randint(19, (1, 60))
+    other = tokens.clone()
+    other[:, 0] = (other[:, 0] + 1) % 19
+    with torch.no_grad():
+        difference = (model(tokens) - model(other))[0, -1].abs().max()
+    if variant == "swa":
+        assert difference == 0
+    else:
+        assert difference > 1e-6
+
+
+def test_gradients_are_those_of_reference_ops_in_float64(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(variant, num_experts=0)
+    model, exact = build(config), build(config, torch.float64)
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    tokens = torch.randint(19, (2, 43))
+    weights = torch.randn(2, 43, 19)
+    (model(tokens) * weights).sum().backward()
+    monkeypatch.setattr(hs_attention, "hsa_attention", hsa_attention_reference)
+    monkeypatch.setattr(hs_attention, "select_chunks", select_chunks_reference)
+    (exact(tokens) * weights.double()).sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None, name
+        scale = theirs.grad.abs().max()
+        assert scale > 0, name
+        assert (mine.grad - theirs.grad).abs().max() <= 2e-4 * scale, name
+
+
+def test_checkpointing_changes_no_gradient(variant: str) -> None:
+    config = small_config(variant)
+    tokens = torch.randint(19, (2, 43))
+    gradients = []
+    for checkpointed in (False, True):
+        model = build(config).train()
+        model.checkpoint_activations = checkpointed
+        model(tokens, noise_seed=5).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_training_draws_noise_and_evaluation_none() -> None:
+    model = build(small_config("hsa-ultralong"))
+    tokens = torch.randint(19, (1, 60))
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model(tokens))
+        model.train()
+        torch.manual_seed(3)
+        one, other = model(tokens), model(tokens)
+        torch.manual_seed(3)
+        again = model(tokens)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("variant", "count"), [("full", 519_622_656), ("hsa-ultralong", 537_720_384)])
+def test_parameters_are_as_many_as_published(variant: str, count: int) -> None:
+    with torch.device("meta"):
+        model = HSATransformer(preset("0.5b", variant))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_half_precision_runs_forward_and_backward(variant: str) -> None:
+    model = build(small_config(variant), torch.bfloat16)
+    loss = model(torch.randint(19, (2, 23))).float().logsumexp(-1).mean()
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 9])
+def test_short_texts_train(variant: str, length: int) -> None:
+    model = build(small_config(variant)).train()
+    model(torch.randint(19, (2, length))).logsumexp(-1).mean().backward()
+    assert torch.isfinite(model.embedding.weight.grad).all()
