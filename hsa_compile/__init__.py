@@ -15,8 +15,9 @@ from hsa_compile.kernels.select_chunks import select_chunks
 from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.log import set_up_logging
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import Lookup, ScheduleCache, default_cache, tuned_for
+from hsa_compile.schedules.cache import ScheduleCache, default_cache, tuned_for
 from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.lookup import Lookup
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace

@@ -10,8 +10,9 @@ from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.log import logger
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import Lookup, default_cache
+from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.lookup import Lookup
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target

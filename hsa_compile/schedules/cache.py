@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,17 @@ from hsa_compile.paths import PRETUNED_DIR, chosen_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.journal import drop_journal
 from hsa_compile.schedules.key import ScheduleKey
-from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
-from hsa_compile.schedules.regret import expected_regret
-from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.store import Records, add, put_record, read_records, set_aside, warn_of_damage
+from hsa_compile.schedules.lookup import Candidate, Lookup, candidates, use
+from hsa_compile.schedules.record import MEASURED, TuningRecord
+from hsa_compile.schedules.store import (
+    Records,
+    add,
+    put_record,
+    read_records,
+    set_aside,
+    warn_of_damage,
+    write_records,
+)
 from hsa_compile.target import Target
 
 LOCK_TIMEOUT_S = 60
@@ -24,29 +30,12 @@ _MAX_ANSWERS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lookup:
-    """A tuned schedule for a problem, and where it comes from.
+class Merged:
+    """What became of records that were merged into a cache: new, in the place of a worse one, or left out."""
 
-    Attributes:
-        schedule: valid for the problem that was asked for.
-        record: the entry that it was taken from.
-        origin: `user` or `pretuned`.
-        distance: of the entry's key from the problem's; 0 is an exact hit.
-        regret: share of time that it is expected to lose against the shape's own winner, 0.03 for 3 %; None where
-            nobody measured it: farther than any measured pair of shapes, or from another device. Of a predicted
-            entry, against what would be predicted for the shape itself.
-    """
-
-    schedule: Schedule
-    record: TuningRecord
-    origin: str
-    distance: float
-    regret: float | None
-
-    @property
-    def is_predicted(self) -> bool:
-        """Whether a model chose the schedule, and no measurement."""
-        return self.record.kind == PREDICTED
+    added: int = 0
+    replaced: int = 0
+    kept: int = 0
 
 
 class ScheduleCache:
@@ -85,28 +74,24 @@ class ScheduleCache:
             return self._answers[asked]
         if len(self._answers) >= _MAX_ANSWERS:  # lengths that never repeat must not grow memory without bound
             self._answers.clear()
-        found = self._answers[asked] = self._search(problem, target)
+        answers = (use(problem, target, candidate) for candidate in self.candidates(problem, target, serving=True))
+        found = self._answers[asked] = next((answer for answer in answers if answer), None)
         return found
 
-    def _search(self, problem: Problem, target: Target) -> Lookup | None:
-        key = ScheduleKey.of(problem, target)
-        legal = [
-            (record.kind == PREDICTED, key.distance(other), origin, record)
-            for origin, records in self._origins.items()
-            for other, record in records.items()
-            if not key.mismatches(other)
-        ]
-        for _, distance, origin, record in sorted(legal, key=lambda item: item[:2]):
-            if schedule := usable_schedule(problem, target, record, distance):
-                regret = _regret(key, target, record)
-                return Lookup(schedule=schedule, record=record, origin=origin, distance=distance, regret=regret)
-        return None
+    def candidates(self, problem: Problem, target: Target, *, serving: bool = False) -> list[Candidate]:
+        """All entries beside a problem, best first; only those that may serve it, if that is asked for."""
+        entries = (
+            (origin, key, record) for origin, records in self._origins.items() for key, record in records.items()
+        )
+        return candidates(problem, target, entries, serving=serving)
 
     def exact(self, problem: Problem, target: Target, kind: str = MEASURED) -> TuningRecord | None:
         """The user's own entry of a kind for a problem, if there is one whose schedule can still run it."""
         record = self._origins["user"].get(ScheduleKey.of(problem, target))
-        usable = record and record.kind == kind and usable_schedule(problem, target, record, 0.0)
-        return record if usable else None
+        if record is None or record.kind != kind:
+            return None
+        candidate = Candidate(record=record, origin="user", mismatches=(), distances={})
+        return record if use(problem, target, candidate) else None
 
     def entries(self) -> Iterator[tuple[str, TuningRecord]]:
         """All entries, as (origin, record)."""
@@ -132,6 +117,35 @@ class ScheduleCache:
         add(self._origins["user"], record)
         self._changed()
         return path
+
+    def merge(self, records: Iterable[TuningRecord]) -> Merged:
+        """Stores records that came from elsewhere, each only if it is better than the user's entry of the same key.
+
+        Better is measured rather than predicted, then tuned later.
+
+        Raises:
+            CacheError: a file cannot be locked or written; the files of other devices may have been.
+        """
+        added = replaced = kept = 0
+        files: dict[Path, list[TuningRecord]] = {}
+        for record in records:
+            files.setdefault(self.path(record.target), []).append(record)
+        for path, incoming in files.items():
+            with _locked(path):
+                known, damages = read_records(path)
+                if damages:
+                    set_aside(path)
+                for record in incoming:
+                    mine = known.get(ScheduleKey.of_record(record))
+                    if mine and _quality(mine) >= _quality(record):
+                        kept += 1
+                        continue
+                    added, replaced = (added, replaced + 1) if mine else (added + 1, replaced)
+                    add(known, record)
+                write_records(path, known.values())
+        self._origins["user"] = _read_all(self.directory)
+        self._changed()
+        return Merged(added=added, replaced=replaced, kept=kept)
 
     def clear(self, target: Target | None = None) -> int:
         """Removes the user's files, of one device or all; returns how many entries they held.
@@ -219,19 +233,8 @@ def tuned_for(problem: Problem, target: Target | None = None) -> Lookup | None:
     return default_cache().lookup(problem, target or Target.current())
 
 
-def usable_schedule(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule | None:
-    """A record's schedule as a problem so far away can use it, or None if it cannot."""
-    space = SearchSpace.of(problem, target)
-    schedule = space.fit(problem, record.schedule) if distance else record.schedule
-    return schedule if space.is_valid(problem, schedule, target) else None
-
-
-def _regret(key: ScheduleKey, target: Target, record: TuningRecord) -> float | None:
-    apart = key.distances(ScheduleKey.of_record(record))
-    another_device = apart.pop("device", 0.0)  # a prediction is made for an architecture, not for a product
-    if another_device and record.kind == MEASURED:
-        return None
-    return expected_regret(target.kind, sum(apart.values()))
+def _quality(record: TuningRecord) -> tuple[bool, str]:
+    return record.kind == MEASURED, record.date
 
 
 def _read_all(directory: Path) -> Records:

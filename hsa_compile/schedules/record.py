@@ -59,6 +59,11 @@ class TuningRecord:
         date: ISO 8601, UTC.
         kind: `measured` on the device, or `predicted` for one that was not there.
         kernel_source: digest of the templates that the kernel was emitted from; those of this package if None.
+        verdict: what the play-off decided, in words.
+        tie_set: schedules that the play-off cannot tell from the winner, which is the first; all would do.
+        confidence: at which it beats the default, and beats whoever is not in the tie-set.
+        clocks_mhz: of a GPU's multiprocessors and memory while it was timed, where that is known.
+        complete: whether the search came to its end; one that was interrupted goes on when it is asked for again.
     """
 
     problem: Problem
@@ -74,6 +79,11 @@ class TuningRecord:
     date: str
     kind: str = MEASURED
     kernel_source: str | None = None
+    verdict: str = ""
+    tie_set: tuple[Schedule, ...] = ()
+    confidence: float | None = None
+    clocks_mhz: Mapping[str, int] | None = None
+    complete: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -104,6 +114,11 @@ class TuningRecord:
             "date": self.date,
             "kind": self.kind,
             "kernel_source": self.kernel_source,
+            "verdict": self.verdict,
+            "tie_set": [dict(schedule) for schedule in self.tie_set],
+            "confidence": self.confidence,
+            "clocks_mhz": None if self.clocks_mhz is None else dict(self.clocks_mhz),
+            "complete": self.complete,
         }
 
     @staticmethod
@@ -128,6 +143,11 @@ class TuningRecord:
             # Files from before these were kept have neither; what their kernels were emitted from is not known.
             kind=str(values.get("kind", MEASURED)),
             kernel_source=str(values.get("kernel_source", "")),
+            verdict=str(values.get("verdict", "")),
+            tie_set=tuple(map(Schedule.from_dict, values.get("tie_set", ()))),
+            confidence=values.get("confidence"),
+            clocks_mhz=values.get("clocks_mhz"),
+            complete=bool(values.get("complete", True)),
         )
 
 

@@ -165,5 +165,5 @@ def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.Mo
     def again(*_: object) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(cache_module.ScheduleCache, "_search", again)
+    monkeypatch.setattr(cache_module.ScheduleCache, "candidates", again)
     assert tuned_for(PROBLEM, Target.parse("cpu")) is first

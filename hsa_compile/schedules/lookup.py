@@ -1,0 +1,110 @@
+"""Which entries can serve a problem, in which order, and what the one that does is expected to lose."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.key import ScheduleKey
+from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
+from hsa_compile.schedules.regret import expected_regret
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """A tuned schedule for a problem, and where it comes from.
+
+    Attributes:
+        schedule: valid for the problem that was asked for.
+        record: the entry that it was taken from.
+        origin: `user` or `pretuned`.
+        distance: of the entry's key from the problem's; 0 is an exact hit.
+        regret: share of time that it is expected to lose against the shape's own winner, 0.03 for 3 %; None where
+            nobody measured it: farther than any measured pair of shapes, or from another device. Of a predicted
+            entry, against what would be predicted for the shape itself.
+    """
+
+    schedule: Schedule
+    record: TuningRecord
+    origin: str
+    distance: float
+    regret: float | None
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether a model chose the schedule, and no measurement."""
+        return self.record.kind == PREDICTED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An entry beside a problem: what must match and does not, and how far it is in what need not match.
+
+    Attributes:
+        record, origin: the entry.
+        mismatches: fields of the key that must match and differ.
+        distances: how far each other field that differs takes the two apart.
+    """
+
+    record: TuningRecord
+    origin: str
+    mismatches: tuple[str, ...]
+    distances: dict[str, float]
+
+    @property
+    def distance(self) -> float:
+        """Of the entry's key from the problem's."""
+        return sum(self.distances.values())
+
+    @property
+    def rank(self) -> tuple[int, bool, float]:
+        """What candidates are ordered by: those that may serve, measured ones, near ones first."""
+        return len(self.mismatches), self.record.kind == PREDICTED, self.distance
+
+
+def candidates(
+    problem: Problem, target: Target, entries: Iterable[tuple[str, ScheduleKey, TuningRecord]], *, serving: bool
+) -> list[Candidate]:
+    """Entries in the order in which a lookup tries them; at equal rank in the order given.
+
+    Args:
+        entries: origin, key and record of each.
+        serving: only those that agree in all that must match; else the others come last, the likest first.
+    """
+    key = ScheduleKey.of(problem, target)
+    found = []
+    for origin, other, record in entries:
+        mismatches = tuple(key.mismatches(other))
+        if not (serving and mismatches):
+            distances = key.distances(other)
+            found.append(Candidate(record=record, origin=origin, mismatches=mismatches, distances=distances))
+    return sorted(found, key=lambda candidate: candidate.rank)
+
+
+def use(problem: Problem, target: Target, candidate: Candidate) -> Lookup | None:
+    """The answer that a candidate gives, or None if its schedule cannot run the problem."""
+    schedule = fitted(problem, target, candidate.record, candidate.distance)
+    if not SearchSpace.of(problem, target).is_valid(problem, schedule, target):
+        return None
+    return Lookup(
+        schedule=schedule,
+        record=candidate.record,
+        origin=candidate.origin,
+        distance=candidate.distance,
+        regret=regret_of(target, candidate),
+    )
+
+
+def fitted(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule:
+    """A record's schedule, cut to a problem of another size; not always valid."""
+    return SearchSpace.of(problem, target).fit(problem, record.schedule) if distance else record.schedule
+
+
+def regret_of(target: Target, candidate: Candidate) -> float | None:
+    """What a candidate is expected to lose, as `Lookup.regret`."""
+    if "device" in candidate.distances and candidate.record.kind == MEASURED:
+        return None
+    # A prediction is made for an architecture, not for a product.
+    return expected_regret(target.kind, candidate.distance - candidate.distances.get("device", 0.0))
