@@ -135,7 +135,7 @@ class Mamba2(nn.Module):
         window = torch.cat((state.conv.to(conv_in.dtype), conv_in), dim=1)  # [B, conv_width - 1 + T, channels]
         valid = None if num_valid is None else num_valid.to(x.device)
         y, ssm = self._scan(self._convolve(window), dt, state.ssm, valid)
-        y = self.norm(y.to(z.dtype) * F.silu(z))
+        y = self.norm((y * F.silu(z)).to(self.norm.weight.dtype))
         return self.out_proj(y), Mamba2State(conv=self._last_inputs(window, valid), ssm=ssm)
 
     def _convolve(self, window: Tensor) -> Tensor:

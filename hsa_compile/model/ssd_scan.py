@@ -64,7 +64,7 @@ def _scan_chunks(
 
 
 def _pair_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """`log_decay [b, c, l, heads]` → `[b, c, heads, l, l]`, the decay from each token to each later one of its chunk."""
+    """`log_decay [b, c, l, heads]` → `[b, c, heads, l, l]`, decay from each token to each later one of its chunk."""
     log_decay = log_decay.transpose(2, 3)
     length = log_decay.shape[-1]
     later = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu(1)
