@@ -15,6 +15,8 @@ HSACompileError
 ├── TimedOut                       a candidate ran too long
 │   └── CompileTimedOut            … while it was compiled
 ├── StorageError                   the storage of studies cannot be opened
+├── CorpusError                    a prepared corpus is incomplete, damaged or cannot be written
+│   └── UnreadableSource           … a file of text that is skipped as a whole
 └── CacheError                     the schedule cache cannot be written
 
 HSACompileWarning (UserWarning)
@@ -81,6 +83,14 @@ class CompileTimedOut(TimedOut):
 
 class StorageError(HSACompileError):
     """The storage of studies cannot be opened or does not answer."""
+
+
+class CorpusError(HSACompileError):
+    """A prepared corpus is incomplete, damaged or cannot be written; the message names the file."""
+
+
+class UnreadableSource(CorpusError):
+    """A source of documents cannot be read to its end, so none of it is used."""
 
 
 class CacheError(HSACompileError):
