@@ -1,19 +1,20 @@
 """`hsa-compile schedules`: look at what was tuned."""
 
-from typing import Any
-
 import click
 
 from hsa_compile.cli.options import json_option, print_json, print_rows
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.cli.schedule_diff import diff
+from hsa_compile.cli.schedule_entries import entry_number, entry_values
+from hsa_compile.cli.schedule_exchange import export, import_
+from hsa_compile.cli.schedule_explain import explain
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.source_version import source_version
 from hsa_compile.target import Target
 
 
 @click.group()
 def schedules() -> None:
-    """List, show, find or remove tuned schedules.
+    """List, show, explain, compare, move or remove tuned schedules.
 
     \b
     Example:
@@ -26,6 +27,8 @@ def schedules() -> None:
 def list_(as_json: bool) -> None:
     """All tuned schedules, the user's and those that ship with the package.
 
+    A measured one was timed on its device; a predicted one is a model's choice for a device that was not there.
+
     \b
     Examples:
       hsa-compile schedules list
@@ -33,18 +36,20 @@ def list_(as_json: bool) -> None:
     """
     entries = list(default_cache().entries())
     if as_json:
-        print_json([_entry(number, origin, record) for number, (origin, record) in enumerate(entries, start=1)])
+        print_json([entry_values(number, origin, record) for number, (origin, record) in enumerate(entries, start=1)])
         return
     rows = [
         {
             "#": number,
             "from": origin,
+            "kind": record.kind,
             "device": record.target.name,
             "problem": record.problem.describe(),
             "schedule": str(record.schedule),
             "ms": f"{record.measurement.median_ms:.3g}",
             "gain": f"{record.speedup:.2f}x",
             "tuned": record.date[:10],
+            "kernels": "these" if record.kernel_source == source_version(record.problem, record.target) else "others",
         }
         for number, (origin, record) in enumerate(entries, start=1)
     ]
@@ -60,21 +65,20 @@ def show(number: int) -> None:
     Example:
       hsa-compile schedules show 1
     """
-    entries = list(default_cache().entries())
-    if not 1 <= number <= len(entries):
-        raise InvalidArgument(f"entry {number} does not exist; there are {len(entries)}")
-    origin, record = entries[number - 1]
-    print_json(_entry(number, origin, record))
+    origin, record = entry_number(number)
+    print_json(entry_values(number, origin, record))
 
 
 @schedules.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_90, …")
 def path(device: str) -> None:
     """The file that holds a device's schedules.
 
+    A long file's newest entries lie in NAME.journal beside it; `export` takes both.
+
     \b
     Example:
-      cp "$(hsa-compile schedules path)" backup.json
+      less "$(hsa-compile schedules path)"
     """
     click.echo(default_cache().path(Target.parse(device)))
 
@@ -97,5 +101,5 @@ def clear(device: str | None, yes: bool) -> None:
     click.echo(f"removed {default_cache().clear(target)} schedules")
 
 
-def _entry(number: int, origin: str, record: TuningRecord) -> dict[str, Any]:
-    return {"number": number, "origin": origin, "kind": "measured", "speedup": record.speedup, **record.to_dict()}
+for command in (explain, diff, export, import_):
+    schedules.add_command(command)

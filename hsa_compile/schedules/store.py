@@ -109,17 +109,27 @@ def warn_of_damage(path: Path, damages: list[str]) -> None:
 
 
 def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
-    """Replaces the file and its journal: written beside it, synced, renamed. The caller holds the lock.
+    """Replaces the file and its journal. The caller holds the lock.
 
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
     entries = [encode(record) for record in records]
     text = json.dumps({"format": FORMAT, "version": VERSION, "entries": entries}, indent=1, ensure_ascii=False)
+    replace_file(path, text + "\n")
+    drop_journal(path)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: beside it, synced, renamed.
+
+    Raises:
+        OSError: the directory cannot be written or the disk is full; the old file is untouched.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
@@ -132,7 +142,6 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    drop_journal(path)
 
 
 def set_aside(path: Path) -> Path:

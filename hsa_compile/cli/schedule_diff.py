@@ -1,0 +1,105 @@
+"""`hsa-compile schedules diff`: two entries, or the entries of two files or devices, side by side."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hsa_compile.cli.options import json_option, print_rows
+from hsa_compile.cli.schedule_entries import entry_number
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.exchange import FORMAT, import_records
+from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.store import read_records
+from hsa_compile.target import Target
+
+
+@click.command()
+@click.argument("one")
+@click.argument("other")
+@json_option
+def diff(one: str, other: str, as_json: bool) -> None:
+    """What differs between ONE and OTHER: numbers of the list, files, or names of devices.
+
+    Two entries are compared field by field; two files or devices, problem by problem.
+
+    \b
+    Examples:
+      hsa-compile schedules diff 1 2
+      hsa-compile schedules diff before.json after.json
+      hsa-compile schedules diff cpu sm_90
+    """
+    if one.isdecimal() and other.isdecimal():
+        rows = list(_entry_rows(entry_number(int(one))[1], entry_number(int(other))[1]))
+        print_rows(rows, as_json=as_json, empty="the entries are equal")
+        return
+    rows = list(_problem_rows(_records(one), _records(other)))
+    print_rows(rows, as_json=as_json, empty="neither holds an entry")
+
+
+def _entry_rows(one: TuningRecord, other: TuningRecord) -> Iterator[dict[str, str]]:
+    left, right = dict(_flat(one.to_dict())), dict(_flat(other.to_dict()))
+    for name in {**left, **right}:
+        if left.get(name) != right.get(name):
+            yield {"field": name, "one": str(left.get(name, "")), "other": str(right.get(name, ""))}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _problem_rows(
+    one: Mapping[Problem, TuningRecord], other: Mapping[Problem, TuningRecord]
+) -> Iterator[dict[str, str]]:
+    for problem in {**one, **other}:
+        left, right = one.get(problem), other.get(problem)
+        yield {
+            "problem": problem.describe(),
+            "one": _text(left),
+            "other": _text(right),
+            "verdict": _verdict(left, right),
+        }
+
+
+def _text(record: TuningRecord | None) -> str:
+    return f"{record.schedule}: {record.measurement.median_ms:.3g} ms, {record.kind}" if record else ""
+
+
+def _verdict(left: TuningRecord | None, right: TuningRecord | None) -> str:
+    if left is None or right is None:
+        return "only in the other" if left is None else "only in the one"
+    if left.schedule != right.schedule:
+        return "another schedule"
+    return "same entry" if left == right else "same schedule"
+
+
+def _records(name: str) -> dict[Problem, TuningRecord]:
+    """The entries of a file or a device by their problem, lengths rounded as in the cache."""
+    path = Path(name)
+    if path.is_file():
+        records = _records_in(path)
+    elif name.isdecimal():
+        raise InvalidArgument(f"{name} is the number of an entry; compare it with another number")
+    elif path.suffix:
+        raise InvalidArgument(f"file {name!r} does not exist")
+    else:
+        slug = Target.parse(name).slug
+        records = [record for _, record in default_cache().entries() if record.target.slug == slug]
+    return {record.problem.bucketed(): record for record in records}
+
+
+def _records_in(path: Path) -> list[TuningRecord]:
+    """Of an exported file, or of a file of the cache."""
+    if FORMAT in path.read_text(encoding="utf-8", errors="replace")[:200]:
+        return list(import_records(path).records)
+    records, damages = read_records(path)
+    if damages:
+        raise InvalidArgument(f"{path}: {damages[0]}")
+    return list(records.values())
