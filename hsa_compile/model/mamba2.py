@@ -70,7 +70,7 @@ class Mamba2(nn.Module):
         head_dim: int = 32,
         expand: int = 2,
         conv_width: int = 4,
-        chunk_length: int = 64,
+        chunk_length: int = 32,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -139,12 +139,14 @@ class Mamba2(nn.Module):
         return self.out_proj(y), Mamba2State(conv=self._last_inputs(window, valid), ssm=ssm)
 
     def _convolve(self, window: Tensor) -> Tensor:
-        if window.shape[1] == self.conv_width:
-            weight = self.conv1d.weight.squeeze(1).T.to(window.dtype)
-            assert self.conv1d.bias is not None
-            y = (window * weight).sum(dim=1, keepdim=True) + self.conv1d.bias.to(window.dtype)
-        else:
-            y = self.conv1d(window.transpose(1, 2)).transpose(1, 2)
+        if torch.is_grad_enabled():
+            return F.silu(self.conv1d(window.transpose(1, 2)).transpose(1, 2))
+        # The same without a transposed copy, several times as fast; its backward pass would not be.
+        assert self.conv1d.bias is not None
+        y = self.conv1d.bias.to(window.dtype)
+        num_tokens = window.shape[1] - self.conv_width + 1
+        for k, weight in enumerate(self.conv1d.weight.to(window.dtype).unbind(-1)):
+            y = torch.addcmul(y, window[:, k : k + num_tokens], weight.squeeze(1))
         return F.silu(y)
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

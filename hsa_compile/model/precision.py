@@ -8,12 +8,14 @@ from torch import Tensor
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products inside run in the dtype of their tensors; the meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Products inside run in the dtype of their tensors."""
+    return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would multiply `x` in, or that of `x` where autocast is off."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _is_on(x.device) else x.dtype
+
+
+def _is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # the meta device knows no autocast

@@ -1,7 +1,13 @@
 """The scan of Mamba-2: state space duality, chunk by chunk, in plain PyTorch (arXiv 2405.21060, listing 1)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+# Pairs of tokens, over all rows and heads, whose decays are in memory at once; on the CPU they stay in its cache.
+PAIRS_PER_PASS = 2**26
+PAIRS_PER_PASS_CPU = 2**18
 
 
 def ssd_scan(
@@ -18,20 +24,24 @@ def ssd_scan(
         A: `[heads]`, negative.
         B, C: `[B, T, state_dim]`, shared by all heads.
         state: `[B, heads, head_dim, state_dim]` before the first token.
-        chunk_length: tokens whose pairs are computed at once.
+        chunk_length: tokens that are computed pair by pair; beyond them the state carries.
 
     Returns:
         y `[B, T, heads, head_dim]`, the state after the last token.
     """
     num_tokens = x.shape[1]
-    whole = num_tokens // chunk_length * chunk_length
-    if whole == 0:
-        return _scan_chunks(x, dt, A, B, C, state, num_tokens)
-    y, state = _scan_chunks(x[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], state, chunk_length)
-    if whole == num_tokens:
-        return y, state
-    rest, state = _scan_chunks(x[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], state, num_tokens - whole)
-    return torch.cat((y, rest), dim=1), state
+    pairs_per_pass = PAIRS_PER_PASS_CPU if x.device.type == "cpu" else PAIRS_PER_PASS
+    chunks_per_pass = pairs_per_pass // (x.shape[0] * x.shape[2] * chunk_length**2) or 1
+    whole = num_tokens - num_tokens % chunk_length
+    starts = [*range(0, whole, chunks_per_pass * chunk_length), whole]
+    passes = [(slice(*bounds), chunk_length) for bounds in pairwise(starts)]
+    if whole < num_tokens:
+        passes.append((slice(whole, num_tokens), num_tokens - whole))
+    outputs = []
+    for part, length in passes:
+        y, state = _scan_chunks(x[:, part], dt[:, part], A, B[:, part], C[:, part], state, length)
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

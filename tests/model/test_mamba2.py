@@ -104,6 +104,22 @@ def test_pieces_give_the_same_as_one(size: int) -> None:
     assert_close(state.conv, end.conv, torch.float32)
 
 
+def test_without_gradients_the_output_is_the_same() -> None:
+    layer, x = make_layer(), torch.randn(2, 70, 12)
+    with torch.no_grad():
+        y, _ = layer(x)
+    assert_close(y, layer(x)[0], torch.float32)
+
+
+def test_passes_over_few_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make_layer(torch.float64), torch.randn(2, 203, 12, dtype=torch.float64)
+    expected, end = layer(x)
+    monkeypatch.setattr("hsa_compile.model.ssd_scan.PAIRS_PER_PASS_CPU", 1)
+    y, state = layer(x)
+    assert_close(y, expected, torch.float64)
+    assert_close(state.ssm, end.ssm, torch.float64)
+
+
 def test_an_empty_piece_changes_nothing() -> None:
     layer = make_layer()
     _, state = layer(torch.randn(2, 9, 12))
