@@ -4,7 +4,7 @@ import functools
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,19 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """A target from a name: `auto`, `cpu`, `cuda`, `cuda:1` (present), or an architecture (need not be).
+        """A target from a name: `auto`, `cpu`, `cuda`, `cuda:1` (present), or one that need not be present: an
+        architecture (`sm_90`) or a product (`h100`).
 
         Raises:
             InvalidTarget: the name is unknown, or names a device that is not present.
         """
         if text == "auto":
             return Target.current()
-        if text in NAMED_TARGETS:
-            return NAMED_TARGETS[text]
+        if named := NAMED_TARGETS.get(text) or PRODUCTS.get(text):
+            return named
         if text == "cpu" or re.fullmatch(r"cuda(:\d+)?", text):
             return Target.of(torch.device(text))
-        allowed = ", ".join(("auto", "cpu", "cuda", "cuda:N", *NAMED_TARGETS))
+        allowed = ", ".join(("auto", "cpu", "cuda", "cuda:N", *NAMED_TARGETS, *PRODUCTS))
         raise InvalidTarget(f"device {text!r} is not known; allowed are {allowed}")
 
 
@@ -102,6 +103,16 @@ NAMED_TARGETS = {
     "sm_90": _named("cuda", "sm_90", "sm_90", 132, 227 * 1024, 32),
     "sm_100": _named("cuda", "sm_100", "sm_100", 148, 227 * 1024, 32),
     "gfx942": _named("hip", "gfx942", "gfx942", 304, 64 * 1024, 64),
+}
+
+
+# By the names that their drivers give them, so that what is stored for one is found on it.
+PRODUCTS = {
+    "a100": replace(NAMED_TARGETS["sm_80"], name="NVIDIA A100-SXM4-80GB"),
+    "h100": replace(NAMED_TARGETS["sm_90"], name="NVIDIA H100 80GB HBM3"),
+    "h200": replace(NAMED_TARGETS["sm_90"], name="NVIDIA H200"),
+    "b200": replace(NAMED_TARGETS["sm_100"], name="NVIDIA B200"),
+    "mi300x": replace(NAMED_TARGETS["gfx942"], name="AMD Instinct MI300X"),
 }
 
 

@@ -1,22 +1,24 @@
 """What a kernel should cost on a device that may not be there: work by counting, time by roofline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.target import Target
+from hsa_compile.target import PRODUCTS, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What bounds a kernel on one architecture; peak figures of the vendors' data sheets, dense.
+    """What bounds a kernel on one device; peak figures of the vendors' data sheets, dense.
 
     Attributes:
         tflops: of 16-bit matrix products.
         float32_tflops: of float32 products that keep all bits.
         memory_gb_s, cache_gb_s: bandwidth of device memory and of the last cache that all programs share.
+        cache_mb: size of that cache.
+        clock_mhz: boost clock, at which the peaks hold.
         registers, threads, programs: of one multiprocessor, what its resident programs share.
         shared_memory: bytes of one multiprocessor.
         register_unit: registers are given to a warp in steps of this many for each thread.
@@ -26,6 +28,8 @@ class Limits:
     float32_tflops: float
     memory_gb_s: float
     cache_gb_s: float
+    cache_mb: float
+    clock_mhz: int
     registers: int
     threads: int
     programs: int
@@ -33,20 +37,27 @@ class Limits:
     register_unit: int = 8
 
 
-# A100 SXM 80 GB, H100 SXM, B200, MI300X. Cache bandwidths are measurements by others, rounded.
+_NVIDIA = {"registers": 65536, "threads": 2048, "programs": 32}
+_CDNA3 = {"registers": 4 * 512 * 64, "threads": 4 * 10 * 64, "programs": 16, "shared_memory": 64 * 1024}
+
+# By architecture: A100 SXM 80 GB, H100 SXM, B200, MI300X. Sources: NVIDIA A100, H100, H200 and Blackwell (HGX B200)
+# data sheets and architecture white papers, CUDA programming guide (table of compute capabilities); AMD Instinct
+# MI300X data sheet and CDNA 3 white paper. Cache bandwidths are not published: measurements by others, rounded.
 LIMITS = {
-    "sm_80": Limits(tflops=312, float32_tflops=19.5, memory_gb_s=2039, cache_gb_s=4700, registers=65536, threads=2048,
-                    programs=32, shared_memory=164 * 1024),
-    "sm_90": Limits(tflops=989, float32_tflops=67, memory_gb_s=3350, cache_gb_s=5600, registers=65536, threads=2048,
-                    programs=32, shared_memory=228 * 1024),
-    "sm_100": Limits(tflops=2250, float32_tflops=75, memory_gb_s=8000, cache_gb_s=10000, registers=65536, threads=2048,
-                     programs=32, shared_memory=228 * 1024),
-    "gfx942": Limits(tflops=1307, float32_tflops=163, memory_gb_s=5300, cache_gb_s=11900, registers=4 * 512 * 64,
-                     threads=4 * 10 * 64, programs=16, shared_memory=64 * 1024),
+    "sm_80": Limits(tflops=312, float32_tflops=19.5, memory_gb_s=2039, cache_gb_s=4700, cache_mb=40, clock_mhz=1410,
+                    shared_memory=164 * 1024, **_NVIDIA),
+    "sm_90": Limits(tflops=989, float32_tflops=67, memory_gb_s=3350, cache_gb_s=5600, cache_mb=50, clock_mhz=1830,
+                    shared_memory=228 * 1024, **_NVIDIA),
+    "sm_100": Limits(tflops=2250, float32_tflops=75, memory_gb_s=8000, cache_gb_s=10000, cache_mb=126, clock_mhz=1965,
+                     shared_memory=228 * 1024, **_NVIDIA),
+    "gfx942": Limits(tflops=1307, float32_tflops=163, memory_gb_s=5300, cache_gb_s=11900, cache_mb=256, clock_mhz=2100,
+                     **_CDNA3),
 }  # fmt: skip
+# Products that differ from the first of their architecture.
+_PRODUCT_LIMITS = {PRODUCTS["h200"].name: replace(LIMITS["sm_90"], memory_gb_s=4800)}
 
 
-_OVERLAP = 0.8  # of the picks of neighbouring tokens, as in the `local` inputs; what `union` saves hangs on it
+OVERLAP = 0.8  # of the picks of neighbouring tokens, as in the `local` inputs; what `union` saves hangs on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +104,7 @@ def count_work(problem: Problem, schedule: Schedule) -> Work:
 
     shared = 1.0
     if schedule.dataflow == "union":  # M tokens read the union of their picks once
-        shared = (1 + (schedule.number("block_m") - 1) * (1 - _OVERLAP)) / schedule.number("block_m")
+        shared = (1 + (schedule.number("block_m") - 1) * (1 - OVERLAP)) / schedule.number("block_m")
     by_token = shared * lists * C * (D + Dv) * size + q_bytes + o_bytes * (2 if backward else 1)
     by_chunk = kv_bytes + rows * D * size + rows * Dv * 8  # a row of q in, a float32 row of o read and added to
     if backward:
@@ -143,16 +154,21 @@ def predict(problem: Problem, work: Work, target: Target) -> Prediction:
 
 def occupancy(resources: KernelResources, target: Target) -> float:
     """Share of a multiprocessor's threads that resident programs of a kernel fill, 0 … 1."""
+    threads = resources.num_warps * target.warp_size
+    return resident_programs(resources, target) * threads / limits_of(target).threads
+
+
+def resident_programs(resources: KernelResources, target: Target) -> int:
+    """Programs of a kernel that one multiprocessor holds at once."""
     limits = limits_of(target)
     threads = resources.num_warps * target.warp_size
     registers = -(-max(resources.registers, 1) // limits.register_unit) * limits.register_unit
-    programs = min(
+    return min(
         limits.programs,
         limits.threads // threads,
         limits.registers // (registers * threads),
         limits.shared_memory // max(resources.shared_memory + 1024, 1),
     )
-    return programs * threads / limits.threads
 
 
 def limits_of(target: Target) -> Limits:
@@ -163,4 +179,4 @@ def limits_of(target: Target) -> Limits:
     """
     if target.arch not in LIMITS:
         raise InvalidTarget(f"peaks of {target.arch} are not known; known are {', '.join(LIMITS)}")
-    return LIMITS[target.arch]
+    return _PRODUCT_LIMITS.get(target.name, LIMITS[target.arch])
