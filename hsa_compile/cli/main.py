@@ -9,6 +9,7 @@ from hsa_compile import __version__
 from hsa_compile.cli.doctor import doctor
 from hsa_compile.cli.emit import emit
 from hsa_compile.cli.inspect import inspect
+from hsa_compile.cli.prepare import prepare
 from hsa_compile.cli.schedules import schedules
 from hsa_compile.cli.tune import tune
 from hsa_compile.errors import HSACompileError, InvalidArgument
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (tune, schedules, emit, inspect, doctor):
+for command in (tune, schedules, emit, inspect, prepare, doctor):
     cli.add_command(command)
 
 

@@ -1,0 +1,133 @@
+"""A prepared corpus, mapped into memory: its documents, and windows that a seed and an index alone decide."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.model.data.manifest import (
+    SPLITS,
+    TOKENIZER_FILE,
+    TRAIN,
+    ends_name,
+    file_sha256,
+    read_manifest,
+    tokens_name,
+)
+from hsa_compile.model.data.tokenizer import BYTES, TokenArray, Tokenizer, load_tokenizer
+
+
+class TokenCorpus:
+    """One split of a prepared corpus; nothing is read until it is asked for.
+
+    Args:
+        directory: that `hsa-compile prepare` wrote.
+        split: `train` or `validation`.
+        checksum: compare the files with the manifest's SHA-256, which reads them once.
+
+    Attributes:
+        tokens: `[num_tokens]` of uint8, uint16 or uint32, read-only; every document is followed by the separator.
+
+    Raises:
+        CorpusError: there is no manifest, or a file is missing, has another size or another checksum.
+        InvalidArgument: no such split.
+    """
+
+    def __init__(self, directory: str | Path, *, split: str = TRAIN, checksum: bool = False) -> None:
+        if split not in SPLITS:
+            raise InvalidArgument(f"split {split!r}; allowed are {', '.join(SPLITS)}")
+        self.directory, self.split = Path(directory), split
+        self.manifest = read_manifest(self.directory)
+        summary = self.manifest.splits[split]
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        tokens, ends = self.directory / tokens_name(split), self.directory / ends_name(split)
+        self.tokens: TokenArray = _mapped(tokens, dtype, summary.tokens)
+        self._ends: npt.NDArray[np.int64] = _mapped(ends, np.dtype("<i8"), summary.documents)
+        if checksum:
+            _check(tokens, summary.tokens_sha256)
+            _check(ends, summary.ends_sha256)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> "Documents":
+        """All documents of the split, in the order of their sources, without separators."""
+        return Documents(self.tokens, self._ends, self.manifest.separator is not None)
+
+    def sample(self, index: int, length: int, *, seed: int = 0) -> TokenArray:
+        """A random window, the same for the same (seed, index, length) in every process.
+
+        Returns:
+            `[length]`, a view of the file; documents and their separators as they come.
+
+        Raises:
+            InvalidArgument: the split has fewer tokens.
+        """
+        if not 1 <= length <= len(self.tokens):
+            raise InvalidArgument(
+                f"length {length}; allowed are 1 to {len(self.tokens)} in {self.split} of {self.directory}"
+            )
+        start = random.Random(f"window {seed} {index}").randrange(len(self.tokens) - length + 1)
+        return self.tokens[start : start + length]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was prepared with.
+
+        Raises:
+            CorpusError: its file is not the one any more.
+        """
+        settings = self.manifest.settings
+        is_bytes = settings.tokenizer_digest == BYTES
+        found = load_tokenizer(BYTES if is_bytes else self.directory / TOKENIZER_FILE)
+        if found.digest != settings.tokenizer_digest:
+            raise CorpusError(f"{self.directory / TOKENIZER_FILE} is not the tokenizer of this corpus")
+        return found
+
+
+class Documents(Sequence[TokenArray]):
+    """The documents of a split as a sequence of views."""
+
+    def __init__(self, tokens: TokenArray, ends: npt.NDArray[np.int64], has_separator: bool) -> None:
+        self._tokens, self._ends, self._separators = tokens, ends, int(has_separator)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenArray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenArray]: ...
+    def __getitem__(self, index: int | slice) -> TokenArray | list[TokenArray]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        start = int(self._ends[at - 1]) if at else 0
+        return self._tokens[start : int(self._ends[at]) - self._separators]
+
+    def __iter__(self) -> Iterator[TokenArray]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, `[num_documents]`, separators not counted."""
+        return np.diff(self._ends, prepend=np.int64(0)) - self._separators
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    try:
+        size = path.stat().st_size
+        if size != count * dtype.itemsize:
+            raise CorpusError(f"{path} has {size} bytes, its manifest says {count * dtype.itemsize}; prepare it again")
+        return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check(path: Path, sha256: str) -> None:
+    if file_sha256(path) != sha256:
+        raise CorpusError(f"{path} is not what its manifest describes (SHA-256); prepare it again")

@@ -1,0 +1,163 @@
+"""What an unfinished preparation has finished: one line a source, each with the sizes and CRCs that prove it.
+
+A line counts only if all files hold what it claims, so that neither a killed process nor a power cut can make a
+half-written source look whole.
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.append_file import AppendFile
+from hsa_compile.model.data.sources import Source
+
+_BLOCK = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One source that was read to its end, or found unusable.
+
+    Attributes:
+        source: as it was listed when it was read.
+        documents: that were kept.
+        duplicates: documents that an earlier one equals byte by byte.
+        skipped: how many parts were left out, by reason.
+        examples: the first of them, as (where, reason).
+        sizes: of each file of the corpus afterwards.
+        crcs: of what the source added to each file.
+    """
+
+    source: Source
+    documents: int
+    duplicates: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: tuple[tuple[str, str], ...] = ()
+    sizes: dict[str, int]
+    crcs: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What makes two preparations of the same sources write the same files.
+
+    Attributes:
+        tokenizer: name, and `tokenizer_digest` the SHA-256 of its file.
+        validation: share of documents in the validation split, in [0, 1).
+        field: of JSONL, Parquet and data sets, that holds the text.
+        max_document_bytes: the longest document.
+    """
+
+    tokenizer: str
+    tokenizer_digest: str
+    validation: float
+    field: str
+    max_document_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise InvalidArgument(f"validation {self.validation}; allowed is a share from 0 to below 1")
+        if self.max_document_bytes < 1:
+            raise InvalidArgument(f"max_document_bytes {self.max_document_bytes}; allowed is 1 or more")
+
+
+class Journal:
+    """The lines of an unfinished preparation, read at the start and appended to.
+
+    Args:
+        path: of the journal.
+        settings: of this run.
+        sources: that this run shall read, in order; entries that do not match them in order are dropped.
+
+    Raises:
+        InvalidArgument: the journal was written with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Settings, sources: list[Source]) -> None:
+        lines = _read_lines(path)
+        header = lines[0][1] if lines else asdict(settings)
+        if header != asdict(settings):
+            changed = (
+                f"{name} {header.get(name)}, not {value}"
+                for name, value in asdict(settings).items()
+                if header.get(name) != value
+            )
+            raise InvalidArgument(
+                f"{path.parent} holds an unfinished corpus with {', '.join(changed)}; "
+                "allowed are the same settings, another folder or --overwrite"
+            )
+        entries = [_entry(line) for _, line in lines[1:]]
+        matching = 0
+        while matching < min(len(entries), len(sources)) and entries[matching].source == sources[matching]:
+            matching += 1
+        self.entries = _proved(path.parent, entries[:matching])
+        self._file = AppendFile(path, lines[len(self.entries)][0] if lines else 0)
+        if not lines:
+            self._append(header)
+
+    def add(self, entry: Entry) -> None:
+        """Records that a source is finished; its files must have been flushed before."""
+        self.entries.append(entry)
+        self._append(asdict(entry))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.append(json.dumps(line).encode() + b"\n")
+        self._file.mark()
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines up to the first that is torn, each with where in the file it ends."""
+    lines: list[tuple[int, dict[str, Any]]] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        end += len(line)
+        try:
+            content = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines.append((end, content))
+    return lines
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    examples = tuple((where, reason) for where, reason in line["examples"])
+    return Entry(**{**line, "source": Source(**line["source"]), "examples": examples})
+
+
+def _proved(folder: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries up to the first whose bytes are not in the files."""
+    starts = dict.fromkeys(entries[0].sizes, 0) if entries else {}
+    proved = len(entries)
+    for name in starts:
+        good = 0
+        path = folder / name
+        if path.exists():
+            with path.open("rb") as file:
+                for entry in entries[:proved]:
+                    if _crc(file, entry.sizes[name] - starts[name]) != entry.crcs[name]:
+                        break
+                    starts[name] = entry.sizes[name]
+                    good += 1
+        proved = min(proved, good)
+    return entries[:proved]
+
+
+def _crc(file: Any, size: int) -> int | None:
+    """Of the next bytes of a file; None if there are fewer."""
+    crc = 0
+    while size > 0:
+        block = file.read(min(size, _BLOCK))
+        if not block:
+            return None
+        crc = zlib.crc32(block, crc)
+        size -= len(block)
+    return crc

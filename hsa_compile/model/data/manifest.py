@@ -1,0 +1,125 @@
+"""What a prepared corpus says of itself. It is written last: a folder without it holds no corpus."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.errors import CorpusError
+from hsa_compile.model.data.journal import Settings
+
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT = 1
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
+_BLOCK = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSummary:
+    """One split's counts, and the SHA-256 of its two files."""
+
+    documents: int
+    tokens: int
+    tokens_sha256: str
+    ends_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A prepared corpus.
+
+    Attributes:
+        settings: that it was prepared with.
+        vocab_size: of the tokenizer.
+        separator: id after each document, None if there is none.
+        dtype: of the token files, little endian: `uint8`, `uint16` or `uint32`.
+        splits: `train` and `validation`.
+        duplicates: documents left out because an earlier one is equal.
+        skipped: how many parts of sources were left out, by reason.
+        sources: one dictionary a source: path, kind, size, modified_ns, documents, duplicates, skipped, examples.
+        format: version of the layout.
+    """
+
+    settings: Settings
+    vocab_size: int
+    separator: int | None
+    dtype: str
+    splits: dict[str, SplitSummary]
+    duplicates: int
+    skipped: dict[str, int]
+    sources: list[dict[str, Any]]
+    format: int = FORMAT
+
+    @property
+    def documents(self) -> int:
+        """Of both splits."""
+        return sum(split.documents for split in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of both splits, separators included."""
+        return sum(split.tokens for split in self.splits.values())
+
+
+def tokens_name(split: str) -> str:
+    """File of a split's tokens."""
+    return f"{split}.tokens"
+
+
+def ends_name(split: str) -> str:
+    """File of where each document of a split ends: int64, in tokens, its separator included."""
+    return f"{split}.ends"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes it whole or not at all.
+
+    Raises:
+        CorpusError: the disk is full, or the folder cannot be written.
+    """
+    temporary = folder / f"{MANIFEST}.partial"
+    try:
+        with temporary.open("w") as file:
+            json.dump(asdict(manifest), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST)
+    except OSError as error:
+        raise CorpusError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a prepared corpus.
+
+    Raises:
+        CorpusError: there is none, so nothing was prepared or not to its end; or it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CorpusError(
+            f"{folder} holds no finished corpus: there is no {MANIFEST}; run hsa-compile prepare … --out {folder}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CorpusError(f"{path} has another format than {FORMAT}; prepare the corpus again")
+    try:
+        splits = {name: SplitSummary(**found["splits"][name]) for name in SPLITS}
+        return Manifest(**{**found, "settings": Settings(**found["settings"]), "splits": splits})
+    except (KeyError, TypeError) as error:
+        raise CorpusError(f"{path} lacks or has a field too many: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Sources become a folder that training maps into memory: tokens and document ends of two splits, and a manifest.
+
+Documents that equal an earlier one byte by byte are left out. A document's hash alone decides its split, so that the
+same document is never in both, whatever else is prepared with it. Killed at any moment, the next call goes on after
+the last finished source.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+
+from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.model.data.corpus_writer import FILES, HASHES, JOURNAL, CorpusWriter
+from hsa_compile.model.data.documents import MAX_DOCUMENT_BYTES
+from hsa_compile.model.data.journal import Settings
+from hsa_compile.model.data.manifest import MANIFEST, Manifest, read_manifest
+from hsa_compile.model.data.sources import Source
+from hsa_compile.model.data.tokenizer import load_tokenizer
+
+_LOCK = ".lock"
+
+
+def prepare(
+    sources: list[Source],
+    out: Path,
+    *,
+    tokenizer: str | Path = "bytes",
+    validation: float = 0.01,
+    field: str = "text",
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    overwrite: bool = False,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Manifest:
+    """Prepares a corpus, or goes on with one that was interrupted.
+
+    Args:
+        sources: in the order in which they are read (`find_sources`, `stdlib_sources`).
+        out: folder of the corpus, made if it is not there.
+        tokenizer: `bytes`, or the path of a `tokenizer.json`, which is copied beside the tokens.
+        validation: share of documents that go to the validation split.
+        field: of JSONL, Parquet and data sets, that holds the text.
+        max_document_bytes: longer lines are skipped, longer text files cut at line ends.
+        overwrite: start anew, whatever the folder holds of a corpus.
+        on_progress: told of bytes that need not be read any more.
+
+    Returns:
+        The manifest; where the folder already holds this very corpus, its own, and no source is read.
+
+    Raises:
+        InvalidArgument: the folder holds another corpus, or an unfinished one with other settings.
+        CorpusError: nothing could be used, the disk is full, or another process prepares in the same folder.
+        MissingDependency: a source or the tokenizer needs a package that is not installed.
+    """
+    if not sources:
+        raise InvalidArgument("no source; allowed are files, folders, hf:NAME and --corpus stdlib")
+    chosen = load_tokenizer(tokenizer)
+    settings = Settings(
+        tokenizer=chosen.name,
+        tokenizer_digest=chosen.digest,
+        validation=validation,
+        field=field,
+        max_document_bytes=max_document_bytes,
+    )
+    with _locked(out):
+        if overwrite:
+            _remove(out, MANIFEST, JOURNAL, *FILES)  # removed, not cut: who has them mapped still reads the old ones
+        if (out / MANIFEST).exists():
+            return _already_there(out, settings, sources)
+        with contextlib.closing(CorpusWriter(out, chosen, settings, sources)) as writer:
+            for source in sources[: writer.num_finished]:
+                on_progress(source.size)
+            for source in sources[writer.num_finished :]:
+                writer.add(source, on_progress)
+            manifest = writer.finish()
+        _remove(out, JOURNAL, HASHES)
+    return manifest
+
+
+def _already_there(out: Path, settings: Settings, sources: list[Source]) -> Manifest:
+    manifest = read_manifest(out)
+    same = [
+        {name: item[name] for name in asdict(source)} for item, source in zip(manifest.sources, sources, strict=False)
+    ]
+    if manifest.settings != settings or same != [asdict(source) for source in sources]:
+        raise InvalidArgument(
+            f"{out} holds a finished corpus of other sources or settings; allowed are another folder or --overwrite"
+        )
+    _remove(out, JOURNAL, HASHES)  # of a process that died after its last write
+    return manifest
+
+
+def _remove(out: Path, *names: str) -> None:
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / _LOCK)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise CorpusError(f"another process prepares a corpus in {out}") from error
+    except OSError as error:
+        raise CorpusError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
