@@ -17,6 +17,7 @@ HSACompileError
 ├── StorageError                   the storage of studies cannot be opened
 ├── CorpusError                    a prepared corpus is incomplete, damaged or cannot be written
 │   └── UnreadableSource           … a file of text that is skipped as a whole
+├── SaveError                      a saved model, memory or reading is damaged, foreign or cannot be written
 └── CacheError                     the schedule cache cannot be written
 
 HSACompileWarning (UserWarning)
@@ -91,6 +92,10 @@ class CorpusError(HSACompileError):
 
 class UnreadableSource(CorpusError):
     """A source of documents cannot be read to its end, so none of it is used."""
+
+
+class SaveError(HSACompileError):
+    """A saved model, memory or reading is incomplete, damaged, foreign or cannot be written; the message names it."""
 
 
 class CacheError(HSACompileError):
