@@ -83,3 +83,15 @@ def test_slugs_tell_devices_and_vector_extensions_apart_but_not_thread_counts() 
 def test_to_dict_gives_back_the_same_target() -> None:
     for target in (*NAMED_TARGETS.values(), Target(**FIELDS)):
         assert Target(**target.to_dict()) == target
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("a100", "sm_80"), ("h100", "sm_90"), ("h200", "sm_90"), ("b200", "sm_100"), ("mi300x", "gfx942")],
+)
+def test_a_product_can_be_named_without_being_there(name: str, arch: str) -> None:
+    target = Target.parse(name)
+    assert target.arch == arch
+    assert target.name != arch
+    assert target.num_cores == NAMED_TARGETS[arch].num_cores
+    assert target.slug not in {named.slug for named in NAMED_TARGETS.values()}

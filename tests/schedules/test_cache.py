@@ -106,6 +106,52 @@ def test_the_users_entry_wins_at_equal_distance(
     assert hit.origin == "user"
 
 
+def test_a_measured_entry_comes_before_any_predicted_one(
+    make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache, cpu: Target
+) -> None:
+    problem = make_problem(seq_len=4096)
+
+    def found() -> tuple[str, float, Schedule]:
+        hit = open_cache().lookup(problem, cpu)
+        assert hit is not None
+        return hit.record.kind, hit.distance, hit.schedule
+
+    open_cache(user="pretuned").put(make_record(problem=make_problem(seq_len=8192), schedule=TOKEN_1, kind="predicted"))
+    assert found() == ("predicted", 1.5, TOKEN_1)
+    open_cache().put(make_record(problem=problem, schedule=TOKEN_4, kind="predicted"))
+    assert found() == ("predicted", 0.0, TOKEN_4)
+    open_cache().put(make_record(problem=make_problem(seq_len=65536), schedule=TOKEN_16))
+    assert found() == ("measured", 6.0, TOKEN_16)
+    assert open_cache().exact(problem, cpu) is None
+    assert open_cache().exact(problem, cpu, "predicted") is not None
+
+
+def test_a_prediction_never_replaces_a_measurement_of_the_same_key(
+    make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache, cpu: Target
+) -> None:
+    predicted, measured = make_record(schedule=TOKEN_1, kind="predicted"), make_record(schedule=TOKEN_4)
+    for order in ((predicted, measured, predicted), (measured, predicted)):
+        cache = open_cache()
+        cache.clear()
+        for record in order:
+            cache.put(record)
+        for reader in (cache, open_cache()):
+            assert [(record.kind, record.schedule) for _, record in reader.entries()] == [("measured", TOKEN_4)]
+
+
+def test_an_answer_is_forgotten_when_something_better_is_put(
+    make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache, cpu: Target
+) -> None:
+    cache, problem = open_cache(), make_problem(seq_len=4096)
+    assert cache.lookup(problem, cpu) is None
+    for record, distance in ((make_record(seq_len=8192), 1.5), (make_record(seq_len=4096), 0.0)):
+        cache.put(record)
+        hit = cache.lookup(problem, cpu)
+        assert hit is not None
+        assert hit.distance == distance
+        assert cache.lookup(problem, cpu) is hit
+
+
 def test_a_schedule_of_a_longer_sequence_is_cut_to_a_shorter_one(
     make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache, cpu: Target
 ) -> None:

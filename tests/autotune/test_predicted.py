@@ -1,0 +1,87 @@
+"""Schedules for GPUs that are not here, in processes of their own, since this one interprets Triton kernels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsa_compile.autotune.predicted import MAX_CANDIDATES, predict_schedule, ranked_candidates
+from hsa_compile.errors import CompileError, InvalidArgument, InvalidTarget
+from hsa_compile.problem import OPS, Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.record import PREDICTED, TuningRecord
+from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
+
+pytest.importorskip("triton")
+PROBLEM = Problem(seq_len=2048, num_heads=8, num_kv_heads=2, head_dim=64, chunk_size=32, top_k=4, dtype="bfloat16")
+
+PREDICT = """
+import json, sys
+from hsa_compile.autotune.predicted import predict_schedule
+from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.target import Target
+
+if __name__ == "__main__":
+    problem, target = Problem(**json.loads(sys.argv[1])), Target.parse(sys.argv[2])
+    seen = []
+    record = predict_schedule(problem, target, budget_s=float(sys.argv[3]), on_progress=seen.append)
+    kernels = compile_launches(compile_kernel(emit(problem, record.schedule, target)).module, target)
+    print(json.dumps({
+        "record": record.to_dict(),
+        "spills": [kernel.spills for kernel in kernels],
+        "compiled": [progress.compiled for progress in seen],
+        "best": [progress.best_ms for progress in seen],
+    }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["h100", "gfx942"])
+def test_the_stored_schedule_compiles_does_not_spill_and_is_no_worse_than_the_default(name: str, op: str) -> None:
+    arguments = [json.dumps(PROBLEM.with_op(op).to_dict()), name, "6"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    record = TuningRecord.from_dict(result["record"])
+    assert record.kind == PREDICTED
+    assert record.target == Target.parse(name)
+    assert record.measurement.repeats == 0
+    assert record.measurement.median_ms <= record.default_measurement.median_ms
+    assert set(result["spills"]) == {0}
+    assert result["compiled"] == list(range(1, record.trials + 1))
+    times = [time for time in result["best"] if time is not None]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=lambda target: target.arch)
+def test_candidates_begin_with_the_default_and_are_of_several_kinds(target: Target, op: str) -> None:
+    problem = PROBLEM.with_op(op)
+    candidates = ranked_candidates(problem, target)
+    assert candidates[0] == default_schedule(problem, target)
+    assert 20 < len(candidates) <= MAX_CANDIDATES
+    assert len(set(candidates)) == len(candidates)
+    assert len({(s["num_warps"], s["num_stages"]) for s in candidates[:30]}) > 1
+
+
+def test_what_has_no_model_and_a_budget_of_nothing_are_refused() -> None:
+    with pytest.raises(InvalidTarget, match="there is no model of CPUs"):
+        predict_schedule(PROBLEM, Target.parse("cpu"))
+    with pytest.raises(InvalidArgument, match="budget_s = 0 must be more than 0"):
+        predict_schedule(PROBLEM, PRODUCTS["h100"], budget_s=0)
+
+
+@pytest.mark.slow
+def test_a_process_that_interprets_kernels_says_that_it_cannot_compile(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="TRITON_INTERPRET"):
+        predict_schedule(PROBLEM, PRODUCTS["h100"], budget_s=1)
