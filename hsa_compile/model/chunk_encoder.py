@@ -1,4 +1,4 @@
-"""From the lower half's output to the memory: a bidirectional encoder that makes each chunk keys, values, a landmark."""
+"""From the lower half's output to the memory: an encoder that makes each chunk keys, values and a landmark."""
 
 import math
 from dataclasses import dataclass

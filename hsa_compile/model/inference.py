@@ -32,8 +32,8 @@ class ModelState:
     """
 
     positions: list[int]
-    lower: list[Cache]
-    upper: list[Cache]
+    lower: list[Cache | None]
+    upper: list[Cache | None]
     num_upper_past: list[int]
     pending: Tensor
     memory: ChunkMemory | None
@@ -267,7 +267,8 @@ def _piece(model: HSATransformer, x: Tensor, starts: list[int], past: list[int],
 
 def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> None:
     """Encodes the chunks that the piece completes; `state.positions` is still where the piece begins."""
-    assert model.chunk_encoder is not None and state.memory is not None
+    assert model.chunk_encoder is not None
+    assert state.memory is not None
     C = model.config.chunk_size
     waiting = [position % C for position in state.positions]
     counts = [(w + n) // C for w, n in zip(waiting, valid, strict=True)]

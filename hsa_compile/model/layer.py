@@ -72,25 +72,35 @@ class Layer(nn.Module):
         Returns:
             `[B, T, dim]`, the selection for the layers above, the cache after this piece.
         """
-        if self.mixer is not None:
+        if self.mixer_norm is not None:
             y, cache = self._mix(self.mixer_norm(x), piece, cache)
             x = x + y
         if self.retrieval is not None:
             selection = self._retrieve(self.retrieval, x, piece)
         read = None
         if self.memory_attention is not None:
-            assert piece.memory is not None and selection is not None
+            assert piece.memory is not None
+            assert selection is not None
             read = self.memory_attention(x, piece.memory, selection)
             if not self.bypass:
                 x, read = x + read, None
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x if read is None else x + read))
         return x, selection, cache
+
+    def empty_cache(self, batch: int, like: Tensor) -> Cache | None:
+        """The mixer's cache before the first token, in the dtype and on the device of `like`; None without a mixer."""
+        if isinstance(self.mixer, Mamba2):
+            return self.mixer.initial_state(batch, like)
+        if isinstance(self.mixer, WindowAttention | FullAttention):
+            return self.mixer.empty_cache(batch, like)
+        return None
 
     def _mix(self, x: Tensor, piece: Piece, cache: Cache | None) -> tuple[Tensor, Cache | None]:
         if isinstance(self.mixer, Mamba2):
             y, state = self.mixer(x, cache, piece.num_valid)
             return y, state if cache is not None else None
+        assert self.mixer is not None
         return self.mixer(x, piece.rope, cache, piece.num_past, piece.num_valid)
 
     def _retrieve(self, retrieval: Retrieval, x: Tensor, piece: Piece) -> Selection:

@@ -46,9 +46,11 @@ class HSATransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, MoE):
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:
                 nn.init.normal_(module.cls, std=std)
@@ -148,12 +150,12 @@ class HSATransformer(nn.Module):
         layers: nn.ModuleList,
         x: Tensor,
         piece: Piece,
-        caches: Sequence[Cache] | None = None,
+        caches: Sequence[Cache | None] | None = None,
         selections: list[Selection] | None = None,
-    ) -> tuple[Tensor, list[Cache]]:
+    ) -> tuple[Tensor, list[Cache | None]]:
         """Runs `x [B, T, dim]` through layers of one half; with caches, returns them after it."""
         selection: Selection | None = None
-        after: list[Cache] = []
+        after: list[Cache | None] = []
         for i, layer in enumerate(layers):
             if self.checkpoint_activations and self.training:
                 x, selection, _ = checkpoint(layer, x, piece, selection, use_reentrant=False)
@@ -161,23 +163,17 @@ class HSATransformer(nn.Module):
                 x, selection, cache = layer(x, piece, selection, caches[i] if caches is not None else None)
                 if caches is not None:
                     after.append(cache)
-            if selections is not None and layer.retrieval is not None:
+            if selections is not None and layer.retrieval is not None and selection is not None:
                 selections.append(selection)
         return x, after
 
-    def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache]:
-        """The caches of layers before the first token."""
+    def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache | None]:
+        """The caches of layers before the first token; None for a layer without a mixer."""
         like = self.embedding.weight.detach()
-        return [_empty_cache(layer, batch, like) for layer in layers]
+        return [layer.empty_cache(batch, like) for layer in layers]  # type: ignore[operator]
 
     def _encode_whole_chunks(self, x: Tensor) -> EncodedChunks:
         assert self.chunk_encoder is not None
         C = self.config.chunk_size
         num_chunks = x.shape[1] // C
         return self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
-
-
-def _empty_cache(layer: Layer, batch: int, like: Tensor) -> Cache:
-    if isinstance(layer.mixer, Mamba2):
-        return layer.mixer.initial_state(batch, like)
-    return layer.mixer.empty_cache(batch, like) if layer.mixer is not None else None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.flex_window import flex_window_attention
 from hsa_compile.model.layers import RMSNorm, rotate
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
@@ -15,7 +16,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int, num_past: Tensor | None = None, slopes: Tensor | None = None
 ) -> Tensor:
-    """Causal attention of each token to the last `window` ones, in blocks of queries.
+    """Causal attention of each token to the last `window` ones; on a CPU, in blocks of queries.
 
     Args:
         q: `[B, T, HQ, D]`.
@@ -34,6 +35,8 @@ def window_attention(
     if T == 1 and past >= before and num_past is None:
         bias = _bias(1, before + 1, window, q, slopes)
         return _attend(q, k, v, bias)
+    if q.device.type == "cuda":
+        return flex_window_attention(q, k, v, window=window, num_past=num_past, slopes=slopes)
     block = T if T <= _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << before.bit_length()))
     num_blocks = -(-T // block)
     missing, filling = before - (k.shape[1] - T), num_blocks * block - T

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from small_models import build, small_config
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.inference import ModelState, extend, new_state, prefill, upper_reach
 from hsa_compile.model.transformer import HSATransformer
-
-from small_models import build, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from small_models import build, small_config
 
 from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.model import hs_attention
 from hsa_compile.model.presets import preset
 from hsa_compile.model.transformer import HSATransformer
-
-from small_models import build, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -51,7 +50,8 @@ def test_gradients_are_those_of_reference_ops_in_float64(variant: str, monkeypat
     monkeypatch.setattr(hs_attention, "select_chunks", select_chunks_reference)
     (exact(tokens) * weights.double()).sum().backward()
     for (name, mine), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
-        assert mine.grad is not None and theirs.grad is not None, name
+        assert mine.grad is not None, name
+        assert theirs.grad is not None, name
         scale = theirs.grad.abs().max()
         assert scale > 0, name
         assert (mine.grad - theirs.grad).abs().max() <= 2e-4 * scale, name
