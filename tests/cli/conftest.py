@@ -3,9 +3,24 @@
 from collections.abc import Iterator
 
 import pytest
+from shell import Shell, record_of
 
 from hsa_compile.paths import cxx_compiler
+from hsa_compile.problem import OPS
+from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import this_cpu
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture
+def stored() -> None:
+    """Entries for both ops of the tiny problem."""
+    for op in OPS:
+        default_cache().put(record_of(op))
 
 
 @pytest.fixture(autouse=True)

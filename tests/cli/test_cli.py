@@ -1,90 +1,25 @@
 """The command line as a person meets it: exit code, standard output, standard error."""
 
 import ast
-import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+from shell import SHAPE, Shell
 
 from hsa_compile.autotune.tune import tune as tune_problem
-from hsa_compile.cli.main import cli, main
+from hsa_compile.cli.main import cli
 from hsa_compile.problem import OPS, Problem
-from hsa_compile.schedules import cache as cache_module
-from hsa_compile.schedules.record import Measurement, TuningRecord
-from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
 
-FIELDS = {"seq_len": 128, "num_heads": 4, "num_kv_heads": 1, "head_dim": 16, "chunk_size": 16, "top_k": 2}
-SHAPE = [
-    word for name, value in FIELDS.items() for word in (f"--{name.removeprefix('num_').replace('_', '-')}", str(value))
-]
 TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "2", "--timeout", "5"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Shell:
-    """Runs commands in this process, each with the cache read anew, as a process of its own would."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> Outcome:
-        cache_module._cache_in.cache_clear()
-        self.monkeypatch.setattr(sys, "argv", ["hsa-compile", *arguments])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = self.capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Outcome(exit_.value.code, captured.out, captured.err)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
-
-
-def record_of(op: str) -> TuningRecord:
-    """What a tuning of the tiny problem might have found."""
-    problem, target = Problem(op=op, **FIELDS), Target.parse("cpu")
-    return TuningRecord(
-        problem=problem,
-        target=target,
-        schedule=Schedule.of("token", block_t=4),
-        measurement=Measurement(median_ms=1.0, p20_ms=1.0, p80_ms=1.0, repeats=15),
-        default_measurement=Measurement(median_ms=2.0, p20_ms=2.0, p80_ms=2.0, repeats=15),
-        trials=2,
-        failures={},
-        inputs="random",
-        fingerprint="0123456789abcdef",
-        versions={"torch": "2.13.0"},
-        date="2026-02-03T04:05:06+00:00",
-    )
-
-
-@pytest.fixture
-def stored() -> None:
-    """Entries for both ops of the tiny problem."""
-    for op in OPS:
-        cache_module.default_cache().put(record_of(op))
 
 
 @pytest.fixture
@@ -211,68 +146,6 @@ def test_a_cache_that_cannot_be_written_fails_in_one_line(
     assert "Traceback" not in outcome.err
 
 
-# --- schedules
-
-
-def test_an_empty_list_says_how_to_fill_it(run: Shell) -> None:
-    assert run("schedules", "list") == Outcome(0, "nothing has been tuned yet: hsa-compile tune\n", "")
-    assert run("schedules", "list", "--json").json == []
-
-
-@pytest.mark.usefixtures("stored")
-def test_the_list_is_a_table_of_problems_and_schedules(run: Shell) -> None:
-    table = run("schedules", "list")
-    assert table.code == 0
-    assert len(table.out.splitlines()) == 2 + 2
-    for op in OPS:
-        assert f"{op} B1 T128 HQ4 H1 D16 C16 K2 float32" in table.out
-
-
-@pytest.mark.usefixtures("stored")
-def test_show_prints_one_entry_whole(run: Shell) -> None:
-    entries = run("schedules", "list", "--json").json
-    shown = run("schedules", "show", "2")
-    assert shown.code == 0
-    assert shown.json == entries[1]
-    assert {"schedule", "measurement", "versions", "date", "fingerprint"} <= set(shown.json)
-
-
-@pytest.mark.usefixtures("stored")
-def test_show_of_an_entry_that_is_not_there_says_how_many_there_are(run: Shell) -> None:
-    for number in ("0", "3"):
-        expected = f"error: entry {number} does not exist; there are 2\n"
-        assert run("schedules", "show", number) == Outcome(2, "", expected)
-
-
-@pytest.mark.usefixtures("stored")
-def test_path_is_the_file_that_holds_the_entries(run: Shell, tmp_path: Path) -> None:
-    outcome = run("schedules", "path", "--device", "cpu")
-    path = Path(outcome.out.strip())
-    assert path.parent == tmp_path / "cache" / "schedules"
-    assert len(json.loads(path.read_text())["entries"]) == 2
-    assert run("schedules", "path", "--device", "sm_90").out.strip().endswith("/sm-90.json")
-
-
-@pytest.mark.usefixtures("stored")
-def test_clear_removes_what_was_tuned(run: Shell) -> None:
-    assert run("schedules", "clear", "--device", "sm_90", "--yes").out == "removed 0 schedules\n"
-    assert run("schedules", "clear", "--device", "cpu", "--yes") == Outcome(0, "removed 2 schedules\n", "")
-    assert run("schedules", "list", "--json").json == []
-
-
-@pytest.mark.usefixtures("stored")
-@pytest.mark.parametrize(("answer", "left"), [("y\n", 0), ("n\n", 2), ("\n", 2)], ids=["yes", "no", "enter"])
-def test_clear_asks_first(answer: str, left: int, run: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "answer").write_text(answer)
-    with (tmp_path / "answer").open() as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        outcome = run("schedules", "clear")
-    assert outcome.code == 0
-    assert "Remove all schedules of every device?" in outcome.err
-    assert outcome.out == ("removed 2 schedules\n" if left == 0 else "removed nothing\n")
-    assert len(run("schedules", "list", "--json").json) == left
-
-
 # --- emit
 
 
@@ -356,7 +229,7 @@ BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["--banana"], "'--banana'", "--help"),
     (["tune", "--banana"], "'--banana'", "--seq-len"),
     (["tune", "banana"], "(banana)", "--seq-len"),
-    (["schedules", "banana"], "'banana'", "list, show, path, clear"),
+    (["schedules", "banana"], "'banana'", "list, show, path, clear, explain, diff, export, import"),
     (["schedules", "show"], "NUMBER", ""),
     (["schedules", "show", "banana"], "'banana'", "integer"),
     (["schedules", "show", "7"], "entry 7", "there are 0"),
@@ -467,7 +340,8 @@ COMMANDS = all_commands(cli)
 
 def test_the_commands_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
-        "tune", "schedules list", "schedules show", "schedules path", "schedules clear", "emit", "inspect", "doctor"
+        "tune", "schedules list", "schedules show", "schedules path", "schedules clear", "schedules explain",
+        "schedules diff", "schedules export", "schedules import", "emit", "inspect", "doctor"
     }  # fmt: skip
 
 
