@@ -26,6 +26,7 @@ from hsa_compile.target import Target
 if TYPE_CHECKING:
     from hsa_compile.autotune.check import check
     from hsa_compile.autotune.measure import measure
+    from hsa_compile.autotune.predicted import predict_schedule
     from hsa_compile.autotune.tune import tune
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "hsa_decode",
     "hsa_decode_reference",
     "measure",
+    "predict_schedule",
     "resolve",
     "select_chunks",
     "select_chunks_reference",
@@ -63,6 +65,7 @@ __all__ = [
 _LAZY = {
     "check": "hsa_compile.autotune.check",
     "measure": "hsa_compile.autotune.measure",
+    "predict_schedule": "hsa_compile.autotune.predicted",
     "tune": "hsa_compile.autotune.tune",
 }
 
