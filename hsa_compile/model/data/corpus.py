@@ -69,9 +69,8 @@ class TokenCorpus:
             InvalidArgument: the split has fewer tokens.
         """
         if not 1 <= length <= len(self.tokens):
-            raise InvalidArgument(
-                f"length {length}; allowed are 1 to {len(self.tokens)} in {self.split} of {self.directory}"
-            )
+            allowed = f"1 to {len(self.tokens)}" if len(self.tokens) else f"none: {self.split} is empty"
+            raise InvalidArgument(f"length {length} in {self.directory}; allowed are {allowed}")
         start = random.Random(f"window {seed} {index}").randrange(len(self.tokens) - length + 1)
         return self.tokens[start : start + length]
 

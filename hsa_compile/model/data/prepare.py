@@ -81,10 +81,8 @@ def prepare(
 
 def _already_there(out: Path, settings: Settings, sources: list[Source]) -> Manifest:
     manifest = read_manifest(out)
-    same = [
-        {name: item[name] for name in asdict(source)} for item, source in zip(manifest.sources, sources, strict=False)
-    ]
-    if manifest.settings != settings or same != [asdict(source) for source in sources]:
+    held = [{name: item[name] for name in Source.__slots__} for item in manifest.sources]
+    if manifest.settings != settings or held != [asdict(source) for source in sources]:
         raise InvalidArgument(
             f"{out} holds a finished corpus of other sources or settings; allowed are another folder or --overwrite"
         )

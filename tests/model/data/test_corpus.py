@@ -1,0 +1,132 @@
+"""Reading a prepared corpus."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import find_sources
+
+DOCUMENTS = [f"document {number} " * (number % 7 + 1) for number in range(50)]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    prepare(find_sources([folder / "a.jsonl"]), folder / "out", validation=0.2)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(out: Path, tmp_path: Path) -> Path:
+    """That a test may damage."""
+    for path in out.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_the_splits_together_hold_every_document(out: Path) -> None:
+    train, validation = TokenCorpus(out), TokenCorpus(out, split="validation")
+    found = [document.tobytes().decode() for corpus in (train, validation) for document in corpus.documents]
+    assert sorted(found) == sorted(DOCUMENTS)
+    assert len(train.documents) > len(validation.documents) > 0
+    assert train.documents.lengths.tolist() == [len(document) for document in train.documents]
+
+
+def test_documents_can_be_taken_as_from_a_list(out: Path) -> None:
+    documents = TokenCorpus(out).documents
+    everything = [document.tobytes() for document in documents]
+    assert documents[-1].tobytes() == everything[-1]
+    assert [document.tobytes() for document in documents[3:9:2]] == everything[3:9:2]
+    with pytest.raises(IndexError):
+        documents[len(documents)]
+
+
+@given(st.integers(0, 2**40), st.integers(1, 500), st.integers(0, 9))
+def test_a_window_depends_on_seed_and_index_alone(out: Path, index: int, length: int, seed: int) -> None:
+    window = TokenCorpus(out).sample(index, length, seed=seed)
+    assert window.shape == (length,)
+    assert np.array_equal(window, TokenCorpus(out).sample(index, length, seed=seed))
+    assert window.tobytes() in TokenCorpus(out).tokens.tobytes()
+
+
+def test_windows_of_other_seeds_and_indices_differ(out: Path) -> None:
+    corpus = TokenCorpus(out)
+    windows = {corpus.sample(index, 64, seed=seed).tobytes() for index in range(20) for seed in range(2)}
+    assert len(windows) > 30
+
+
+def test_every_place_can_be_drawn(out: Path) -> None:
+    corpus = TokenCorpus(out)
+    length = len(corpus) - 2
+    assert {corpus.sample(index, length).tobytes() for index in range(50)} == {
+        corpus.tokens[start : start + length].tobytes() for start in range(3)
+    }
+
+
+@pytest.mark.parametrize("length", [0, -1, 10**9])
+def test_a_length_that_the_split_lacks_is_refused(out: Path, length: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"length {length} .*allowed are 1 to"):
+        TokenCorpus(out).sample(0, length)
+
+
+def test_an_unknown_split_is_refused(out: Path) -> None:
+    with pytest.raises(InvalidArgument, match="allowed are train, validation"):
+        TokenCorpus(out, split="test")
+
+
+def test_an_empty_split_can_be_opened_and_says_so_when_asked(copy: Path) -> None:
+    (copy / "one.txt").write_text("text")
+    prepare(find_sources([copy / "one.txt"]), copy / "small", validation=0)
+    corpus = TokenCorpus(copy / "small", split="validation")
+    assert len(corpus) == len(corpus.documents) == 0
+    with pytest.raises(InvalidArgument, match="validation is empty"):
+        corpus.sample(0, 1)
+
+
+def test_a_folder_without_manifest_is_no_corpus(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    with pytest.raises(CorpusError, match="holds no finished corpus"):
+        TokenCorpus(copy)
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.ends"])
+def test_a_file_of_another_size_is_refused_by_name(copy: Path, name: str) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:-1])
+    with pytest.raises(CorpusError, match=f"{name} has"):
+        TokenCorpus(copy)
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.ends"])
+def test_a_changed_byte_is_found_by_the_checksum(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[20] ^= 1
+    (copy / name).write_bytes(content)
+    TokenCorpus(copy)
+    with pytest.raises(CorpusError, match=f"{name} is not what its manifest describes"):
+        TokenCorpus(copy, checksum=True)
+
+
+def test_a_missing_file_is_named(copy: Path) -> None:
+    (copy / "train.tokens").unlink()
+    with pytest.raises(CorpusError, match=r"train\.tokens cannot be read"):
+        TokenCorpus(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 1}'])
+def test_a_damaged_manifest_is_named(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(CorpusError, match=r"manifest\.json"):
+        TokenCorpus(copy)
+
+
+def test_the_tokens_cannot_be_changed(out: Path) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        TokenCorpus(out).sample(0, 10)[0] = 1
