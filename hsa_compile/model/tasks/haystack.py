@@ -1,0 +1,131 @@
+"""What needles are hidden in: RULER's noise sentences, or real text."""
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from hsa_compile.errors import InvalidArgument, UnreadableSource
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.documents import read_documents
+from hsa_compile.model.data.manifest import MANIFEST, TRAIN
+from hsa_compile.model.data.sources import Source, find_sources, stdlib_sources
+
+NOISE, STDLIB = "noise", "stdlib"
+SEPARATOR = b"\0"
+# RULER (2404.06654), niah_single_1.
+_SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+_MAX_TEXT_BYTES = 64 * 2**20
+_TILED = _SENTENCES * 256
+
+
+class Haystack(Protocol):
+    """A supply of bytes.
+
+    Attributes:
+        name: as it is printed beside results.
+    """
+
+    name: str
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """`length` bytes that nobody else holds, decided by `rng` alone."""
+
+
+class NoiseHaystack:
+    """RULER's five sentences over and over, from a random place on."""
+
+    name = NOISE
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """Sentences, cut off at both ends."""
+        start = rng.randrange(len(_SENTENCES))
+        if start + length <= len(_TILED):
+            return bytearray(_TILED[start : start + length])
+        filled = bytearray(_SENTENCES * (-(-(start + length) // len(_SENTENCES))))
+        return filled[start : start + length]
+
+
+class TextHaystack:
+    """A window of a text; a longer one than the text goes on at its beginning.
+
+    Args:
+        name: as it is printed beside results.
+        text: contiguous bytes, not empty; never written to.
+    """
+
+    def __init__(self, name: str, text: bytes | memoryview) -> None:
+        self.name, self._text = name, memoryview(text)
+        if not len(self._text):
+            raise InvalidArgument(f"haystack {name} holds no text")
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """A window from a random place."""
+        size = len(self._text)
+        start = rng.randrange(size - length + 1 if length <= size else size)
+        filled = bytearray(self._text[start : start + length])
+        while len(filled) < length:
+            filled += self._text[: length - len(filled)]
+        return filled
+
+
+def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
+    """The text of a prepared corpus of bytes, which stays on disk.
+
+    Raises:
+        InvalidArgument: its tokens are no bytes.
+    """
+    if corpus.tokens.dtype != np.uint8:
+        raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
+    return TextHaystack(corpus.directory.name, corpus.tokens.data)
+
+
+def load_haystack(spec: str | Path, *, split: str = TRAIN) -> Haystack:
+    """The haystack that a person named.
+
+    Args:
+        spec: `noise`; `stdlib`, the Python standard library's sources; a prepared corpus of bytes; or a folder or
+            file of text, JSONL or Parquet, of which the first 64 MiB are used.
+        split: of a prepared corpus.
+
+    Raises:
+        InvalidArgument: nothing of that name, or no text in it.
+    """
+    if spec == NOISE:
+        return NoiseHaystack()
+    if spec == STDLIB:
+        return _stdlib()
+    if (Path(spec) / MANIFEST).exists():
+        return corpus_haystack(TokenCorpus(spec, split=split))
+    return TextHaystack(Path(spec).name, _joined(find_sources([spec])))
+
+
+@functools.cache
+def _stdlib() -> TextHaystack:
+    return TextHaystack(STDLIB, _joined(stdlib_sources()))
+
+
+def _joined(sources: list[Source]) -> bytes:
+    """All documents, each followed by byte 0 as in a prepared corpus, up to the limit."""
+    parts: list[bytes] = []
+    size = 0
+    for source in sources:
+        for document in _usable(source):
+            parts += (document, SEPARATOR)
+            size += len(document) + 1
+            if size >= _MAX_TEXT_BYTES:
+                return b"".join(parts)[:_MAX_TEXT_BYTES]
+    return b"".join(parts)
+
+
+def _usable(source: Source) -> Iterator[bytes]:
+    """Documents up to where a source breaks off; `hsa-compile prepare` is where bad files are named."""
+    with contextlib.suppress(UnreadableSource):
+        yield from (item for item in read_documents(source) if isinstance(item, bytes))

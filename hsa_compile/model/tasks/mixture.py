@@ -1,0 +1,166 @@
+"""Training rows: plain text, and rows of several needles with several questions, whose answers carry the loss.
+
+One question a row teaches nothing in the time that several take, so a row has many: it is cut in episodes of random
+length, each with needles, then a distance, then questions. A name is assigned once in a row, and at no other place.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.batches import TrainingSample, corpus_sample
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.tasks.facts import (
+    CHAIN_LENGTH,
+    CHAIN_QUERY_BYTES,
+    NEEDLE_BYTES,
+    QUERY_BYTES,
+    chain_facts,
+    draw_keys,
+    lookup_facts,
+)
+from hsa_compile.model.tasks.haystack import Haystack
+from hsa_compile.model.tasks.retrieval import position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """What rows are drawn from.
+
+    Attributes:
+        haystacks: (haystack, weight) of synthetic rows.
+        corpus: of plain rows; None if all are synthetic.
+        synthetic_share: of rows, 0 to 1.
+        chain_share: of episodes that track variables in chains instead of looking up needles, 0 to 1.
+        num_needles: fewest and most an episode; fewer where they do not fit.
+        num_queries: fewest and most an episode; never more than needles (or chains) are there.
+        min_distance: more than so many bytes lie between an episode's needles and its questions: the window.
+        min_episode: shortest episode in bytes; None: one episode a row.
+        text_weight: of a synthetic row's bytes in the loss.
+        answer_weight: of its answers.
+        corpus_weight: of a plain row's tokens.
+    """
+
+    haystacks: tuple[tuple[Haystack, float], ...] = ()
+    corpus: TokenCorpus | None = None
+    synthetic_share: float = 1.0
+    chain_share: float = 0.0
+    num_needles: tuple[int, int] = (2, 6)
+    num_queries: tuple[int, int] = (1, 4)
+    min_distance: int = 64
+    min_episode: int | None = None
+    text_weight: float = 0.2
+    answer_weight: float = 1.0
+    corpus_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("synthetic_share", "chain_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidArgument(f"{name} {getattr(self, name)}; allowed is 0 to 1")
+        for name in ("num_needles", "num_queries"):
+            least, most = getattr(self, name)
+            if not 1 <= least <= most:
+                raise InvalidArgument(f"{name} {least} to {most}; allowed are 1 or more, the smaller first")
+        if self.min_distance < 0:
+            raise InvalidArgument(f"min_distance {self.min_distance}; allowed is 0 or more")
+        if self.synthetic_share and not any(weight > 0 for _, weight in self.haystacks):
+            raise InvalidArgument(
+                "synthetic rows without a haystack; allowed is synthetic_share 0, or one of weight > 0"
+            )
+        if self.synthetic_share < 1 and self.corpus is None:
+            raise InvalidArgument(f"synthetic_share {self.synthetic_share} without a corpus; allowed is 1")
+        if self.synthetic_share and self.corpus is not None and self.corpus.tokens.dtype != np.uint8:
+            raise InvalidArgument(
+                "synthetic rows are bytes; the corpus needs the tokenizer bytes, or synthetic_share 0"
+            )
+        if self.min_episode is not None and self.min_episode < self.least_length:
+            raise InvalidArgument(f"min_episode {self.min_episode}; allowed is {self.least_length} or more")
+
+    @property
+    def least_length(self) -> int:
+        """Bytes that the smallest episode takes: one needle, the distance, one question."""
+        return NEEDLE_BYTES + self.min_distance + 1 + QUERY_BYTES
+
+
+def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> TrainingSample:
+    """A row of exactly `length`, the same for the same arguments in every process.
+
+    Raises:
+        InvalidArgument: the row is too short for an episode, or longer than the corpus.
+    """
+    rng = random.Random(f"train {seed} {index} {length}")
+    if rng.random() >= mixture.synthetic_share:
+        assert mixture.corpus is not None  # checked when the mixture was made
+        return corpus_sample(mixture.corpus, length=length, seed=seed, index=index, weight=mixture.corpus_weight)
+    if length < mixture.least_length:
+        raise InvalidArgument(f"length {length}; a synthetic row takes {mixture.least_length} or more")
+    text = _draw_haystack(mixture, rng).fill(length, rng)
+    bounds = _bounds(mixture, length, rng)
+    episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
+    keys = draw_keys(rng, sum(size.num_needles for size in episodes), text)
+    spans: list[tuple[int, int]] = []
+    for (begin, end), size in zip(bounds, episodes, strict=True):
+        own, keys = keys[: size.num_needles], keys[size.num_needles :]
+        spans += _write_episode(text, begin, end, own, size, mixture.min_distance, rng)
+    loss_weights = np.full(length, mixture.text_weight, np.float32)
+    loss_weights[0] = 0
+    for start, end in spans:
+        loss_weights[start:end] = mixture.answer_weight
+    return TrainingSample(tokens=np.frombuffer(text, np.uint8), loss_weights=loss_weights, answer_spans=tuple(spans))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Size:
+    """How much an episode holds."""
+
+    num_needles: int
+    num_queries: int
+    has_chains: bool
+
+    @classmethod
+    def draw(cls, mixture: Mixture, length: int, rng: random.Random) -> "_Size":
+        """At random, within what fits: a query is given up before a needle, a chain before either."""
+        needles, queries = rng.randint(*mixture.num_needles), rng.randint(*mixture.num_queries)
+        room = length - mixture.min_distance - 1
+        chain_bytes = CHAIN_LENGTH * NEEDLE_BYTES
+        if rng.random() < mixture.chain_share and room >= chain_bytes + CHAIN_QUERY_BYTES:
+            chains = min(max(needles // CHAIN_LENGTH, 1), (room - CHAIN_QUERY_BYTES) // chain_bytes)
+            queries = min(queries, chains, (room - chains * chain_bytes) // CHAIN_QUERY_BYTES)
+            return cls(num_needles=chains * CHAIN_LENGTH, num_queries=queries, has_chains=True)
+        needles = min(needles, (room - QUERY_BYTES) // NEEDLE_BYTES)
+        queries = min(queries, needles, (room - needles * NEEDLE_BYTES) // QUERY_BYTES)
+        return cls(num_needles=needles, num_queries=queries, has_chains=False)
+
+
+def _draw_haystack(mixture: Mixture, rng: random.Random) -> Haystack:
+    names, weights = zip(*mixture.haystacks, strict=True)
+    chosen: Haystack = names[0] if len(names) == 1 else rng.choices(names, weights)[0]
+    return chosen
+
+
+def _bounds(mixture: Mixture, length: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Cuts a row in episodes of random length."""
+    least = mixture.min_episode or length
+    bounds = []
+    begin = 0
+    while begin < length:
+        left = length - begin
+        size = left if left < 2 * least else rng.randint(least, left)
+        end = length if left - size < least else begin + size
+        bounds.append((begin, end))
+        begin = end
+    return bounds
+
+
+def _write_episode(
+    text: bytearray, begin: int, end: int, keys: list[bytes], size: _Size, min_distance: int, rng: random.Random
+) -> list[tuple[int, int]]:
+    """Hides needles, writes the question at the end, and returns where its answers are."""
+    facts = (chain_facts if size.has_chains else lookup_facts)(rng, keys, size.num_queries)
+    asked_at = end - len(facts.question)
+    for start, needle in zip(position(facts, rng, asked_at - min_distance - 1 - begin), facts.needles, strict=True):
+        text[begin + start : begin + start + len(needle)] = needle
+    text[asked_at:end] = facts.question
+    return [(asked_at + start, asked_at + stop) for start, stop in facts.answer_spans]
