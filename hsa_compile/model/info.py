@@ -70,6 +70,7 @@ class ModelInfo:
         layers: from the bottom up.
         parameters: all of them, tied embeddings once.
         embedding_parameters: of the embedding, and of the output layer where it is not the embedding.
+        encoder_parameters: of the chunk encoder.
         active_parameters: those that one token passes, without embeddings.
         context: the length that memory and FLOPs are for, in tokens of text.
         memory: at that length.
@@ -80,6 +81,7 @@ class ModelInfo:
     layers: tuple[LayerInfo, ...]
     parameters: int
     embedding_parameters: int
+    encoder_parameters: int
     active_parameters: int
     context: int
     memory: MemoryUse
@@ -97,7 +99,10 @@ class ModelInfo:
 
     @property
     def prefill_flops(self) -> float:
-        """A token of a prompt that the exact fast prefill reads: through the lower half and the chunk encoder only."""
+        """A token of a long prompt: through the lower half and the chunk encoder alone, where the exact fast prefill
+        can leave the upper half to the last tokens; through everything but the output in `ramba` and `full`."""
+        if self.config.variant in ("ramba", "full"):
+            return self.forward_flops - self.flops["output"]
         return self.flops["lower layers"] + self.flops["chunk encoder"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +136,7 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
         layers=layers,
         parameters=parameters,
         embedding_parameters=embedding,
+        encoder_parameters=_count(model.chunk_encoder) if model.chunk_encoder is not None else 0,
         active_parameters=parameters - embedding - _idle(model),
         context=context,
         memory=_memory(config, context, parameters, dtype.itemsize),

@@ -1,6 +1,8 @@
 """The language model: embedding, lower half, chunk encoder, upper half, output; the whole family through one config."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,25 @@ class HSATransformer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.weight.device
+
+    def generate(self, prompt: Tensor, lengths: Sequence[int] | None = None, **options: Any) -> list[list[int]]:
+        """The continuation of each prompt: `generate.generate`, where the options are."""
+        from hsa_compile.model.generate import generate  # it imports this module
+
+        return generate(self, prompt, lengths, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Writes the model: `pretrained.save_pretrained`."""
+        from hsa_compile.model.pretrained import save_pretrained  # it imports this module
+
+        save_pretrained(self, directory, **options)
+
+    @staticmethod
+    def from_pretrained(directory: str | Path, **options: Any) -> "HSATransformer":
+        """Reads a model: `pretrained.from_pretrained`."""
+        from hsa_compile.model.pretrained import from_pretrained  # it imports this module
+
+        return from_pretrained(directory, **options)
 
     def forward(
         self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None

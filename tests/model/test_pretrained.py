@@ -1,7 +1,6 @@
 """A saved model comes back bit for bit; a kill leaves the old one; what is not a model is refused by name."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import build, small_config
 
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.model.pretrained import from_pretrained, read_config, read_extra, read_tokenizer, save_pretrained
-
-from small_models import build, small_config
 
 TOKENS = torch.arange(2 * 33).view(2, 33) % 19
 
@@ -128,7 +126,7 @@ def test_a_kill_between_the_two_files_keeps_the_new_model(tmp_path: Path, monkey
     assert from_pretrained(tmp_path).config.variant == "drt"
     save_pretrained(build(small_config("full")), tmp_path)
     assert from_pretrained(tmp_path).config.variant == "full"
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 SAVER = """
@@ -173,7 +171,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     again = from_pretrained(tmp_path)
     assert again.config == old.config
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_an_integer_dtype_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""`hsa-compile model info`: what a model costs, before it exists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import tabulate
+import torch
+
+from hsa_compile.cli.model_argument import config_of
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.info import LayerInfo, ModelInfo, model_info
+from hsa_compile.problem import DTYPES
+
+_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_COUNTS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+@click.group()
+def model() -> None:
+    """The bundled language model."""
+
+
+@model.command()
+@click.argument("name", metavar="PRESET|DIR")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset; hsa-ultralong if nothing is said.")
+@click.option("--context", type=Counts(), default="8k", show_default=True, help="Tokens of text (16m works).")
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES, *DTYPE_ALIASES]),
+    default="bf16",
+    show_default=True,
+    help="Of weights, caches and memory.",
+)
+@json_option
+def info(name: str, variant: str | None, context: list[int], dtype: str, as_json: bool) -> None:
+    """Show layers, parameters, memory at a context length and FLOPs of a model; no weight is allocated.
+
+    PRESET is tiny, small, 345m, 0.5b or 8b-a1b; DIR is what a training run or save_pretrained wrote. FLOPs are
+    products only, a token of text, on average over the context; training counts three times the forward pass.
+
+    \b
+    Examples:
+      hsa-compile model info tiny
+      hsa-compile model info 0.5b --variant full --context 32k
+      hsa-compile model info 8b-a1b --context 16m --json
+    """
+    if len(context) != 1:
+        raise InvalidArgument(f"--context names {len(context)} lengths; one is needed")
+    config = config_of(name, variant)
+    counted = model_info(config, context=context[0], dtype=getattr(torch, DTYPE_ALIASES.get(dtype, dtype)))
+    if as_json:
+        print_json(counted.to_dict())
+        return
+    click.echo(tabulate.tabulate(list(_layer_rows(counted)), headers=("layers", "holds", "parameters", "active")))
+    click.echo()
+    totals = list(_totals(counted, dtype))
+    width = max(len(what) for what, _ in totals)
+    for what, value in totals:
+        click.echo(f"{what:{width}}  {value}")
+
+
+def _layer_rows(counted: ModelInfo) -> Iterator[tuple[Any, ...]]:
+    """Layers that are alike and follow each other share a row; sizes are of one of them."""
+    config = counted.config
+    groups: list[list[LayerInfo]] = []
+    for layer in counted.layers:
+        if groups and _kind(groups[-1][0]) == _kind(layer):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    encoder = f"{counted.encoder_parameters:,}"
+    for group in groups:
+        first, last = group[0], group[-1]
+        if first.index == config.num_lower_layers and config.has_memory:
+            yield "", f"chunk encoder, chunks of {config.chunk_size}", encoder, encoder
+        names = str(first.index) if first is last else f"{first.index} … {last.index}"
+        yield f"{names} {first.half}", _holds(first), f"{first.parameters:,}", f"{first.active_parameters:,}"
+
+
+def _kind(layer: LayerInfo) -> tuple[Any, ...]:
+    return layer.half, layer.mixer, layer.retrieves, layer.reads_memory, layer.mlp
+
+
+def _holds(layer: LayerInfo) -> str:
+    parts = [layer.mixer if layer.mixer != "none" else ""]
+    parts += ["retrieval"] * layer.retrieves + ["chunk attention"] * layer.reads_memory
+    parts.append(f"{layer.mlp} MLP" if layer.mlp == "dense" else "MoE" if layer.mlp == "moe" else "")
+    return " + ".join(part for part in parts if part)
+
+
+def _totals(counted: ModelInfo, dtype: str) -> Iterator[tuple[str, str]]:
+    config, memory = counted.config, counted.memory
+    yield "variant", config.variant
+    yield "parameters", f"{counted.parameters:,}"
+    yield "  embeddings", f"{counted.embedding_parameters:,}{' (tied)' if config.tie_embeddings else ''}"
+    yield "  active", f"{counted.active_parameters:,} without embeddings"
+    yield f"memory at {counted.context:,} tokens, {dtype}", _scaled(memory.total, _UNITS, "B")
+    yield "  weights", _scaled(memory.weights, _UNITS, "B")
+    yield "  caches of the layers", _scaled(memory.caches, _UNITS, "B")
+    if config.has_memory:
+        yield "  chunk keys", _scaled(memory.chunk_keys, _UNITS, "B")
+        yield "  chunk values", _scaled(memory.chunk_values, _UNITS, "B")
+        yield "  landmarks", _scaled(memory.landmarks, _UNITS, "B")
+    yield "FLOPs a token, forward", _scaled(counted.forward_flops, _COUNTS)
+    for part, flops in counted.flops.items():
+        if flops:
+            yield f"  {part}", _scaled(flops, _COUNTS)
+    yield "FLOPs a token, training", _scaled(counted.training_flops, _COUNTS)
+    yield "FLOPs a token, prefill", _scaled(counted.prefill_flops, _COUNTS)
+
+
+def _scaled(number: float, units: tuple[tuple[int, str], ...], smallest: str = "") -> str:
+    for factor, unit in units:
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} {smallest}".rstrip()
