@@ -1,0 +1,79 @@
+"""Haystacks: noise, text, and what a person may name."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import find_sources
+from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack, load_haystack
+
+CIRCLE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+
+
+@given(st.integers(0, 60_000), st.integers(0, 1000))
+def test_noise_is_rulers_sentences_over_and_over(length: int, seed: int) -> None:
+    filled = NoiseHaystack().fill(length, random.Random(seed))
+    assert len(filled) == length
+    assert bytes(filled) in CIRCLE * (length // len(CIRCLE) + 2)
+
+
+@given(st.binary(min_size=1, max_size=50), st.integers(0, 200), st.integers(0, 1000))
+def test_text_is_a_window_that_goes_on_at_the_beginning(text: bytes, length: int, seed: int) -> None:
+    filled = TextHaystack("text", text).fill(length, random.Random(seed))
+    assert len(filled) == length
+    assert bytes(filled) in text * (length // len(text) + 2)
+    assert length > len(text) or bytes(filled) in text
+
+
+def test_a_haystack_gives_memory_of_its_own() -> None:
+    haystack = TextHaystack("text", b"0123456789")
+    haystack.fill(10, random.Random(0))[0] = 120
+    assert haystack.fill(10, random.Random(0)) == b"0123456789"
+
+
+def test_no_text_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="none holds no text"):
+        TextHaystack("none", b"")
+
+
+def test_the_standard_library_is_a_haystack() -> None:
+    haystack = load_haystack("stdlib")
+    assert haystack.name == "stdlib"
+    assert isinstance(haystack, TextHaystack)
+    assert len(haystack) > 4e6
+    assert load_haystack("stdlib") is haystack
+
+
+def test_a_folder_of_text_is_a_haystack_without_its_binaries(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}\n{"text": "third"}\n')
+    (tmp_path / "c.bin").write_bytes(b"\0\1")
+    assert load_haystack(tmp_path).fill(19, random.Random(0)) == b"first\0second\0third\0"
+
+
+def test_a_prepared_corpus_is_a_haystack(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    prepare(find_sources([tmp_path / "a.txt"]), tmp_path / "corpus", validation=0)
+    haystack = load_haystack(tmp_path / "corpus")
+    assert (haystack.name, haystack.fill(6, random.Random(0))) == ("corpus", b"first\0")
+
+
+def test_a_corpus_of_words_is_no_haystack(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"w{number}": number for number in range(300)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "t.json"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "w1"}))
+    prepare(find_sources([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer=tmp_path / "t.json", validation=0)
+    with pytest.raises(InvalidArgument, match="holds uint16; a haystack needs the tokenizer bytes"):
+        load_haystack(tmp_path / "out")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="source essays does not exist"):
+        load_haystack("essays")
