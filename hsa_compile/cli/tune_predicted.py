@@ -1,17 +1,18 @@
 """`hsa-compile tune --target`: schedules for a GPU that is not there; how good such predictions are on one that is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import click
 import tqdm
 
+from hsa_compile.autotune.ledger import Ledger, ProblemLedger, default_ledger
 from hsa_compile.autotune.predicted import PredictionProgress, check_predictable, predict_schedule
-from hsa_compile.autotune.rank_correlation import prediction_correlation
+from hsa_compile.autotune.rank_correlation import MIN_SCHEDULES, prediction_correlation
 from hsa_compile.cli.options import print_json, print_rows
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
-from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
 
@@ -52,17 +53,25 @@ def tune_for_absent_target(
     click.echo(f"\nstored in {cache.path(target)}; times are a model's until the device is there: hsa-compile tune")
 
 
-def report_prediction(problem: Problem, target: Target, times: Mapping[Schedule, float]) -> str:
-    """One line on how the model orders schedules that were measured, in milliseconds, on the device at hand.
+def report_predictions(problems: Sequence[Problem], target: Target, inputs: str) -> None:
+    """Prints how the model orders the schedules that were timed on the device at hand, a line for each problem.
+
+    Args:
+        inputs: name of the distribution that they were timed on.
 
     Raises:
         InvalidTarget: there is no model for the target; there is none for CPUs.
-        InvalidArgument: too few were measured.
     """
-    correlation = prediction_correlation(problem, target, times)
-    return (
-        f"{problem.op}: predicted against measured times of {len(times)} schedules, rank correlation {correlation:.2f}"
-    )
+    check_predictable(target)
+    ledger = Ledger(default_ledger(target))
+    for problem in problems:
+        known = ProblemLedger(ledger, problem, target, inputs, default_schedule(problem, target)).known()
+        ratios = {schedule: outcome.ratio for schedule, outcome in known.items() if outcome.ratio is not None}
+        text = f"{len(ratios)} schedules were timed, too few to compare"
+        if len(ratios) >= MIN_SCHEDULES:
+            correlation = prediction_correlation(problem, target, ratios)
+            text = f"rank correlation {correlation:.2f} of predicted with measured times, {len(ratios)} schedules"
+        click.echo(f"{problem.describe()}: {text}", err=True)
 
 
 def _stored(problem: Problem, target: Target) -> TuningRecord | None:
