@@ -8,7 +8,9 @@ import click
 from hsa_compile import __version__
 from hsa_compile.cli.doctor import doctor
 from hsa_compile.cli.emit import emit
+from hsa_compile.cli.generate import generate
 from hsa_compile.cli.inspect import inspect
+from hsa_compile.cli.model import model
 from hsa_compile.cli.prepare import prepare
 from hsa_compile.cli.schedules import schedules
 from hsa_compile.cli.tune import tune
@@ -35,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (tune, schedules, emit, inspect, prepare, doctor):
+for command in (tune, schedules, emit, inspect, prepare, model, generate, doctor):
     cli.add_command(command)
 
 
