@@ -99,7 +99,10 @@ def test_bad_sources_are_named_and_leave_nothing(folder: Path, tmp_path: Path) -
     assert manifest.skipped["binary: holds NUL bytes"] == 2
 
 
-def test_what_a_dropped_source_held_is_no_duplicate_for_a_later_one(tmp_path: Path) -> None:
+def test_what_a_dropped_source_held_is_taken_back_and_no_duplicate_for_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_writer, "_BATCH_BYTES", 1)  # written before the source breaks off
     (tmp_path / "a.txt").write_bytes(b"x\n" * 30 + b"\0")
     (tmp_path / "b.txt").write_bytes(b"x\n" * 30)
     prepare(find_sources([tmp_path / "a.txt", tmp_path / "b.txt"]), tmp_path / "o", validation=0, max_document_bytes=60)

@@ -17,8 +17,11 @@ from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 
+LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 NOISE = ((NoiseHaystack(), 1.0),)
-CODE = ((TextHaystack("code", b"x = f(key=1, abc=2)  # text\n" * 200), 1.0),)
+# Code that assigns to every fifth name or so.
+CODE_TEXT = b"x = f()\n" + b", ".join(b"%c%c%c=1" % (a, b, c) for a in b"aeiou" for b in LETTERS for c in LETTERS)
+CODE = ((TextHaystack("code", CODE_TEXT), 1.0),)
 numbers = st.integers(0, 2**32)
 
 
@@ -138,7 +141,7 @@ def test_synthetic_rows_come_by_their_share_among_plain_ones(corpus: TokenCorpus
 
 def test_haystacks_come_by_their_weight() -> None:
     mixture = Mixture(haystacks=((NOISE[0][0], 3.0), (CODE[0][0], 1.0)))
-    code = sum(b"f(" in training_sample(mixture, 200, 0, index).tokens.tobytes() for index in range(400))
+    code = sum(b"=1, " in training_sample(mixture, 200, 0, index).tokens.tobytes() for index in range(400))
     assert 60 < code < 140
 
 

@@ -1,0 +1,55 @@
+"""Names, needles and questions before they are placed."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.tasks.facts import (
+    CHAIN_QUERY_BYTES,
+    NEEDLE_BYTES,
+    QUERY_BYTES,
+    chain_facts,
+    draw_keys,
+    lookup_facts,
+)
+
+LETTERS = range(97, 123)
+NAMES = [b"%c%c%c" % (a, b, c) for a in LETTERS for b in LETTERS for c in LETTERS]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 20))
+def test_names_that_the_text_assigns_to_are_not_drawn(seed: int, count: int) -> None:
+    free = set(NAMES[::2])
+    text = b", ".join(b"long_%b=1" % name for name in NAMES[1::2])
+    keys = draw_keys(random.Random(seed), count, text)
+    assert len(set(keys)) == count
+    assert set(keys) <= free
+
+
+def test_a_thousand_needles_are_the_most() -> None:
+    assert len(set(draw_keys(random.Random(0), 1000, b""))) == 1000
+    with pytest.raises(InvalidArgument, match="1001 needles; allowed are 1 to 1000"):
+        draw_keys(random.Random(0), 1001, b"")
+
+
+def test_a_lookup_reads_as_documented() -> None:
+    facts = lookup_facts(random.Random(0), [b"abc", b"def"], 2)
+    first, second = (needle[5:9] for needle in facts.needles)
+    assert facts.needles == (b" abc=%b." % first, b" def=%b." % second)
+    assert facts.question == b" ?abc=%b. ?def=%b." % (first, second)
+    assert [facts.question[start:end] for start, end in facts.answer_spans] == [first, second]
+    assert first != second
+    assert (len(facts.needles[0]), len(facts.question)) == (NEEDLE_BYTES, 2 * QUERY_BYTES)
+
+
+def test_a_chain_reads_as_documented() -> None:
+    facts = chain_facts(random.Random(0), [b"abc", b"def", b"ghi", b"jkl", b"mno", b"pqr"], 2)
+    first, second = facts.needles[0][5:9], facts.needles[3][5:9]
+    assert facts.needles[:3] == (b" abc=%b." % first, b" def=abc.", b" ghi=def.")
+    assert facts.question == b" ?ghi=def=abc=%b. ?pqr=mno=jkl=%b." % (first, second)
+    assert facts.question[slice(*facts.answer_spans[1])] == b"mno=jkl=%b" % second
+    assert len(facts.question) == 2 * CHAIN_QUERY_BYTES
+    assert facts.asked == (0, 1, 2, 3, 4, 5)
