@@ -100,38 +100,43 @@ def _nothing_to_attend_to(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> T
 def _check(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, mask_last_token: bool
 ) -> None:
+    # Every call of the op pays for this: each attribute of a tensor is read once.
+    if not isinstance(q, Tensor):
+        raise InvalidArgument(f"q is a {type(q).__name__}, not a tensor")
+    device, dtype = q.device, q.dtype
     for name, x in (("q", q), ("k", k), ("v", v), ("chunk_indices", indices), ("chunk_weights", weights)):
         if not isinstance(x, Tensor):
             raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
         if x.dim() != 4:
             raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
-        if x.device != q.device:
-            raise InvalidArgument(f"{name} is on {x.device}, q on {q.device}; all must be on one device")
-    if q.device.type not in torch_ops.DEVICE_TYPES:
-        raise InvalidArgument(f"device '{q.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+        if x.device != device:
+            raise InvalidArgument(f"{name} is on {x.device}, q on {device}; all must be on one device")
+    if device.type not in torch_ops.DEVICE_TYPES:
+        raise InvalidArgument(f"device '{device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in torch_ops.DTYPE_NAMES or x.dtype != q.dtype:
+        if x.dtype != dtype or dtype not in torch_ops.DTYPE_NAMES:
             raise InvalidArgument(f"{name} has dtype {x.dtype}; q, k and v must share one of {', '.join(DTYPES)}")
     least = 2 if mask_last_token else 1
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or not least <= chunk_size <= MAX_CHUNK_SIZE:
         raise InvalidArgument(f"chunk_size = {chunk_size!r} must be an integer in {least} … {MAX_CHUNK_SIZE}")
+    k_shape, v_shape, indices_shape, weights_shape = k.shape, v.shape, indices.shape, weights.shape
     B, T, HQ, D = q.shape
-    S, H, Dv = k.shape[1], k.shape[2], v.shape[3]
-    _check_shape("k", k, (B, S, H, D), "[B, S, H, D]")
-    _check_shape("v", v, (B, S, H, Dv), "[B, S, H, Dv]")
+    S, H, Dv, K = k_shape[1], k_shape[2], v_shape[3], indices_shape[3]
+    _check_shape("k", k_shape, (B, S, H, D), "[B, S, H, D]")
+    _check_shape("v", v_shape, (B, S, H, Dv), "[B, S, H, Dv]")
     if H == 0 or HQ % H:
         raise InvalidArgument(f"q has {HQ} heads, which is no multiple of the {H} heads of k")
     if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
         raise InvalidArgument(f"head dims D = {D} and Dv = {Dv} must be in 1 … {MAX_HEAD_DIM}")
-    _check_shape("chunk_indices", indices, (B, T, H, indices.shape[3]), "[B, T, H, K]")
+    _check_shape("chunk_indices", indices_shape, (B, T, H, K), "[B, T, H, K]")
     if indices.dtype not in (torch.int32, torch.int64):
         raise InvalidArgument(f"chunk_indices has dtype {indices.dtype}; int32 or int64 is needed")
-    heads = HQ if weights.shape[2] == HQ else H
-    _check_shape("chunk_weights", weights, (B, T, heads, indices.shape[3]), "[B, T, H or HQ, K]")
+    heads = HQ if weights_shape[2] == HQ else H
+    _check_shape("chunk_weights", weights_shape, (B, T, heads, K), "[B, T, H or HQ, K]")
     if not weights.is_floating_point():
         raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
 
 
-def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
-    if tuple(x.shape) != expected:
-        raise InvalidArgument(f"{name} has shape {list(x.shape)}; {letters} = {list(expected)} is needed")
+def _check_shape(name: str, shape: torch.Size, expected: tuple[int, ...], letters: str) -> None:
+    if shape != expected:
+        raise InvalidArgument(f"{name} has shape {list(shape)}; {letters} = {list(expected)} is needed")
