@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.autotune.inputs import Inputs, make_inputs
-from hsa_compile.errors import WrongResult
+from hsa_compile.errors import NotFinite, WrongResult
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.problem import Problem
@@ -40,7 +40,7 @@ def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
     results = _run(kernel, inputs)
     for name, result in zip(RESULT_NAMES[problem.op], results, strict=True):
         if not result.isfinite().all():
-            raise WrongResult(f"{name} has values that are not finite")
+            raise NotFinite(f"{name} has values that are not finite")
     if problem.op == "hsa_forward":
         tokens = _sample(problem)
         expected = _reference(small.op, _at_tokens(inputs, tokens), problem)
@@ -152,6 +152,8 @@ def _compare(op: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], 
 def _compare_one(name: str, actual: Tensor, expected: Tensor, dtype: str, where: str) -> None:
     if actual.shape != expected.shape:
         raise WrongResult(f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}")
+    if not actual.isfinite().all():
+        raise NotFinite(f"{name} has values that are not finite on {where}")
     error = relative_error(actual, expected)
     if not error <= TOLERANCES[dtype]:
         raise WrongResult(f"{name} is off by {error:.1e} (relative norm, at most {TOLERANCES[dtype]:.0e}) on {where}")

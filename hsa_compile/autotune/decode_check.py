@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hsa_compile.autotune.check import TOLERANCES, relative_error
 from hsa_compile.autotune.decode_inputs import DecodeInputs, make_decode_inputs
-from hsa_compile.errors import WrongResult
+from hsa_compile.errors import NotFinite, WrongResult
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.decode_reference import hsa_decode_reference
 from hsa_compile.problem import Problem
@@ -58,7 +58,7 @@ def _with_oddities(inputs: DecodeInputs) -> DecodeInputs:
 def _compare(kernel: Kernel, inputs: DecodeInputs, problem: Problem, where: str) -> None:
     o = kernel.entry(*inputs.arguments(problem.op), **inputs.options(problem.op))
     if not o.isfinite().all():
-        raise WrongResult(f"o has values that are not finite on {where}")
+        raise NotFinite(f"o has values that are not finite on {where}")
     sequences = torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES).long().unique().to(inputs.q.device)
     expected = _reference(inputs, sequences, problem)
     error = relative_error(o[sequences], expected)

@@ -1,56 +1,127 @@
-"""The last word: the best few against the default, interleaved, and the default unless it is clearly beaten."""
+"""The last word: the best few against the default, interleaved, and the default unless it is clearly beaten.
 
+Whoever cannot be told from the best is in the tie-set with it; among those the pick does not hang on the clock.
+"""
+
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hsa_compile.autotune.candidate import Candidate
 from hsa_compile.autotune.measure import quantile, summarize
+from hsa_compile.autotune.resources import Resources
 from hsa_compile.schedules.record import Measurement
+from hsa_compile.schedules.schedule import Schedule
 
-MIN_GAIN = 0.01  # a winner saves at least this share of the default's time …
-CONFIDENT_SHARE = 0.8  # … and is faster in at least this share of the rounds
-MIN_ROUNDS = 9  # with fewer, one of four equals would beat the default by luck every fifth time
+CONFIDENCE = 0.95
+MIN_GAIN = 0.01  # a smaller share of the default's time is no gain, and no difference, however certain
+MIN_ROUNDS = 9  # with eight challengers, all of nine rounds must be won to be that confident
 _ROUNDS_AT_ONCE = 3
 
-TimeAll = Callable[[Sequence[Candidate], int], list[list[float]]]
+TimeAll = Callable[[Sequence[Schedule], int], list[list[float]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Who won, and both measurements from the same rounds."""
+    """Who won, both measurements from the same rounds, and who might as well have won.
 
-    winner: Candidate
+    Attributes:
+        winner: the pick from the tie-set.
+        measurement, default_measurement: of winner and default.
+        tie_set: the best and all that cannot be told from it, in the order of the pick; the winner is the first.
+        text: what was decided and how sure it is.
+    """
+
+    winner: Schedule
     measurement: Measurement
     default_measurement: Measurement
+    tie_set: tuple[Schedule, ...]
+    text: str
 
 
 def play_off(
-    default: Candidate, challengers: Sequence[Candidate], time_all: TimeAll, *, max_rounds: int, deadline: float
+    default: Schedule,
+    challengers: Sequence[Schedule],
+    time_all: TimeAll,
+    *,
+    max_rounds: int,
+    deadline: float,
+    resources: Callable[[Schedule], Resources | None] = lambda schedule: None,
 ) -> Verdict:
-    """Times default and challengers in turns and picks the fastest that beats the default by more than the noise.
+    """Times default and challengers in turns and picks among the fastest that beat the default by more than noise.
 
-    A challenger beats the default if its median ratio, round by round, is below `1 − MIN_GAIN` and it was faster
-    in at least `CONFIDENT_SHARE` of the rounds.
+    Two entrants are compared by a sign test on their rounds: it assumes nothing about how noise is distributed. A
+    challenger beats the default if it is faster by `MIN_GAIN` at the median and the test says so at `CONFIDENCE`,
+    shared out among the challengers, so that the default loses to any of its equals in one search of twenty at most.
+    The fastest of those ties with every other one that it does not beat in the same way.
 
     Args:
+        challengers: in the order of the search space, or any other that does not depend on their times.
         time_all: interleaved times of several candidates over a number of rounds.
         max_rounds: at most so many; at least `MIN_ROUNDS` are run.
         deadline: `time.monotonic()` after which no more rounds begin than those.
+        resources: what a candidate uses, where that is known.
     """
     entrants = [default, *challengers]
+    times = _rounds(entrants, time_all, max_rounds, deadline)
+    level = (1 - CONFIDENCE) / max(1, len(challengers))
+    beaters = [i for i in range(1, len(entrants)) if _is_faster(times[i], times[0], level)]
+    best = min(beaters, key=lambda i: _median_ratio(times[i], times[0]), default=0)
+    rivals = beaters or range(1, len(entrants))
+
+    def preference(i: int) -> tuple[int, ...]:
+        uses = resources(entrants[i]) or Resources()
+        return (uses.spills, uses.registers, uses.shared_memory, num_changes(entrants[i], default), i)
+
+    ties = sorted(
+        (i for i in rivals if i == best or not _is_faster(times[best], times[i], 1 - CONFIDENCE)), key=preference
+    )
+    if not beaters:
+        ties.insert(0, 0)
+    winner = ties[0]
+    return Verdict(
+        winner=entrants[winner],
+        measurement=summarize(times[winner]),
+        default_measurement=summarize(times[0]),
+        tie_set=tuple(entrants[i] for i in ties),
+        text=_text(winner != 0, len(challengers), len(ties), len(times[0])),
+    )
+
+
+def num_changes(schedule: Schedule, default: Schedule) -> int:
+    """Knobs in which a schedule differs from the default, the dataflow and those that only one has among them."""
+    return sum(schedule.get(name) != default.get(name) for name in {*schedule, *default})
+
+
+def _rounds(entrants: Sequence[Schedule], time_all: TimeAll, max_rounds: int, deadline: float) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in entrants]
     while len(times[0]) < max_rounds:
         for collected, new in zip(times, time_all(entrants, _ROUNDS_AT_ONCE), strict=True):
             collected.extend(new)
         if len(times[0]) >= MIN_ROUNDS and time.monotonic() >= deadline:
             break
-    ratios = [[t / d for t, d in zip(mine, times[0], strict=True)] for mine in times]
-    medians = [quantile(r, 0.5) for r in ratios]
-    beaters = [
-        i
-        for i in range(1, len(entrants))
-        if medians[i] < 1 - MIN_GAIN and sum(r < 1 for r in ratios[i]) >= CONFIDENT_SHARE * len(ratios[i])
-    ]
-    best = min(beaters, key=lambda i: medians[i], default=0)
-    return Verdict(winner=entrants[best], measurement=summarize(times[best]), default_measurement=summarize(times[0]))
+    return times
+
+
+def _is_faster(times: Sequence[float], others: Sequence[float], level: float) -> bool:
+    """Whether `times` beat `others` by more than `MIN_GAIN`, and by luck only with a probability of `level`."""
+    if _median_ratio(times, others) >= 1 - MIN_GAIN:
+        return False
+    wins = sum(t < o for t, o in zip(times, others, strict=True))
+    played = sum(t != o for t, o in zip(times, others, strict=True))
+    return sum(math.comb(played, k) for k in range(wins, played + 1)) / 2**played <= level
+
+
+def _median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return quantile([t / o for t, o in zip(times, others, strict=True)], 0.5)
+
+
+def _text(beaten: bool, num_challengers: int, num_ties: int, rounds: int) -> str:
+    if not num_challengers:
+        return "the default stays: nothing else was timed"
+    if not beaten:
+        return (
+            f"the default stays: none of {num_challengers} beats it at {CONFIDENCE:.0%} confidence in {rounds} rounds"
+        )
+    others = f", {num_ties - 1} others cannot be told from it" if num_ties > 1 else ""
+    return f"beats the default at {CONFIDENCE:.0%} confidence in {rounds} rounds{others}"

@@ -1,27 +1,21 @@
-"""Which schedules to try: Optuna asks, we check and time, the loop is ours."""
+"""The loop of one worker: propose, compile ahead, evaluate, tell, until the trials, the time or the space run out."""
 
-import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any
 
-import optuna
-
-from hsa_compile.autotune.candidate import Candidate
-from hsa_compile.autotune.measure import quantile
-from hsa_compile.errors import CompileError, OutOfResources, WrongResult
-from hsa_compile.problem import Problem
+from hsa_compile.autotune.bench import Bench
+from hsa_compile.autotune.isolation import CompilePool
+from hsa_compile.autotune.ledger import ProblemLedger
+from hsa_compile.autotune.outcome import Outcome
+from hsa_compile.autotune.resources import Resources
+from hsa_compile.autotune.stages import Baseline, evaluate, measure_default
+from hsa_compile.autotune.study import Finished, Proposal, TuningStudy
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.target import Target
 
-_MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn at random
-_STARTUP_TRIALS = 8
-
-Prepare = Callable[[Schedule], Candidate]
-TimePair = Callable[[Candidate, Candidate], tuple[Sequence[float], Sequence[float]]]
+PATIENCE = 20  # trials in which nothing much better came up, before the search believes that nothing will
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,26 +23,33 @@ class Trial:
     """One candidate that was timed.
 
     Attributes:
-        candidate: what was timed.
+        schedule: what was timed.
         ratio: median of its time over the default's in the same round.
         median_ms: its own median.
+        resources: what it uses, where the compiler tells.
     """
 
-    candidate: Candidate
+    schedule: Schedule
     ratio: float
     median_ms: float
+    resources: Resources | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class SearchResult:
-    """What a search found: timed trials in the order they were made, and how many failed in which way."""
+    """What a study holds: timed trials in the order they were made, and how many failed in which way.
+
+    Attributes:
+        num_known: of the trials and failures, those that the ledger knew, which cost no time.
+    """
 
     trials: list[Trial] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    num_known: int = 0
 
     @property
     def num_tried(self) -> int:
-        """Candidates that cost time: timed or failed."""
+        """Candidates that were timed or failed."""
         return len(self.trials) + self.failures.total()
 
     @property
@@ -56,106 +57,135 @@ class SearchResult:
         """The trial with the least ratio."""
         return min(self.trials, key=lambda trial: trial.ratio)
 
+    @staticmethod
+    def of(finished: Sequence[Finished]) -> "SearchResult":
+        """The sum of outcomes."""
+        result = SearchResult()
+        for one in finished:
+            result.num_known += not one.counted
+            ratio, median_ms = one.outcome.ratio, one.outcome.median_ms
+            if ratio is None or median_ms is None:
+                result.failures[one.outcome.failure] += 1
+            else:
+                resources = one.outcome.resources
+                trial = Trial(schedule=one.schedule, ratio=ratio, median_ms=median_ms, resources=resources)
+                result.trials.append(trial)
+        return result
+
+    def has_settled(self, within: float) -> bool:
+        """Whether the last `PATIENCE` candidates together made the best better by no more than a share `within`.
+
+        If candidates came in random order, one in `PATIENCE + 1` searches that settle so would find more in the
+        next one; a sampler that looks in good places first has less left to find.
+        """
+        ratios = [trial.ratio for trial in self.trials]
+        if len(ratios) <= PATIENCE:
+            return False
+        return min(ratios) >= (1 - within) * min(ratios[:-PATIENCE])
+
 
 def search(
-    problem: Problem,
-    target: Target,
+    study: TuningStudy,
+    bench: Bench,
     *,
-    first: Sequence[Schedule],
-    prepare: Prepare,
-    time_pair: TimePair,
-    max_trials: int,
     deadline: float,
-    seed: int,
+    pool: CompilePool | None = None,
+    pause_to_time: bool = False,
+    until_within: float | None = None,
+    ledger: ProblemLedger | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     on_trial: Callable[[SearchResult], None] = lambda result: None,
 ) -> SearchResult:
-    """Tries schedules until the trials, the time or the space run out.
+    """Tries schedules until the study has its trials, or the time or the space runs out.
 
     Args:
-        first: tried before anything is sampled; the first of them is the default, which all are compared with.
-        prepare: makes a schedule a checked candidate.
-        time_pair: interleaved times of two candidates.
-        max_trials: candidates to try, the default included.
+        study: what was tried and what to try; the first of its first schedules is the default.
+        bench: where candidates are checked and timed.
         deadline: `time.monotonic()` after which no new candidate but the default begins.
-        seed: of the sampler.
-        on_trial: called after each candidate.
+        pool: compiles candidates ahead; without one the bench does, each in its turn.
+        pause_to_time: nothing is compiled while a candidate is timed, since it would use the same cores.
+        until_within: ends the search when it has settled within this share (`SearchResult.has_settled`).
+        ledger: gets each outcome, before the study does.
+        should_stop: asked before each candidate.
+        on_trial: called with the study's result after each candidate of this worker.
 
     Raises:
-        CompileError, OutOfResources, WrongResult: the default schedule itself fails.
+        HSACompileError: the default schedule itself fails.
     """
-    result = SearchResult()
-    default = prepare(first[0])
-    default_times, again = time_pair(default, default)
-    result.trials.append(Trial(candidate=default, ratio=1.0, median_ms=quantile([*default_times, *again], 0.5)))
-    on_trial(result)
-    for schedule, tell in _proposals(problem, target, first, seed):
-        if result.num_tried >= max_trials or time.monotonic() >= deadline:
-            break
+    baseline = measure_default(study.first[0], bench)
+    window = _Window(study, pool, pause_to_time)
+
+    def is_over() -> bool:
+        result = SearchResult.of(study.finished())
+        settled = until_within is not None and result.has_settled(until_within)
+        return settled or time.monotonic() >= deadline or should_stop()
+
+    with study.heartbeat:
         try:
-            candidate = prepare(schedule)
-        except (CompileError, OutOfResources, WrongResult) as error:
-            result.failures[type(error).__name__] += 1
-            tell(None)
-        else:
-            times, default_times = time_pair(candidate, default)
-            ratio = quantile([t / d for t, d in zip(times, default_times, strict=True)], 0.5)
-            result.trials.append(Trial(candidate=candidate, ratio=ratio, median_ms=quantile(times, 0.5)))
-            tell(ratio)
-        on_trial(result)
-    return result
+            while proposal := window.next(is_over):
+                outcome = _outcome(proposal, window, bench, baseline, study)
+                if ledger is not None:
+                    ledger.add(proposal.schedule, outcome)
+                study.tell(proposal, outcome)
+                window.done()
+                on_trial(SearchResult.of(study.finished()))
+        finally:
+            window.release()
+    return SearchResult.of(study.finished())
 
 
-def _proposals(
-    problem: Problem, target: Target, first: Sequence[Schedule], seed: int
-) -> Iterator[tuple[Schedule, Callable[[float | None], None]]]:
-    """New valid schedules and where to report them, until none is left.
+class _Window:
+    """The proposals that are being compiled or timed, in order: outcomes are told in it, whichever compiles first."""
 
-    Points that are invalid or known go straight back to Optuna, at no cost.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = SearchSpace.of(problem, target)
-    valid = list(space.schedules(problem, target))
-    random.Random(seed).shuffle(valid)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
-    study = optuna.create_study(sampler=sampler, direction="minimize")
-    for schedule in first:
-        study.enqueue_trial(_parameters(schedule))
-    known: dict[Schedule, float | None] = {first[0]: 1.0}
-    idle = 0
-    while untried := [schedule for schedule in valid if schedule not in known]:
-        if idle == _MAX_IDLE_ASKS:
-            study.enqueue_trial(_parameters(untried[0]))
-        trial = study.ask()
-        schedule = _suggest(trial, space)
-        if schedule in known or not space.is_valid(problem, schedule, target):
-            _tell(study, trial, known.get(schedule))
-            idle += 1
-            continue
-        idle = 0
+    def __init__(self, study: TuningStudy, pool: CompilePool | None, pause_to_time: bool) -> None:
+        self._study, self._pool, self._pause = study, pool, pause_to_time
+        self._waiting: deque[tuple[Proposal, Future[Resources | None] | None]] = deque()
+        self._current: Proposal | None = None
+        self._timing = False  # of a batch, in which nothing new is compiled
+        self.compiled: Callable[[], Resources | None] | None = None
 
-        def report(ratio: float | None, trial: optuna.Trial = trial, schedule: Schedule = schedule) -> None:
-            known[schedule] = ratio
-            _tell(study, trial, ratio)
+    def next(self, is_over: Callable[[], bool]) -> Proposal | None:
+        """The next to be timed; None when it is over or nothing is left to propose."""
+        default = not self._study.finished()
+        if not default and is_over():
+            return None
+        self._refill(only_one=default)
+        self._timing = len(self._waiting) > 1
+        if not self._waiting:
+            return None
+        if self._pause:
+            wait([future for _, future in self._waiting if future is not None])
+        self._current, future = self._waiting.popleft()
+        self.compiled = future.result if future is not None else None
+        return self._current
 
-        yield schedule, report
+    def done(self) -> None:
+        """The current one is told."""
+        self._current = None
+
+    def release(self) -> None:
+        """Gives back what was begun and not told."""
+        for proposal in [self._current, *(proposal for proposal, _ in self._waiting)]:
+            if proposal is not None:
+                self._study.release(proposal)
+
+    def _refill(self, only_one: bool) -> None:
+        size = 1 if self._pool is None else self._pool.size
+        while self._wants_more(size, only_one) and (proposal := self._study.propose()) is not None:
+            self._waiting.append((proposal, self._pool.submit(proposal.schedule) if self._pool else None))
+
+    def _wants_more(self, size: int, only_one: bool) -> bool:
+        if not self._waiting:
+            return True
+        if self._pause:
+            # Batches end at fixed places in the study, after its first trial, the default: a search that was killed
+            # within a batch proposes what it would have.
+            return not self._timing and (self._study.num_counted() - 1) % size != 0
+        return not only_one and self._pool is not None and len(self._waiting) <= size
 
 
-def _suggest(trial: optuna.Trial, space: SearchSpace) -> Schedule:
-    dataflow = trial.suggest_categorical("dataflow", list(space.choices))
-    knobs: dict[str, Any] = {
-        name: trial.suggest_categorical(f"{dataflow}.{name}", choices)
-        for name, choices in space.choices[dataflow].items()
-    }
-    return Schedule.of(dataflow, **knobs)
-
-
-def _parameters(schedule: Schedule) -> dict[str, object]:
-    knobs = {f"{schedule.dataflow}.{name}": value for name, value in schedule.knobs}
-    return {"dataflow": schedule.dataflow, **knobs}
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, ratio: float | None) -> None:
-    if ratio is None:
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-    else:
-        study.tell(trial, ratio)
+def _outcome(proposal: Proposal, window: _Window, bench: Bench, baseline: Baseline, study: TuningStudy) -> Outcome:
+    if proposal.schedule == baseline.schedule:
+        return baseline.outcome
+    ratios = [one.outcome.ratio for one in study.finished() if one.outcome.ratio is not None]
+    return evaluate(proposal.schedule, bench, baseline, best_ratio=min(ratios, default=1.0), compiled=window.compiled)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.autotune.select_inputs import SelectInputs, make_select_inputs
-from hsa_compile.errors import WrongResult
+from hsa_compile.errors import NotFinite, WrongResult
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gumbel import gumbel
 from hsa_compile.kernels.select_reference import select_weights_reference
@@ -81,7 +81,7 @@ def _check_gradients(
     tolerance = GRADIENT_TOLERANCES[problem.dtype]
     for name, x in (("dquery", dquery), ("dlandmarks", dlandmarks)):
         if not x.isfinite().all():
-            raise WrongResult(f"{name} has values that are not finite")
+            raise NotFinite(f"{name} has values that are not finite")
     expected, _ = _reference_gradients(_at_tokens(inputs, tokens), problem)
     _compare("dquery", dquery[:, tokens], expected, tolerance, where)
     # The reference gets all tokens that picked one chunk: its gradient is then whole.

@@ -4,30 +4,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
-from hsa_compile.autotune.candidate import Candidate, prepare
-from hsa_compile.autotune.measure import measure
+from hsa_compile.autotune.clocks import clocks_mhz
 from hsa_compile.autotune.memory import check_memory
-from hsa_compile.autotune.play_off import MIN_ROUNDS, play_off
-from hsa_compile.autotune.search import SearchResult, search
-from hsa_compile.autotune.select_inputs import inputs_of
-from hsa_compile.errors import InvalidArgument, InvalidTarget
+from hsa_compile.autotune.options import TuneOptions
+from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
+from hsa_compile.autotune.search import SearchResult
+from hsa_compile.autotune.session import Session
+from hsa_compile.errors import InvalidTarget
+from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
-DEFAULT_TRIALS = 40
-DEFAULT_TIMEOUT_S = 45.0
-MAX_SEED = 2**32 - 1  # of Optuna's sampler
-
-_PAIRS = 3  # rounds in which a trial is timed against the default
-_MAX_FINALISTS = 4
+_MAX_FINALISTS = 8
 _PLAY_OFF_ROUNDS = 15
 _PLAY_OFF_SHARE = 0.25  # of the time
 
@@ -38,10 +34,11 @@ class Progress:
 
     Attributes:
         problem: what is being tuned.
-        tried, max_trials: candidates so far, and at most.
+        tried, max_trials: candidates so far, of all workers, and at most.
         best_ms, default_ms: medians so far.
         schedule: the best so far.
         elapsed_s, timeout_s: of the whole tuning.
+        failures: candidates that failed so far, by the name of the error.
     """
 
     problem: Problem
@@ -52,141 +49,150 @@ class Progress:
     schedule: Schedule
     elapsed_s: float
     timeout_s: float
+    failures: dict[str, int]
 
 
 def tune(
     problem: Problem,
     target: Target | None = None,
     *,
-    device: str | torch.device | None = None,
-    trials: int = DEFAULT_TRIALS,
-    timeout: float = DEFAULT_TIMEOUT_S,
-    seed: int = 0,
-    distribution: str = "random",
+    device: str | torch.device | Sequence[str] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_record: Callable[[TuningRecord], object] = lambda record: None,
+    **options: Any,
 ) -> TuningRecord:
-    """Searches the schedule of one problem on the device at hand. Stores nothing: `ScheduleCache.put` does.
+    """Searches the schedule of one problem on the device at hand. Stores no schedule: `ScheduleCache.put` does.
 
-    The default schedule is the first trial, the nearest tuned problem's the second. Every candidate is checked
-    against the reference, then timed in turns with the default; the best few meet the default once more in a
-    play-off, and the default stays unless it is beaten by more than the noise.
+    The default schedule is the first trial, then those that others found for such problems and the one that the
+    model likes best. Every candidate is checked against the reference, then timed in turns with the default; the
+    best few meet the default once more in a play-off, and the default stays unless it is beaten by more than noise.
 
     Args:
         problem: what to tune.
         target: of the device; found out if None.
-        device: to run on; the target's own by default (`cpu` or `cuda`).
-        trials: candidates to try at most, the default included.
-        timeout: seconds for everything; the play-off gets a quarter.
-        seed: of the sampler and the inputs.
-        distribution: of the picks, one of `inputs.DISTRIBUTIONS`.
+        device: to run on; the target's own by default (`cpu` or `cuda`). Several of a kind search at once.
         on_progress: called after each candidate.
+        should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
+            the record is marked incomplete.
+        on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
+        options: fields of `TuneOptions`, such as `trials`, `timeout`, `seed`, `distribution`, `sampler`, `storage`.
 
     Raises:
-        InvalidArgument: trials, timeout or seed out of range.
+        InvalidArgument: an option is out of range.
         InvalidProblem: its tensors do not fit in the memory that is free.
-        InvalidTarget: the target's device is not the one at hand.
-        CompileError, OutOfResources, WrongResult: the default schedule itself fails.
+        InvalidTarget: the target's device is not the one at hand, or several devices are of different kinds.
+        StorageError, MissingDependency: the study's storage cannot be opened.
+        CompileError, OutOfResources, WrongResult, CandidateCrashed, CandidateError, TimedOut: the default schedule
+            itself fails.
     """
-    check_limits(trials, timeout, seed)
-    place = _device(target, device)
-    target = Target.of(place)
-    check_memory(problem, place)
+    chosen = TuneOptions(**options)
+    devices = _devices(target, device)
+    target = _target_of(devices)
+    for place in devices:
+        check_memory(problem, torch.device(place))
     start = time.monotonic()
-    deadline = start + timeout
-    inputs = inputs_of(problem, place, distribution=distribution, seed=seed)
-
-    def time_all(candidates: Sequence[Candidate], rounds: int) -> list[list[float]]:
-        return measure([candidate.call for candidate in candidates], place, rounds=rounds)
-
-    def time_pair(one: Candidate, other: Candidate) -> tuple[list[float], list[float]]:
-        first, second = time_all([one, other], _PAIRS)
-        return first, second
+    deadline = start + chosen.timeout
 
     def report(result: SearchResult) -> None:
-        on_progress(
-            Progress(
-                problem=problem,
-                tried=result.num_tried,
-                max_trials=trials,
-                best_ms=result.best.median_ms,
-                default_ms=result.trials[0].median_ms,
-                schedule=result.best.candidate.schedule,
-                elapsed_s=time.monotonic() - start,
-                timeout_s=timeout,
-            )
-        )
+        if result.trials:
+            on_progress(_progress(problem, chosen, result, time.monotonic() - start))
 
-    result = search(
-        problem,
-        target,
-        first=_first_schedules(problem, target),
-        prepare=lambda schedule: prepare(problem, schedule, target, inputs),
-        time_pair=time_pair,
-        max_trials=trials,
-        deadline=start + timeout * (1 - _PLAY_OFF_SHARE),
-        seed=seed,
-        on_trial=report,
+    with Session(problem, target, devices, chosen) as session:
+        result = session.run(start + chosen.timeout * (1 - _PLAY_OFF_SHARE), should_stop, report)
+        stopped = should_stop()
+        verdict = _decide(session, result, time.monotonic() if stopped else deadline)
+        record = TuningRecord(
+            problem=problem,
+            target=target,
+            schedule=verdict.winner,
+            measurement=verdict.measurement,
+            default_measurement=verdict.default_measurement,
+            trials=result.num_tried,
+            failures=dict(result.failures),
+            inputs=chosen.distribution,
+            fingerprint=emit(problem, verdict.winner, target).fingerprint,
+            versions=installed_versions(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            verdict=verdict.text,
+            tie_set=verdict.tie_set,
+            confidence=CONFIDENCE,
+            clocks_mhz=clocks_mhz(devices[0]),
+            complete=not stopped,
+        )
+        on_record(record)
+        if not stopped:
+            session.finish()
+    return record
+
+
+def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elapsed_s: float) -> Progress:
+    default = result.trials[0]  # the first to be tried
+    return Progress(
+        problem=problem,
+        tried=result.num_tried,
+        max_trials=options.trials + result.num_known,
+        best_ms=result.best.median_ms,
+        default_ms=default.median_ms,
+        schedule=result.best.schedule,
+        elapsed_s=elapsed_s,
+        timeout_s=options.timeout,
+        failures=dict(result.failures),
     )
-    default, *others = result.trials
-    finalists = sorted(others, key=lambda trial: trial.ratio)[: _num_finalists(default.median_ms, deadline)]
-    verdict = play_off(
-        default.candidate,
-        [trial.candidate for trial in finalists],
-        time_all,
+
+
+def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
+    """The play-off of the best few, in the order of the space, which no clock has a say in."""
+    default = session.first[0]
+    typical_ms = result.trials[0].median_ms if result.trials else 1.0
+    others = sorted((trial for trial in result.trials if trial.schedule != default), key=lambda trial: trial.ratio)
+    finalists = {trial.schedule: trial for trial in others[: _num_finalists(typical_ms, deadline)]}
+    space = SearchSpace.of(session.problem, session.target)
+    ordered = [schedule for schedule in space.schedules(session.problem, session.target) if schedule in finalists]
+    known = {trial.schedule: trial.resources for trial in result.trials}
+    return play_off(
+        default,
+        ordered,
+        session.main_bench.time,
         max_rounds=_PLAY_OFF_ROUNDS,
         deadline=deadline,
-    )
-    return TuningRecord(
-        problem=problem,
-        target=target,
-        schedule=verdict.winner.schedule,
-        measurement=verdict.measurement,
-        default_measurement=verdict.default_measurement,
-        trials=result.num_tried,
-        failures=dict(result.failures),
-        inputs=distribution,
-        fingerprint=verdict.winner.fingerprint,
-        versions=installed_versions(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resources=known.get,
     )
 
 
-def check_limits(trials: int, timeout: float, seed: int) -> None:
-    """Whether a search may run so long and so seeded.
-
-    Raises:
-        InvalidArgument: a value is out of range; the message shows it and what is allowed.
-    """
-    if trials < 1:
-        raise InvalidArgument(f"trials = {trials} must be at least 1")
-    if not timeout > 0:
-        raise InvalidArgument(f"timeout = {timeout} must be more than 0 seconds")
-    if not 0 <= seed <= MAX_SEED:
-        raise InvalidArgument(f"seed = {seed} must be in 0 … {MAX_SEED}")
-
-
-def _num_finalists(default_ms: float, deadline: float) -> int:
+def _num_finalists(typical_ms: float, deadline: float) -> int:
     """As many as can play all rounds that are needed in the time that is left, one at least."""
-    affordable = (deadline - time.monotonic()) * 1e3 / (MIN_ROUNDS * default_ms) - 1
+    affordable = (deadline - time.monotonic()) * 1e3 / (MIN_ROUNDS * typical_ms) - 1
     return max(1, min(_MAX_FINALISTS, int(affordable)))
 
 
-def _first_schedules(problem: Problem, target: Target) -> list[Schedule]:
-    """The default, then what the nearest tuned problem uses."""
-    first = [default_schedule(problem, target)]
-    if found := default_cache().lookup(problem, target):
-        first.append(found.schedule)
-    return first
+def _devices(target: Target | None, device: str | torch.device | Sequence[str] | None) -> list[str]:
+    """Names of the devices to run on.
 
-
-def _device(target: Target | None, device: str | torch.device | None) -> torch.device:
-    if device is not None:
+    Raises:
+        InvalidTarget: a name is unknown, or the target is not what is at hand.
+    """
+    if device is None:
+        kind = (target or Target.current()).kind
+        place = "cpu" if kind == "cpu" else "cuda:0"
+        if target is not None and (found := Target.of(torch.device(place))) != target:
+            raise InvalidTarget(f"target {target.name} is not the device at hand, {found.name}")
+        return [place]
+    names = [str(device)] if isinstance(device, str | torch.device) else list(device)
+    for name in names:
         try:
-            return torch.device(device)
+            torch.device(name)
         except RuntimeError as error:
-            raise InvalidTarget(f"device {device!r} is not known; allowed are cpu, cuda and cuda:N") from error
-    kind = (target or Target.current()).kind
-    place = torch.device("cpu" if kind == "cpu" else "cuda:0")
-    if target is not None and Target.of(place) != target:
-        raise InvalidTarget(f"target {target.name} is not the device at hand, {Target.of(place).name}")
-    return place
+            raise InvalidTarget(f"device {name!r} is not known; allowed are cpu, cuda and cuda:N") from error
+    return names
+
+
+def _target_of(devices: Sequence[str]) -> Target:
+    """What the devices are, which must be the same for all: their times are compared."""
+    targets = [Target.of(torch.device(device)) for device in devices]
+    for device, target in zip(devices, targets, strict=True):
+        if target != targets[0]:
+            raise InvalidTarget(
+                f"device {device!r} is {target.name} and {devices[0]!r} {targets[0].name}; allowed are equal devices"
+            )
+    return targets[0]

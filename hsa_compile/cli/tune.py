@@ -1,24 +1,30 @@
 """`hsa-compile tune`: search the schedules of one or several problems and store the winners."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 import torch
 import tqdm
 
-from hsa_compile.autotune.inputs import DISTRIBUTIONS
+from hsa_compile.autotune.ledger import default_ledger
 from hsa_compile.autotune.memory import check_memory
+from hsa_compile.autotune.options import TuneOptions
+from hsa_compile.autotune.predicted import check_predictable
 from hsa_compile.autotune.problems import expand
-from hsa_compile.autotune.tune import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, MAX_SEED, Progress, check_limits
+from hsa_compile.autotune.storage import default_storage
+from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
+from hsa_compile.cli.interrupt import stop_on_ctrl_c
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
+from hsa_compile.cli.search_options import search_options, tune_options
+from hsa_compile.cli.tune_predicted import report_predictions, tune_for_absent_target
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.target import NAMED_TARGETS, Target
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.record import MEASURED, TuningRecord
+from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,55 +37,72 @@ class Outcome:
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 at once.")
 @op_option("all")
 @shape_options
-@click.option("--inputs", type=click.Choice(DISTRIBUTIONS), default="random", show_default=True, help="How picks fall.")
-@click.option("--trials", type=click.IntRange(min=1), default=DEFAULT_TRIALS, show_default=True, help="A problem.")
+@search_options
 @click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=DEFAULT_TIMEOUT_S,
-    show_default=True,
-    help="Seconds for each problem and op.",
+    "--target",
+    "absent",
+    type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
+    help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of sampler and inputs.")
-@click.option("--force", is_flag=True, help="Tune again what is cached.")
+@click.option("--report-prediction", is_flag=True, help="How well that model orders what was timed on this GPU.")
+@click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
-def tune(device: str, ops: tuple[str, ...], inputs: str, trials: int, timeout: float, seed: int, force: bool,
-         as_json: bool, **shape: Any) -> None:  # fmt: skip
+def tune(device: str, ops: tuple[str, ...], absent: str | None, report_prediction: bool, force: bool, as_json: bool,
+         **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags: a default problem for the device that is found, forward and backward, in about two minutes.
     A flag with several values makes several problems, and the table shows what each choice costs.
+
+    Every trial is in the study's storage the moment it ends: what was interrupted or killed goes on where it was when
+    the same command runs again. Ctrl-C stores the best so far. Several processes, GPUs and hosts that name the same
+    --storage share the trials; optuna-dashboard opens that storage, too.
 
     \b
     Examples:
       hsa-compile tune
       hsa-compile tune --seq-len 16k --heads 16 --kv-heads 1 --head-dim 64
       hsa-compile tune --chunk-size 32,64,128 --top-k 8,16 --op forward
-      hsa-compile tune --device cuda:0 --dtype bf16,fp16 --trials 100 --timeout 300
+      hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100 --timeout 300
+      hsa-compile tune --storage postgresql://user@host/tuning   # on each host
+      hsa-compile tune --target h100                             # without one
     """
-    check_limits(trials, timeout, seed)
-    if device in NAMED_TARGETS:
-        raise InvalidTarget(
-            f"device {device!r} is an architecture, not a device to run on; allowed are auto, cpu, cuda, cuda:N"
+    shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
+    if absent:
+        named = Target.parse(absent)
+        tune_for_absent_target(
+            expand(named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
         )
-    target = Target.parse(device)
-    problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
+        return
+    devices, target = _devices(device)
+    if report_prediction:
+        check_predictable(target)
+    options = replace(
+        tune_options(flags),
+        storage=flags["storage"] or default_storage(target),
+        ledger=default_ledger(target),
+        anew=force,
+    )
+    problems = expand(target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
-        check_memory(problem, torch.device(_place(device, target)))
+        check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)
     cache = default_cache()
     outcomes = []
     for problem in problems:
-        record = None if force else cache.exact(problem, target)
+        record = None if force else _finished(cache, problem, target)
         cached = record is not None
         if record is None:
-            record = _tune_with_bar(problem, target, device, inputs, trials, timeout, seed)
-            cache.put(record)
+            record = _tune(problem, devices, options, cache)
         outcomes.append(Outcome(problem=problem, record=record, cached=cached))
         click.echo(_verdict(outcomes[-1]), err=True)
+        if not record.complete:
+            raise KeyboardInterrupt
+    if report_prediction:
+        report_predictions(problems, target, flags["inputs"])
     if as_json:
         print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
         return
@@ -88,35 +111,65 @@ def tune(device: str, ops: tuple[str, ...], inputs: str, trials: int, timeout: f
     click.echo(f"\nstored in {cache.path(target)}")
 
 
-def _tune_with_bar(
-    problem: Problem, target: Target, device: str, inputs: str, trials: int, timeout: float, seed: int
-) -> TuningRecord:
-    with tqdm.tqdm(
-        total=trials, desc=f"{problem.op:12}", unit="trial", bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}"
-    ) as bar:
-
-        def show(progress: Progress) -> None:
-            left = _seconds_left(progress)
-            bar.set_postfix_str(
-                f"best {progress.best_ms:.3g} ms (default {progress.default_ms:.3g}), {left:.0f} s left", refresh=False
+def _devices(text: str) -> tuple[list[str], Target]:
+    """The devices to run on, by the names that PyTorch has for them, and what the first of them is."""
+    names = text.split(",")
+    for name in names:
+        if name in (*NAMED_TARGETS, *PRODUCTS):
+            raise InvalidTarget(
+                f"device {name!r} is no device to run on (see --target); allowed are auto, cpu, cuda, cuda:N"
             )
-            bar.update(progress.tried - bar.n)
+    targets = [Target.parse(name) for name in names]
+    places = [
+        name if ":" in name or name == "cpu" else "cpu" if target.kind == "cpu" else "cuda:0"
+        for name, target in zip(names, targets, strict=True)
+    ]
+    return places, targets[0]
 
+
+def _finished(cache: ScheduleCache, problem: Problem, target: Target) -> TuningRecord | None:
+    """The entry that a search of this problem left when it ended; one that was interrupted goes on."""
+    record = cache.exact(problem, target)
+    return record if record is not None and record.kind == MEASURED and record.complete else None
+
+
+def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache: ScheduleCache) -> TuningRecord:
+    def store(record: TuningRecord) -> None:
+        # What an interrupted --force found does not push out what a whole search did.
+        if record.complete or _finished(cache, problem, record.target) is None:
+            cache.put(record)
+
+    with (
+        stop_on_ctrl_c() as stopped,
+        tqdm.tqdm(
+            total=options.trials,
+            desc=f"{problem.op:12}",
+            unit="trial",
+            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
+        ) as bar,
+    ):
         return tune_problem(
             problem,
-            target,
-            device=_place(device, target),
-            trials=trials,
-            timeout=timeout,
-            seed=seed,
-            distribution=inputs,
-            on_progress=show,
+            device=devices,
+            on_progress=_shower(bar),
+            should_stop=stopped.is_set,
+            on_record=store,
+            **{name: getattr(options, name) for name in TuneOptions.__slots__},
         )
 
 
-def _place(device: str, target: Target) -> str:
-    """The device to run on, by the name PyTorch has for it."""
-    return device if ":" in device or device == "cpu" else "cpu" if target.kind == "cpu" else "cuda:0"
+def _shower(bar: "tqdm.tqdm[Any]") -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
+        bar.set_postfix_str(
+            f"best {progress.best_ms:.3g} ms (default {progress.default_ms:.3g}){failed}, "
+            f"{_seconds_left(progress):.0f} s left",
+            refresh=False,
+        )
+        bar.total = progress.max_trials
+        bar.update(progress.tried - bar.n)
+
+    return show
 
 
 def _seconds_left(progress: Progress) -> float:
@@ -128,10 +181,17 @@ def _seconds_left(progress: Progress) -> float:
 def _verdict(outcome: Outcome) -> str:
     record = outcome.record
     found = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default: {record.schedule}"
-    how = "cached (--force tunes again)" if outcome.cached else f"{record.trials} trials"
+    how = "cached (--force tunes again)" if outcome.cached else _how(record)
     if record.problem != outcome.problem:
         how += f", tuned as {record.problem.describe()}"
     return f"{outcome.problem.describe()}: {found} [{how}]"
+
+
+def _how(record: TuningRecord) -> str:
+    """Trials, those of them that failed by kind, and what the play-off says."""
+    failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
+    trials = f"{record.trials} trials" + (f", of them {failed}" if failed else "")
+    return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
 
 
 def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str, str]]:

@@ -6,20 +6,18 @@ from typing import Any
 import pytest
 
 from hsa_compile.autotune import play_off as play_off_module
-from hsa_compile.autotune.candidate import Candidate
 from hsa_compile.autotune.play_off import MIN_ROUNDS, Verdict, play_off
 from hsa_compile.schedules.schedule import Schedule
 
-Fake = Callable[[Schedule], Candidate]
 ROUNDS = 15
 DRIFT, NOISE = 0.5, 0.04
 
 
-def noisy(speeds: Sequence[float], seed: int, noise: float = NOISE) -> Callable[[Sequence[Candidate], int], Any]:
+def noisy(speeds: Sequence[float], seed: int, noise: float = NOISE) -> Callable[[Sequence[Schedule], int], Any]:
     """Times around `speeds` ms: each with noise of its own, and all with the slow drift of a shared machine."""
     generator = random.Random(seed)
 
-    def time_all(candidates: Sequence[Candidate], rounds: int) -> list[list[float]]:
+    def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
         assert len(candidates) == len(speeds)
         drifts = [1 + DRIFT * generator.random() for _ in range(rounds)]
         return [[speed * drift * generator.lognormvariate(0, noise) for drift in drifts] for speed in speeds]
@@ -27,49 +25,49 @@ def noisy(speeds: Sequence[float], seed: int, noise: float = NOISE) -> Callable[
     return time_all
 
 
-def decide(fake: Fake, speeds: Sequence[float], seed: int = 0, noise: float = NOISE) -> tuple[int, Verdict]:
+def decide(speeds: Sequence[float], seed: int = 0, noise: float = NOISE) -> tuple[int, Verdict]:
     """The index in `speeds` of the winner (0 is the default) and the verdict."""
-    entrants = [fake(Schedule.of("token", block_t=i)) for i in range(len(speeds))]
+    entrants = [Schedule.of("token", block_t=i) for i in range(len(speeds))]
     verdict = play_off(entrants[0], entrants[1:], noisy(speeds, seed, noise), max_rounds=ROUNDS, deadline=float("inf"))
     return entrants.index(verdict.winner), verdict
 
 
-def test_without_challengers_the_default_wins(fake_candidate: Fake) -> None:
-    winner, verdict = decide(fake_candidate, [1.0])
+def test_without_challengers_the_default_wins() -> None:
+    winner, verdict = decide([1.0])
     assert winner == 0
     assert verdict.measurement == verdict.default_measurement
     assert verdict.measurement.repeats == ROUNDS
 
 
-def test_the_default_stays_against_slower_ones(fake_candidate: Fake) -> None:
-    assert {decide(fake_candidate, [1.0, 1.1, 1.3], seed)[0] for seed in range(50)} == {0}
+def test_the_default_stays_against_slower_ones() -> None:
+    assert {decide([1.0, 1.1, 1.3], seed)[0] for seed in range(50)} == {0}
 
 
-def test_the_default_stays_against_a_gain_too_small_to_matter_however_certain(fake_candidate: Fake) -> None:
-    assert decide(fake_candidate, [1.0, 0.995], noise=0)[0] == 0
+def test_the_default_stays_against_a_gain_too_small_to_matter_however_certain() -> None:
+    assert decide([1.0, 0.995], noise=0)[0] == 0
 
 
-def test_the_default_mostly_stays_against_equals_under_noise(fake_candidate: Fake) -> None:
-    changed = sum(decide(fake_candidate, [1.0] * 5, seed)[0] != 0 for seed in range(100))
+def test_the_default_mostly_stays_against_equals_under_noise() -> None:
+    changed = sum(decide([1.0] * 5, seed)[0] != 0 for seed in range(100))
     assert changed <= 15
 
 
-def test_a_median_gain_that_most_rounds_do_not_confirm_is_noise(fake_candidate: Fake) -> None:
-    def time_all(candidates: Sequence[Candidate], rounds: int) -> list[list[float]]:
+def test_a_median_gain_that_most_rounds_do_not_confirm_is_noise() -> None:
+    def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
         return [[1.0, 1.0, 1.0], [0.9, 0.9, 1.2]]  # faster by a tenth at the median, in two rounds of three
 
-    default, other = (fake_candidate(Schedule.of("token", block_t=i)) for i in (0, 1))
+    default, other = (Schedule.of("token", block_t=i) for i in (0, 1))
     verdict = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=float("inf"))
     assert verdict.winner is default
 
 
-def test_the_fastest_that_beats_the_default_wins_under_noise_and_drift(fake_candidate: Fake) -> None:
-    winners = [decide(fake_candidate, [1.0, 0.85, 0.7, 1.2], seed)[0] for seed in range(50)]
+def test_the_fastest_that_beats_the_default_wins_under_noise_and_drift() -> None:
+    winners = [decide([1.0, 0.85, 0.7, 1.2], seed)[0] for seed in range(50)]
     assert winners == [2] * 50
 
 
-def test_both_measurements_come_from_the_same_rounds(fake_candidate: Fake) -> None:
-    winner, verdict = decide(fake_candidate, [2.0, 1.0], noise=0)
+def test_both_measurements_come_from_the_same_rounds() -> None:
+    winner, verdict = decide([2.0, 1.0], noise=0)
     assert winner == 1
     assert verdict.measurement.repeats == verdict.default_measurement.repeats == ROUNDS
     assert verdict.default_measurement.median_ms == pytest.approx(2 * verdict.measurement.median_ms)
@@ -77,12 +75,12 @@ def test_both_measurements_come_from_the_same_rounds(fake_candidate: Fake) -> No
 
 
 def test_no_round_begins_after_the_deadline_but_those_that_are_needed(
-    fake_candidate: Fake, clock: Any, monkeypatch: pytest.MonkeyPatch
+    clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(play_off_module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    default, other = (fake_candidate(Schedule.of("token", block_t=i)) for i in (0, 1))
+    default, other = (Schedule.of("token", block_t=i) for i in (0, 1))
 
-    def time_all(candidates: Sequence[Candidate], rounds: int) -> list[list[float]]:
+    def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
         clock.pass_(1.0 * rounds)
         return [[1.0] * rounds, [0.5] * rounds]
 

@@ -1,14 +1,18 @@
-import random
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
+from fake_benches import FakeBench, fake_time
+from optuna.storages import InMemoryStorage
 
 from hsa_compile.autotune import search as search_module
-from hsa_compile.autotune.candidate import Candidate
-from hsa_compile.autotune.search import SearchResult, search
+from hsa_compile.autotune.search import PATIENCE, SearchResult, Trial, search
+from hsa_compile.autotune.stages import CLEARLY_SLOWER, QUICK_ROUNDS
+from hsa_compile.autotune.study import TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.default import default_schedule
@@ -20,56 +24,54 @@ PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_
 SMALL = Problem(seq_len=7, num_heads=1, num_kv_heads=1, head_dim=16, chunk_size=2, top_k=2)
 FOREVER = float("inf")
 
-Fake = Callable[[Schedule], Candidate]
 
-
-class Bench:
+class Bench(FakeBench):
     """A search with fake parts: what was prepared, in order, and times that depend on the schedule alone."""
 
-    def __init__(self, target: Target, fake: Fake, problem: Problem = PROBLEM) -> None:
-        self.problem, self.target, self.fake = problem, target, fake
-        self.default = default_schedule(problem, target)
+    def __init__(self, target: Target, problem: Problem = PROBLEM) -> None:
+        super().__init__(problem, target)
+        self.problem, self.target = problem, target
         self.valid = list(SearchSpace.of(problem, target).schedules(problem, target))
-        self.prepared: list[Schedule] = []
-        self.failing: dict[Schedule, HSACompileError] = {}
+        self.timed: Counter[Schedule] = Counter()
+        self.after_prepare: Callable[[], None] = lambda: None
 
-    def time(self, schedule: Schedule) -> float:
-        if schedule == self.default:
-            return 1.0
-        return 0.5 + random.Random(str(schedule)).random()
+    def prepare(self, schedule: Schedule) -> str:
+        fingerprint = super().prepare(schedule)
+        self.after_prepare()
+        return fingerprint
 
-    def prepare(self, schedule: Schedule) -> Candidate:
-        self.prepared.append(schedule)
-        if schedule in self.failing:
-            raise self.failing[schedule]
-        return self.fake(schedule)
+    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        self.timed[schedules[0]] += rounds
+        return super().time(schedules, rounds)
 
-    def time_pair(self, one: Candidate, other: Candidate) -> tuple[Sequence[float], Sequence[float]]:
-        drift = [1.0, 1.5, 3.0]  # hits both alike
-        return [d * self.time(one.schedule) for d in drift], [d * self.time(other.schedule) for d in drift]
+    def study(self, seed: int = 0, max_trials: int = 20, first: Sequence[Schedule] | None = None) -> TuningStudy:
+        storage = InMemoryStorage()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return TuningStudy(
+            optuna.create_study(storage=storage),
+            storage,
+            self.problem,
+            self.target,
+            first=first or [self.default],
+            max_trials=max_trials,
+            make_sampler=lambda number: optuna.samplers.TPESampler(seed=1000 * seed + number, n_startup_trials=8),
+            seed=seed,
+        )
 
-    def run(self, **options: Any) -> SearchResult:
-        settings: dict[str, Any] = {
-            "first": [self.default],
-            "prepare": self.prepare,
-            "time_pair": self.time_pair,
-            "max_trials": 20,
-            "deadline": FOREVER,
-            "seed": 0,
-        }
-        return search(self.problem, self.target, **{**settings, **options})
+    def run(self, deadline: float = FOREVER, on_trial: Any = lambda result: None, **options: Any) -> SearchResult:
+        return search(self.study(**options), self, deadline=deadline, on_trial=on_trial)
 
 
 @pytest.fixture
-def bench(cpu: Target, fake_candidate: Fake) -> Bench:
-    return Bench(cpu, fake_candidate)
+def bench(cpu: Target) -> Bench:
+    return Bench(cpu)
 
 
 def test_the_default_is_the_first_trial_and_the_nearest_tuned_schedule_the_second(bench: Bench) -> None:
     nearest = next(schedule for schedule in reversed(bench.valid) if schedule != bench.default)
     result = bench.run(first=[bench.default, nearest])
     assert bench.prepared[:2] == [bench.default, nearest]
-    assert [trial.candidate.schedule for trial in result.trials[:2]] == [bench.default, nearest]
+    assert [trial.schedule for trial in result.trials[:2]] == [bench.default, nearest]
     assert result.trials[0].ratio == 1.0
 
 
@@ -91,13 +93,13 @@ def test_no_more_candidates_are_tried_than_allowed_the_default_included(bench: B
     assert result.num_tried == len(bench.prepared) == trials
 
 
-def test_the_search_ends_when_the_space_is_exhausted(cpu: Target, fake_candidate: Fake) -> None:
-    bench = Bench(cpu, fake_candidate, SMALL)
+def test_the_search_ends_when_the_space_is_exhausted(cpu: Target) -> None:
+    bench = Bench(cpu, SMALL)
     assert 2 <= len(bench.valid) <= 20
     result = bench.run(max_trials=1000)
     assert len(bench.prepared) == len(bench.valid)
     assert set(bench.prepared) == set(bench.valid)
-    assert result.best.ratio == pytest.approx(min(bench.time(schedule) for schedule in bench.valid))
+    assert result.best.ratio == pytest.approx(min(bench.time_of(schedule) for schedule in bench.valid))
 
 
 def test_a_large_space_is_exhausted_too(bench: Bench) -> None:
@@ -107,10 +109,10 @@ def test_a_large_space_is_exhausted_too(bench: Bench) -> None:
 
 def test_the_best_trial_has_the_least_ratio_to_the_default_whatever_the_drift(bench: Bench) -> None:
     result = bench.run(max_trials=30)
-    assert result.best.ratio == pytest.approx(min(bench.time(schedule) for schedule in bench.prepared))
+    assert result.best.ratio == pytest.approx(min(bench.time_of(schedule) for schedule in bench.prepared))
     for trial in result.trials:
-        assert trial.ratio == pytest.approx(bench.time(trial.candidate.schedule))
-        assert trial.median_ms == pytest.approx(1.5 * bench.time(trial.candidate.schedule))
+        assert trial.ratio == pytest.approx(bench.time_of(trial.schedule))
+        assert trial.median_ms == pytest.approx(1.5 * bench.time_of(trial.schedule))
 
 
 def test_failing_candidates_are_counted_by_kind_and_skipped(bench: Bench) -> None:
@@ -119,7 +121,7 @@ def test_failing_candidates_are_counted_by_kind_and_skipped(bench: Bench) -> Non
     bench.failing = dict(zip(others, errors, strict=False))
     result = bench.run(max_trials=1000)
     assert result.failures == {"CompileError": 1, "OutOfResources": 2, "WrongResult": 1}
-    assert not {trial.candidate.schedule for trial in result.trials} & set(bench.failing)
+    assert not {trial.schedule for trial in result.trials} & set(bench.failing)
     assert result.num_tried == len(bench.valid)
     assert Counter(bench.prepared) == Counter(bench.valid)
 
@@ -129,7 +131,7 @@ def test_failures_count_as_trials(bench: Bench) -> None:
     result = bench.run(max_trials=9)
     assert result.num_tried == 9
     assert result.failures == {"WrongResult": 8}
-    assert result.best.candidate.schedule == bench.default
+    assert result.best.schedule == bench.default
 
 
 @pytest.mark.parametrize("error", [CompileError, OutOfResources, WrongResult])
@@ -140,32 +142,25 @@ def test_a_failing_default_is_not_hidden(bench: Bench, error: type[HSACompileErr
 
 
 def test_an_error_of_another_kind_is_not_hidden(bench: Bench) -> None:
-    def prepare(schedule: Schedule) -> Candidate:
-        if schedule != bench.default:
-            raise KeyError("a bug")
-        return bench.fake(schedule)
-
+    bench.failing = {schedule: KeyError("a bug") for schedule in bench.valid if schedule != bench.default}
     with pytest.raises(KeyError, match="a bug"):
-        bench.run(prepare=prepare)
+        bench.run()
 
 
 def test_no_candidate_begins_after_the_deadline(bench: Bench, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=clock.monotonic))
 
-    def prepare(schedule: Schedule) -> Candidate:
-        clock.pass_(1.0)
-        return bench.prepare(schedule)
-
-    result = bench.run(prepare=prepare, max_trials=1000, deadline=clock.now + 4.5)
+    bench.after_prepare = lambda: clock.pass_(1.0)
+    result = bench.run(max_trials=1000, deadline=clock.now + 4.5)
     assert result.num_tried == 5
-    late = bench.run(prepare=prepare, max_trials=1000, deadline=clock.now - 1)
-    assert [trial.candidate.schedule for trial in late.trials] == [bench.default]
+    late = bench.run(max_trials=1000, deadline=clock.now - 1)
+    assert [trial.schedule for trial in late.trials] == [bench.default]
 
 
-def test_the_same_seed_makes_the_same_trials_and_another_seed_others(cpu: Target, fake_candidate: Fake) -> None:
+def test_the_same_seed_makes_the_same_trials_and_another_seed_others(cpu: Target) -> None:
     orders = []
     for seed in (3, 3, 4):
-        bench = Bench(cpu, fake_candidate)
+        bench = Bench(cpu)
         bench.run(seed=seed, max_trials=25)
         orders.append(bench.prepared)
     assert orders[0] == orders[1]
@@ -179,16 +174,71 @@ def test_each_candidate_is_reported_once_failures_included(bench: Bench) -> None
     assert seen == list(range(1, 13))
 
 
-def test_fast_regions_are_asked_for_more_often_than_their_share(cpu: Target, fake_candidate: Fake) -> None:
+def test_fast_regions_are_asked_for_more_often_than_their_share(cpu: Target) -> None:
     def is_fast(schedule: Schedule) -> bool:
         return schedule.get("tile_rows") == 1024
 
     fast, asked = 0, 0
     for seed in range(4):
-        bench = Bench(cpu, fake_candidate)
-        bench.time = lambda schedule: 0.2 if is_fast(schedule) else 1.0  # type: ignore[method-assign]
+        bench = Bench(cpu)
+        bench.time_of = lambda schedule: 0.2 if is_fast(schedule) else 1.0  # type: ignore[method-assign]
         bench.run(seed=seed, max_trials=len(bench.valid) // 2)
         fast += sum(map(is_fast, bench.prepared))
         asked += len(bench.prepared)
     share = sum(map(is_fast, bench.valid)) / len(bench.valid)
     assert fast / asked > 1.3 * share
+
+
+def test_a_candidate_that_is_clearly_slower_gets_the_quick_timings_only(bench: Bench) -> None:
+    slow, good, *_ = (schedule for schedule in bench.valid if schedule != bench.default)
+    bench.time_of = lambda schedule: {slow: 2 * CLEARLY_SLOWER}.get(schedule, 1.0)  # type: ignore[method-assign]
+    bench.run(first=[bench.default, slow, good], max_trials=3)
+    assert bench.timed[slow] == QUICK_ROUNDS
+    assert bench.timed[good] > QUICK_ROUNDS
+
+
+def test_a_search_that_is_asked_to_stop_does_and_gives_back_what_it_began(bench: Bench) -> None:
+    study = bench.study(max_trials=1000)
+    result = search(study, bench, deadline=FOREVER, should_stop=lambda: len(bench.prepared) >= 4)
+    assert result.num_tried == 4
+    assert not [trial for trial in study.study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+
+
+def test_what_an_error_or_ctrl_c_leaves_running_is_taken_over_and_nothing_is_repeated(bench: Bench) -> None:
+    study = bench.study(max_trials=6)
+
+    def interrupt() -> None:
+        if len(bench.prepared) == 3:
+            raise KeyboardInterrupt
+
+    bench.after_prepare = interrupt
+    with contextlib.suppress(KeyboardInterrupt):
+        search(study, bench, deadline=FOREVER)
+    half = bench.prepared[-1]
+    bench.after_prepare = lambda: None
+    result = search(study, bench, deadline=FOREVER)
+    assert result.num_tried == 6
+    assert Counter(bench.prepared) == {**Counter(set(bench.prepared)), bench.default: 2, half: 2}
+    whole = Bench(bench.target)
+    whole.run(max_trials=6)
+    assert list(dict.fromkeys(bench.prepared)) == whole.prepared
+
+
+def test_a_search_has_settled_when_nothing_much_better_came_up_for_long() -> None:
+    def result(ratios: Sequence[float]) -> SearchResult:
+        schedule = Schedule.of("token", block_t=1)
+        return SearchResult(trials=[Trial(schedule=schedule, ratio=ratio, median_ms=ratio) for ratio in ratios])
+
+    assert not result([1.0] * PATIENCE).has_settled(0.02)
+    assert result([1.0] * (PATIENCE + 1)).has_settled(0.02)
+    assert result([1.0] * PATIENCE + [0.985]).has_settled(0.02)
+    assert not result([1.0] * PATIENCE + [0.975]).has_settled(0.02)
+
+
+def test_fake_times_are_what_the_tests_above_take_them_for(bench: Bench) -> None:
+    assert fake_time(bench.default, bench.default) == 1.0 == default_time(bench)
+    assert len({bench.time_of(schedule) for schedule in bench.valid}) > len(bench.valid) // 2
+
+
+def default_time(bench: Bench) -> float:
+    return bench.time_of(default_schedule(bench.problem, bench.target))

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import hsa_compile
-from hsa_compile.autotune import tune as tune_module
+from hsa_compile.autotune import bench as bench_module
 from hsa_compile.autotune.candidate import Candidate, prepare
-from hsa_compile.autotune.tune import MAX_SEED, Progress, tune
+from hsa_compile.autotune.options import MAX_SEED
+from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import default_cache
@@ -17,7 +18,7 @@ from hsa_compile.schedules.space import SearchSpace, template_for
 from hsa_compile.target import NAMED_TARGETS, Target
 
 PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
-QUICK: dict[str, Any] = {"device": "cpu", "trials": 3, "timeout": 5.0}
+QUICK: dict[str, Any] = {"device": "cpu", "trials": 3, "timeout": 5.0, "isolate": False}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
         order.append(schedule)
         return prepare(problem, schedule, *rest)
 
-    monkeypatch.setattr(tune_module, "prepare", spy)
+    monkeypatch.setattr(bench_module, "prepare", spy)
     return order
 
 
@@ -37,7 +38,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
 def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
     problem = PROBLEM.with_op(op)
     seen: list[Progress] = []
-    record = tune(problem, trials=4, timeout=5.0, device="cpu", distribution="local", on_progress=seen.append)
+    record = tune(
+        problem, trials=4, timeout=5.0, device="cpu", isolate=False, distribution="local", on_progress=seen.append
+    )
     target = Target.parse("cpu")
     assert (record.problem, record.target, record.inputs) == (problem, target, "local")
     assert SearchSpace.of(problem, target).is_valid(problem, record.schedule, target)
@@ -83,10 +86,10 @@ def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepar
     nearest = next(
         schedule for schedule in SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target) if schedule != default
     )
-    record = tune(longer, trials=1, timeout=5.0, device="cpu")
+    record = tune(longer, trials=1, timeout=5.0, device="cpu", isolate=False)
     default_cache().put(replace(record, schedule=nearest))
     prepared.clear()
-    tune(PROBLEM, trials=2, timeout=5.0, device="cpu")
+    tune(PROBLEM, trials=2, timeout=5.0, device="cpu", isolate=False)
     assert prepared == [default, nearest]
 
 
@@ -98,7 +101,7 @@ def test_one_trial_is_the_default_alone(prepared: list[Schedule]) -> None:
 
 
 def test_the_same_seed_tries_the_same_schedules(prepared: list[Schedule], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "measure", lambda calls, device, rounds: [[1.0] * rounds for _ in calls])
+    monkeypatch.setattr(bench_module, "measure", lambda calls, device, rounds: [[1.0] * rounds for _ in calls])
     orders = []
     for seed in (7, 7, 8):
         prepared.clear()
@@ -116,7 +119,7 @@ def test_a_candidate_that_is_wrong_is_counted_and_never_wins(monkeypatch: pytest
             raise WrongResult("o is off")
         return prepare(problem, schedule, *rest)
 
-    monkeypatch.setattr(tune_module, "prepare", wrong_but_default)
+    monkeypatch.setattr(bench_module, "prepare", wrong_but_default)
     record = tune(PROBLEM, **QUICK)
     assert record.schedule == default
     assert record.failures == {"WrongResult": 2}

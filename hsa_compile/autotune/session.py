@@ -1,0 +1,196 @@
+"""Everything that one search needs, opened together and closed together: study, benches, compilers, ledger."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import optuna
+import torch
+
+from hsa_compile.autotune.bench import Bench
+from hsa_compile.autotune.device_lock import device_lock
+from hsa_compile.autotune.first import first_schedules, predicted_times
+from hsa_compile.autotune.isolation import CompilePool, IsolatedBench, Limits
+from hsa_compile.autotune.ledger import Ledger, ProblemLedger
+from hsa_compile.autotune.memory import free_bytes
+from hsa_compile.autotune.options import DEFAULT_SAMPLER, TuneOptions
+from hsa_compile.autotune.points import parameters_of
+from hsa_compile.autotune.samplers import make_sampler
+from hsa_compile.autotune.search import SearchResult, search
+from hsa_compile.autotune.storage import lock_of, open_storage
+from hsa_compile.autotune.study import MakeSampler, TuningStudy
+from hsa_compile.autotune.study_names import finish_study, open_study, question
+from hsa_compile.autotune.worker import by_name
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.target import Target
+
+_MAX_COMPILERS = 16
+_SEED_STEP = 1_000_003
+_NUM_SEEDS = 2**32
+
+
+class Session:
+    """An open search of one problem. Its workers share the study; each has a bench, and a device, of its own.
+
+    Args:
+        problem, target: what is tuned.
+        devices: of the target, at hand; workers are dealt out to them in turn.
+        options: how.
+    """
+
+    def __init__(self, problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> None:
+        self.problem, self.target, self.options = problem, target, options
+        self.devices = list(devices)
+        self.first = first_schedules(problem, target)
+        self._resources = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._make_sampler = _sampler_maker(problem, target, options)
+
+    def __enter__(self) -> "Session":
+        with contextlib.ExitStack() as opening:
+            self.benches = [opening.enter_context(bench) for bench in self._make_benches()]
+            self._pool = self._make_pool(opening)
+            self.storage = open_storage(self.options.storage)
+            asked = question(self.problem, self.target, inputs=self.options.distribution, seed=self.options.seed)
+            self.study = open_study(self.storage, asked, anew=self.options.anew)
+            self.ledger = self._open_ledger()
+            self._resources = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    @property
+    def main_bench(self) -> Bench:
+        """Where the play-off is held."""
+        return self.benches[0]
+
+    def run(
+        self, deadline: float, should_stop: Callable[[], bool], on_trial: Callable[[SearchResult], None]
+    ) -> SearchResult:
+        """Searches with all workers until each has come to an end.
+
+        Raises:
+            HSACompileError: the default schedule itself fails.
+        """
+        if len(self.benches) == 1:
+            return self._search(self.main_bench, deadline, should_stop, on_trial)
+        failed = threading.Event()
+
+        def stop() -> bool:
+            return failed.is_set() or should_stop()
+
+        def report(result: SearchResult) -> None:
+            with self._lock:
+                on_trial(result)
+
+        def work(bench: Bench) -> SearchResult:
+            try:
+                return self._search(bench, deadline, stop, report)
+            except BaseException:
+                failed.set()  # the others need not go on: the error ends the search
+                raise
+
+        with ThreadPoolExecutor(len(self.benches), thread_name_prefix="search") as threads:
+            try:
+                results = [threads.submit(work, bench) for bench in self.benches]
+                return max((future.result() for future in results), key=lambda result: result.num_tried)
+            finally:
+                failed.set()
+
+    def finish(self) -> None:
+        """Marks the study as done: asked again, the search begins anew."""
+        finish_study(self.study)
+
+    def _search(
+        self, bench: Bench, deadline: float, should_stop: Callable[[], bool], on_trial: Callable[[SearchResult], None]
+    ) -> SearchResult:
+        return search(
+            self._view(),
+            bench,
+            deadline=deadline,
+            pool=self._pool,
+            pause_to_time=self.target.kind == "cpu",
+            until_within=self.options.until_within,
+            ledger=self.ledger,
+            should_stop=should_stop,
+            on_trial=on_trial,
+        )
+
+    def _view(self) -> TuningStudy:
+        """The study as one worker sees it; Optuna's own object is not shared, since each worker has its sampler."""
+        view = TuningStudy(
+            optuna.load_study(study_name=self.study.study_name, storage=self.storage),
+            self.storage,
+            self.problem,
+            self.target,
+            first=self.first,
+            max_trials=self.options.trials,
+            make_sampler=self._make_sampler,
+            seed=self.options.seed,
+            adopting=lock_of(self.storage, self.options.storage),
+        )
+        if self.ledger is not None and not self.options.anew:
+            with self._lock:
+                view.add_known(self.ledger.known())
+        return view
+
+    def _make_benches(self) -> "list[contextlib.AbstractContextManager[Bench]]":
+        options = self.options
+        if not options.isolate:
+            return [contextlib.nullcontext(by_name(options.bench)(*self._bench_arguments(self.devices[0])))]
+        count = max(options.workers, len(self.devices))
+        return [self._isolated(self.devices[i % len(self.devices)]) for i in range(count)]
+
+    def _isolated(self, device: str) -> IsolatedBench:
+        return IsolatedBench(
+            self.options.bench, self._bench_arguments(device), limits=self._limits(), lock=device_lock(device)
+        )
+
+    def _bench_arguments(self, device: str) -> tuple[object, ...]:
+        return (self.problem, self.target, device, self.options.distribution, self.options.seed)
+
+    def _limits(self) -> Limits:
+        if self.options.limits is not None:
+            return self.options.limits
+        memory = free_bytes(torch.device("cpu")) if self.target.kind == "cpu" else None
+        return Limits(memory_bytes=memory)
+
+    def _make_pool(self, opening: contextlib.ExitStack) -> CompilePool | None:
+        """Where compiling costs something, as many compilers as cores; elsewhere it is done on the bench."""
+        if not self.options.isolate or template_for(self.problem, self.target) == "torch":
+            return None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool = CompilePool(
+            self.options.bench,
+            self._bench_arguments(self.devices[0]),
+            limits=self._limits(),
+            size=min(cores, _MAX_COMPILERS),
+        )
+        return opening.enter_context(pool)
+
+    def _open_ledger(self) -> ProblemLedger | None:
+        if self.options.ledger is None:
+            return None
+        ledger = Ledger(self.options.ledger)
+        return ProblemLedger(ledger, self.problem, self.target, self.options.distribution, self.first[0])
+
+
+def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> MakeSampler:
+    """Makes the sampler for a trial by its number, so that it proposes what it would have, had nobody been killed.
+
+    Ours knows nothing but the study's trials, and serves all; Optuna's carry a random state from one trial to the
+    next, so each trial has a new one with a seed of its own.
+    """
+    valid = list(SearchSpace.of(problem, target).schedules(problem, target))
+    points = [parameters_of(schedule) for schedule in valid]
+    prior = predicted_times(problem, valid, target)
+    if options.sampler == DEFAULT_SAMPLER:
+        ours = make_sampler(options.sampler, seed=options.seed, space_points=points, prior=prior)
+        return lambda number: ours
+    return lambda number: make_sampler(
+        options.sampler, seed=(options.seed * _SEED_STEP + number) % _NUM_SEEDS, space_points=points, prior=prior
+    )

@@ -1,0 +1,66 @@
+"""The far side of isolation: a process that opens one bench and does as it is told until nobody tells it any more."""
+
+import ctypes
+import importlib
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.errors import HSACompileError
+
+_PR_SET_PDEATHSIG = 1
+_NO_MEMORY = "can't allocate memory"  # of a CPU's, for which PyTorch has no error of its own
+
+
+def serve(handle: int) -> None:
+    """Answers `(verb, arguments)` on a connection with `("done", value)` or `("raised", name, message)`.
+
+    An error that has no name in this project ends the process with its traceback on standard error: whoever asked
+    reads it there, and starts another.
+    """
+    connection = Connection(handle)
+    _die_with_parent()
+    factory, arguments, memory_bytes = connection.recv()
+    open_bench = by_name(factory)
+    if memory_bytes is not None:
+        _limit_memory(memory_bytes)
+    bench = open_bench(*arguments)
+    connection.send(("done", None))
+    while True:
+        try:
+            verb, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(_answer(bench, verb, arguments))
+
+
+def by_name(name: str) -> Any:
+    """What `module:attribute` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _answer(bench: Any, verb: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    try:
+        return "done", getattr(bench, verb)(*arguments)
+    except HSACompileError as error:
+        return "raised", type(error).__name__, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
+            raise
+        return "raised", "OutOfResources", f"not enough memory: {error}"
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Lets this process map so much more than it has mapped by now."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
+
+
+def _die_with_parent() -> None:
+    """A process whose parent was killed would else hold the device for as long as its candidate runs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,194 @@
+"""Candidates that do harm, in real processes: the search outlives them, and says what became of each."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from fake_benches import HARM, fake_time, harmful
+
+from hsa_compile.autotune.isolation import IsolatedBench, Limits
+from hsa_compile.autotune.outcome import Outcome
+from hsa_compile.autotune.tune import tune
+from hsa_compile.autotune.worker_process import WorkerProcess
+from hsa_compile.errors import (
+    CandidateCrashed,
+    CandidateError,
+    CompileError,
+    HSACompileError,
+    InvalidArgument,
+    NotFinite,
+    OutOfResources,
+    TimedOut,
+    WrongResult,
+)
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+
+PROBLEM = Problem(seq_len=1031, num_heads=2, num_kv_heads=1, head_dim=8, chunk_size=16, top_k=2)
+MEMORY = 2 << 30
+
+
+@pytest.mark.slow
+def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_counts_them_by_kind() -> None:
+    target = Target.parse("cpu")
+    default = default_schedule(PROBLEM, target)
+    valid = list(SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target))
+    assert len(harmful(PROBLEM, target)) == len(HARM) < len(valid) - 3
+    record = tune(
+        PROBLEM,
+        device="cpu",
+        trials=1000,
+        timeout=600.0,
+        sampler="random",
+        bench="fake_benches:HostileBench",
+        limits=Limits(compile_s=3.0, run_s=3.0, memory_bytes=MEMORY),
+    )
+    assert record.trials == len(valid)
+    assert record.failures == {
+        "CandidateCrashed": 1,  # the segmentation fault
+        "TimedOut": 1,
+        "CompileTimedOut": 1,
+        "OutOfResources": 1,
+        "WrongResult": 1,
+        "NotFinite": 1,
+        "CandidateError": 1,
+    }
+    good = [schedule for schedule in valid if schedule not in harmful(PROBLEM, target)]
+    assert record.schedule == min(good, key=lambda schedule: fake_time(schedule, default))
+
+
+@pytest.fixture(scope="module")
+def shared_worker() -> WorkerProcess:
+    """A worker for tests that leave it alive."""
+    return WorkerProcess("fake_benches:DyingBench", ("hello",))
+
+
+@pytest.fixture
+def worker(shared_worker: WorkerProcess) -> WorkerProcess:
+    assert shared_worker.alive
+    return shared_worker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close(shared_worker: WorkerProcess):
+    yield
+    shared_worker.close()
+
+
+def test_a_worker_is_another_process_that_answers(worker: WorkerProcess) -> None:
+    greeting, _, pid = worker.call("greet", "you", timeout_s=60).rpartition(" from ")
+    assert greeting == "hello, you,"
+    assert int(pid) != os.getpid()
+
+
+def test_what_a_candidate_prints_goes_nowhere(worker: WorkerProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    assert worker.call("chat", timeout_s=60) == "done"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("compile", CompileError), ("wrong", WrongResult), ("nan", NotFinite), ("memory", OutOfResources)],
+)
+def test_an_error_with_a_name_here_comes_back_by_it_and_the_worker_lives(
+    name: str, error: type[HSACompileError], worker: WorkerProcess
+) -> None:
+    with pytest.raises(HSACompileError) as raised:
+        worker.call("fail", name, timeout_s=60)
+    assert type(raised.value) is error
+    assert worker.alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "arguments", "error", "text"),
+    [
+        ("crash", (), CandidateCrashed, "died of SIGSEGV"),
+        ("leave", (3,), CandidateCrashed, "left with code 3"),
+        ("fail", ("bug",), CandidateError, "KeyError: 'a bug'"),
+        ("spin", (), TimedOut, "killed after 2 s"),
+    ],
+)
+def test_a_death_is_told_by_its_cause(
+    verb: str, arguments: tuple[object, ...], error: type[HSACompileError], text: str
+) -> None:
+    worker = WorkerProcess("fake_benches:DyingBench", ("hello",))
+    worker.wait_until_open()
+    with pytest.raises(HSACompileError, match=text) as raised:
+        worker.call(verb, *arguments, timeout_s=2 if verb == "spin" else 60)
+    assert type(raised.value) is error
+    assert not worker.alive
+    worker.close()  # again, to no harm
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_says_why() -> None:
+    worker = WorkerProcess("fake_benches:broken_bench", ())
+    with pytest.raises(HSACompileError, match="worker process cannot start: RuntimeError: no bench today"):
+        worker.wait_until_open()
+
+
+@pytest.mark.slow
+def test_a_worker_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script = """
+import os, sys, time
+from hsa_compile.autotune.worker_process import WorkerProcess
+worker = WorkerProcess("fake_benches:DyingBench", ("hello",))
+print(worker.call("greet", "you", timeout_s=60).rpartition(" ")[2], flush=True)
+worker._connection.send(("spin", ()))
+time.sleep(600)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    give_up = time.monotonic() + 60
+    while is_running(pid) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_replaced_worker_has_what_it_needs_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target.parse("cpu")
+    default = default_schedule(PROBLEM, target)
+    harm = harmful(PROBLEM, target)
+    crashing = next(schedule for schedule, kind in harm.items() if kind == "segfault")
+    arguments = (PROBLEM, target, "cpu", "random", 0)
+    with IsolatedBench("fake_benches:HostileBench", arguments, limits=Limits(memory_bytes=MEMORY)) as bench:
+        bench.prepare(default)
+        with pytest.raises(CandidateCrashed):
+            bench.prepare(crashing)
+        assert bench.time([default, default], 2) == [[1.0, 1.0], [1.0, 1.0]]  # it asserts that they are prepared
+
+
+@pytest.mark.parametrize("name", ["compile_s", "run_s", "first_s", "memory_bytes"])
+def test_a_limit_must_be_positive(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"{name} = 0 must be more than 0"):
+        Limits(**{name: 0})
+
+
+def test_an_outcome_is_times_or_a_failure() -> None:
+    with pytest.raises(InvalidArgument, match="a failure or pairs of times"):
+        Outcome(stage="full")
+    with pytest.raises(InvalidArgument, match="a failure or pairs of times"):
+        Outcome(stage="full", times_ms=(1.0,), default_times_ms=(1.0, 2.0))
+    with pytest.raises(InvalidArgument, match="must be positive"):
+        Outcome(stage="full", times_ms=(float("nan"),), default_times_ms=(1.0,))
