@@ -1,0 +1,114 @@
+"""`transformers` reads a directory of ours and gives the same numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import build, small_config
+
+from hsa_compile.model.pretrained import from_pretrained, save_pretrained
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+TOKENS = torch.randint(19, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    from hsa_compile.model.hf import register
+
+    register()
+    register()  # twice is as good as once
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_pretrained(build(small_config("hsa-ultralong")), tmp_path)
+    return tmp_path
+
+
+def test_auto_classes_read_our_directory(variant: str, tmp_path: Path) -> None:
+    ours = build(small_config(variant))
+    save_pretrained(ours, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hsa_config == ours.config.to_dict()
+    assert not model.training
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, ours(TOKENS))
+
+
+def test_the_loss_is_that_of_the_next_token(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    labels = TOKENS.clone()
+    labels[0, :10] = -100
+    output = model(TOKENS, labels=labels)
+    log_probabilities = output.logits[:, :-1].log_softmax(-1).gather(2, TOKENS[:, 1:, None])[:, :, 0]
+    asked = labels[:, 1:] != -100
+    torch.testing.assert_close(output.loss, -log_probabilities[asked].mean())
+    output.loss.backward()
+    assert model.model.embedding.weight.grad is not None
+    assert len(model(TOKENS, labels=labels, return_dict=False)) == 2
+
+
+def test_generate_of_transformers_gives_our_tokens(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    new = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, TOKENS.shape[1] :]
+    assert new.tolist() == from_pretrained(directory).generate(TOKENS, max_new_tokens=6)
+
+
+def test_padding_before_a_text_changes_nothing(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    padded = torch.zeros(2, 24, dtype=torch.int64)
+    padded[0, 7:], padded[1] = TOKENS[0, :17], TOKENS[1]
+    mask = torch.ones_like(padded)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask).logits
+        torch.testing.assert_close(logits[0, 7:], model(TOKENS[:1, :17]).logits[0])
+        torch.testing.assert_close(logits[1], model(TOKENS[1:]).logits[0])
+
+
+def test_dtype_and_device_are_as_asked(directory: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    assert auto.from_pretrained(directory, dtype="auto").dtype == torch.float32
+    for dtype in (torch.bfloat16, "bfloat16"):
+        assert auto.from_pretrained(directory, dtype=dtype, device_map={"": "cpu"}).dtype == torch.bfloat16
+
+
+def test_what_transformers_saves_we_read(directory: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "again")
+    again = from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS), model(TOKENS).logits)
+
+
+def test_bytes_are_tokens(tmp_path: Path) -> None:
+    save_pretrained(build(small_config("swa", vocab_size=256)), tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("plain text, é€😀", " two  spaces \n", ""):
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+    padded = tokenizer(["a", "abc"], padding=True, return_tensors="pt")
+    assert padded["input_ids"].tolist() == [[97, 0, 0], [97, 98, 99]]
+    assert padded["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_a_missing_extra_is_named() -> None:
+    script = """
+import sys
+sys.modules["transformers"] = None
+from hsa_compile.errors import MissingDependency
+try:
+    import hsa_compile.model.hf
+except MissingDependency as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert "pip install 'hsa-compile[hf]'" in done.stdout
