@@ -139,15 +139,22 @@ class LandmarkStore:
 def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k: int) -> Tensor:
     """`select_chunks` for few tokens, indices alone, on a CPU: one pass over the landmarks for each token."""
     B, T, H, dim = query.shape
+    query = query if query.dtype == torch.float64 else query.float()
     picks = torch.full((B, T, H, top_k), -1, dtype=torch.int32)
+    n = min(landmarks.shape[1], (offset + T - 1) // chunk_size)
     rows = max(1, SCAN_ELEMENTS // (B * H * dim))
+    # One for all tiles: memory of its own for each would cost more than the arithmetic.
+    products, all_scores = query.new_empty(B, min(rows, n), H, dim), query.new_empty(B, n, H)
     for t in range(T):
-        visible = landmarks[:, : (offset + t) // chunk_size]
-        # Multiply and add up row by row: a matrix product may round equal rows differently by their place.
-        q = query[:, t, None] if query.dtype == torch.float64 else query[:, t, None].float()
-        scores = torch.cat([(part.to(q.dtype) * q).sum(-1) for part in visible.split(rows, dim=1)], dim=1)
-        scores = scores.transpose(1, 2).flatten(0, 1)  # [B · H, n]
-        best = stable_topk(scores, min(top_k, scores.shape[1])).view(B, H, -1)
+        scores = all_scores[:, : (offset + t) // chunk_size]
+        for begin in range(0, scores.shape[1], rows):
+            part, out = landmarks[:, begin : begin + rows], scores[:, begin : begin + rows]
+            # Multiply and add up row by row: a matrix product may round equal rows differently by their place.
+            part = part[:, : out.shape[1]]
+            product = torch.mul(part, query[:, t, None], out=products[:, : out.shape[1]])
+            torch.sum(product, dim=-1, out=out)
+        columns = stable_topk(scores.transpose(1, 2).flatten(0, 1), min(top_k, scores.shape[1]))
+        best = columns.view(B, H, columns.shape[1])
         picks[:, t, :, : best.shape[2]] = best.flip(-1)
     return picks
 
