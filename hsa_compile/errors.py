@@ -18,6 +18,7 @@ HSACompileError
 ├── CorpusError                    a prepared corpus is incomplete, damaged or cannot be written
 │   └── UnreadableSource           … a file of text that is skipped as a whole
 ├── SaveError                      a saved model, memory or reading is damaged, foreign or cannot be written
+├── TrainingError                  a training run cannot go on
 └── CacheError                     the schedule cache cannot be written
 
 HSACompileWarning (UserWarning)
@@ -96,6 +97,10 @@ class UnreadableSource(CorpusError):
 
 class SaveError(HSACompileError):
     """A saved model, memory or reading is incomplete, damaged, foreign or cannot be written; the message names it."""
+
+
+class TrainingError(HSACompileError):
+    """A training run cannot go on: its loss is not a number, or its data are not those it began with."""
 
 
 class CacheError(HSACompileError):

@@ -13,6 +13,7 @@ PACKAGE_DIR = Path(__file__).parent
 TEMPLATE_DIR = PACKAGE_DIR / "kernels" / "templates"
 PRETUNED_DIR = PACKAGE_DIR / "schedules" / "pretuned"
 REGRET_FILE = PACKAGE_DIR / "schedules" / "regret.json"
+RECIPE_DIR = PACKAGE_DIR / "model" / "recipes"
 
 
 def chosen_cache_dir() -> str | None:

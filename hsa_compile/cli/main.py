@@ -11,8 +11,11 @@ from hsa_compile.cli.emit import emit
 from hsa_compile.cli.generate import generate
 from hsa_compile.cli.inspect import inspect
 from hsa_compile.cli.model import model
+from hsa_compile.cli.plan import plan
 from hsa_compile.cli.prepare import prepare
+from hsa_compile.cli.report import report
 from hsa_compile.cli.schedules import schedules
+from hsa_compile.cli.train import train
 from hsa_compile.cli.tune import tune
 from hsa_compile.errors import HSACompileError, InvalidArgument
 
@@ -37,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (tune, schedules, emit, inspect, prepare, model, generate, doctor):
+for command in (tune, plan, report, schedules, emit, inspect, prepare, model, train, generate, doctor):
     cli.add_command(command)
 
 

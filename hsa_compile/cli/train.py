@@ -1,0 +1,185 @@
+"""`hsa-compile train`: a model of the family, from a recipe, in a folder that it can go on from."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import tqdm
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.presets import PRESETS
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config_file import resolve
+from hsa_compile.model.training.processes import Processes, join_processes, leave_processes
+from hsa_compile.model.training.run import MODEL, TrainingRun, saved_config
+
+INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Model and recipe; tiny if nothing is said.")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Of the model.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--config", "file", type=click.Path(dir_okay=False, path_type=Path), help="TOML, or a run's config.json.")
+@click.option("--corpus", help="'stdlib', or a folder that prepare wrote.")
+@click.option("--steps", type=click.IntRange(min=1), help="Of the whole run.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop and save after so long.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights and data.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, out: Path, file: Path | None,
+          corpus: str | None, steps: int | None, minutes: float | None, seed: int | None,
+          resume: bool) -> None:  # fmt: skip
+    """Train a model.
+
+    What is not said comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
+    OUT/metrics.jsonl, the trained model to OUT/model. Killed at any moment, the same command with --resume goes on
+    from the last checkpoint with the same losses. SIGTERM saves and exits 0; so does Ctrl-C, with 130. Under
+    torchrun the processes share the model (FSDP2).
+
+    \b
+    Examples:
+      hsa-compile train --preset tiny --out runs/tiny
+      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4 stages.0.window=16
+      hsa-compile train --out runs/tiny --resume
+      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
+    """
+    flags = {"model.variant": variant, "data.corpus": corpus, "train.steps": steps, "train.seed": seed}
+    settings = {name: value for name, value in flags.items() if value is not None}
+    is_told = bool(preset or file or overrides or settings)
+    config = _config(out, resume, is_told, preset, file, overrides, settings)
+    processes = join_processes()
+    try:
+        with _stop_signals(minutes) as stop:
+            _run(config, out, processes, resume, stop)
+    finally:
+        leave_processes()
+
+
+def _config(
+    out: Path, resume: bool, is_told: bool, preset: str | None, file: Path | None, overrides: tuple[str, ...],
+    settings: Mapping[str, Any],
+) -> RunConfig:  # fmt: skip
+    """As told; of a run that goes on the saved one, which must be what is told, if anything is."""
+    saved = saved_config(out) if resume else None
+    if saved is not None and not is_told:
+        return saved
+    told = resolve(preset_name=preset, file=file, overrides=overrides, settings=settings)
+    if saved is not None and told != saved:
+        name, before, now = next(_differences(saved.to_dict(), told.to_dict()))
+        raise InvalidArgument(
+            f"{out} was begun with {name} = {before!r}, not {now!r}; --resume goes on with the former"
+        )
+    return told
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(before, tuple) and isinstance(now, tuple) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{name}.{number}")
+    elif before != now:
+        yield name, before, now
+
+
+class _Stop:
+    """Why the run shall end early: a signal, or the time."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.signal: int | None = None
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def __call__(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self._end
+
+
+@contextlib.contextmanager
+def _stop_signals(minutes: float | None) -> Iterator[_Stop]:
+    """SIGTERM and Ctrl-C end the run after its step; a second Ctrl-C at once."""
+    stop = _Stop(minutes)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop: _Stop) -> None:
+    line = _Line(config.train.steps, config.train.log_every, shown=processes.is_first)
+    run = TrainingRun(config, out, processes, resume=resume, on_record=line.show)
+    try:
+        if processes.is_first and not run.has_tensorboard:
+            click.echo("no TensorBoard files: pip install 'hsa-compile[train]' for them", err=True)
+        line.begin(run.state.step)
+        is_finished = run.train(stop)
+    finally:
+        line.close()
+        run.close()
+    if processes.is_first:
+        if not is_finished:
+            click.echo(
+                f"stopped and saved after step {run.state.step} of {config.train.steps}; to go on: "
+                f"hsa-compile train --out {out} --resume"
+            )
+        click.echo(f"model in {out / MODEL}, after {run.state.step} steps, {run.state.seconds:.0f} s of training")
+    if not is_finished and stop.signal == signal.SIGINT:
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+class _Line:
+    """The live line on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, steps: int, every: int, *, shown: bool) -> None:
+        self._every, self._shown = every, shown
+        self._steps = steps
+        self._bar: Any = None
+
+    def begin(self, step: int) -> None:
+        """The first steps were made before."""
+        if self._shown:
+            self._bar = tqdm.tqdm(total=self._steps, initial=step, desc="train", unit="step", disable=None)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """A record of a step or of a probe."""
+        if not self._shown or self._bar is None:
+            return
+        if record.get("probe"):
+            text = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
+            self._bar.write(f"step {record['step']}: {text}")
+            return
+        self._bar.update(record["step"] - self._bar.n)
+        text = _describe(record)
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._bar.disable and record["step"] % self._every == 0:
+            left = (self._steps - record["step"]) * record["seconds"] / record["step"]
+            click.echo(f"step {record['step']}/{self._steps}  {text}, {left:.0f} s left")
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    parts = [f"loss {record['loss']:.3f}"]
+    if record["answer_loss"] is not None:
+        parts.append(f"answers {record['answer_loss']:.3f}")
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return ", ".join(parts)

@@ -1,0 +1,226 @@
+"""Checkpoints of a run: directories that are there as a whole or not at all, without pickle.
+
+`step-00000100/` holds `state.json`, `tensors.safetensors` (weights, optimizer, random states), or for several
+processes `shards/`, one safetensors file each as PyTorch's distributed checkpoints (DCP) write them, which any other
+number of processes can load.
+"""
+
+import contextlib
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from hsa_compile.errors import SaveError
+from hsa_compile.model.safe_files import (
+    make_directory,
+    read_json,
+    read_tensors,
+    sync_directory,
+    write_json,
+    write_tensors,
+)
+from hsa_compile.model.training.processes import Processes
+
+FORMAT_VERSION = 1
+STATE_FILE, TENSORS_FILE, SHARDS = "state.json", "tensors.safetensors", "shards"
+_PREFIX = "step-"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """All of a run's state that is no tensor.
+
+    Attributes:
+        step: that comes next, which is also how far the data were read.
+        tokens: trained on so far, all processes together.
+        seconds: of training so far.
+        stage: of the next step.
+        metrics_bytes: length of the metrics file; what lies beyond belongs to steps that are run again.
+        score: held-out loss, by which the best checkpoint is kept; None if it was not measured.
+        data_digest: of the corpus; empty without one.
+        world_size: of the processes that wrote it.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stage: int = 0
+    metrics_bytes: int = 0
+    score: float | None = None
+    data_digest: str = ""
+    world_size: int = 1
+
+
+def save_checkpoint(
+    root: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> Path:
+    """Writes a checkpoint; every process calls it.
+
+    Args:
+        root: of all checkpoints.
+        state: after the last step.
+        model: whose weights and buffers are kept, sharded or not.
+        optimizer: of its parameters.
+        processes: among which this one is.
+
+    Raises:
+        SaveError: it cannot be written; those that were there are untouched.
+    """
+    path = checkpoint_path(root, state.step)
+    temporary = root / f".{path.name}.tmp"
+    try:
+        if processes.is_first:
+            _remove(temporary)
+            make_directory(temporary)
+        processes.wait()
+        if processes.world_size == 1:
+            write_tensors(temporary / TENSORS_FILE, {**_tensors(model, optimizer), **_random_states()}, {})
+        else:
+            dcp.save(
+                _tensors(model, optimizer),
+                storage_writer=HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True),
+            )
+            if processes.is_first:
+                _sync_files(temporary / SHARDS)
+        if processes.is_first:
+            write_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state)})
+            _remove(path)
+            temporary.replace(path)
+            sync_directory(root)
+    except (OSError, dcp.CheckpointException) as error:
+        raise SaveError(f"{path} cannot be written ({error}); earlier checkpoints are untouched") from error
+    finally:
+        if processes.is_first:
+            _remove(temporary)
+    processes.wait()
+    return path
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> RunState:  # fmt: skip
+    """Puts a checkpoint's weights and optimizer state in place, whatever number of processes wrote it.
+
+    Raises:
+        SaveError: a file is missing, damaged, foreign, or of another model; the message names it.
+    """
+    state = read_state(path)
+    wanted = _tensors(model, optimizer)
+    if (path / SHARDS).is_dir():
+        _load_shards(path / SHARDS, wanted)
+    else:
+        _load_whole(path / TENSORS_FILE, wanted)
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            optimizer.state[weight]["step"].fill_(state.step)
+    return state
+
+
+def read_state(path: Path) -> RunState:
+    """What `state.json` of a checkpoint says.
+
+    Raises:
+        SaveError: it is missing, damaged or foreign.
+    """
+    values = read_json(path / STATE_FILE)
+    if values.pop("format_version", None) != FORMAT_VERSION or set(values) != {spec.name for spec in fields(RunState)}:
+        raise SaveError(f"{path / STATE_FILE} is no checkpoint of this version of hsa-compile")
+    return RunState(**values)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All whole checkpoints, the oldest first."""
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint before a step lies."""
+    return root / f"{_PREFIX}{step:08d}"
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """The one with the lowest held-out loss, of those that are kept; None if none was measured."""
+    scores = [(score, path) for path in checkpoints(root) if (score := read_state(path).score) is not None]
+    return min(scores)[1] if scores else None
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Removes all checkpoints but the last ones and the best."""
+    found = checkpoints(root)
+    best = best_checkpoint(root)
+    for path in found[:-keep_last]:
+        if path != best:
+            _remove(path)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and moments by name: the run's own tensors, which a load fills."""
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, weight in model.named_parameters():
+        state: dict[str, Any] = optimizer.state[weight]
+        if not state:  # before its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(weight).device)
+            for moment in _MOMENTS:
+                state[moment] = torch.zeros_like(weight)
+        for moment in _MOMENTS:
+            found[f"optimizer.{name}.{moment}"] = state[moment]
+    return found
+
+
+def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
+    saved = read_tensors(path)
+    torch.set_rng_state(saved.pop(_CPU_RANDOM))
+    cuda = saved.pop(_CUDA_RANDOM, None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    if saved.keys() != wanted.keys() or any(saved[name].shape != wanted[name].shape for name in wanted):
+        raise SaveError(f"{path} is of another model than the run's config describes")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if isinstance(tensor, DTensor):
+                from_whole = torch.distributed.tensor.distribute_tensor(
+                    saved[name].to(_local(tensor).device), tensor.device_mesh, tensor.placements
+                )
+                tensor.copy_(from_whole)
+            else:
+                tensor.copy_(saved[name])
+
+
+def _load_shards(path: Path, wanted: dict[str, Tensor]) -> None:
+    try:
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
+    except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
+        raise SaveError(f"{path} cannot be loaded: {error}") from error
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {_CPU_RANDOM: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[_CUDA_RANDOM] = torch.cuda.get_rng_state()
+    return states
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sync_files(directory: Path) -> None:
+    for file in directory.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    sync_directory(directory)
+
+
+def _remove(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)

@@ -1,0 +1,269 @@
+"""What a person decides about a training run: optimization, data, and the stages that follow each other."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.tasks.haystack import NOISE
+
+DECAYS = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "float32", "bfloat16")
+CORPUS_HAYSTACK = "corpus"
+HAYSTACKS = (NOISE, CORPUS_HAYSTACK)
+MAX_ROWS = 2**20  # of a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How weights are moved, and what is written while they are.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        seed: of weights, data and selection noise.
+        lr: of AdamW, after warm-up and before decay.
+        beta1, beta2, eps, weight_decay: of AdamW; vectors (norms, biases) do not decay.
+        warmup_steps: in which the learning rate rises linearly from 0.
+        decay: `constant`, or `linear` or `cosine` down to `final_lr` × lr over the last part of the run.
+        decay_share: how long that part is, as a share of the steps.
+        final_lr: as a share of `lr`.
+        clip: largest norm of the gradient; 0 for no clipping.
+        accumulation: parts that a process computes its rows in, one after the other; the sum is the same.
+        precision: of products; `auto` is bfloat16 autocast on CUDA and float32 elsewhere.
+        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        compile: run the model through `torch.compile`.
+        loss_chunk: tokens whose logits exist at a time.
+        bias_update_rate: what MoE's balancing biases move by in a step.
+        log_every: steps between lines and records with router load and retrieval entropy.
+        save_every: steps between checkpoints; 0: only at the end and when stopped.
+        keep_last: checkpoints kept beside the best.
+        probe_every: steps between probes of retrieval and held-out loss; 0 for none.
+        probe_samples: samples of a probe, at each length.
+        peak_tflops: of the device, for MFU; 0: as known for the device, or no MFU.
+
+    Raises:
+        InvalidArgument: a value is out of range; the message names it, its value and what is allowed.
+    """
+
+    steps: int
+    seed: int = 0
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    decay: str = "constant"
+    decay_share: float = 0.3
+    final_lr: float = 0.05
+    clip: float = 1.0
+    accumulation: int = 1
+    precision: str = "auto"
+    checkpoint_activations: bool = False
+    compile: bool = False
+    loss_chunk: int = 4096
+    bias_update_rate: float = 1e-3
+    log_every: int = 10
+    save_every: int = 100
+    keep_last: int = 2
+    probe_every: int = 100
+    probe_samples: int = 16
+    peak_tflops: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _COUNTS:
+            check_count(f"train.{name}", getattr(self, name), low, high)
+        for name, low, high in _NUMBERS:
+            check_number(f"train.{name}", getattr(self, name), low, high)
+        for name in ("checkpoint_activations", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(f"train.{name} = {getattr(self, name)!r} must be true or false")
+        _check_choice("train.decay", self.decay, DECAYS)
+        _check_choice("train.precision", self.precision, PRECISIONS)
+        if self.lr == 0:
+            raise InvalidArgument("train.lr = 0 must be more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where text comes from, and what its tokens count in the loss.
+
+    The loss of a step is the mean over tokens of text, each times its weight, plus the mean over tokens of answers,
+    each times its weight: few answers weigh as much as many.
+
+    Attributes:
+        corpus: a prepared folder, `stdlib` for the Python standard library's sources, or empty for none.
+        text_weight: of a synthetic row's bytes that are no answer.
+        answer_weight: of answers.
+        corpus_weight: of tokens of plain rows.
+    """
+
+    corpus: str = ""
+    text_weight: float = 0.2
+    answer_weight: float = 1.0
+    corpus_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.corpus, str):
+            raise InvalidArgument(f"data.corpus = {self.corpus!r} must be 'stdlib' or a folder")
+        for name in ("text_weight", "answer_weight", "corpus_weight"):
+            check_number(f"data.{name}", getattr(self, name), 0, 1e6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        share: how long it is, relative to the other stages.
+        seq_len: longest rows.
+        min_seq_len: shortest rows; each step draws one length for all its rows. None: as `seq_len`.
+        batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
+        window, top_k: that the model's layers use in this stage; None: as in the model's config.
+        synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
+        chain_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
+        min_distance: between needles and questions; None: the window.
+        haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`.
+    """
+
+    share: float = 1.0
+    seq_len: int
+    min_seq_len: int | None = None
+    batch_tokens: int
+    window: int | None = None
+    top_k: int | None = None
+    synthetic_share: float = 1.0
+    chain_share: float = 0.0
+    num_needles: tuple[int, int] = (2, 6)
+    num_queries: tuple[int, int] = (1, 4)
+    min_distance: int | None = None
+    min_episode: int | None = None
+    haystacks: Mapping[str, float] = field(default_factory=lambda: {NOISE: 1.0})
+
+    def __post_init__(self) -> None:
+        check_number("stages.share", self.share, 1e-9, 1e9)
+        check_count("stages.seq_len", self.seq_len, 2, 2**30)
+        check_count("stages.batch_tokens", self.batch_tokens, 1, 2**40)
+        for name, low in (("min_seq_len", 2), ("window", 1), ("top_k", 1), ("min_distance", 0), ("min_episode", 1)):
+            if getattr(self, name) is not None:
+                check_count(f"stages.{name}", getattr(self, name), low, 2**30)
+        if self.shortest > self.seq_len:
+            raise InvalidArgument(f"stages.min_seq_len = {self.shortest} must be at most seq_len = {self.seq_len}")
+        for name in ("synthetic_share", "chain_share"):
+            check_number(f"stages.{name}", getattr(self, name), 0, 1)
+        for name in ("num_needles", "num_queries"):
+            object.__setattr__(self, name, _pair(f"stages.{name}", getattr(self, name)))
+        if not isinstance(self.haystacks, Mapping):
+            raise InvalidArgument(f"stages.haystacks = {self.haystacks!r} must be a table such as {{noise = 1.0}}")
+        for name, weight in self.haystacks.items():
+            _check_choice("haystack", name, HAYSTACKS)
+            check_number(f"stages.haystacks.{name}", weight, 0, 1e9)
+        if self.batch_tokens // self.shortest >= MAX_ROWS:
+            raise InvalidArgument(
+                f"stages.batch_tokens = {self.batch_tokens} at rows of {self.shortest} must be fewer than {MAX_ROWS} rows"
+            )
+
+    @property
+    def shortest(self) -> int:
+        """Of the rows."""
+        return self.seq_len if self.min_seq_len is None else self.min_seq_len
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether rows or haystacks come from a corpus."""
+        return self.synthetic_share < 1 or self.haystacks.get(CORPUS_HAYSTACK, 0) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """All of a run.
+
+    Attributes:
+        model: sizes and variant.
+        train: optimization and records.
+        data: text and weights.
+        stages: one after the other.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InvalidArgument("stages = [] must name at least one stage")
+        for number, stage in enumerate(self.stages):
+            if stage.needs_corpus and not self.data.corpus:
+                raise InvalidArgument(
+                    f"stages.{number} takes text of a corpus and data.corpus is empty; allowed are stdlib and a folder"
+                )
+            self.model_in(stage)  # whether the stage's window and top-k are allowed
+            if stage.synthetic_share and self.model.vocab_size < 256:
+                raise InvalidArgument(
+                    f"model.vocab_size = {self.model.vocab_size} must be at least 256: retrieval samples are bytes"
+                )
+
+    def model_in(self, stage: Stage) -> ModelConfig:
+        """The model's config with the stage's window and top-k in it."""
+        changes = {name: getattr(stage, name) for name in ("window", "top_k") if getattr(stage, name) is not None}
+        return replace(self.model, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; `config_file.read_run_config` reads them."""
+        return asdict(self)
+
+
+def check_count(name: str, value: object, low: int, high: int) -> None:
+    """Raises InvalidArgument unless the value is an integer of that range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raises InvalidArgument unless the value is a number of that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgument(f"{name} = {value!r} is not one of {', '.join(allowed)}")
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InvalidArgument(f"{name} = {value!r} must be two integers: the fewest and the most")
+    for item in value:
+        check_count(name, item, 1, 1000)
+    least, most = value
+    if least > most:
+        raise InvalidArgument(f"{name} = {list(value)!r} must have the smaller number first")
+    return least, most
+
+
+_COUNTS = (
+    ("steps", 1, 2**40),
+    ("seed", 0, 2**31 - 1),
+    ("warmup_steps", 0, 2**40),
+    ("accumulation", 1, 2**20),
+    ("loss_chunk", 1, 2**30),
+    ("log_every", 1, 2**40),
+    ("save_every", 0, 2**40),
+    ("keep_last", 1, 10_000),
+    ("probe_every", 0, 2**40),
+    ("probe_samples", 1, 100_000),
+)
+_NUMBERS = (
+    ("lr", 0, 1e3),
+    ("beta1", 0, 0.999999),
+    ("beta2", 0, 0.999999),
+    ("eps", 0, 1),
+    ("weight_decay", 0, 1e3),
+    ("decay_share", 0, 1),
+    ("final_lr", 0, 1),
+    ("clip", 0, 1e9),
+    ("bias_update_rate", 0, 1),
+    ("peak_tflops", 0, 1e9),
+)

@@ -1,0 +1,116 @@
+"""What is recorded while a run goes on: a JSONL file that can be cut back, TensorBoard, Weights & Biases."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_compile.errors import SaveError
+from hsa_compile.model.hs_attention import Selection
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+# Dense bfloat16 products, without sparsity, in TFLOP/s; from the vendors' data sheets.
+_PEAKS = (
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("GH200", 989.0),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+    ("MI300X", 1307.0),
+    ("MI250", 362.0),
+)
+
+
+class MetricsLog:
+    """The records of a run.
+
+    Args:
+        directory: of the run.
+        size: what the JSONL file is cut to at first: later records belong to steps that are run again.
+
+    Raises:
+        SaveError: at any call, the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, *, size: int = 0) -> None:
+        self._path = directory / METRICS_FILE
+        self._run = directory
+        try:
+            self._file = self._path.open("ab")
+            self._file.truncate(size)
+        except OSError as error:
+            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
+        self._board = _tensorboard(directory)
+
+    @property
+    def has_tensorboard(self) -> bool:
+        """Whether the package is there."""
+        return self._board is not None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; numbers also go to TensorBoard under their names and the record's `step`."""
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
+        for name, value in record.items() if self._board is not None else ():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+
+    def sync(self) -> int:
+        """Waits until the file is on the disk; returns its length."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
+        return self._path.stat().st_size
+
+    def close(self) -> None:
+        """Closes all files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def retrieval_entropy(selections: list[Selection]) -> float | None:
+    """Mean entropy of the weights of tokens that had something to choose, in nats; None if none had.
+
+    Args:
+        selections: weights `[B, T, H, K]`.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    for selection in selections:
+        several = (selection.indices >= 0).sum(dim=-1) > 1
+        weights = selection.weights.detach()[several].double()
+        totals[0] += torch.special.entr(weights).sum().cpu()
+        totals[1] += weights.shape[0]
+    return float(totals[0] / totals[1]) if totals[1] else None
+
+
+def peak_flops(device: torch.device, told_tflops: float) -> float | None:
+    """Products a second that the device could do at best; None if that is not known."""
+    if told_tflops:
+        return told_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAKS if part in name), None)
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / TENSORBOARD))

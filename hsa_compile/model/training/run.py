@@ -1,0 +1,285 @@
+"""A training run in its directory: opened anew or where it stopped, one step after the other, saved and closed.
+
+`config.json` is the resolved config, `metrics.jsonl` the records, `checkpoints/` what a run goes on from, `model/` the
+trained model as `from_pretrained`, `generate` and `eval` read it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from hsa_compile.errors import InvalidArgument, TrainingError
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.manifest import TRAIN, VALIDATION
+from hsa_compile.model.hs_attention import Selection
+from hsa_compile.model.info import model_info
+from hsa_compile.model.pretrained import save_pretrained
+from hsa_compile.model.safe_files import make_directory, read_json, write_json
+from hsa_compile.model.tasks.mixture import Mixture
+from hsa_compile.model.training.checkpoint import (
+    RunState,
+    checkpoints,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config_file import from_dict
+from hsa_compile.model.training.feed import Feed, StepBatch, mixtures, open_corpus
+from hsa_compile.model.training.metrics import METRICS_FILE, MetricsLog, peak_flops, retrieval_entropy
+from hsa_compile.model.training.optimizer import make_optimizer
+from hsa_compile.model.training.probe import Probe
+from hsa_compile.model.training.processes import Processes, shard
+from hsa_compile.model.training.stages import apply_stage, stage_at
+from hsa_compile.model.training.step import LossModel, StepResult, run_step
+from hsa_compile.model.transformer import HSATransformer
+
+CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+
+Record = Mapping[str, Any]
+
+
+def saved_config(directory: Path) -> RunConfig | None:
+    """The config of the run that a directory holds; None if it holds none."""
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return from_dict(read_json(path))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+class TrainingRun:
+    """A run and all that it holds between steps.
+
+    Args:
+        config: of the run; of one that goes on, the saved one.
+        directory: of the run.
+        processes: among which this one is.
+        resume: go on from the last checkpoint; without one, begin.
+        on_record: told of each record on the first process.
+
+    Raises:
+        InvalidArgument: the directory holds a run already, or the config does not fit together.
+        SaveError: a file cannot be written, or a checkpoint not be read.
+        TrainingError: the corpus is not the one that the run began with.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: Path, processes: Processes, *, resume: bool = False,
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> None:  # fmt: skip
+        self.config, self.directory, self.processes = config, directory, processes
+        self._on_record = on_record
+        if not resume and (directory / CONFIG_FILE).exists():
+            raise InvalidArgument(f"{directory} holds a run; --resume goes on with it, or choose another folder")
+        corpus = self._open_corpus()
+        self._mixtures = mixtures(config, corpus)
+        _check_lengths(config, self._mixtures)
+        torch.manual_seed(config.train.seed)
+        self.model = HSATransformer(config.model).to(processes.device).train()
+        self.model.checkpoint_activations = config.train.checkpoint_activations
+        self.loss_model = LossModel(self.model, config.train.loss_chunk)
+        shard(self.loss_model, self.model, processes)
+        self._forward = torch.compile(self.loss_model) if config.train.compile else self.loss_model
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.state = RunState(data_digest=_digest(corpus), world_size=processes.world_size)
+        self._checkpoints = directory / CHECKPOINTS
+        self._open_directory()
+        self._probe = Probe(config, self._held_out(corpus), processes) if config.train.probe_every else None
+        self._log = MetricsLog(directory, size=self.state.metrics_bytes) if processes.is_first else None
+        info = model_info(config.model, context=config.stages[-1].seq_len)
+        self._flops_a_token, self._peak = info.training_flops, peak_flops(processes.device, config.train.peak_tflops)
+        self._saved_step = self.state.step if checkpoints(self._checkpoints) else -1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were made."""
+        return self.state.step >= self.config.train.steps
+
+    @property
+    def has_tensorboard(self) -> bool:
+        """Whether TensorBoard files are written."""
+        return self._log is not None and self._log.has_tensorboard
+
+    def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Makes the steps that are left, saves, and writes the model.
+
+        Args:
+            should_stop: asked before each step; once it says so, the run saves after that step and returns.
+
+        Returns:
+            whether the run is finished.
+        """
+        feed = Feed(
+            self.config,
+            self._mixtures,
+            first_step=self.state.step,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        try:
+            stopping = False
+            while not (self.is_finished or stopping):
+                stopping = self._step(feed.next(), should_stop())
+        finally:
+            feed.close()
+        if self._saved_step != self.state.step:
+            self._save()
+        self._export()
+        return self.is_finished
+
+    def close(self) -> None:
+        """Closes the records."""
+        if self._log is not None:
+            self._log.close()
+
+    def _step(self, batch: StepBatch, should_stop: bool) -> bool:
+        train, number = self.config.train, batch.plan.step + 1
+        began = time.perf_counter()
+        apply_stage(self.model, self._model_config(batch.plan.stage))
+        is_logged = number % train.log_every == 0 or number == train.steps
+        selections: list[Selection] | None = [] if is_logged and not train.compile else None
+        result = run_step(
+            self._forward,
+            self.optimizer,
+            batch,
+            train,
+            self.processes,
+            stopping=should_stop,
+            selections=selections,
+        )
+        seconds = time.perf_counter() - began
+        tokens = batch.plan.num_rows * batch.plan.length
+        self.state = replace(
+            self.state,
+            step=number,
+            tokens=self.state.tokens + tokens,
+            seconds=self.state.seconds + seconds,
+            stage=stage_at(self.config, number),
+            score=None,
+        )
+        record = self._record(batch, result, tokens / seconds)
+        if selections:
+            record["retrieval_entropy"] = retrieval_entropy(selections)
+        self._write(record)
+        if self._probe is not None and (number % train.probe_every == 0 or number == train.steps):
+            self._measure()
+        if train.save_every and number % train.save_every == 0:
+            self._save()
+        return result.stopping
+
+    def _record(self, batch: StepBatch, result: StepResult, tokens_a_second: float) -> dict[str, Any]:
+        record = {
+            "step": batch.plan.step + 1,
+            "loss": result.loss,
+            "text_loss": result.text_loss,
+            "answer_loss": result.answer_loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "stage": batch.plan.stage,
+            "seq_len": batch.plan.length,
+            "tokens": self.state.tokens,
+            "tokens_per_second": tokens_a_second,
+            "seconds": self.state.seconds,
+        }
+        if result.router_load is not None:
+            record["router_max_over_mean_load"] = result.router_load
+        if self._peak is not None:
+            record["mfu"] = tokens_a_second * self._flops_a_token / self._peak / self.processes.world_size
+        if self.processes.device.type == "cuda":
+            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        return record
+
+    def _measure(self) -> None:
+        assert self._probe is not None
+        result = self._probe.measure(self.loss_model, self._model_config(self.state.stage))
+        self.state = replace(self.state, score=result.held_out_loss)
+        self._write({"step": self.state.step, "probe": True, **result.record()})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(record)
+            self._on_record(record)
+
+    def _save(self) -> None:
+        if self._log is not None:
+            self.state = replace(self.state, metrics_bytes=self._log.sync())
+        save_checkpoint(self._checkpoints, self.state, self.model, self.optimizer, self.processes)
+        self._saved_step = self.state.step
+        if self.processes.is_first:
+            prune(self._checkpoints, self.config.train.keep_last)
+
+    def _export(self) -> None:
+        """Writes the weights as they are now, with window and top-k of the stage that they are in."""
+        weights = self.model.state_dict()
+        if self.processes.world_size > 1:
+            weights = get_model_state_dict(
+                self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )  # fmt: skip
+        if not self.processes.is_first:
+            return
+        last = stage_at(self.config, self.state.step - 1)
+        with torch.device("meta"):
+            model = HSATransformer(self._model_config(last))
+        model.load_state_dict(weights, assign=True)
+        trained = {"step": self.state.step, "tokens": self.state.tokens, "config": self.config.to_dict()}
+        save_pretrained(model, self.directory / MODEL, extra={"training": trained})
+
+    def _model_config(self, stage: int) -> Any:
+        return self.config.model_in(self.config.stages[stage])
+
+    def _open_directory(self) -> None:
+        """Begins a directory, or puts the state of its last checkpoint in place."""
+        if self.processes.is_first:
+            make_directory(self._checkpoints)
+            write_json(self.directory / CONFIG_FILE, self.config.to_dict())
+        self.processes.wait()
+        found = checkpoints(self._checkpoints)
+        if not found:
+            return
+        digest = self.state.data_digest
+        state = load_checkpoint(found[-1], self.model, self.optimizer, self.processes)
+        if state.data_digest != digest:
+            raise TrainingError(
+                f"data.corpus {self.config.data.corpus!r} is not the one that {self.directory} began with: its text has "
+                f"changed; begin anew in another folder"
+            )
+        self.state = replace(state, world_size=self.processes.world_size)
+
+    def _open_corpus(self) -> TokenCorpus | None:
+        """The first process prepares what is missing, then the others open it."""
+        if self.processes.is_first:
+            open_corpus(self.config)
+        self.processes.wait()
+        return open_corpus(self.config)
+
+    def _held_out(self, corpus: TokenCorpus | None) -> Mixture:
+        """What the last stage draws from, of text that no step sees where there is enough."""
+        last = self._mixtures[-1]
+        if corpus is None:
+            return last
+        validation = open_corpus(self.config, VALIDATION)
+        assert validation is not None
+        if len(validation) < self.config.stages[-1].seq_len:
+            return last
+        return mixtures(self.config, validation)[-1]
+
+
+def _digest(corpus: TokenCorpus | None) -> str:
+    return corpus.manifest.splits[TRAIN].tokens_sha256 if corpus is not None else ""
+
+
+def _check_lengths(config: RunConfig, by_stage: tuple[Mixture, ...]) -> None:
+    for number, (stage, mixture) in enumerate(zip(config.stages, by_stage, strict=True)):
+        if stage.synthetic_share and stage.shortest < mixture.least_length:
+            raise InvalidArgument(
+                f"stages.{number}: rows of {stage.shortest} are too short for a retrieval sample with a distance of "
+                f"{mixture.min_distance}; allowed is {mixture.least_length} or more"
+            )

@@ -1,0 +1,56 @@
+"""Which stage a step belongs to, what the step's rows look like, and how the model is set for it."""
+
+import random
+from dataclasses import dataclass
+
+from torch import nn
+
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.hs_attention import Retrieval
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.window_attention import WindowAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one step takes: a function of config and step alone.
+
+    Attributes:
+        step: from 0.
+        stage: its number.
+        length: of the rows.
+        num_rows: of all processes together.
+    """
+
+    step: int
+    stage: int
+    length: int
+    num_rows: int
+
+
+def stage_at(run: RunConfig, step: int) -> int:
+    """The number of the stage that a step belongs to."""
+    whole = sum(stage.share for stage in run.stages)
+    end = 0.0
+    for number, stage in enumerate(run.stages):
+        end += stage.share
+        if step < round(run.train.steps * end / whole):
+            return number
+    return len(run.stages) - 1
+
+
+def plan_step(run: RunConfig, step: int) -> StepPlan:
+    """The rows of a step; the same in every process and after every interruption."""
+    number = stage_at(run, step)
+    stage = run.stages[number]
+    length = random.Random(f"length {run.train.seed} {step}").randint(stage.shortest, stage.seq_len)
+    return StepPlan(step=step, stage=number, length=length, num_rows=max(1, stage.batch_tokens // length))
+
+
+def apply_stage(model: nn.Module, config: ModelConfig) -> None:
+    """Sets window and top-k of all layers as the config has them; layers read both when they are called."""
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.window = config.window
+        elif isinstance(module, Retrieval):
+            module.top_k = config.top_k
