@@ -26,6 +26,7 @@ from hsa_compile.target import Target
 if TYPE_CHECKING:
     from hsa_compile.autotune.check import check
     from hsa_compile.autotune.measure import measure
+    from hsa_compile.autotune.on_miss import set_autotune
     from hsa_compile.autotune.predicted import predict_schedule
     from hsa_compile.autotune.tune import tune
 
@@ -57,6 +58,7 @@ __all__ = [
     "resolve",
     "select_chunks",
     "select_chunks_reference",
+    "set_autotune",
     "tune",
     "tuned_for",
 ]
@@ -66,6 +68,7 @@ _LAZY = {
     "check": "hsa_compile.autotune.check",
     "measure": "hsa_compile.autotune.measure",
     "predict_schedule": "hsa_compile.autotune.predicted",
+    "set_autotune": "hsa_compile.autotune.on_miss",
     "tune": "hsa_compile.autotune.tune",
 }
 
