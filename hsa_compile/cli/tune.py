@@ -18,6 +18,7 @@ from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.interrupt import stop_on_ctrl_c
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
+from hsa_compile.cli.preset_problems import preset_problems
 from hsa_compile.cli.search_options import search_options, tune_options
 from hsa_compile.cli.tune_predicted import report_predictions, tune_for_absent_target
 from hsa_compile.errors import InvalidTarget
@@ -47,11 +48,12 @@ class Outcome:
     type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
     help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
 )
+@click.option("--preset", metavar="NAME|DIR", help="What a bundled or saved model asks for, instead of --op.")
 @click.option("--report-prediction", is_flag=True, help="How well that model orders what was timed on this GPU.")
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
-def tune(device: str, ops: tuple[str, ...], absent: str | None, report_prediction: bool, force: bool, as_json: bool,
-         **flags: Any) -> None:  # fmt: skip
+def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, report_prediction: bool,
+         force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags: a default problem for the device that is found, forward and backward, in about two minutes.
@@ -69,13 +71,13 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, report_predictio
       hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100 --timeout 300
       hsa-compile tune --storage postgresql://user@host/tuning   # on each host
       hsa-compile tune --target h100                             # without one
+      hsa-compile tune --preset tiny --seq-len 2k --batch 4
     """
     shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     if absent:
         named = Target.parse(absent)
-        tune_for_absent_target(
-            expand(named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
-        )
+        problems = preset_problems(preset, named, shape) if preset else expand(named, shape, ops)
+        tune_for_absent_target(problems, named, budget_s=flags["timeout"], force=force, as_json=as_json)
         return
     devices, target = _devices(device)
     if report_prediction:
@@ -86,7 +88,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, report_predictio
         ledger=default_ledger(target),
         anew=force,
     )
-    problems = expand(target, shape, ops)
+    problems = preset_problems(preset, target, shape) if preset else expand(target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)
@@ -107,7 +109,8 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, report_predictio
         print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
         return
     click.echo()
-    print_rows(list(_shape_rows(outcomes, len(ops))), as_json=False)
+    rows = _preset_rows(outcomes) if preset else _shape_rows(outcomes, len(ops))
+    print_rows(list(rows), as_json=False)
     click.echo(f"\nstored in {cache.path(target)}")
 
 
@@ -192,6 +195,17 @@ def _how(record: TuningRecord) -> str:
     failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
     trials = f"{record.trials} trials" + (f", of them {failed}" if failed else "")
     return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
+
+
+def _preset_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
+    """One row a problem, since the ops of a model have shapes of their own."""
+    for outcome in outcomes:
+        record = outcome.record
+        yield {
+            "problem": outcome.problem.describe(),
+            "time": f"{record.measurement.median_ms:.3g} ms",
+            "gain": f"{record.speedup:.2f}x",
+        }
 
 
 def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str, str]]:
