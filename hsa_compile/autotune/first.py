@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from hsa_compile.autotune.predict import LIMITS, count_work, predict
+from hsa_compile.autotune.kernel_model import estimate
+from hsa_compile.autotune.predict import LIMITS
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.default import default_schedule
@@ -24,7 +25,7 @@ def predicted_times(problem: Problem, schedules: Sequence[Schedule], target: Tar
     """What the model predicts for each, in milliseconds; None where it does not know the target's peaks."""
     if target.arch not in LIMITS:
         return None
-    return [predict(problem, count_work(problem, schedule), target).time_ms for schedule in schedules]
+    return [estimate(problem, schedule, target) for schedule in schedules]
 
 
 def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from hsa_compile.errors import CompileError, HSACompileWarning, UntunedWarning
+from hsa_compile.errors import CompileError, HSACompileError, HSACompileWarning, UntunedWarning
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.log import logger
@@ -31,7 +31,8 @@ _missed: set[tuple[Problem, Target]] = set()
 def set_on_miss(callback: OnMiss | None) -> None:
     """What to do once for each problem that has no measured entry of its own, before the next best is taken.
 
-    A callback may put an entry into the cache: it is looked up again afterwards. None, the default, does nothing.
+    A callback may put an entry into the cache: it is looked up again afterwards. One that fails with an error of this
+    project is warned about, and the next best runs. None, the default, does nothing.
     """
     global _on_miss
     _on_miss = callback
@@ -62,18 +63,23 @@ def resolve(problem: Problem, target: Target) -> Kernel:
     Warns once for each kind of problem that has to run on the default schedule, or on one tuned so far away that
     nobody measured what that costs.
     """
-    schedule = _schedule(problem, target)
+    return _resolve(problem, target, _on_miss)
+
+
+def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel:
+    schedule = _schedule(problem, target, on_miss)
     try:
         return compile_kernel(emit(problem, schedule, target))
     except CompileError as error:
         if template_for(problem, target) != "cpp":
             raise
-        warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=4)
-        return resolve(problem, replace(target, has_compiler=False))
+        warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=5)
+        # Whoever is asked on a miss knows the device as it is, not as it would be without its compiler.
+        return _resolve(problem, replace(target, has_compiler=False), None)
 
 
-def _schedule(problem: Problem, target: Target) -> Schedule:
-    found = _lookup(problem, target)
+def _schedule(problem: Problem, target: Target, on_miss: OnMiss | None) -> Schedule:
+    found = _lookup(problem, target, on_miss)
     schedule = found.schedule if found else default_schedule(problem, target)
     if logger.isEnabledFor(logging.DEBUG):  # to explain takes longer than to look up
         why = default_cache().explain_miss(problem, target)
@@ -90,16 +96,19 @@ def _schedule(problem: Problem, target: Target) -> Schedule:
     return schedule
 
 
-def _lookup(problem: Problem, target: Target) -> Lookup | None:
+def _lookup(problem: Problem, target: Target, on_miss: OnMiss | None) -> Lookup | None:
     found = default_cache().lookup(problem, target)
-    if _on_miss is None or (found and found.distance == 0 and not found.is_predicted):
+    if on_miss is None or (found and found.distance == 0 and not found.is_predicted):
         return found
     asked = (problem.bucketed(), target)
     if asked in _missed:
         return found
     _missed.add(asked)  # before the call, which may itself run a kernel
-    logger.info("%s: a miss, handed to %s", problem.describe(), getattr(_on_miss, "__name__", _on_miss))
-    _on_miss(problem, target)
+    logger.info("%s: a miss, handed to %s", problem.describe(), getattr(on_miss, "__name__", on_miss))
+    try:
+        on_miss(problem, target)
+    except HSACompileError as error:  # a run that could go on must not end here
+        warnings.warn(f"{problem.describe()} could not be tuned: {error}", HSACompileWarning, stacklevel=6)
     return default_cache().lookup(problem, target)
 
 
@@ -125,5 +134,5 @@ def _warn_once(problem: Problem, target: Target, what: str) -> None:
         f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
         f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
         UntunedWarning,
-        stacklevel=6,
+        stacklevel=7,
     )

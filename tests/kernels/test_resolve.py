@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import hsa_compile
-from hsa_compile.errors import UntunedWarning
+from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
 from hsa_compile.kernels import resolve as resolve_module
 from hsa_compile.kernels.resolve import resolve, set_on_miss
 from hsa_compile.problem import Problem
@@ -133,6 +133,18 @@ def test_a_hook_that_stores_nothing_is_not_asked_again() -> None:
     set_on_miss(None)
     warned(replace(PROBLEM, top_k=1))
     assert asked == [PROBLEM]
+
+
+def test_a_hook_that_fails_is_warned_about_and_the_next_best_runs() -> None:
+    def fail(problem: Problem, target: Target) -> None:
+        raise OutOfResources("there is no room")
+
+    set_on_miss(fail)
+    with pytest.warns() as caught:
+        kernel = resolve(PROBLEM, Target.parse("cpu"))
+    assert [warning.category for warning in caught] == [HSACompileWarning, UntunedWarning]
+    assert str(caught[0].message).endswith("could not be tuned: there is no room")
+    assert kernel.source.schedule == default_schedule(PROBLEM, Target.parse("cpu"))
 
 
 def test_debug_messages_tell_the_schedule_and_why(caplog: pytest.LogCaptureFixture) -> None:
