@@ -1,27 +1,62 @@
-"""Optuna's samplers by name; `ours` is TPE for the time being."""
+"""Samplers by name: ours for kernel spaces, and Optuna's."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import importlib.util
+from collections.abc import Sequence
 
 import optuna
 
-SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
+from hsa_compile.autotune.forest_sampler import ForestSampler, Known
+from hsa_compile.autotune.point_sampler import GridSampler
+from hsa_compile.autotune.point_table import Point, PointTable
+from hsa_compile.errors import InvalidArgument, MissingDependency
 
-_STARTUP_TRIALS = 8
+SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
+STATELESS = ("ours", "grid")  # one object serves all trials, and proposes the same in any process
+
+_TPE_STARTUP_TRIALS = 8
+_NEEDS = {"gp": ("torch", "scipy"), "cmaes": ("cmaes",), "ours": ("sklearn",)}
+_PIP_NAMES = {"sklearn": "scikit-learn"}
 
 
 def make_sampler(
     name: str,
     *,
     seed: int,
-    space_points: Sequence[Mapping[str, Any]] | None = None,
-    prior: Sequence[float] | None = None,
-    cost: Callable[[Mapping[str, Any]], float] | None = None,
+    space_points: Sequence[Point] | PointTable | None = None,
+    prior: Known | None = None,
+    cost: Known | None = None,
 ) -> optuna.samplers.BaseSampler:
-    """A sampler over the points that are given; what it does not know of the rest is left aside."""
-    del space_points, prior, cost
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+    """A sampler for a study that minimises.
+
+    Args:
+        name: one of `SAMPLERS`. `ours` and `grid` try valid points only; `cmaes` leaves categorical parameters, which
+            all knobs are, to chance.
+        seed: equal seeds make equal proposals from equal trials.
+        space_points: every valid point as Optuna's parameters, or their table; `ours` and `grid` need them, the others
+            do not look.
+        prior: predicted time of each point, in the same order, or a function of the point; for `ours`.
+        cost: the same, of what it costs to try a point; for `ours`.
+
+    Raises:
+        InvalidArgument: there is no such sampler, or it needs the points.
+        MissingDependency: it needs a package that is not installed.
+    """
+    if name not in SAMPLERS:
+        raise InvalidArgument(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+    missing = [package for package in _NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        packages = " ".join(_PIP_NAMES.get(package, package) for package in missing)
+        raise MissingDependency(f"sampler {name} needs more packages: pip install {packages}")
+    if name in STATELESS:
+        if space_points is None:
+            raise InvalidArgument(f"sampler {name} needs space_points: every valid point")
+        if name == "grid":
+            return GridSampler(space_points, seed=seed)
+        return ForestSampler(space_points, seed=seed, prior=prior, cost=cost)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_TPE_STARTUP_TRIALS)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return optuna.samplers.RandomSampler(seed=seed)
