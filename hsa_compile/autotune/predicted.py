@@ -15,7 +15,7 @@ from hsa_compile.errors import HSACompileError, InvalidArgument, InvalidTarget, 
 from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.problem import Problem
+from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import PREDICTED, Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Knob, Schedule
@@ -25,6 +25,7 @@ from hsa_compile.versions import installed_versions
 
 DEFAULT_BUDGET_S = 75.0
 MAX_CANDIDATES = 96
+_FEW_CANDIDATES = 6  # of an op that the model cannot rank: in case that its default spills
 
 _NUM_WORKERS = 2
 _COMPILE_S = 60.0
@@ -88,7 +89,8 @@ def predict_schedule(
     """The schedule that should be fastest on a GPU, which need not be there. Stores nothing.
 
     The default schedule and those that the model likes best are compiled for the target, two at a time; what does
-    not fit or spills is out; the others are ranked again, by what their kernels use.
+    not fit or spills is out; the others are ranked again, by what their kernels use. Of ops other than
+    `hsa_attention` the model knows too little to prefer anything: their default is taken, if it does not spill.
 
     Args:
         problem: what is to run.
@@ -110,12 +112,16 @@ def predict_schedule(
         raise InvalidArgument(f"budget_s = {budget_s} must be more than 0 seconds")
     check_predictable(target)
     candidates = ranked_candidates(problem, target)
+    if problem.op not in OPS:
+        candidates = candidates[:_FEW_CANDIDATES]
     found = _compile_all(problem, target, candidates, budget_s, on_progress)
     if not found.times:
         counted = ", ".join(f"{count} {name}" for name, count in found.failures.items())
         raise OutOfResources(f"no candidate for {problem.describe()} on {target.name} is without spills: {counted}")
-    winner = min(found.times, key=lambda schedule: found.times[schedule])
     default = candidates[0]
+    winner = min(found.times, key=lambda schedule: found.times[schedule])
+    if problem.op not in OPS and default in found.times:
+        winner = default
     default_ms = found.times.get(default) or estimate(problem, default, target)
     return TuningRecord(
         problem=problem,

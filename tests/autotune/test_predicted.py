@@ -63,6 +63,21 @@ def test_the_stored_schedule_compiles_does_not_spill_and_is_no_worse_than_the_de
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.slow
+def test_an_op_that_the_model_cannot_rank_keeps_its_default() -> None:
+    problem = Problem(op="select_chunks", seq_len=2048, num_heads=2, num_kv_heads=2, head_dim=64, top_k=4,
+                      dtype="bfloat16")  # fmt: skip
+    arguments = [json.dumps(problem.to_dict()), "h100", "6"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    record = TuningRecord.from_dict(json.loads(done.stdout)["record"])
+    assert record.schedule == default_schedule(problem, PRODUCTS["h100"])
+    assert record.speedup == 1.0
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=lambda target: target.arch)
 def test_candidates_begin_with_the_default_and_are_of_several_kinds(target: Target, op: str) -> None:
