@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.errors import SaveError
@@ -86,7 +88,7 @@ def save_checkpoint(
         if processes.world_size == 1:
             write_tensors(temporary / TENSORS_FILE, {**_tensors(model, optimizer), **_random_states()}, {})
         else:
-            dcp.save(
+            save(
                 _tensors(model, optimizer),
                 storage_writer=HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True),
             )
@@ -97,7 +99,7 @@ def save_checkpoint(
             _remove(path)
             temporary.replace(path)
             sync_directory(root)
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         raise SaveError(f"{path} cannot be written ({error}); earlier checkpoints are untouched") from error
     finally:
         if processes.is_first:
@@ -198,8 +200,8 @@ def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
 
 def _load_shards(path: Path, wanted: dict[str, Tensor]) -> None:
     try:
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
-    except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
+        load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         raise SaveError(f"{path} cannot be loaded: {error}") from error
 
 

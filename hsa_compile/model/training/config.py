@@ -7,6 +7,7 @@ from typing import Any
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.tasks.haystack import NOISE
+from hsa_compile.model.training.checks import check_choice, check_count, check_number, pair
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -74,13 +75,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, low, high in _COUNTS:
             check_count(f"train.{name}", getattr(self, name), low, high)
-        for name, low, high in _NUMBERS:
-            check_number(f"train.{name}", getattr(self, name), low, high)
+        for name, least, most in _NUMBERS:
+            check_number(f"train.{name}", getattr(self, name), least, most)
         for name in ("checkpoint_activations", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)!r} must be true or false")
-        _check_choice("train.decay", self.decay, DECAYS)
-        _check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.decay", self.decay, DECAYS)
+        check_choice("train.precision", self.precision, PRECISIONS)
         if self.lr == 0:
             raise InvalidArgument("train.lr = 0 must be more than 0")
 
@@ -153,15 +154,15 @@ class Stage:
         for name in ("synthetic_share", "chain_share"):
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
-            object.__setattr__(self, name, _pair(f"stages.{name}", getattr(self, name)))
+            object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))
         if not isinstance(self.haystacks, Mapping):
             raise InvalidArgument(f"stages.haystacks = {self.haystacks!r} must be a table such as {{noise = 1.0}}")
         for name, weight in self.haystacks.items():
-            _check_choice("haystack", name, HAYSTACKS)
+            check_choice("haystack", name, HAYSTACKS)
             check_number(f"stages.haystacks.{name}", weight, 0, 1e9)
         if self.batch_tokens // self.shortest >= MAX_ROWS:
             raise InvalidArgument(
-                f"stages.batch_tokens = {self.batch_tokens} at rows of {self.shortest} must be fewer than {MAX_ROWS} rows"
+                f"stages.batch_tokens = {self.batch_tokens} at rows of {self.shortest} must be below {MAX_ROWS} rows"
             )
 
     @property
@@ -213,34 +214,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `config_file.read_run_config` reads them."""
         return asdict(self)
-
-
-def check_count(name: str, value: object, low: int, high: int) -> None:
-    """Raises InvalidArgument unless the value is an integer of that range."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raises InvalidArgument unless the value is a number of that range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgument(f"{name} = {value!r} is not one of {', '.join(allowed)}")
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InvalidArgument(f"{name} = {value!r} must be two integers: the fewest and the most")
-    for item in value:
-        check_count(name, item, 1, 1000)
-    least, most = value
-    if least > most:
-        raise InvalidArgument(f"{name} = {list(value)!r} must have the smaller number first")
-    return least, most
 
 
 _COUNTS = (

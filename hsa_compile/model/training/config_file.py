@@ -150,9 +150,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     number, _, rest = rest.partition(".")
     stages = values["stages"]
     if not number.isdecimal() or not rest or int(number) >= len(stages):
-        raise InvalidArgument(
-            f"{dotted!r} is no field of a stage; allowed are stages.0.… to stages.{len(stages) - 1}.…"
-        )
+        raise InvalidArgument(f"{dotted!r} is no field of a stage; allowed are stages.0.… to {len(stages) - 1}.…")
     stages[int(number)][rest] = value
 
 

@@ -2,24 +2,16 @@
 
 import queue
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hsa_compile.model.data.batches import TrainingSample
-from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.manifest import TRAIN
-from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import stdlib_sources
-from hsa_compile.model.tasks.haystack import NOISE, STDLIB, Haystack, NoiseHaystack, corpus_haystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 from hsa_compile.model.training.config import MAX_ROWS, RunConfig
 from hsa_compile.model.training.stages import StepPlan, plan_step
-from hsa_compile.paths import cache_dir
 
 AHEAD = 4
 
@@ -39,52 +31,6 @@ class StepBatch:
     tokens: Tensor
     weights: Tensor
     is_answer: Tensor
-
-
-def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
-    """The corpus of a run, or None if it has none; that of the standard library is prepared where it is not there.
-
-    Raises:
-        CorpusError: it is incomplete or damaged, or cannot be written.
-    """
-    if not run.data.corpus:
-        return None
-    if run.data.corpus != STDLIB:
-        return TokenCorpus(Path(run.data.corpus).expanduser(), split=split)
-    directory = cache_dir() / "corpora" / STDLIB
-    prepare(stdlib_sources(), directory)
-    return TokenCorpus(directory, split=split)
-
-
-def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
-    """What each stage draws its rows from.
-
-    Raises:
-        InvalidArgument: a stage's numbers do not fit together.
-    """
-    return tuple(
-        Mixture(
-            haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
-            corpus=corpus,
-            synthetic_share=stage.synthetic_share,
-            chain_share=stage.chain_share,
-            num_needles=stage.num_needles,
-            num_queries=stage.num_queries,
-            min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,
-            min_episode=stage.min_episode,
-            text_weight=run.data.text_weight,
-            answer_weight=run.data.answer_weight,
-            corpus_weight=run.data.corpus_weight,
-        )
-        for stage in run.stages
-    )
-
-
-def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
-    if name == NOISE:
-        return NoiseHaystack()
-    assert corpus is not None  # checked by RunConfig
-    return corpus_haystack(corpus)
 
 
 def make_batch(
@@ -132,10 +78,6 @@ class Feed:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(first_step,), name="batches", daemon=True)
         self._thread.start()
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        for _ in range(self._run.train.steps):
-            yield self.next()
 
     def next(self) -> StepBatch:
         """The next batch; what went wrong while it was made is raised here."""

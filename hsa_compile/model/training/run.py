@@ -14,13 +14,11 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from hsa_compile.errors import InvalidArgument, TrainingError
-from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.manifest import TRAIN, VALIDATION
+from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.hs_attention import Selection
 from hsa_compile.model.info import model_info
 from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.safe_files import make_directory, read_json, write_json
-from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
@@ -30,13 +28,14 @@ from hsa_compile.model.training.checkpoint import (
 )
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
-from hsa_compile.model.training.feed import Feed, StepBatch, mixtures, open_corpus
-from hsa_compile.model.training.metrics import METRICS_FILE, MetricsLog, peak_flops, retrieval_entropy
+from hsa_compile.model.training.feed import Feed, StepBatch
+from hsa_compile.model.training.metrics import MetricsLog, peak_flops, retrieval_entropy
 from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.probe import Probe
 from hsa_compile.model.training.processes import Processes, shard
 from hsa_compile.model.training.stages import apply_stage, stage_at
 from hsa_compile.model.training.step import LossModel, StepResult, run_step
+from hsa_compile.model.training.text import digest, held_out_mixture, mixtures, open_corpus
 from hsa_compile.model.transformer import HSATransformer
 
 CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
@@ -79,20 +78,22 @@ class TrainingRun:
         self._on_record = on_record
         if not resume and (directory / CONFIG_FILE).exists():
             raise InvalidArgument(f"{directory} holds a run; --resume goes on with it, or choose another folder")
-        corpus = self._open_corpus()
+        if processes.is_first:
+            open_corpus(config)  # prepares what is missing
+        processes.wait()
+        corpus = open_corpus(config)
         self._mixtures = mixtures(config, corpus)
-        _check_lengths(config, self._mixtures)
         torch.manual_seed(config.train.seed)
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
-        self._forward = torch.compile(self.loss_model) if config.train.compile else self.loss_model
+        self._forward: Any = torch.compile(self.loss_model) if config.train.compile else self.loss_model
         self.optimizer = make_optimizer(self.model, config.train)
-        self.state = RunState(data_digest=_digest(corpus), world_size=processes.world_size)
+        self.state = RunState(data_digest=digest(corpus), world_size=processes.world_size)
         self._checkpoints = directory / CHECKPOINTS
         self._open_directory()
-        self._probe = Probe(config, self._held_out(corpus), processes) if config.train.probe_every else None
+        self._probe = Probe(config, held_out_mixture(config, corpus), processes) if config.train.probe_every else None
         self._log = MetricsLog(directory, size=self.state.metrics_bytes) if processes.is_first else None
         info = model_info(config.model, context=config.stages[-1].seq_len)
         self._flops_a_token, self._peak = info.training_flops, peak_flops(processes.device, config.train.peak_tflops)
@@ -232,7 +233,7 @@ class TrainingRun:
         trained = {"step": self.state.step, "tokens": self.state.tokens, "config": self.config.to_dict()}
         save_pretrained(model, self.directory / MODEL, extra={"training": trained})
 
-    def _model_config(self, stage: int) -> Any:
+    def _model_config(self, stage: int) -> ModelConfig:
         return self.config.model_in(self.config.stages[stage])
 
     def _open_directory(self) -> None:
@@ -244,42 +245,11 @@ class TrainingRun:
         found = checkpoints(self._checkpoints)
         if not found:
             return
-        digest = self.state.data_digest
+        text = self.state.data_digest
         state = load_checkpoint(found[-1], self.model, self.optimizer, self.processes)
-        if state.data_digest != digest:
+        if state.data_digest != text:
             raise TrainingError(
-                f"data.corpus {self.config.data.corpus!r} is not the one that {self.directory} began with: its text has "
-                f"changed; begin anew in another folder"
+                f"data.corpus {self.config.data.corpus!r} has other text than when {self.directory} began; "
+                "begin anew in another folder"
             )
         self.state = replace(state, world_size=self.processes.world_size)
-
-    def _open_corpus(self) -> TokenCorpus | None:
-        """The first process prepares what is missing, then the others open it."""
-        if self.processes.is_first:
-            open_corpus(self.config)
-        self.processes.wait()
-        return open_corpus(self.config)
-
-    def _held_out(self, corpus: TokenCorpus | None) -> Mixture:
-        """What the last stage draws from, of text that no step sees where there is enough."""
-        last = self._mixtures[-1]
-        if corpus is None:
-            return last
-        validation = open_corpus(self.config, VALIDATION)
-        assert validation is not None
-        if len(validation) < self.config.stages[-1].seq_len:
-            return last
-        return mixtures(self.config, validation)[-1]
-
-
-def _digest(corpus: TokenCorpus | None) -> str:
-    return corpus.manifest.splits[TRAIN].tokens_sha256 if corpus is not None else ""
-
-
-def _check_lengths(config: RunConfig, by_stage: tuple[Mixture, ...]) -> None:
-    for number, (stage, mixture) in enumerate(zip(config.stages, by_stage, strict=True)):
-        if stage.synthetic_share and stage.shortest < mixture.least_length:
-            raise InvalidArgument(
-                f"stages.{number}: rows of {stage.shortest} are too short for a retrieval sample with a distance of "
-                f"{mixture.min_distance}; allowed is {mixture.least_length} or more"
-            )

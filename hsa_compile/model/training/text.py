@@ -1,0 +1,89 @@
+"""The text of a run: its corpus, and the mixtures that its stages draw rows from."""
+
+from pathlib import Path
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.manifest import TRAIN, VALIDATION
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import stdlib_sources
+from hsa_compile.model.tasks.haystack import NOISE, STDLIB, Haystack, NoiseHaystack, corpus_haystack
+from hsa_compile.model.tasks.mixture import Mixture
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.paths import cache_dir
+
+
+def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
+    """The corpus of a run, or None if it has none; that of the standard library is prepared where it is not there.
+
+    Raises:
+        CorpusError: it is incomplete or damaged, or cannot be written.
+    """
+    if not run.data.corpus:
+        return None
+    if run.data.corpus != STDLIB:
+        return TokenCorpus(Path(run.data.corpus).expanduser(), split=split)
+    directory = cache_dir() / "corpora" / STDLIB
+    prepare(stdlib_sources(), directory)
+    return TokenCorpus(directory, split=split)
+
+
+def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
+    """What each stage draws its rows from.
+
+    Raises:
+        InvalidArgument: a stage's numbers do not fit together.
+    """
+    found = tuple(
+        Mixture(
+            haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
+            corpus=corpus,
+            synthetic_share=stage.synthetic_share,
+            chain_share=stage.chain_share,
+            num_needles=stage.num_needles,
+            num_queries=stage.num_queries,
+            min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,
+            min_episode=stage.min_episode,
+            text_weight=run.data.text_weight,
+            answer_weight=run.data.answer_weight,
+            corpus_weight=run.data.corpus_weight,
+        )
+        for stage in run.stages
+    )
+    for number, (stage, mixture) in enumerate(zip(run.stages, found, strict=True)):
+        if stage.synthetic_share and stage.shortest < mixture.least_length:
+            raise InvalidArgument(
+                f"stages.{number}: rows of {stage.shortest} are too short for a retrieval sample with a distance of "
+                f"{mixture.min_distance}; allowed is {mixture.least_length} or more"
+            )
+        if corpus is not None and stage.seq_len > len(corpus):
+            raise InvalidArgument(
+                f"stages.{number}.seq_len = {stage.seq_len} is more than the {len(corpus)} tokens of {corpus.directory}"
+            )
+    return found
+
+
+def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
+    if name == NOISE:
+        return NoiseHaystack()
+    assert corpus is not None  # checked by RunConfig
+    return corpus_haystack(corpus)
+
+
+def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
+    """What the last stage draws from, of text that no step sees where there is enough of it.
+
+    Args:
+        run: of the run.
+        corpus: that it trains on.
+    """
+    if corpus is not None:
+        validation = TokenCorpus(corpus.directory, split=VALIDATION)
+        if len(validation) >= max(stage.seq_len for stage in run.stages):
+            corpus = validation
+    return mixtures(run, corpus)[-1]
+
+
+def digest(corpus: TokenCorpus | None) -> str:
+    """Of the text that is trained on; empty without a corpus."""
+    return corpus.manifest.splits[TRAIN].tokens_sha256 if corpus is not None else ""
