@@ -69,7 +69,9 @@ class LocalBench:
         return self._ready[schedule].fingerprint
 
     def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
-        """Times prepared candidates in turns."""
+        """Times candidates in turns; those that another process prepared are prepared here first."""
+        for schedule in schedules:
+            self.prepare(schedule)
         return measure([self._ready[schedule].call for schedule in schedules], self.device, rounds=rounds)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from hsa_compile.autotune.inputs import DISTRIBUTIONS
 from hsa_compile.autotune.isolation import Limits
 from hsa_compile.autotune.samplers import SAMPLERS
+from hsa_compile.autotune.storage import check_address
 from hsa_compile.errors import InvalidArgument
 
 DEFAULT_TRIALS = 40
@@ -63,6 +64,8 @@ class TuneOptions:
             raise InvalidArgument(f"workers = {self.workers} need isolation; without it there is one")
         if self.until_within is not None and not 0 < self.until_within < 1:
             raise InvalidArgument(f"until_within = {self.until_within} must be a share between 0 and 1")
+        if self.storage is not None:
+            check_address(self.storage)
         _check_name("distribution", self.distribution, DISTRIBUTIONS)
         _check_name("sampler", self.sampler, SAMPLERS)
 

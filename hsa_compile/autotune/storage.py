@@ -51,14 +51,21 @@ def open_storage(address: str | None) -> BaseStorage:
     """
     if address is None:
         return InMemoryStorage()
+    check_address(address)
+    return _open_database(address) if "://" in address else _open_journal(Path(address))
+
+
+def check_address(address: str) -> None:
+    """Whether an address is of a kind that `open_storage` knows.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
     scheme, separator, _ = address.partition("://")
-    if separator and scheme.partition("+")[0] in SCHEMES:
-        return _open_database(address)
-    if not separator and address.endswith(".journal"):
-        return _open_journal(Path(address))
-    raise InvalidArgument(
-        f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///… and FILE.journal"
-    )
+    if not (scheme.partition("+")[0] in SCHEMES if separator else address.endswith(".journal")):
+        raise InvalidArgument(
+            f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///… and FILE.journal"
+        )
 
 
 def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractContextManager[object]:

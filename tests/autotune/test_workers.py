@@ -43,7 +43,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def run_workers(count: int, trials: int, address: str, directory: Path) -> tuple[list[FrozenTrial], list[str]]:
-    """All trials of the study that `count` processes made together, and the schedules that they prepared."""
+    """All trials of the study that `count` processes made together, and the schedules that they compiled."""
     directory.mkdir()
     (directory / "met").mkdir()
     environment = {
@@ -81,15 +81,15 @@ def trials_a_minute(trials: list[FrozenTrial]) -> float:
 @pytest.mark.slow
 def test_four_processes_try_each_point_once_and_three_times_as_many_a_minute(address: str, tmp_path: Path) -> None:
     alone, _ = run_workers(1, 7, str(tmp_path / "alone.journal"), tmp_path / "alone")
-    trials, prepared = run_workers(4, 33, address, tmp_path / "four")
+    trials, compiled = run_workers(4, 33, address, tmp_path / "four")
     tried = [trial for trial in trials if OUTCOME in trial.user_attrs]
     assert len(tried) == 33
     assert all(trial.state.is_finished() for trial in trials)
-    times_prepared = Counter(prepared)
-    default = next(name for name, count in times_prepared.items() if count == 4)
-    del times_prepared[default]  # each worker compares with it
-    assert len(times_prepared) == 32
-    assert max(times_prepared.values()) == 1
+    times_compiled = Counter(compiled)
+    default = next(name for name, count in times_compiled.items() if count == 4)
+    del times_compiled[default]  # each worker compares with it
+    assert len(times_compiled) == 32
+    assert max(times_compiled.values()) == 1
     assert trials_a_minute(trials) >= 3 * trials_a_minute(alone)
 
 
@@ -101,8 +101,9 @@ def test_two_workers_of_one_process_share_the_trials(tmp_path: Path, monkeypatch
         problem, device="cpu", trials=12, timeout=600.0, sampler="random", workers=2, bench="fake_benches:open_fake"
     )
     assert record.trials == 12
-    prepared = Counter((tmp_path / "log").read_text().splitlines())
-    assert len(prepared) == 12
+    compiled = Counter((tmp_path / "log").read_text().splitlines())
+    assert len(compiled) == 12
+    assert sorted(compiled.values()) == [1] * 11 + [2]  # the default, by each worker
 
 
 def test_a_device_is_locked_for_others_and_free_for_its_holder() -> None:

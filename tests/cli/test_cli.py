@@ -18,7 +18,7 @@ from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
 
-TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "2", "--timeout", "5"]
+TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "2", "--timeout", "5", "--in-process"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 
 
@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_written_fails_in_one_line(
     (tmp_path / "cache" / "schedules").write_text("a file where the directory should be")
     outcome = run(*TUNE)
     assert outcome.code == 1
-    assert outcome.err.splitlines()[-1].startswith(f"error: schedule cache {tmp_path}/cache/schedules/")
+    assert outcome.err.splitlines()[-1].startswith(f"error: journal {tmp_path}/cache/schedules/")
     assert "Traceback" not in outcome.err
 
 
@@ -225,7 +225,7 @@ def test_doctor_names_a_cache_that_cannot_be_written(
 # arguments, what the message must show of the input, what it must show of what is allowed
 BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["tune", "--device", "cpu", "--seq-len", "2048m", "--batch", "1024"], "T2147483648", "GiB free"),
-    (["banana"], "'banana'", "tune, schedules, emit, inspect, doctor"),
+    (["banana"], "'banana'", "tune, plan, report, schedules, emit, inspect"),
     (["--banana"], "'--banana'", "--help"),
     (["tune", "--banana"], "'--banana'", "--seq-len"),
     (["tune", "banana"], "(banana)", "--seq-len"),
@@ -268,6 +268,15 @@ BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["tune", "--timeout", "nan"], "timeout = nan", "more than 0"),
     (["tune", "--timeout", "soon"], "'soon'", "float"),
     (["tune", "--seed", "-1"], "-1", "0<=x"),
+    (["tune", "--device", "cpu", "--storage", "banana"], "'banana'", "postgresql://…, mysql://…"),
+    (["tune", "--device", "cpu", "--storage", "redis://host"], "'redis://host'", "FILE.journal"),
+    (["tune", "--sampler", "psychic"], "'psychic'", "'ours', 'tpe', 'random'"),
+    (["tune", "--until-within", "banana"], "'banana'", "between 0 and 100"),
+    (["tune", "--until-within", "0"], "'0'", "between 0 and 100"),
+    (["tune", "--workers", "0"], "0", "x>=1"),
+    (["tune", "--workers", "2", "--in-process"], "workers = 2", "isolation"),
+    (["plan", "--trials", "0"], "0", "x>=1"),
+    (["report", "--storage", "nowhere.journal"], "nowhere.journal", "hsa-compile tune"),
     (["tune", "--seed", "99999999999"], "99999999999", "x<=4294967295"),
     (["emit", "--target", "banana"], "'banana'", "sm_80, sm_90, sm_100, gfx942"),
     (["emit", "--target", "sm_90", "--dtype", "float64"], "'float64'", "use the CPU"),
@@ -340,7 +349,8 @@ COMMANDS = all_commands(cli)
 
 def test_the_commands_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
-        "tune", "schedules list", "schedules show", "schedules path", "schedules clear", "schedules explain",
+        "tune", "plan", "report", "schedules list", "schedules show", "schedules path", "schedules clear",
+        "schedules explain",
         "schedules diff", "schedules export", "schedules import", "emit", "inspect", "doctor"
     }  # fmt: skip
 

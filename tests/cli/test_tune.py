@@ -1,0 +1,151 @@
+"""`tune` and its neighbours where a search is interrupted, goes on, is planned or shown."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shell import Shell
+
+from hsa_compile.autotune.tune import Progress
+from hsa_compile.autotune.tune import tune as tune_problem
+from hsa_compile.problem import OPS
+from hsa_compile.schedules.record import TuningRecord
+
+SHAPE = [
+    "--seq-len", "600", "--heads", "4", "--kv-heads", "1", "--head-dim", "16", "--chunk-size", "16", "--top-k", "2",
+    "--op", "forward", "--device", "cpu",
+]  # fmt: skip
+TUNE = ["tune", *SHAPE, "--trials", "6", "--timeout", "60", "--in-process", "--sampler", "random"]
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates there were after each of those that this test's searches tried."""
+    counts: list[int] = []
+
+    def spy(*arguments: Any, on_progress: Any, **options: Any) -> TuningRecord:
+        def show(progress: Progress) -> None:
+            counts.append(progress.tried)
+            on_progress(progress)
+
+        return tune_problem(*arguments, on_progress=show, **options)
+
+    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    return counts
+
+
+@pytest.fixture
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C when so many candidates were tried; none while the list is empty."""
+    after: list[int] = []
+
+    def spy(*arguments: Any, on_progress: Any, **options: Any) -> TuningRecord:
+        def show(progress: Progress) -> None:
+            on_progress(progress)
+            if progress.tried in after:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return tune_problem(*arguments, on_progress=show, **options)
+
+    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    return after
+
+
+def test_ctrl_c_stores_the_best_so_far_and_the_same_command_goes_on(run: Shell, interrupting: list[int]) -> None:
+    interrupting.append(2)
+    stopped = run(*TUNE)
+    assert stopped.code == 130
+    assert "interrupted; what was finished is stored, run the same command to go on" in stopped.err.splitlines()[-1]
+    (entry,) = run("schedules", "list", "--json").json
+    assert (entry["complete"], entry["trials"]) == (False, 2)
+    interrupting.clear()
+    done = run(*TUNE)
+    assert done.code == 0
+    assert "cached" not in done.err
+    (entry,) = run("schedules", "list", "--json").json
+    assert (entry["complete"], entry["trials"]) == (True, 6)
+    assert "cached (--force tunes again)" in run(*TUNE).err
+
+
+def test_an_interrupted_force_does_not_push_out_a_whole_search(run: Shell, interrupting: list[int]) -> None:
+    assert run(*TUNE).code == 0
+    interrupting.append(2)
+    assert run(*TUNE, "--force").code == 130
+    (entry,) = run("schedules", "list", "--json").json
+    assert (entry["complete"], entry["trials"]) == (True, 6)
+
+
+def test_the_ledger_spares_a_later_search_what_an_earlier_one_timed(run: Shell, tried: list[int]) -> None:
+    assert run(*TUNE).code == 0
+    assert tried == [1, 2, 3, 4, 5, 6]
+    tried.clear()
+    run("schedules", "clear", "--yes")
+    assert run(*TUNE, "--trials", "2").code == 0
+    assert tried == [7, 8]
+    tried.clear()
+    assert run(*TUNE, "--trials", "2", "--force").code == 0
+    assert tried == [1, 2]
+
+
+def test_a_record_says_how_sure_it_is(run: Shell) -> None:
+    (record,) = run(*TUNE, "--json").json
+    assert record["confidence"] == 0.95
+    assert "default" in record["verdict"]
+    assert record["schedule"] in record["tie_set"]
+    assert record["clocks_mhz"] is None
+
+
+def test_a_plan_counts_what_is_left_to_do(run: Shell) -> None:
+    (before,) = run("plan", *SHAPE, "--trials", "6", "--json").json
+    assert (before["trials"], before["cached"]) == (6, "no")
+    assert before["candidates"] > 6
+    assert 0 < before["minutes"] <= 45 / 60
+    run(*TUNE)
+    (after,) = run("plan", *SHAPE, "--trials", "6", "--json").json
+    assert (after["trials"], after["cached"], after["minutes"]) == (0, "yes", 0)
+    assert after["timed before"] == 6
+    (again,) = run("plan", *SHAPE, "--trials", "6", "--force", "--json").json
+    assert (again["trials"], again["cached"]) == (6, "no")
+
+
+@pytest.mark.slow
+def test_a_report_is_one_page_without_a_network_and_pictures(run: Shell, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
+    run(*TUNE)
+    outcome = run("report", "--device", "cpu", "--out", str(tmp_path / "report"))
+    assert outcome.code == 0
+    page, *pictures = map(Path, outcome.out.split())
+    text = page.read_text()
+    assert text.count("plotly-graph-div") >= 2
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
+    assert "hsa_forward" in text
+    assert {path.suffix for path in pictures} == {".png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    unknown = run("report", "--device", "cpu", "--study", "banana")
+    assert unknown.code == 2
+    assert page.stem in unknown.err
+
+
+@pytest.mark.slow
+def test_a_whole_process_that_gets_ctrl_c_stops_cleanly_with_its_workers() -> None:
+    command = [sys.executable, "-m", "hsa_compile", *TUNE]
+    command.remove("--in-process")
+    command[command.index("6")] = "500"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stderr is not None
+    seen = ""
+    while f"{OPS[0]}" not in seen or "best" not in seen:  # the bar, after the first candidate
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command to go on" in err.splitlines()[-1]
+    assert "Traceback" not in err
