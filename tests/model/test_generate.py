@@ -1,6 +1,10 @@
 """Generation is the arg-max of the full forward, row by row; sampling follows its seed; readings are kept."""
 
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.generate import generate, stream
 from hsa_compile.model.inference import extend, new_state, prefill
+from hsa_compile.model.presets import preset
 from hsa_compile.model.reading import fingerprint, load_state, save_state
 from hsa_compile.model.sampling import Sampling, draw
 from hsa_compile.model.text_stream import TextStream
@@ -243,3 +248,40 @@ def test_the_caller_may_end_a_row() -> None:
         seen.append([token is not None for token in tokens])
         going[1] = False
     assert seen == [[True, True], [True, False], [True, False], [True, False]]
+
+
+READER = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")
+from hsa_compile.model.inference import new_state, prefill
+from hsa_compile.model.presets import preset
+from hsa_compile.model.presets import preset
+from hsa_compile.model.reading import save_state
+from hsa_compile.model.transformer import HSATransformer
+torch.manual_seed(0)
+model = HSATransformer(preset("tiny")).eval()
+state = new_state(model)
+tokens = torch.zeros(1, 100, dtype=torch.uint8)
+prefill(model, tokens, state)
+save_state(model, state, sys.argv[1])
+print("ready", flush=True)
+while True:
+    prefill(model, tokens, state)
+    save_state(model, state, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_a_whole_reading(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = HSATransformer(preset("tiny")).eval()
+    for attempt in range(5):
+        with subprocess.Popen([sys.executable, "-c", READER, str(tmp_path)], stdout=subprocess.PIPE) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == b"ready\n"
+            time.sleep(0.05 + 0.0317 * attempt)
+            reader.send_signal(signal.SIGKILL)
+        state = load_state(model, tmp_path)
+        assert state.positions[0] % 100 == 0
+        assert state.memory is not None
+        assert state.memory.num_chunks == [state.positions[0] // 16]
