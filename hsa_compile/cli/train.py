@@ -11,7 +11,7 @@ from typing import Any
 import click
 import tqdm
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
 from hsa_compile.model.training.config import RunConfig
@@ -58,6 +58,8 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     try:
         with _stop_signals(minutes) as stop:
             _run(config, out, processes, resume, stop)
+    except MissingDependency as error:
+        raise click.UsageError(str(error)) from error
     finally:
         leave_processes()
 

@@ -34,6 +34,7 @@ from hsa_compile.model.training.processes import Processes
 FORMAT_VERSION = 1
 STATE_FILE, TENSORS_FILE, SHARDS = "state.json", "tensors.safetensors", "shards"
 _PREFIX = "step-"
+_NEW, _OLD = ".new", ".old"  # endings of hidden names: being written, being removed
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
 
@@ -79,7 +80,7 @@ def save_checkpoint(
         SaveError: it cannot be written; those that were there are untouched.
     """
     path = checkpoint_path(root, state.step)
-    temporary = root / f".{path.name}.tmp"
+    temporary = root / f".{path.name}{_NEW}"
     try:
         if processes.is_first:
             _remove(temporary)
@@ -122,9 +123,6 @@ def load_checkpoint(
         _load_shards(path / SHARDS, wanted)
     else:
         _load_whole(path / TENSORS_FILE, wanted)
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            optimizer.state[weight]["step"].fill_(state.step)
     return state
 
 
@@ -162,6 +160,13 @@ def prune(root: Path, keep_last: int) -> None:
     best = best_checkpoint(root)
     for path in found[:-keep_last]:
         if path != best:
+            _remove(path.replace(path.with_name(f".{path.name}{_OLD}")))  # half removed it must not pass for whole
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what a process that died was writing or removing."""
+    for ending in (_NEW, _OLD):
+        for path in root.glob(f".{_PREFIX}*{ending}"):
             _remove(path)
 
 
@@ -176,6 +181,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
                 state[moment] = torch.zeros_like(weight)
         for moment in _MOMENTS:
             found[f"optimizer.{name}.{moment}"] = state[moment]
+        found[f"optimizer.{name}.step"] = state["step"].view(1)
     return found
 
 

@@ -42,6 +42,7 @@ class TrainConfig:
         probe_every: steps between probes of retrieval and held-out loss; 0 for none.
         probe_samples: samples of a probe, at each length.
         peak_tflops: of the device, for MFU; 0: as known for the device, or no MFU.
+        wandb_project: where Weights & Biases gets the records too; empty for nowhere.
 
     Raises:
         InvalidArgument: a value is out of range; the message names it, its value and what is allowed.
@@ -71,6 +72,7 @@ class TrainConfig:
     probe_every: int = 100
     probe_samples: int = 16
     peak_tflops: float = 0.0
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in _COUNTS:
@@ -82,6 +84,8 @@ class TrainConfig:
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)!r} must be true or false")
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
+        if not isinstance(self.wandb_project, str):
+            raise InvalidArgument(f"train.wandb_project = {self.wandb_project!r} must be a string")
         if self.lr == 0:
             raise InvalidArgument("train.lr = 0 must be more than 0")
 
@@ -195,6 +199,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise InvalidArgument("stages = [] must name at least one stage")
+        if self.data.corpus and not any(stage.needs_corpus for stage in self.stages):
+            raise InvalidArgument(
+                f"data.corpus = {self.data.corpus!r} is used by no stage; allowed are a synthetic_share below 1, a "
+                "weight of haystacks.corpus, or no corpus"
+            )
         for number, stage in enumerate(self.stages):
             if stage.needs_corpus and not self.data.corpus:
                 raise InvalidArgument(

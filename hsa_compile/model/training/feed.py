@@ -1,7 +1,8 @@
 """The batches of a run, made ahead in a thread of their own: each a function of (seed, step, rank)."""
 
-import queue
-import threading
+import itertools
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
 
 
 class Feed:
-    """The batches from a step on, in order, a few of them ready before they are asked for.
+    """The batches from a step on, in order, a few of them made ahead.
 
     Args:
         run: of the run.
@@ -74,35 +75,23 @@ class Feed:
         self, run: RunConfig, by_stage: tuple[Mixture, ...], *, first_step: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         self._run, self._by_stage, self._rank, self._world_size = run, by_stage, rank, world_size
-        self._ready: queue.Queue[StepBatch | Exception] = queue.Queue(maxsize=AHEAD)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(first_step,), name="batches", daemon=True)
-        self._thread.start()
+        self._steps = itertools.count(first_step)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._coming: deque[Future[StepBatch]] = deque()
+        for _ in range(AHEAD):
+            self._order()
 
     def next(self) -> StepBatch:
         """The next batch; what went wrong while it was made is raised here."""
-        item = self._ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        self._order()
+        return self._coming.popleft().result()
 
     def close(self) -> None:
         """Ends the thread."""
-        self._closed.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)  # makes room for a batch that waits
-            except queue.Empty:
-                continue
+        self._thread.shutdown(cancel_futures=True)
 
-    def _fill(self, step: int) -> None:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(self._batch(step))
-            except Exception as error:  # noqa: BLE001 it is raised where the batch is asked for
-                self._ready.put(error)
-                return
-            step += 1
+    def _order(self) -> None:
+        self._coming.append(self._thread.submit(self._batch, next(self._steps)))
 
     def _batch(self, step: int) -> StepBatch:
         plan = plan_step(self._run, step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import MissingDependency, SaveError
 from hsa_compile.model.hs_attention import Selection
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,20 +37,22 @@ class MetricsLog:
     Args:
         directory: of the run.
         size: what the JSONL file is cut to at first: later records belong to steps that are run again.
+        wandb_project: of Weights & Biases; empty for none.
 
     Raises:
         SaveError: at any call, the file cannot be written.
+        MissingDependency: a project is named, and wandb is not installed.
     """
 
-    def __init__(self, directory: Path, *, size: int = 0) -> None:
+    def __init__(self, directory: Path, *, size: int = 0, wandb_project: str = "") -> None:
         self._path = directory / METRICS_FILE
-        self._run = directory
+        self._board = _tensorboard(directory)
+        self._wandb = _wandb(directory, wandb_project) if wandb_project else None
         try:
             self._file = self._path.open("ab")
             self._file.truncate(size)
         except OSError as error:
             raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
-        self._board = _tensorboard(directory)
 
     @property
     def has_tensorboard(self) -> bool:
@@ -58,15 +60,22 @@ class MetricsLog:
         return self._board is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; numbers also go to TensorBoard under their names and the record's `step`."""
+        """Adds a line; numbers also go to TensorBoard and W&B under their names and the record's `step`."""
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
-        for name, value in record.items() if self._board is not None else ():
-            if isinstance(value, int | float) and name != "step":
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+        }
+        if self._board is not None:
+            for name, value in numbers.items():
                 self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
 
     def sync(self) -> int:
         """Waits until the file is on the disk; returns its length."""
@@ -81,6 +90,8 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def retrieval_entropy(selections: list[Selection]) -> float | None:
@@ -114,3 +125,13 @@ def _tensorboard(directory: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(directory / TENSORBOARD))
+
+
+def _wandb(directory: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingDependency(
+            f"train.wandb_project = {project!r} needs wandb: pip install 'hsa-compile[wandb]'"
+        ) from error
+    return wandb.init(project=project, dir=str(directory), name=directory.name)

@@ -24,6 +24,7 @@ from hsa_compile.model.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     prune,
+    remove_leftovers,
     save_checkpoint,
 )
 from hsa_compile.model.training.config import RunConfig
@@ -94,7 +95,9 @@ class TrainingRun:
         self._checkpoints = directory / CHECKPOINTS
         self._open_directory()
         self._probe = Probe(config, held_out_mixture(config, corpus), processes) if config.train.probe_every else None
-        self._log = MetricsLog(directory, size=self.state.metrics_bytes) if processes.is_first else None
+        self._log: MetricsLog | None = None
+        if processes.is_first:
+            self._log = MetricsLog(directory, size=self.state.metrics_bytes, wandb_project=config.train.wandb_project)
         info = model_info(config.model, context=config.stages[-1].seq_len)
         self._flops_a_token, self._peak = info.training_flops, peak_flops(processes.device, config.train.peak_tflops)
         self._saved_step = self.state.step if checkpoints(self._checkpoints) else -1
@@ -240,6 +243,7 @@ class TrainingRun:
         """Begins a directory, or puts the state of its last checkpoint in place."""
         if self.processes.is_first:
             make_directory(self._checkpoints)
+            remove_leftovers(self._checkpoints)
             write_json(self.directory / CONFIG_FILE, self.config.to_dict())
         self.processes.wait()
         found = checkpoints(self._checkpoints)
