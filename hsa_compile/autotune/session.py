@@ -15,9 +15,9 @@ from hsa_compile.autotune.first import first_schedules, predicted_times
 from hsa_compile.autotune.isolation import CompilePool, IsolatedBench, Limits
 from hsa_compile.autotune.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.memory import free_bytes
-from hsa_compile.autotune.options import DEFAULT_SAMPLER, TuneOptions
+from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.points import parameters_of
-from hsa_compile.autotune.samplers import make_sampler
+from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.autotune.storage import lock_of, open_storage
 from hsa_compile.autotune.study import MakeSampler, TuningStudy
@@ -182,15 +182,15 @@ class Session:
 def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> MakeSampler:
     """Makes the sampler for a trial by its number, so that it proposes what it would have, had nobody been killed.
 
-    Ours knows nothing but the study's trials, and serves all; Optuna's carry a random state from one trial to the
+    Some know nothing but the study's trials, and one serves all; Optuna's carry a random state from one trial to the
     next, so each trial has a new one with a seed of its own.
     """
     valid = list(SearchSpace.of(problem, target).schedules(problem, target))
     points = [parameters_of(schedule) for schedule in valid]
     prior = predicted_times(problem, valid, target)
-    if options.sampler == DEFAULT_SAMPLER:
-        ours = make_sampler(options.sampler, seed=options.seed, space_points=points, prior=prior)
-        return lambda number: ours
+    if options.sampler in STATELESS:
+        shared = make_sampler(options.sampler, seed=options.seed, space_points=points, prior=prior)
+        return lambda number: shared
     return lambda number: make_sampler(
         options.sampler, seed=(options.seed * _SEED_STEP + number) % _NUM_SEEDS, space_points=points, prior=prior
     )

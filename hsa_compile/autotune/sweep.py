@@ -1,7 +1,6 @@
 """Every valid schedule of a problem, timed one after the other: the whole truth, to replay searches on."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from hsa_compile.autotune.bench import Bench
 from hsa_compile.autotune.ledger import ProblemLedger
@@ -47,8 +46,3 @@ def sweep(
             outcomes[schedule] = outcome
         on_outcome(len(outcomes), len(valid))
     return {schedule: outcomes[schedule] for schedule in valid if schedule in outcomes}
-
-
-def numbered(path: Path, number: int, count: int) -> Path:
-    """The file for one of several problems: `FILE` itself if it is the only one, else `STEM-OP-NUMBER.SUFFIX`."""
-    return path if count == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.interrupt import stop_on_ctrl_c
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
 from hsa_compile.cli.preset_problems import preset_problems
+from hsa_compile.cli.record import record_sweeps
 from hsa_compile.cli.search_options import search_options, tune_options
 from hsa_compile.cli.tune_predicted import report_predictions, tune_for_absent_target
 from hsa_compile.errors import InvalidTarget
@@ -50,10 +52,15 @@ class Outcome:
 )
 @click.option("--preset", metavar="NAME|DIR", help="What a bundled or saved model asks for, instead of --op.")
 @click.option("--report-prediction", is_flag=True, help="How well that model orders what was timed on this GPU.")
+@click.option(
+    "--record",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Time every candidate instead, and keep all in FILE (.json or .json.gz); stores no schedule.",
+)
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
 def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, report_prediction: bool,
-         force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
+         record: Path | None, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags: a default problem for the device that is found, forward and backward, in about two minutes.
@@ -92,16 +99,14 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)
-    cache = default_cache()
+    if record:
+        record_sweeps(problems, target, devices, options, record)
+        return
     outcomes = []
     for problem in problems:
-        record = None if force else _finished(cache, problem, target)
-        cached = record is not None
-        if record is None:
-            record = _tune(problem, devices, options, cache)
-        outcomes.append(Outcome(problem=problem, record=record, cached=cached))
+        outcomes.append(_outcome(problem, target, devices, options))
         click.echo(_verdict(outcomes[-1]), err=True)
-        if not record.complete:
+        if not outcomes[-1].record.complete:
             raise KeyboardInterrupt
     if report_prediction:
         report_predictions(problems, target, flags["inputs"])
@@ -111,7 +116,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     click.echo()
     rows = _preset_rows(outcomes) if preset else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
-    click.echo(f"\nstored in {cache.path(target)}")
+    click.echo(f"\nstored in {default_cache().path(target)}")
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
@@ -128,6 +133,13 @@ def _devices(text: str) -> tuple[list[str], Target]:
         for name, target in zip(names, targets, strict=True)
     ]
     return places, targets[0]
+
+
+def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> Outcome:
+    cache = default_cache()
+    found = None if options.anew else _finished(cache, problem, target)
+    record = found or _tune(problem, devices, options, cache)
+    return Outcome(problem=problem, record=record, cached=found is not None)
 
 
 def _finished(cache: ScheduleCache, problem: Problem, target: Target) -> TuningRecord | None:

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from shell import Shell
 
+from hsa_compile.autotune.outcome import Outcome
+from hsa_compile.autotune.recorded_sweep import RecordedSweep
+from hsa_compile.autotune.stages import evaluate
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.problem import OPS
 from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.schedule import Schedule
 
 SHAPE = [
     "--seq-len", "600", "--heads", "4", "--kv-heads", "1", "--head-dim", "16", "--chunk-size", "16", "--top-k", "2",
@@ -149,3 +153,27 @@ def test_a_whole_process_that_gets_ctrl_c_stops_cleanly_with_its_workers() -> No
     assert process.returncode == 130
     assert "run the same command to go on" in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped(
+    run: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sweeps" / "forward.json.gz"
+    evaluated: list[Schedule] = []
+
+    def spy(schedule: Schedule, *rest: Any, **options: Any) -> Outcome:
+        evaluated.append(schedule)
+        if len(evaluated) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(schedule, *rest, **options)
+
+    monkeypatch.setattr("hsa_compile.autotune.sweep.evaluate", spy)
+    assert run(*TUNE, "--record", str(file)).code == 130
+    assert not file.exists()
+    done = run(*TUNE, "--record", str(file))
+    assert done.code == 0
+    sweep = RecordedSweep.load(file)
+    assert f"{len(sweep.points)} candidates in {file}" in done.out
+    assert len(set(evaluated)) == len(evaluated) == len(sweep.points) - 1  # the default is timed apart
+    assert all(time is not None for time in sweep.times)
+    assert run("schedules", "list", "--json").json == []
