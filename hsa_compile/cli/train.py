@@ -11,6 +11,7 @@ from typing import Any
 import click
 import tqdm
 
+from hsa_compile.cli.train_tuning import tune_for_run
 from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
@@ -32,16 +33,18 @@ INTERRUPTED = 130
 @click.option("--steps", type=click.IntRange(min=1), help="Of the whole run.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop and save after so long.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights and data.")
+@click.option("--tune", is_flag=True, help="First tune schedules that the run needs and the cache lacks.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, out: Path, file: Path | None,
           corpus: str | None, steps: int | None, minutes: float | None, seed: int | None,
-          resume: bool) -> None:  # fmt: skip
+          tune: bool, resume: bool) -> None:  # fmt: skip
     """Train a model.
 
     What is not said comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
     OUT/metrics.jsonl, the trained model to OUT/model. Killed at any moment, the same command with --resume goes on
     from the last checkpoint with the same losses. SIGTERM saves and exits 0; so does Ctrl-C, with 130. Under
-    torchrun the processes share the model (FSDP2).
+    torchrun the processes share the model (FSDP2). It runs on tuned schedules where there are any; --tune makes those
+    that are missing.
 
     \b
     Examples:
@@ -56,6 +59,8 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     config = _config(out, resume, is_told, preset, file, overrides, settings)
     processes = join_processes()
     try:
+        if tune:
+            tune_for_run(config, processes)
         with _stop_signals(minutes) as stop:
             _run(config, out, processes, resume, stop)
     except MissingDependency as error:
