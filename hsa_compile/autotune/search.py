@@ -115,23 +115,26 @@ def search(
     baseline = measure_default(study.first[0], bench)
     window = _Window(study, pool, pause_to_time)
 
+    result = SearchResult.of(study.finished())
+
     def is_over() -> bool:
-        result = SearchResult.of(study.finished())
         settled = until_within is not None and result.has_settled(until_within)
         return settled or time.monotonic() >= deadline or should_stop()
 
     with study.heartbeat:
         try:
-            while proposal := window.next(is_over):
-                outcome = _outcome(proposal, window, bench, baseline, study)
+            # The default, the first trial of all, is tried whatever the clock says.
+            while (not result.num_tried or not is_over()) and (proposal := window.next(only_one=not result.num_tried)):
+                outcome = _outcome(proposal, window, bench, baseline, result)
                 if ledger is not None:
                     ledger.add(proposal.schedule, outcome)
                 study.tell(proposal, outcome)
                 window.done()
-                on_trial(SearchResult.of(study.finished()))
+                result = SearchResult.of(study.finished())
+                on_trial(result)
         finally:
             window.release()
-    return SearchResult.of(study.finished())
+    return result
 
 
 class _Window:
@@ -144,12 +147,9 @@ class _Window:
         self._timing = False  # of a batch, in which nothing new is compiled
         self.compiled: Callable[[], Resources | None] | None = None
 
-    def next(self, is_over: Callable[[], bool]) -> Proposal | None:
-        """The next to be timed; None when it is over or nothing is left to propose."""
-        default = not self._study.finished()
-        if not default and is_over():
-            return None
-        self._refill(only_one=default)
+    def next(self, *, only_one: bool) -> Proposal | None:
+        """The next to be timed; None when nothing is left to propose."""
+        self._refill(only_one)
         self._timing = len(self._waiting) > 1
         if not self._waiting:
             return None
@@ -180,12 +180,12 @@ class _Window:
         if self._pause:
             # Batches end at fixed places in the study, after its first trial, the default: a search that was killed
             # within a batch proposes what it would have.
-            return not self._timing and (self._study.num_counted() - 1) % size != 0
+            return size > 1 and not self._timing and (self._study.num_counted() - 1) % size != 0
         return not only_one and self._pool is not None and len(self._waiting) <= size
 
 
-def _outcome(proposal: Proposal, window: _Window, bench: Bench, baseline: Baseline, study: TuningStudy) -> Outcome:
+def _outcome(proposal: Proposal, window: _Window, bench: Bench, baseline: Baseline, result: SearchResult) -> Outcome:
     if proposal.schedule == baseline.schedule:
         return baseline.outcome
-    ratios = [one.outcome.ratio for one in study.finished() if one.outcome.ratio is not None]
-    return evaluate(proposal.schedule, bench, baseline, best_ratio=min(ratios, default=1.0), compiled=window.compiled)
+    best_ratio = result.best.ratio if result.trials else 1.0
+    return evaluate(proposal.schedule, bench, baseline, best_ratio=best_ratio, compiled=window.compiled)

@@ -19,7 +19,7 @@ from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
-from hsa_compile.autotune.storage import lock_of, open_storage
+from hsa_compile.autotune.storage import close_storage, lock_of, open_storage
 from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.autotune.study_names import finish_study, open_study, question
 from hsa_compile.autotune.worker import by_name
@@ -54,6 +54,7 @@ class Session:
             self.benches = [opening.enter_context(bench) for bench in self._make_benches()]
             self._pool = self._make_pool(opening)
             self.storage = open_storage(self.options.storage)
+            opening.callback(close_storage, self.storage)
             asked = question(self.problem, self.target, inputs=self.options.distribution, seed=self.options.seed)
             self.study = open_study(self.storage, asked, anew=self.options.anew)
             self.ledger = self._open_ledger()

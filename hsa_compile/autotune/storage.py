@@ -55,6 +55,13 @@ def open_storage(address: str | None) -> BaseStorage:
     return _open_database(address) if "://" in address else _open_journal(Path(address))
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Lets go of a database's connections; the other storages hold nothing."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def check_address(address: str) -> None:
     """Whether an address is of a kind that `open_storage` knows.
 

@@ -1,7 +1,6 @@
 """One problem's study: what was tried, by whomever, and what to try next. Optuna keeps it, we ask and tell."""
 
 import contextlib
-import itertools
 import random
 import time
 import warnings
@@ -9,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
@@ -17,19 +15,28 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hsa_compile.autotune.heartbeat import Heartbeat
 from hsa_compile.autotune.outcome import Outcome
-from hsa_compile.autotune.owner import is_gone, this_process
+from hsa_compile.autotune.owner import this_process
 from hsa_compile.autotune.points import distributions_of, parameters_of, schedule_of, suggest
-from hsa_compile.autotune.storage import MAX_RETRIES
+from hsa_compile.autotune.storage import HEARTBEAT_S, MAX_RETRIES
+from hsa_compile.autotune.trial_states import (
+    CHOOSING_S,
+    CLAIMED,
+    LEDGER,
+    OUTCOME,
+    OWNER,
+    SKIPPED,
+    counts,
+    is_choosing,
+    is_skipped,
+    is_stale,
+    num_idle,
+)
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
-# What our trials carry beside their parameters.
-OWNER, CLAIMED, OUTCOME, SKIPPED, LEDGER = "owner", "claimed", "outcome", "skipped", "ledger"
-
 _MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn at random
-_CHOOSING_S = 10.0  # for a sampler to choose a point; beyond that its process is taken for stuck
 
 MakeSampler = Callable[[int], optuna.samplers.BaseSampler]
 
@@ -89,6 +96,7 @@ class TuningStudy:
         self._make_sampler = make_sampler
         self._adopting = adopting or contextlib.nullcontext()
         self._has_heartbeat = isinstance(storage, RDBStorage)
+        self._next_look = 0.0  # for trials without a heartbeat
         self._valid = list(self.space.schedules(problem, target))
         random.Random(seed).shuffle(self._valid)
         self._schedules: dict[int, Schedule | None] = {}  # of finished trials, which do not change
@@ -104,10 +112,10 @@ class TuningStudy:
             trials = self._trials()
             taken = self._taken(trials)
             untried = next((schedule for schedule in self._valid if schedule not in taken), None)
-            if untried is None or sum(map(_counts, trials)) >= self.max_trials:
+            if untried is None or sum(map(counts, trials)) >= self.max_trials:
                 return None
             wanted = next((schedule for schedule in self.first if schedule not in taken), None)
-            if wanted is None and _num_idle(trials) >= _MAX_IDLE_ASKS:
+            if wanted is None and num_idle(trials) >= _MAX_IDLE_ASKS:
                 wanted = untried
             trial = self._ask(trials, wanted)
             schedule = suggest(trial, self.space)
@@ -145,7 +153,7 @@ class TuningStudy:
 
     def num_counted(self) -> int:
         """Trials of all workers that count against `max_trials`: those being tried and those with an outcome."""
-        return sum(map(_counts, self._trials()))
+        return sum(map(counts, self._trials()))
 
     def finished(self) -> list[Finished]:
         """All points with an outcome, each once, in the order of their trials."""
@@ -183,7 +191,7 @@ class TuningStudy:
         taken: set[Schedule] = set()
         for trial in trials:
             schedule = self._schedule(trial)
-            if schedule is None or _is_skipped(trial) or trial.state == TrialState.WAITING:
+            if schedule is None or is_skipped(trial) or trial.state == TrialState.WAITING:
                 continue
             if trial.state.is_finished() and OUTCOME not in trial.user_attrs:
                 deaths[schedule] += 1
@@ -216,14 +224,15 @@ class TuningStudy:
         """
         if not self.space.is_valid(self.problem, schedule, self.target):
             return "invalid", None
-        give_up = time.monotonic() + _CHOOSING_S
-        while any(_is_choosing(trial) for trial in self._trials()[:number]) and time.monotonic() < give_up:
-            time.sleep(0.01)
+        give_up = time.monotonic() + CHOOSING_S
         trials = self._trials()
-        if sum(map(_counts, trials[:number])) >= self.max_trials:
+        while any(map(is_choosing, trials[:number])) and time.monotonic() < give_up:
+            time.sleep(0.01)
+            trials = self._trials()
+        if sum(map(counts, trials[:number])) >= self.max_trials:
             return "surplus", None
         for other in trials:
-            if other.number == number or _is_skipped(other) or self._schedule(other) != schedule:
+            if other.number == number or is_skipped(other) or self._schedule(other) != schedule:
                 continue
             if OUTCOME in other.user_attrs and other.state.is_finished():
                 return "repeats", other.value
@@ -243,10 +252,10 @@ class TuningStudy:
 
     def _adopt(self) -> Proposal | None:
         """Takes over the first trial whose process is gone; one whose outcome is there already is only told."""
-        if not any(_is_stale(trial) for trial in self._trials()):
+        if not any(is_stale(trial) for trial in self._trials()):
             return None
         with self._adopting:
-            stale = next((trial for trial in self._trials() if _is_stale(trial)), None)
+            stale = next((trial for trial in self._trials() if is_stale(trial)), None)
             if stale is None:
                 return None
             self.study.sampler = self._make_sampler(stale.number)
@@ -263,36 +272,10 @@ class TuningStudy:
         return Proposal(trial=trial, schedule=schedule)
 
     def _retry_stale(self) -> None:
+        """Has Optuna look for trials without a heartbeat, now and then."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + HEARTBEAT_S
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
-
-
-def _counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those that the study may have: being tried, or with an outcome of its own."""
-    if _is_skipped(trial) or LEDGER in trial.user_attrs:
-        return False
-    return trial.state == TrialState.RUNNING or OUTCOME in trial.user_attrs
-
-
-def _num_idle(trials: Sequence[FrozenTrial]) -> int:
-    """How many points in a row, up to now, were nothing new."""
-    return len(list(itertools.takewhile(_is_skipped, reversed(trials))))
-
-
-def _is_skipped(trial: FrozenTrial) -> bool:
-    return SKIPPED in trial.user_attrs and OUTCOME not in trial.user_attrs
-
-
-def _is_choosing(trial: FrozenTrial) -> bool:
-    """Whether a trial's worker may still come up with any point."""
-    if trial.state != TrialState.RUNNING or CLAIMED in trial.user_attrs:
-        return False
-    since = trial.datetime_start
-    return since is not None and datetime.now() - since < timedelta(seconds=_CHOOSING_S)
-
-
-def _is_stale(trial: FrozenTrial) -> bool:
-    if trial.state != TrialState.RUNNING or OWNER not in trial.user_attrs:
-        return False
-    return is_gone(trial.user_attrs[OWNER], trial.datetime_start)

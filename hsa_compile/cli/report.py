@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from hsa_compile.autotune.storage import default_storage, open_storage
-from hsa_compile.autotune.study import SKIPPED
+from hsa_compile.autotune.trial_states import SKIPPED
 from hsa_compile.errors import CacheError, InvalidArgument, MissingDependency
 from hsa_compile.target import Target
 

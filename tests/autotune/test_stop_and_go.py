@@ -14,8 +14,8 @@ import pytest
 from fake_benches import SLEEP_S
 
 from hsa_compile.autotune.storage import open_storage
-from hsa_compile.autotune.study import OUTCOME
 from hsa_compile.autotune.study_names import FINISHED
+from hsa_compile.autotune.trial_states import OUTCOME
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 

@@ -15,12 +15,12 @@ from fake_benches import BARRIER, LOG, SLEEP_S
 from optuna.trial import FrozenTrial
 
 from hsa_compile.autotune.device_lock import device_lock
-from hsa_compile.autotune.storage import open_storage
-from hsa_compile.autotune.study import OUTCOME
+from hsa_compile.autotune.storage import close_storage, open_storage
+from hsa_compile.autotune.trial_states import OUTCOME
 from hsa_compile.autotune.tune import tune
 from hsa_compile.problem import Problem
 
-SLEEP = 1.0
+SLEEP = 1.5
 SCRIPT = """
 import sys
 from hsa_compile.autotune.tune import tune
@@ -63,10 +63,10 @@ def run_workers(count: int, trials: int, address: str, directory: Path) -> tuple
         assert process.returncode == 0, err
         assert out.startswith("chunk ") or out.startswith("token ")
     storage = open_storage(address)
-    (study,) = storage.get_all_studies()
-    return optuna.load_study(study_name=study.study_name, storage=storage).trials, (
-        directory / "log"
-    ).read_text().splitlines()
+    study = storage.get_all_studies()[-1]
+    trials = optuna.load_study(study_name=study.study_name, storage=storage).trials
+    close_storage(storage)
+    return trials, (directory / "log").read_text().splitlines()
 
 
 def trials_a_minute(trials: list[FrozenTrial]) -> float:
@@ -80,8 +80,8 @@ def trials_a_minute(trials: list[FrozenTrial]) -> float:
 
 @pytest.mark.slow
 def test_four_processes_try_each_point_once_and_three_times_as_many_a_minute(address: str, tmp_path: Path) -> None:
-    alone, _ = run_workers(1, 7, str(tmp_path / "alone.journal"), tmp_path / "alone")
-    trials, compiled = run_workers(4, 33, address, tmp_path / "four")
+    alone, _ = run_workers(1, 7, address, tmp_path / "alone")
+    trials, compiled = run_workers(4, 33, address, tmp_path / "four")  # the next study: the first one's search ended
     tried = [trial for trial in trials if OUTCOME in trial.user_attrs]
     assert len(tried) == 33
     assert all(trial.state.is_finished() for trial in trials)
