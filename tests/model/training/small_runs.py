@@ -1,0 +1,59 @@
+"""Runs small enough that a step takes milliseconds."""
+
+from pathlib import Path
+from typing import Any
+
+from small_models import SMALL
+
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config_file import from_dict
+
+SECTIONS: dict[str, Any] = {
+    "model": {
+        **SMALL.to_dict(),
+        "vocab_size": 256,
+        "num_groups": 1,
+        "chunk_size": 8,
+        "window": 16,
+        "init_std": 0.1,
+    },
+    "train": {"steps": 6, "lr": 1e-3, "warmup_steps": 2, "save_every": 2, "probe_every": 0, "log_every": 3},
+    "stages": [
+        {"share": 0.5, "min_seq_len": 50, "seq_len": 70, "batch_tokens": 300},
+        {"share": 0.5, "min_seq_len": 60, "seq_len": 90, "batch_tokens": 300, "window": 12, "top_k": 2},
+    ],
+}
+
+
+def small_run(
+    *, model: dict[str, Any] | None = None, stages: list[dict[str, Any]] | None = None, **train: Any
+) -> RunConfig:
+    """A run of a few steps, with some fields changed."""
+    return from_dict(
+        {
+            "model": {**SECTIONS["model"], **(model or {})},
+            "train": {**SECTIONS["train"], **train},
+            "data": {},
+            "stages": stages or SECTIONS["stages"],
+        }
+    )
+
+
+def write_toml(path: Path, run: RunConfig) -> Path:
+    """The run's config as a file that `--config` reads."""
+    lines = []
+    values = run.to_dict()
+    for section in ("model", "train", "data"):
+        lines += [f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in values[section].items())]
+    for stage in values["stages"]:
+        lines += ["[[stages]]", *(f"{name} = {_toml(value)}" for name, value in stage.items() if value is not None)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + "}"
+    return repr(list(value) if isinstance(value, tuple) else value)

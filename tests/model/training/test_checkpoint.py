@@ -1,0 +1,127 @@
+"""Checkpoints are whole or not there, keep the last and the best, and refuse what is foreign."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import small_run
+
+from hsa_compile.errors import SaveError
+from hsa_compile.model.training import checkpoint as checkpoint_module
+from hsa_compile.model.training.checkpoint import (
+    STATE_FILE,
+    TENSORS_FILE,
+    RunState,
+    best_checkpoint,
+    checkpoint_path,
+    checkpoints,
+    load_checkpoint,
+    prune,
+    read_state,
+    remove_leftovers,
+    save_checkpoint,
+)
+from hsa_compile.model.training.optimizer import make_optimizer
+from hsa_compile.model.training.processes import Processes
+from hsa_compile.model.transformer import HSATransformer
+
+
+def made(seed: int = 0, **model_changes: object) -> tuple[HSATransformer, torch.optim.AdamW]:
+    run = small_run(model=model_changes)
+    torch.manual_seed(seed)
+    model = HSATransformer(run.model)
+    optimizer = make_optimizer(model, run.train)
+    for weight in model.parameters():
+        weight.grad = torch.rand_like(weight)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_all_comes_back(tmp_path: Path, alone: Processes) -> None:
+    model, optimizer = made()
+    state = RunState(step=7, tokens=100, seconds=1.5, stage=1, metrics_bytes=12, score=0.25, data_digest="abc")
+    path = save_checkpoint(tmp_path, state, model, optimizer, alone)
+    drawn = torch.rand(3)
+
+    other, other_optimizer = made(seed=1)
+    assert load_checkpoint(path, other, other_optimizer, alone) == state
+    assert torch.equal(torch.rand(3), drawn)  # PyTorch's random state, too
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[one][name], other_optimizer.state[two][name])
+
+
+def test_an_optimizer_that_made_no_step_yet_can_be_loaded_into(tmp_path: Path, alone: Processes) -> None:
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, RunState(), model, optimizer, alone)
+    fresh = HSATransformer(small_run().model)
+    fresh_optimizer = make_optimizer(fresh, small_run().train)
+    load_checkpoint(path, fresh, fresh_optimizer, alone)
+    for weight in fresh.parameters():
+        weight.grad = torch.zeros_like(weight)
+    fresh_optimizer.step()
+    assert {float(state["step"]) for state in fresh_optimizer.state.values()} == {2.0}
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path, alone: Processes) -> None:
+    model, optimizer = made()
+    for step, score in ((1, 0.9), (2, 0.1), (3, None), (4, 0.5), (5, 0.6)):
+        save_checkpoint(tmp_path, RunState(step=step, score=score), model, optimizer, alone)
+    assert best_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2)
+    prune(tmp_path, 2)
+    assert [read_state(path).step for path in checkpoints(tmp_path)] == [2, 4, 5]
+
+
+def test_a_save_that_fails_leaves_the_others_and_no_part_of_its_own(
+    tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = made()
+    save_checkpoint(tmp_path, RunState(step=1), model, optimizer, alone)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_json", "sync_directory"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_module, name, fail)
+            if name == "sync_directory":  # whole by then, though perhaps not on the disk
+                patch.setattr(Path, "replace", fail)
+            with pytest.raises(SaveError, match="No space left"):
+                save_checkpoint(tmp_path, RunState(step=2), model, optimizer, alone)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    load_checkpoint(checkpoint_path(tmp_path, 1), model, optimizer, alone)
+
+
+def test_what_a_killed_process_left_is_not_a_checkpoint_and_goes(tmp_path: Path) -> None:
+    for name in (".step-00000003.new", ".step-00000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
+    assert checkpoints(tmp_path) == []
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, alone: Processes, size: int) -> None:
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, RunState(step=1), model, optimizer, alone) / TENSORS_FILE
+    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
+    with pytest.raises(SaveError, match=TENSORS_FILE):
+        load_checkpoint(path.parent, model, optimizer, alone)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, alone: Processes) -> None:
+    path = save_checkpoint(tmp_path, RunState(step=1), *made(), alone)
+    with pytest.raises(SaveError, match="of another model"):
+        load_checkpoint(path, *made(ffn_dim=32), alone)
+
+
+@pytest.mark.parametrize("values", [{}, {"format_version": 2}, {"format_version": 1, "step": 3}])
+def test_a_foreign_state_is_refused(tmp_path: Path, values: dict[str, int]) -> None:
+    (tmp_path / STATE_FILE).write_text(json.dumps(values))
+    with pytest.raises(SaveError, match="is no checkpoint of this version"):
+        read_state(tmp_path)

@@ -1,0 +1,80 @@
+"""Batches are functions of (seed, step, rank), made ahead in order."""
+
+import threading
+
+import pytest
+import torch
+from small_runs import small_run
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.tasks.mixture import Mixture
+from hsa_compile.model.training import feed as feed_module
+from hsa_compile.model.training.feed import AHEAD, Feed, make_batch
+from hsa_compile.model.training.stages import StepPlan, plan_step
+from hsa_compile.model.training.text import held_out_mixture, mixtures
+
+
+def test_a_feed_that_begins_later_gives_the_same_batches() -> None:
+    run = small_run()
+    by_stage = mixtures(run, None)
+    feed, later = Feed(run, by_stage), Feed(run, by_stage, first_step=2)
+    batches = [feed.next() for _ in range(4)]
+    assert [batch.plan.step for batch in batches] == [0, 1, 2, 3]
+    assert {batch.plan.stage for batch in batches} == {0, 1}
+    assert torch.equal(later.next().tokens, batches[2].tokens)
+    assert not torch.equal(batches[0].tokens[0, :40], batches[0].tokens[1, :40])
+    feed.close()
+    later.close()
+
+
+def test_processes_together_take_the_rows_of_one() -> None:
+    run = small_run()
+    mixture, plan = mixtures(run, None)[0], StepPlan(step=3, stage=0, length=60, num_rows=5)
+    whole = make_batch(mixture, plan, seed=0)
+    parts = [make_batch(mixture, plan, seed=0, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert torch.equal(torch.cat([part.is_answer for part in parts]), whole.is_answer)
+
+
+def test_answers_are_marked_and_carry_their_weight() -> None:
+    run = small_run()
+    batch = make_batch(mixtures(run, None)[0], plan_step(run, 0), seed=0)
+    assert batch.is_answer.any(dim=1).all()
+    answers = batch.tokens[batch.is_answer]
+    assert ((answers >= ord("0")) & (answers <= ord("9"))).all()
+    assert (batch.weights[batch.is_answer] == 1).all()
+    assert (batch.weights[:, 0] == 0).all()
+
+
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise InvalidArgument("no such row")
+
+    monkeypatch.setattr(feed_module, "training_sample", fail)
+    feed = Feed(small_run(), mixtures(small_run(), None))
+    with pytest.raises(InvalidArgument, match="no such row"):
+        feed.next()
+    feed.close()
+
+
+def test_no_more_than_a_few_batches_are_made_ahead_and_the_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = feed_module.make_batch
+    monkeypatch.setattr(feed_module, "make_batch", lambda *a, **k: made.append(1) or real(*a, **k))
+    feed = Feed(small_run(), mixtures(small_run(), None))
+    feed.next()
+    feed.close()
+    assert len(made) <= AHEAD + 1
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+def test_rows_too_short_for_needles_are_refused_before_the_run() -> None:
+    run = small_run(stages=[{"seq_len": 30, "batch_tokens": 60}])
+    with pytest.raises(InvalidArgument, match=r"stages.0: rows of 30 are too short .* distance of 16; allowed is 38"):
+        mixtures(run, None)
+
+
+def test_held_out_rows_come_from_the_last_stage() -> None:
+    run = small_run()
+    assert isinstance(held_out_mixture(run, None), Mixture)
+    assert held_out_mixture(run, None).min_distance == 12

@@ -1,0 +1,119 @@
+"""One step: what is minimized, and that it does not depend on how its rows are computed."""
+
+import pytest
+import torch
+from small_runs import small_run
+
+from hsa_compile.errors import TrainingError
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.feed import StepBatch
+from hsa_compile.model.training.optimizer import make_optimizer
+from hsa_compile.model.training.processes import Processes
+from hsa_compile.model.training.stages import StepPlan
+from hsa_compile.model.training.step import LossModel, StepResult, normalized_weights, run_step
+from hsa_compile.model.transformer import HSATransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+NO_NOISE = {"selection_noise": False}
+
+
+def batch(rows: int = 4, length: int = 40) -> StepBatch:
+    generator = torch.Generator().manual_seed(1)
+    is_answer = torch.zeros(rows, length, dtype=torch.bool)
+    is_answer[:-1, -4:] = True  # the last row has none
+    weights = torch.full((rows, length), 0.2).masked_fill(is_answer, 1.0)
+    weights[:, 0] = 0
+    return StepBatch(
+        plan=StepPlan(step=5, stage=0, length=length, num_rows=rows),
+        tokens=torch.randint(256, (rows, length), generator=generator),
+        weights=weights,
+        is_answer=is_answer,
+    )
+
+
+def after_step(run: RunConfig, alone: Processes, *, checkpoint: bool = False) -> tuple[LossModel, StepResult]:
+    torch.manual_seed(0)
+    model = HSATransformer(run.model).train()
+    model.checkpoint_activations = checkpoint
+    loss_model = LossModel(model, run.train.loss_chunk)
+    result = run_step(loss_model, make_optimizer(model, run.train), batch(), run.train, alone)
+    return loss_model, result
+
+
+def test_the_loss_is_the_mean_over_text_and_the_mean_over_answers(alone: Processes) -> None:
+    run = small_run(model=NO_NOISE)
+    _, result = after_step(run, alone)
+    rows = batch()
+    torch.manual_seed(0)
+    model = HSATransformer(run.model)
+    losses = torch.nn.functional.cross_entropy(
+        model(rows.tokens[:, :-1]).flatten(0, 1), rows.tokens[:, 1:].flatten(), reduction="none"
+    ).view(4, -1)
+    text, answers = losses[~rows.is_answer[:, 1:]].mean().item(), losses[rows.is_answer[:, 1:]].mean().item()
+    assert result.text_loss == pytest.approx(text, rel=1e-5)
+    assert result.answer_loss == pytest.approx(answers, rel=1e-5)
+    assert result.loss == pytest.approx(0.2 * text + answers, rel=1e-5)
+
+
+def test_without_answers_there_is_text_alone(alone: Processes) -> None:
+    rows = batch()
+    rows.is_answer[:] = False
+    rows.weights[:] = 1
+    weights, counts = normalized_weights(rows, alone)
+    assert counts.tolist() == [4 * 40, 0]
+    assert weights.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("changes", [{"accumulation": 2}, {"accumulation": 9}, {"loss_chunk": 7}])
+def test_parts_make_the_same_step(changes: dict[str, int], alone: Processes) -> None:
+    whole, expected = after_step(small_run(model=NO_NOISE), alone)
+    parts, result = after_step(small_run(model=NO_NOISE, **changes), alone)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_activation_checkpointing_makes_the_same_step_bit_for_bit(alone: Processes) -> None:
+    plain, expected = after_step(small_run(), alone)
+    again, result = after_step(small_run(), alone, checkpoint=True)
+    assert result == expected
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_noise_depends_on_the_step_and_the_seed(alone: Processes) -> None:
+    assert after_step(small_run(), alone)[1].loss == after_step(small_run(), alone)[1].loss
+    assert after_step(small_run(), alone)[1].loss != after_step(small_run(model=NO_NOISE), alone)[1].loss
+
+
+def test_balancing_biases_move_by_the_configured_rate(alone: Processes) -> None:
+    loss_model, result = after_step(small_run(bias_update_rate=0.25), alone)
+    biases = [buffer for name, buffer in loss_model.named_buffers() if name.endswith("balance_bias")]
+    assert biases
+    assert all(bias.abs().max() == 0.25 for bias in biases)
+    assert result.router_load is not None
+    assert result.router_load >= 1
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_moves_weights(alone: Processes) -> None:
+    run = small_run()
+    model = HSATransformer(run.model).train()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    before = model.embedding.weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"the loss of step 5 is nan; a lower train.lr than 0.001"):
+        run_step(LossModel(model, 100), make_optimizer(model, run.train), batch(), run.train, alone)
+    assert torch.equal(model.embedding.weight, before)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_makes_the_same_step(alone: Processes) -> None:
+    run = small_run(model=NO_NOISE)
+    _, expected = after_step(run, alone)
+    torch.manual_seed(0)
+    model = HSATransformer(run.model).train()
+    loss_model = LossModel(model, run.train.loss_chunk)
+    result = run_step(torch.compile(loss_model), make_optimizer(model, run.train), batch(), run.train, alone)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
