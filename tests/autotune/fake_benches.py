@@ -105,7 +105,7 @@ class HostileBench(LocalBench):
             case "loop":
                 spin()
             case "memory":
-                hoard = [torch.ones(64 << 20) for _ in range(10_000)]
+                hoard = [torch.ones(128 << 20) for _ in range(10_000)]
                 return str(len(hoard))
             case "wrong":
                 self.check_spoilt(schedule, 1.5)
@@ -164,9 +164,6 @@ class DyingBench:
 
     def spin(self) -> None:
         spin()
-
-    def hoard(self) -> int:
-        return len([torch.ones(64 << 20) for _ in range(10_000)])
 
 
 def broken_bench(*_: object) -> None:

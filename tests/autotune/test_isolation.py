@@ -28,7 +28,7 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=1031, num_heads=2, num_kv_heads=1, head_dim=8, chunk_size=16, top_k=2)
-MEMORY = 2 << 30
+MEMORY = 1 << 30
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_count
         timeout=600.0,
         sampler="random",
         bench="fake_benches:HostileBench",
-        limits=Limits(compile_s=3.0, run_s=3.0, memory_bytes=MEMORY),
+        limits=Limits(compile_s=6.0, run_s=6.0, memory_bytes=MEMORY),
     )
     assert record.trials == len(valid)
     assert record.failures == {

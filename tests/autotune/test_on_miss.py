@@ -1,0 +1,52 @@
+"""Tuning on a miss is asked for, happens once, and what it stores is what runs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import hsa_compile
+from hsa_compile.autotune import on_miss as on_miss_module
+from hsa_compile.autotune.on_miss import set_autotune
+from hsa_compile.autotune.tune import tune
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.target import Target
+
+PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TuningRecord]]:
+    """Records of the searches that a miss began, which are short and in this process here."""
+    records: list[TuningRecord] = []
+
+    def short(problem: Problem, target: Target, **options: Any) -> TuningRecord:
+        records.append(tune(problem, target, **{**options, "trials": 2, "timeout": 5.0, "isolate": False}))
+        return records[-1]
+
+    monkeypatch.setattr(on_miss_module, "tune", short)
+    yield records
+    set_autotune("off")
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+def test_a_miss_is_tuned_once_if_that_was_asked_for(tuned: list[TuningRecord]) -> None:
+    target = Target.parse("cpu")
+    hsa_compile.resolve(PROBLEM, target)
+    assert tuned == []
+    hsa_compile.set_autotune("on-miss")
+    kernel = hsa_compile.resolve(PROBLEM, target)
+    assert [record.problem for record in tuned] == [PROBLEM]
+    assert kernel.source.schedule == tuned[0].schedule
+    hsa_compile.resolve(PROBLEM, target)
+    assert len(tuned) == 1
+    hsa_compile.set_autotune("off")
+    hsa_compile.resolve(PROBLEM.with_op("hsa_backward"), target)
+    assert len(tuned) == 1
+
+
+def test_an_unknown_mode_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(InvalidArgument, match="autotune = 'always' is not one of off, on-miss"):
+        set_autotune("always")
