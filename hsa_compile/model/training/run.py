@@ -36,7 +36,7 @@ from hsa_compile.model.training.probe import Probe
 from hsa_compile.model.training.processes import Processes, shard
 from hsa_compile.model.training.stages import apply_stage, stage_at
 from hsa_compile.model.training.step import LossModel, StepResult, run_step
-from hsa_compile.model.training.text import digest, held_out_mixture, mixtures, open_corpus
+from hsa_compile.model.training.text import check_rows, digest, held_out_mixture, mixtures, open_corpus
 from hsa_compile.model.transformer import HSATransformer
 
 CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
@@ -84,6 +84,7 @@ class TrainingRun:
         processes.wait()
         corpus = open_corpus(config)
         self._mixtures = mixtures(config, corpus)
+        check_rows(config, self._mixtures, processes.world_size)
         torch.manual_seed(config.train.seed)
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations

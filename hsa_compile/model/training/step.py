@@ -150,7 +150,7 @@ def run_step(
     # loss, cross entropy of text and of answers, processes that want to stop
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     sums[3] = stopping
-    parts = min(config.accumulation, batch.tokens.shape[0])
+    parts = min(config.accumulation, batch.plan.num_rows // processes.world_size)  # as many in each process
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.rank}").getrandbits(62)

@@ -34,7 +34,7 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
     Raises:
         InvalidArgument: a stage's numbers do not fit together.
     """
-    found = tuple(
+    return tuple(
         Mixture(
             haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
             corpus=corpus,
@@ -50,17 +50,6 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
         )
         for stage in run.stages
     )
-    for number, (stage, mixture) in enumerate(zip(run.stages, found, strict=True)):
-        if stage.synthetic_share and stage.shortest < mixture.least_length:
-            raise InvalidArgument(
-                f"stages.{number}: rows of {stage.shortest} are too short for a retrieval sample with a distance of "
-                f"{mixture.min_distance}; allowed is {mixture.least_length} or more"
-            )
-        if corpus is not None and stage.seq_len > len(corpus):
-            raise InvalidArgument(
-                f"stages.{number}.seq_len = {stage.seq_len} is more than the {len(corpus)} tokens of {corpus.directory}"
-            )
-    return found
 
 
 def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
@@ -68,6 +57,30 @@ def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
         return NoiseHaystack()
     assert corpus is not None  # checked by RunConfig
     return corpus_haystack(corpus)
+
+
+def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -> None:
+    """Whether each stage has room for needles, text enough, and a row for each process.
+
+    Raises:
+        InvalidArgument: it has not.
+    """
+    for number, (stage, mixture) in enumerate(zip(run.stages, by_stage, strict=True)):
+        if stage.synthetic_share and stage.shortest < mixture.least_length:
+            raise InvalidArgument(
+                f"stages.{number}: rows of {stage.shortest} are too short for a retrieval sample with a distance of "
+                f"{mixture.min_distance}; allowed is {mixture.least_length} or more"
+            )
+        if mixture.corpus is not None and stage.seq_len > len(mixture.corpus):
+            raise InvalidArgument(
+                f"stages.{number}.seq_len = {stage.seq_len} is more than the {len(mixture.corpus)} tokens of "
+                f"{mixture.corpus.directory}"
+            )
+        if max(1, stage.batch_tokens // stage.seq_len) < world_size:
+            raise InvalidArgument(
+                f"stages.{number}.batch_tokens = {stage.batch_tokens} must be at least {world_size * stage.seq_len}: a "
+                f"row of {stage.seq_len} for each of {world_size} processes"
+            )
 
 
 def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:

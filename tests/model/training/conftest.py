@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsa_compile.model.training import metrics
 from hsa_compile.model.training.processes import Processes
 
 # The helpers of the model's tests lie one folder up.
@@ -19,6 +20,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_tensorboard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To import it takes seconds; a test that wants it asks for `tensorboard`."""
+    if "tensorboard" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "_tensorboard", lambda directory: None)
+
+
+@pytest.fixture
+def tensorboard() -> None:
+    """The package itself."""
+    pytest.importorskip("tensorboard")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
 from hsa_compile.model.training.feed import AHEAD, Feed, make_batch
 from hsa_compile.model.training.stages import StepPlan, plan_step
-from hsa_compile.model.training.text import held_out_mixture, mixtures
+from hsa_compile.model.training.text import check_rows, held_out_mixture, mixtures
 
 
 def test_a_feed_that_begins_later_gives_the_same_batches() -> None:
@@ -70,8 +70,16 @@ def test_no_more_than_a_few_batches_are_made_ahead_and_the_thread_ends(monkeypat
 
 def test_rows_too_short_for_needles_are_refused_before_the_run() -> None:
     run = small_run(stages=[{"seq_len": 30, "batch_tokens": 60}])
-    with pytest.raises(InvalidArgument, match=r"stages.0: rows of 30 are too short .* distance of 16; allowed is 38"):
-        mixtures(run, None)
+    message = r"stages\.0: rows of 30 are too short .* distance of 16; allowed is 38"
+    with pytest.raises(InvalidArgument, match=message):
+        check_rows(run, mixtures(run, None), 1)
+
+
+def test_fewer_rows_than_processes_are_refused_before_the_run() -> None:
+    run = small_run(stages=[{"seq_len": 60, "batch_tokens": 130}])
+    check_rows(run, mixtures(run, None), 2)
+    with pytest.raises(InvalidArgument, match=r"stages\.0\.batch_tokens = 130 must be at least 180"):
+        check_rows(run, mixtures(run, None), 3)
 
 
 def test_held_out_rows_come_from_the_last_stage() -> None:

@@ -13,11 +13,6 @@ from hsa_compile.model.training import metrics
 from hsa_compile.model.training.metrics import METRICS_FILE, MetricsLog, peak_flops, retrieval_entropy
 
 
-@pytest.fixture(autouse=True)
-def _no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_tensorboard", lambda directory: None)
-
-
 def test_a_log_is_cut_to_the_size_that_a_checkpoint_knows(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.write({"step": 1, "loss": 0.1})
@@ -73,3 +68,14 @@ def test_entropy_is_that_of_tokens_with_a_choice() -> None:
 def test_the_peak_is_what_was_told_or_unknown_on_a_cpu() -> None:
     assert peak_flops(torch.device("cpu"), 0) is None
     assert peak_flops(torch.device("cpu"), 0.5) == 5e11
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tensorboard")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_files_are_written_where_it_is_installed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": 0.5})
+    log.close()
+    assert log.has_tensorboard
+    assert list((tmp_path / metrics.TENSORBOARD).glob("events.*"))

@@ -1,0 +1,68 @@
+"""Training in processes of their own, as a person or `torchrun` starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TIME_LIMIT = 240
+
+
+def start(out: Path, *arguments: str, num_processes: int = 1) -> "subprocess.Popen[str]":
+    """`hsa-compile train` on one thread a process, with the cache of the test."""
+    command = [sys.executable, "-W", "ignore"]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
+        command += ["--master-port", str(_free_port())]
+    return subprocess.Popen(
+        [*command, "-m", "hsa_compile", "train", "--out", str(out), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    """Waits; returns standard output."""
+    try:
+        out, err = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes, too
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {TIME_LIMIT} s: {out} {err}") from None
+    assert process.returncode == code, err
+    return out
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Until something came about in a process that still runs."""
+    deadline = time.monotonic() + TIME_LIMIT
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """By step."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert len(found) == sum("loss" in record for record in records)  # no step twice
+    return found
+
+
+def num_lines(directory: Path) -> int:
+    """Records so far."""
+    path = directory / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])

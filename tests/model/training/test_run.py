@@ -1,0 +1,175 @@
+"""A run in its directory: what it leaves, that it learns, and that it goes on bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import small_run
+
+from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import find_sources
+from hsa_compile.model.pretrained import from_pretrained, read_extra
+from hsa_compile.model.training import run as run_module
+from hsa_compile.model.training.checkpoint import checkpoints, read_state
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config_file import from_dict
+from hsa_compile.model.training.processes import Processes
+from hsa_compile.model.training.run import CHECKPOINTS, MODEL, TrainingRun, saved_config
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
+]
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(directory) if "loss" in record]
+
+
+def train(
+    config: RunConfig, directory: Path, alone: Processes, *, resume: bool = False, until: int | None = None
+) -> bool:
+    """Trains to the end, or asks it to stop after a step."""
+    run = TrainingRun(config, directory, alone, resume=resume)
+    try:
+        return run.train(lambda: until is not None and run.state.step >= until - 1)
+    finally:
+        run.close()
+
+
+def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alone: Processes) -> None:
+    config = small_run(probe_every=3, probe_samples=2)
+    assert train(config, tmp_path, alone)
+    assert saved_config(tmp_path) == config
+    found = records(tmp_path)
+    assert [record["step"] for record in found if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in found if "probe" in record] == [3, 6]
+    assert [record["stage"] for record in found if "loss" in record] == [0, 0, 0, 1, 1, 1]
+    assert all("retrieval_entropy" in record for record in found if "loss" in record and record["step"] % 3 == 0)
+    assert [read_state(path).step for path in checkpoints(tmp_path / CHECKPOINTS)] == [4, 6]
+
+    model = from_pretrained(tmp_path / MODEL)
+    assert (model.config.window, model.config.top_k) == (12, 2)  # of the last stage
+    assert read_extra(tmp_path / MODEL)["training"]["step"] == 6
+
+
+def test_it_learns(tmp_path: Path, alone: Processes) -> None:
+    stages = [{"seq_len": 64, "batch_tokens": 256}]
+    assert train(small_run(steps=40, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)
+    found = [loss for _, loss in losses(tmp_path)]
+    assert found[-1] < 0.75 * found[0]
+
+
+@pytest.mark.parametrize("variant", ["hsa-ultralong", "drt", "ramba", "swa", "full"])
+def test_every_variant_stops_and_goes_on_bit_for_bit(variant: str, tmp_path: Path, alone: Processes) -> None:
+    config = small_run(model={"variant": variant}, probe_every=4, probe_samples=1)
+    assert train(config, tmp_path / "whole", alone)
+    assert not train(config, tmp_path / "parts", alone, until=3)
+    assert train(config, tmp_path / "parts", alone, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    one, two = (from_pretrained(tmp_path / name / MODEL).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_steps_after_the_last_checkpoint_are_run_and_recorded_again(tmp_path: Path, alone: Processes) -> None:
+    config = small_run(save_every=4)
+    assert train(config, tmp_path / "whole", alone)
+    run = TrainingRun(config, tmp_path / "killed", alone)
+
+    def killed() -> bool:
+        if run.state.step == 5:
+            raise RuntimeError("as if killed")
+        return False
+
+    with pytest.raises(RuntimeError, match="as if killed"):
+        run.train(killed)
+    run.close()
+    assert len(losses(tmp_path / "killed")) == 5
+    assert train(config, tmp_path / "killed", alone, resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, alone: Processes) -> None:
+    train(small_run(), tmp_path, alone)
+    before = losses(tmp_path)
+    assert train(small_run(), tmp_path, alone, resume=True)
+    assert losses(tmp_path) == before
+
+
+def test_another_seed_gives_other_losses(tmp_path: Path, alone: Processes) -> None:
+    train(small_run(), tmp_path / "a", alone)
+    train(small_run(seed=1), tmp_path / "b", alone)
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_directory_that_holds_a_run_is_not_begun_anew(tmp_path: Path, alone: Processes) -> None:
+    train(small_run(), tmp_path, alone)
+    with pytest.raises(InvalidArgument, match="holds a run; --resume goes on with it"):
+        TrainingRun(small_run(), tmp_path, alone)
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path: Path, alone: Processes) -> None:
+    TrainingRun(small_run(), tmp_path, alone).close()
+    assert train(small_run(), tmp_path, alone, resume=True)
+    assert len(losses(tmp_path)) == 6
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(
+    tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run()
+    train(config, tmp_path / "whole", alone)
+    saves = []
+    real = run_module.save_checkpoint
+
+    def save(*arguments: Any) -> Path:
+        saves.append(1)
+        if len(saves) == 2:
+            raise SaveError("cannot be written (No space left on device)")
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", save)
+    with pytest.raises(SaveError, match="No space left"):
+        train(config, tmp_path / "full", alone)
+    assert train(config, tmp_path / "full", alone, resume=True)
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+def corpus(tmp_path: Path, text: str) -> Path:
+    source = tmp_path / f"{len(text)}.txt"
+    source.write_text(text)
+    prepare(find_sources([source]), tmp_path / "corpus", validation=0, overwrite=True)
+    return tmp_path / "corpus"
+
+
+def on_text(directory: Path, synthetic_share: float, **train_changes: object) -> RunConfig:
+    stage = {"seq_len": 64, "batch_tokens": 256, "synthetic_share": synthetic_share, "haystacks": {"corpus": 1.0}}
+    values = small_run(**train_changes).to_dict()
+    return from_dict({**values, "data": {"corpus": str(directory)}, "stages": [stage]})
+
+
+def test_plain_text_and_needles_in_text_are_trained_on(tmp_path: Path, alone: Processes) -> None:
+    directory = corpus(tmp_path, "What is written here is learnt by heart. " * 20)
+    config = on_text(directory, 0.5, probe_every=3, probe_samples=2)
+    assert train(config, tmp_path / "run", alone)
+    assert records(tmp_path / "run")[-1]["held_out_loss"] > 0
+
+
+def test_a_corpus_that_changed_is_refused(tmp_path: Path, alone: Processes) -> None:
+    config = on_text(corpus(tmp_path, "One text. " * 50), 0.0)
+    train(config, tmp_path / "run", alone, until=2)
+    corpus(tmp_path, "Another text. " * 50)
+    with pytest.raises(TrainingError, match="has other text than when"):
+        TrainingRun(config, tmp_path / "run", alone, resume=True)
+
+
+def test_rows_longer_than_the_corpus_are_refused(tmp_path: Path, alone: Processes) -> None:
+    config = on_text(corpus(tmp_path, "Short."), 0.0)
+    with pytest.raises(InvalidArgument, match=r"stages\.0\.seq_len = 64 is more than the 7 tokens"):
+        TrainingRun(config, tmp_path / "run", alone)

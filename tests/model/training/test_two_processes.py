@@ -1,0 +1,47 @@
+"""Two gloo processes under torchrun: the same losses as one, and checkpoints that any number of processes loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, losses, start
+from small_runs import small_run, write_toml
+
+from hsa_compile.model.pretrained import from_pretrained
+from hsa_compile.model.training.run import MODEL
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+
+
+def config(tmp_path: Path, variant: str = "hsa-ultralong") -> str:
+    """Noise is drawn by row of a process, so that equality needs a run without."""
+    model = {"variant": variant, "selection_noise": False}
+    run = small_run(model=model, steps=STEPS, save_every=5, probe_every=10, probe_samples=2)
+    return str(write_toml(tmp_path / "run.toml", run))
+
+
+def assert_close(one: dict[int, float], other: dict[int, float]) -> None:
+    assert one.keys() == other.keys() == set(range(1, STEPS + 1))
+    assert max(abs(one[step] - other[step]) for step in one) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["hsa-ultralong", "drt"])
+def test_two_processes_equal_one(variant: str, tmp_path: Path) -> None:
+    file = config(tmp_path, variant)
+    finish(start(tmp_path / "one", "--config", file))
+    finish(start(tmp_path / "two", "--config", file, "train.accumulation=2", num_processes=2))
+    assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"))
+    one, two = (from_pretrained(tmp_path / name / MODEL).state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_another_number_of_processes_goes_on(before: int, after: int, tmp_path: Path) -> None:
+    file = config(tmp_path)
+    finish(start(tmp_path / "whole", "--config", file))
+    finish(start(tmp_path / "moved", "--config", file, "--minutes", "0.0001", num_processes=before))
+    assert 0 < max(losses(tmp_path / "moved")) < STEPS
+    finish(start(tmp_path / "moved", "--resume", num_processes=after))
+    assert_close(losses(tmp_path / "moved"), losses(tmp_path / "whole"))
