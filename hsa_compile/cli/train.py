@@ -63,6 +63,7 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
             tune_for_run(config, processes)
         with _stop_signals(minutes) as stop:
             _run(config, out, processes, resume, stop)
+        processes.wait()
     except MissingDependency as error:
         raise click.UsageError(str(error)) from error
     finally:

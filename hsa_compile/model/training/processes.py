@@ -1,5 +1,7 @@
 """The processes of a run: which one this is, what it runs on, and how the model is spread over all of them."""
 
+import gc
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +61,9 @@ def join_processes() -> Processes:
 def leave_processes() -> None:
     """Ends what `join_processes` began."""
     if dist.is_initialized():
+        # Modules refer to themselves through FSDP's hooks. Collected now, no thread of the group has to free their
+        # tensors while the interpreter shuts down, which would abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -66,6 +71,8 @@ def shard(loss_model: nn.Module, model: HSATransformer, processes: Processes) ->
     """FSDP2: each process keeps its part of every layer's weights, gradients and optimizer state."""
     if processes.world_size == 1:
         return
+    # A selection's weights may be a view. FSDP warns, since writing into one would lose its hook; nothing writes.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     for layer in (*model.lower, *model.upper):
         fully_shard(layer)
     fully_shard(loss_model)

@@ -1,0 +1,161 @@
+"""`hsa-compile train` as a person meets it."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from shell import Shell
+
+from hsa_compile.cli import train_tuning
+from hsa_compile.model.training import metrics
+from hsa_compile.schedules.record import TuningRecord
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+SMALL = """
+[model]
+preset = "tiny"
+dim = 16
+num_heads = 2
+num_kv_heads = 1
+head_dim = 4
+memory_heads = 2
+memory_head_dim = 8
+retrieval_dim = 8
+ffn_dim = 16
+encoder_ffn_dim = 16
+num_experts = 0
+
+[train]
+steps = 4
+save_every = 2
+probe_every = 4
+probe_samples = 1
+log_every = 2
+
+[data]
+corpus = ""
+
+[[stages]]
+seq_len = 64
+batch_tokens = 128
+"""
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(metrics, "_tensorboard", lambda directory: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def test_it_trains_and_says_where_the_model_is(run: Shell, config: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run("train", "--config", config, "--out", str(out), "train.lr=3e-4", "--seed", "7")
+    assert done.code == 0, done.err
+    assert "step 4/4  loss " in done.out
+    assert "step 4: held_out_loss " in done.out
+    assert f"model in {out}/model, after 4 steps" in done.out
+    assert "no TensorBoard files: pip install 'hsa-compile[train]'" in done.err
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["train"]["lr"], saved["train"]["seed"], saved["model"]["dim"]) == (3e-4, 7, 16)
+    assert run("generate", "--model", str(out / "model"), "--prompt", "a", "--max-new-tokens", "1").code == 0
+
+
+def test_it_stops_after_some_minutes_and_goes_on(run: Shell, config: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped = run("train", "--config", config, "--out", str(out), "--minutes", "1e-9")
+    assert stopped.code == 0
+    assert f"stopped and saved after step 1 of 4; to go on: hsa-compile train --out {out} --resume" in stopped.out
+    done = run("train", "--out", str(out), "--resume")
+    assert done.code == 0
+    assert "after 4 steps" in done.out
+    same = run("train", "--config", config, "--out", str(out), "--resume")
+    assert same.code == 0
+
+
+def test_signals_are_as_before_once_it_is_done(run: Shell, config: str, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert run("train", "--config", config, "--out", str(tmp_path / "run"), "--steps", "1").code == 0
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_folder_with_a_run_needs_resume_and_the_same_settings(run: Shell, config: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert run("train", "--config", config, "--out", out, "--steps", "1").code == 0
+    anew = run("train", "--config", config, "--out", out)
+    assert (anew.code, anew.err.count("error:")) == (2, 1)
+    assert "holds a run; --resume goes on with it" in anew.err
+    other = run("train", "--config", config, "--out", out, "--resume", "--steps", "1", "train.lr=0.5")
+    assert other.code == 2
+    assert "was begun with train.lr = 0.002, not 0.5" in other.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "'huge' is not one of 'tiny', 'small'"),
+        (["train.lr=0"], "train.lr = 0 must be more than 0"),
+        (["model.top_k=999"], "top_k = 999 must be an integer in 1 … 128"),
+        (["--steps", "0"], "0 is not in the range x>=1"),
+        (["--minutes", "0"], "0.0 is not in the range x>0"),
+        (["--config", "/nowhere.toml"], "config /nowhere.toml cannot be read: No such file"),
+        (["stages.0.seq_len=40", "data.corpus="], "stages.0.min_seq_len = 128 must be at most seq_len = 40"),
+        (["train.wandb_project=mine", "data.corpus="], "takes text of a corpus and data.corpus is empty"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_nothing_is_written(
+    arguments: list[str], message: str, run: Shell, tmp_path: Path
+) -> None:
+    failed = run("train", "--out", str(tmp_path / "run"), *arguments)
+    assert failed.code == 2
+    assert failed.err.count("\n") == 1
+    assert failed.err.startswith("error: ")
+    assert message in failed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_that_is_not_there_is_named_and_nothing_is_written(run: Shell, tmp_path: Path) -> None:
+    failed = run("train", "--out", str(tmp_path / "run"), "--corpus", str(tmp_path / "none"))
+    assert failed.code != 0
+    assert failed.err.startswith("error: ")
+    assert str(tmp_path / "none") in failed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_wandb_is_named(run: Shell, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    failed = run("train", "--config", config, "--out", str(tmp_path / "run"), "train.wandb_project=mine")
+    assert failed.code == 2
+    assert "pip install 'hsa-compile[wandb]'" in failed.err
+
+
+def test_without_tune_nothing_is_tuned_and_with_it_what_is_missing(
+    run: Shell, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = []
+
+    def tune(problem: object, **options: object) -> TuningRecord:
+        tuned.append(problem)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_tuning, "tune", tune)
+    assert run("train", "--config", config, "--out", str(tmp_path / "a"), "--steps", "1").code == 0
+    assert tuned == []
+    stopped = run("train", "--config", config, "--out", str(tmp_path / "b"), "--steps", "1", "--tune")
+    assert stopped.code == 130
+    assert len(tuned) == 1
+    assert "4 problems, 0 tuned before, 4 to tune, at most 15 s each" in stopped.err
