@@ -85,6 +85,7 @@ class ChunkEncoder(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.memory_kv_heads * config.memory_head_dim, bias=False)
         self.k_norm = RMSNorm(config.memory_head_dim, config.norm_eps)
         self.landmark_proj = nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
+        self.landmark_norm = RMSNorm(config.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, chunks: Tensor) -> EncodedChunks:
         """`chunks [..., C, dim]`, outputs of the lower half → keys, values and landmarks."""
@@ -102,5 +103,7 @@ class ChunkEncoder(nn.Module):
         return EncodedChunks(
             k=self.k_norm(self.k_proj(tokens).view(heads)),
             v=self.v_proj(tokens).view(heads),
-            landmarks=self.landmark_proj(x[:, -1]).view(*shape, self.num_kv_heads, self.retrieval_dim),
+            landmarks=self.landmark_norm(
+                self.landmark_proj(x[:, -1]).view(*shape, self.num_kv_heads, self.retrieval_dim)
+            ),
         )

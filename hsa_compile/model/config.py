@@ -45,6 +45,7 @@ class ModelConfig:
         chunk_size, top_k: `C` and `K` of the memory.
         memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
         retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
+        retrieval_norm: whether retrieval queries and landmarks are normalised, an option of the authors' code.
         encoder_layers, encoder_ffn_dim: of the chunk encoder.
         selection_noise: whether Gumbel noise is added when chunks are chosen in training.
         num_experts: `E` of a MoE layer; 0 makes every MLP dense.
@@ -77,6 +78,7 @@ class ModelConfig:
     memory_kv_heads: int
     memory_head_dim: int
     retrieval_dim: int
+    retrieval_norm: bool = False
     encoder_layers: int = 1
     encoder_ffn_dim: int
     selection_noise: bool = True

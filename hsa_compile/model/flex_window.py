@@ -31,7 +31,7 @@ def flex_window_attention(
         else _mask(q.shape[1], k.shape[1], window, q.device)
     )
     score_mod = _alibi(slopes, past) if slopes is not None else None
-    attend = _compiled() if compiled else _eager
+    attend: Any = _compiled() if compiled else flex_attention
     o = attend(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -46,10 +46,6 @@ def flex_window_attention(
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
-
-
-def _eager(*tensors: Tensor, **options: Any) -> Any:
-    return flex_attention(*tensors, **options)
 
 
 @functools.lru_cache(maxsize=64)

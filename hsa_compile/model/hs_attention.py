@@ -108,6 +108,7 @@ class Retrieval(nn.Module):
         self.chunk_size = config.chunk_size
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = nn.Linear(config.dim, self.num_heads * self.retrieval_dim, bias=False)
+        self.q_norm = RMSNorm(self.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None = None) -> Selection:
         """The chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
@@ -148,7 +149,7 @@ class Retrieval(nn.Module):
     def _select(
         self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None, *, once_a_chunk: bool
     ) -> Selection:
-        query = self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim)
+        query = self.q_norm(self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim))
         select = memory.select
         if noise_seed is not None:
             assert isinstance(memory, SequenceMemory), "noise is for training"

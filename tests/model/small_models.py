@@ -24,6 +24,7 @@ SMALL = ModelConfig(
     memory_kv_heads=2,
     memory_head_dim=8,
     retrieval_dim=10,
+    retrieval_norm=True,
     encoder_ffn_dim=32,
     num_experts=4,
     experts_per_token=2,
