@@ -10,8 +10,6 @@ from hsa_compile.errors import InvalidArgument
 
 Point = Mapping[str, Any]
 
-_MAX_PAIRED = 16  # parameters that count something; more would make too many products
-
 
 class PointTable:
     """A finite list of points, each a mapping of parameter → value; a point need not have every parameter.
@@ -23,9 +21,9 @@ class PointTable:
         points: as given.
         codes: [num_points, num_parameters], which value of a parameter a point has, counted in order of size; a
             missing parameter is a value, too. Parameters with one value are left out.
-        features: [num_points, num_features], what the forest splits by: the codes of numbers, a column for each
-            value of anything else, and for numbers their powers of two and their products (the threads of a block, the
-            elements of a tile), which kernels depend on more than on the numbers.
+        features: [num_points, num_features], each from 0 to 1, for a model to learn from: the codes of numbers, a
+            column for each value of anything else, and how often an integer can be halved, since kernels take more
+            kindly to 96 than to 97.
 
     Raises:
         InvalidArgument: there is no point, or one is there twice.
@@ -46,7 +44,7 @@ class PointTable:
             rank = {_typed(value): code for code, value in enumerate(values)}
             self.codes[:, j] = [rank[_typed(value)] for value in column]
         self.num_values: list[int] = [len(values) for values in ordered]
-        self.features: NDArray[np.float32] = self._make_features(columns, ordered)
+        self.features: NDArray[np.float64] = self._make_features(columns, ordered)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -55,22 +53,20 @@ class PointTable:
         """The index of a point, or None if it is not one of them."""
         return self._index.get(point_key(point))
 
-    def _make_features(self, columns: Sequence[Sequence[Any]], ordered: Sequence[Sequence[Any]]) -> NDArray[np.float32]:
+    def _make_features(self, columns: Sequence[Sequence[Any]], ordered: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
         features: list[NDArray[Any]] = []
-        counts: list[NDArray[np.int64]] = []
         for column, codes, values in zip(columns, self.codes.T, ordered, strict=True):
             if len(values) == 2 or all(value is None or _is_number(value) for value in values):
                 features.append(codes)
             else:
                 features += [codes == code for code in range(len(values))]
-            if len(values) > 2 and all(value is None or (isinstance(value, int) and value >= 0) for value in values):
-                counts.append(np.array([value or 0 for value in column], dtype=np.int64))
-        features += [twos for count in counts if (twos := _powers_of_two(count)) is not None]
-        logs = [np.log2(np.maximum(count, 0.5)) for count in counts[:_MAX_PAIRED]]
-        features += [a + b for i, a in enumerate(logs) for b in logs[i + 1 :]]
+            if all(value is None or isinstance(value, int) for value in values):
+                twos = _powers_of_two(np.array([value or 0 for value in column], dtype=np.int64))
+                features += [] if twos is None else [twos]
         if not features:
-            return np.zeros((len(self.points), 1), dtype=np.float32)
-        return np.stack(features, axis=1).astype(np.float32)
+            return np.zeros((len(self.points), 1))
+        stacked = np.stack(features, axis=1).astype(np.float64)
+        return stacked / stacked.max(axis=0)
 
 
 def point_key(point: Point) -> Hashable:
@@ -95,8 +91,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _powers_of_two(count: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """How often each value can be halved; None where that says no more than the size does."""
-    positive = np.maximum(count, 1)
+def _powers_of_two(counts: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """How often each value can be halved; None where that says no more than the size does, or always the same."""
+    if (counts < 0).any():
+        return None
+    positive = np.maximum(counts, 1)
     lowest_bit = positive & -positive
-    return None if (lowest_bit == positive).all() else np.log2(lowest_bit).astype(np.int64)
+    if (lowest_bit == positive).all() or (lowest_bit == lowest_bit[0]).all():
+        return None
+    return np.log2(lowest_bit).astype(np.int64)

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 
 import optuna
 
-from hsa_compile.autotune.forest_sampler import ForestSampler, Known
 from hsa_compile.autotune.point_sampler import GridSampler
 from hsa_compile.autotune.point_table import Point, PointTable
+from hsa_compile.autotune.surrogate_sampler import Known, SurrogateSampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 
 SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
 STATELESS = ("ours", "grid")  # one object serves all trials, and proposes the same in any process
 
 _TPE_STARTUP_TRIALS = 8
-_NEEDS = {"gp": ("torch", "scipy"), "cmaes": ("cmaes",), "ours": ("sklearn",)}
-_PIP_NAMES = {"sklearn": "scikit-learn"}
+_NEEDS = {"gp": ("torch", "scipy"), "cmaes": ("cmaes",), "ours": ("scipy",)}
 
 
 def make_sampler(
@@ -45,14 +44,13 @@ def make_sampler(
         raise InvalidArgument(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
     missing = [package for package in _NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     if missing:
-        packages = " ".join(_PIP_NAMES.get(package, package) for package in missing)
-        raise MissingDependency(f"sampler {name} needs more packages: pip install {packages}")
+        raise MissingDependency(f"sampler {name} needs more packages: pip install {' '.join(missing)}")
     if name in STATELESS:
         if space_points is None:
             raise InvalidArgument(f"sampler {name} needs space_points: every valid point")
         if name == "grid":
             return GridSampler(space_points, seed=seed)
-        return ForestSampler(space_points, seed=seed, prior=prior, cost=cost)
+        return SurrogateSampler(space_points, seed=seed, prior=prior, cost=cost)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_TPE_STARTUP_TRIALS)
     if name == "gp":
