@@ -3,6 +3,8 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+# One thread for each of the two test processes: more only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -351,7 +351,8 @@ def test_the_commands_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "tune", "plan", "report", "schedules list", "schedules show", "schedules path", "schedules clear",
         "schedules explain",
-        "schedules diff", "schedules export", "schedules import", "emit", "inspect", "doctor"
+        "schedules diff", "schedules export", "schedules import", "emit", "inspect", "doctor",
+        "model info", "prepare", "train", "generate",
     }  # fmt: skip
 
 
