@@ -12,6 +12,7 @@ _RATE, _RATE_WEIGHT = 1.0, 2.0
 _NOISE, _NOISE_WEIGHT = 0.02, 0.1
 _RATE_RANGE, _NOISE_RANGE = (0.02, 20.0), (1e-4, 0.5)
 _JITTER = 1e-6
+_LEAST_SCALE = 1e-12  # of values that are all alike
 _MAX_ITERATIONS = 30
 
 
@@ -56,7 +57,7 @@ def fit_smoothness(features: Array, values: Array) -> Smoothness:
     return Smoothness(rates=np.exp(found.x[:-1]), noise=float(np.exp(found.x[-1])))
 
 
-def predict(features: Array, measured: Array, values: Array, smoothness: Smoothness) -> tuple[Array, Array]:
+def predict(features: Array, measured: NDArray[np.int64], values: Array, smoothness: Smoothness) -> tuple[Array, Array]:
     """Mean and standard deviation at each point.
 
     Args:
@@ -73,7 +74,7 @@ def predict(features: Array, measured: Array, values: Array, smoothness: Smoothn
     cross = np.exp(-cdist(known, scaled, "cityblock"))  # [num_measured, num_points]
     factor = cholesky(cross[:, measured] + (smoothness.noise + _JITTER) * np.eye(len(known)), lower=True)
     weights = cho_solve((factor, True), values)
-    scale = float(values @ weights) / len(values)
+    scale = max(float(values @ weights) / len(values), _LEAST_SCALE)
     explained = np.square(solve_triangular(factor, cross, lower=True)).sum(axis=0)
     return weights @ cross, np.sqrt(scale * np.maximum(1.0 - explained, 1e-9))
 
@@ -88,7 +89,7 @@ def _loss(theta: Array, distances: Array, values: Array) -> tuple[float, Array]:
     factor = cholesky(alike + (noise + _JITTER) * np.eye(n), lower=True)
     inverse = cho_solve((factor, True), np.eye(n))
     weights = inverse @ values
-    scale = float(values @ weights) / n
+    scale = max(float(values @ weights) / n, _LEAST_SCALE)
     far = theta - np.log([_RATE] * len(rates) + [_NOISE])
     strength = np.array([_RATE_WEIGHT] * len(rates) + [_NOISE_WEIGHT])
     loss = 0.5 * n * np.log(scale) + np.log(np.diag(factor)).sum() + (strength * far**2).sum()
