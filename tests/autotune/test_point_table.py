@@ -32,7 +32,7 @@ def test_parameters_with_one_value_are_left_out() -> None:
 def test_words_get_a_column_each_and_features_stay_within_0_and_1() -> None:
     table = PointTable([{"word": word, "n": n} for word in ("p", "q", "r") for n in (32, 48, 64, 128)])
     assert table.features.shape == (12, 3 + 1 + 1)  # the words, the number, and how often it can be halved
-    assert (table.features.min(axis=0) == 0).all()
+    assert (table.features >= 0).all()
     assert (table.features.max(axis=0) == 1).all()
 
 
