@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+CLAIMS = {  # by the name that a block binds last
+    "o": "assert o.shape == (B, T, HQ, D) and q.grad.norm() > 0 and torch.isfinite(q.grad).all()",
+    "logits": "assert logits.shape == (1, 1, 256) and state.positions == [5001] and torch.isfinite(logits).all()",
+}
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_python_example_runs_as_printed(block: str) -> None:
-    script = block + "\nassert o.shape == (B, T, HQ, D) and q.grad.norm() > 0 and torch.isfinite(q.grad).all()\n"
+    claims = [claim for name, claim in CLAIMS.items() if f"{name} = " in block]
+    assert claims, "a block that nothing is claimed of"
+    script = block + "\n" + "\n".join(claims)
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
 
 
