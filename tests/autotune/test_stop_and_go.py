@@ -52,6 +52,7 @@ class Run:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
             "HSA_COMPILE_CACHE_DIR": str(self.directory / "cache"),
+            "CXX": "there-is-no-such-compiler",
             SLEEP_S: "0.03",
         }
         how = "isolated" if self.isolate else "here"
@@ -159,7 +160,8 @@ def test_every_sampler_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> N
             run.directory.mkdir()
         whole.finish()
         for seed in range(2):
-            kill_at_random(killed, random.Random(seed), 2.0)
+            if not killed.has_ended():
+                kill_at_random(killed, random.Random(seed), 1.0)
         if not killed.has_ended():
             killed.finish()
         assert killed.winner() == whole.winner()
