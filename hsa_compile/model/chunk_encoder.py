@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsa_compile.model.attention import GroupedQueryAttention
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import RMSNorm, SwiGLU, rope_angles, rotate
 
@@ -25,7 +26,7 @@ class EncodedChunks:
     landmarks: Tensor
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(GroupedQueryAttention):
     """One bidirectional layer over a chunk; as in the authors' code, with biases on q, k and v.
 
     Args:
@@ -33,32 +34,22 @@ class EncoderLayer(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        super().__init__(config, bias=True)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim)
-        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.encoder_ffn_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """`x [n, L, dim]`, one chunk a row → the same shape."""
-        n, length, _ = x.shape
-        y = self.norm(x)
-        q = rotate(self.q_norm(self.q_proj(y).view(n, length, self.num_heads, self.head_dim)), *rope)
-        k = rotate(self.k_norm(self.k_proj(y).view(n, length, self.num_kv_heads, self.head_dim)), *rope)
-        v = self.v_proj(y).view(n, length, self.num_kv_heads, self.head_dim)
+        q, k, v = self.project(self.norm(x))
+        q, k = rotate(q, *rope), rotate(k, *rope)
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        x = x + self.o_proj(o.transpose(1, 2).reshape(n, length, self.num_heads * self.head_dim))
+        x = x + self.o_proj(o.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 

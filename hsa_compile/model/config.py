@@ -50,7 +50,6 @@ class ModelConfig:
         selection_noise: whether Gumbel noise is added when chunks are chosen in training.
         num_experts: `E` of a MoE layer; 0 makes every MLP dense.
         experts_per_token, expert_dim, num_shared_experts: of a MoE layer.
-        balance_rate: what an expert's bias moves by in one optimizer step.
         num_dense_layers: how many of the first layers keep a dense MLP.
         state_dim, mamba_head_dim, mamba_expand: of a Mamba-2 layer.
         tie_embeddings: whether the output layer is the embedding.
@@ -87,7 +86,6 @@ class ModelConfig:
     experts_per_token: int = 4
     expert_dim: int = 0
     num_shared_experts: int = 1
-    balance_rate: float = 1e-3
     num_dense_layers: int = 1
     state_dim: int = 64
     mamba_head_dim: int = 32
@@ -110,7 +108,7 @@ class ModelConfig:
                 )
         if self.head_dim % 2:
             raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
-        for name in ("rope_theta", "norm_eps", "init_std", "balance_rate"):
+        for name in ("rope_theta", "norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
         self._check_experts()

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.layers import RMSNorm, rotate
+from hsa_compile.model.attention import GroupedQueryAttention
+from hsa_compile.model.layers import rotate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,22 +22,12 @@ class FullCache:
     v: Tensor
 
 
-class FullAttention(nn.Module):
+class FullAttention(GroupedQueryAttention):
     """Causal attention with grouped queries, QK norm and RoPE.
 
     Args:
         config: of the model.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
         self,
@@ -49,10 +39,8 @@ class FullAttention(nn.Module):
     ) -> tuple[Tensor, FullCache | None]:
         """Attends within `x [B, T, dim]`, and to the cache where there is one; arguments as of `WindowAttention`,
         but that `num_past` is given wherever there is a cache."""
-        B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim)), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)), *rope)
-        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        q, k, v = self.project(x)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         mask = None
         if cache is not None:
             assert num_past is not None
@@ -60,7 +48,7 @@ class FullAttention(nn.Module):
                 k=_inserted(cache.k, k, num_past, num_valid), v=_inserted(cache.v, v, num_past, num_valid)
             )
             k, v = cache.k, cache.v
-            last = num_past[:, None] + torch.arange(T, device=x.device)  # the newest key that a query sees
+            last = num_past[:, None] + torch.arange(x.shape[1], device=x.device)  # the newest key that a query sees
             mask = (torch.arange(k.shape[1], device=x.device) <= last[:, :, None])[:, None]
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -70,7 +58,7 @@ class FullAttention(nn.Module):
             is_causal=mask is None,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1)), cache
+        return self.o_proj(o.transpose(1, 2).flatten(2)), cache
 
     def empty_cache(self, batch: int, like: Tensor) -> FullCache:
         """The cache before the first token, in the dtype and on the device of `like`."""

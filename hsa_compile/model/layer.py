@@ -139,6 +139,5 @@ def _mlp(config: ModelConfig, spec: LayerSpec) -> nn.Module | None:
             experts_per_token=config.experts_per_token,
             expert_dim=config.expert_dim,
             num_shared_experts=config.num_shared_experts,
-            bias_update_rate=config.balance_rate,
         )
     return SwiGLU(config.dim, config.ffn_dim) if spec.mlp == "dense" else None

@@ -31,7 +31,6 @@ class MoE(nn.Module):
         experts_per_token: `K`.
         expert_dim: hidden size of one expert.
         num_shared_experts: their hidden sizes add up to that of the one shared SwiGLU; 0 for none.
-        bias_update_rate: what `update_bias` moves a bias by.
 
     Raises:
         InvalidArgument: a size below 1, or `experts_per_token` above `num_experts`.
@@ -48,7 +47,6 @@ class MoE(nn.Module):
         experts_per_token: int,
         expert_dim: int,
         num_shared_experts: int = 1,
-        bias_update_rate: float = 1e-3,
     ) -> None:
         super().__init__()
         for name, size in (("dim", dim), ("num_experts", num_experts), ("expert_dim", expert_dim)):
@@ -60,7 +58,6 @@ class MoE(nn.Module):
             raise InvalidArgument(f"num_shared_experts is {num_shared_experts}; it must be at least 0")
         self.num_experts = num_experts
         self.experts_per_token = experts_per_token
-        self.bias_update_rate = bias_update_rate
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * expert_dim))
         self.down = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -126,15 +123,15 @@ class MoE(nn.Module):
         return int(self.load.max()) * self.num_experts / total if total else 1.0
 
     @torch.no_grad()
-    def update_bias(self) -> None:
-        """Moves each bias against its expert's load and forgets the load; call it once an optimizer step.
+    def update_bias(self, rate: float) -> None:
+        """Moves each bias by `rate` against its expert's load and forgets the load; call it once an optimizer step.
 
         In a distributed run the load is the sum over all processes, so the biases stay equal.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
         load = self.load.to(torch.float64)
-        self.balance_bias += self.bias_update_rate * torch.sign(load.mean() - load).to(torch.float32)
+        self.balance_bias += rate * torch.sign(load.mean() - load).to(torch.float32)
         self.load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -28,7 +28,6 @@ _TINY = ModelConfig(
     experts_per_token=2,
     expert_dim=128,
     num_dense_layers=1,
-    balance_rate=3e-3,
     state_dim=32,
 )
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from hsa_compile.model.attention import GroupedQueryAttention
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.flex_window import flex_window_attention
-from hsa_compile.model.layers import RMSNorm, rotate
+from hsa_compile.model.layers import rotate
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 
@@ -109,7 +110,7 @@ def appended(cache: Tensor, new: Tensor, num_valid: Tensor | None) -> Tensor:
     return rows.gather(1, index)
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(GroupedQueryAttention):
     """The sliding-window layer: grouped queries, QK norm, and RoPE, or ALiBi in DRT.
 
     Args:
@@ -117,15 +118,8 @@ class WindowAttention(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim, self.window = config.head_dim, config.window
-        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        super().__init__(config)
+        self.window = config.window
         self.alibi = config.variant == "drt"
 
     def forward(
@@ -148,10 +142,7 @@ class WindowAttention(nn.Module):
         Returns:
             `[B, T, dim]`, and the cache after this piece (None if there was none).
         """
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        q, k, v = self.project(x)
         slopes = None
         if self.alibi:
             slopes = alibi_slopes(self.num_heads, x.device)
@@ -162,7 +153,7 @@ class WindowAttention(nn.Module):
             after = WindowCache(k=appended(cache.k, k, num_valid), v=appended(cache.v, v, num_valid))
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
         o = window_attention(q, k, v, window=self.window, num_past=num_past, slopes=slopes)
-        return self.o_proj(o.reshape(B, T, -1)), after
+        return self.o_proj(o.flatten(2)), after
 
     def empty_cache(self, batch: int, like: Tensor) -> WindowCache:
         """The cache before the first token, in the dtype and on the device of `like`."""

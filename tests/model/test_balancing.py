@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hsa_compile.model.moe import MoE
-from hsa_compile.model.presets import preset
+from hsa_compile.model.training.config_file import resolve
+from hsa_compile.model.training.optimizer import make_optimizer
+from hsa_compile.model.training.step import update_routers
 from hsa_compile.model.transformer import HSATransformer
 
 
@@ -15,11 +17,12 @@ from hsa_compile.model.transformer import HSATransformer
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 def test_tiny_is_balanced_after_300_steps_from_an_unbalanced_start() -> None:
     torch.manual_seed(0)
-    model = HSATransformer(preset("tiny")).train()
+    recipe = resolve(preset_name="tiny", overrides=["train.lr=1e-3"])
+    model = HSATransformer(recipe.model).train()
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in moes:
         moe.balance_bias[:2] += 0.25  # two of eight are everyone's choice
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = make_optimizer(model, recipe.train)
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
     loads: list[list[float]] = []
     for _ in range(300):
@@ -30,8 +33,7 @@ def test_tiny_is_balanced_after_300_steps_from_an_unbalanced_start() -> None:
         loss.backward()
         optimizer.step()
         loads.append([moe.max_over_mean_load for moe in moes])
-        for moe in moes:
-            moe.update_bias()
+        update_routers(moes, recipe.train)
     assert min(loads[0]) > 3
     last = torch.tensor(loads[-20:])
     assert last.mean(0).max() <= 1.5

@@ -183,13 +183,13 @@ def test_what_trains_nothing_is_not_counted() -> None:
 
 
 def test_update_moves_each_bias_against_its_load() -> None:
-    moe = MoE(8, num_experts=4, experts_per_token=1, expert_dim=8, bias_update_rate=0.25)
+    moe = MoE(8, num_experts=4, experts_per_token=1, expert_dim=8)
     moe.load.copy_(torch.tensor([6, 1, 3, 2]))
     assert moe.max_over_mean_load == 2
-    moe.update_bias()
+    moe.update_bias(0.25)
     assert moe.balance_bias.tolist() == [-0.25, 0.25, 0, 0.25]
     assert not moe.load.any()
-    moe.update_bias()  # nothing ran: nothing moves
+    moe.update_bias(0.25)  # nothing ran: nothing moves
     assert moe.balance_bias.tolist() == [-0.25, 0.25, 0, 0.25]
 
 
@@ -206,7 +206,7 @@ def test_bias_stays_in_float32_and_is_saved_and_load_is_not() -> None:
 def test_balancing_from_an_unbalanced_start() -> None:
     # A router that sends nearly everything to expert 0; the data have no clusters that would help.
     torch.manual_seed(0)
-    moe = MoE(16, num_experts=8, experts_per_token=2, expert_dim=16, bias_update_rate=1e-2)
+    moe = MoE(16, num_experts=8, experts_per_token=2, expert_dim=16)
     with torch.no_grad():
         moe.router.weight[0, 0] = 3.0
     target = nn.Linear(16, 16)
@@ -220,7 +220,7 @@ def test_balancing_from_an_unbalanced_start() -> None:
         loss.backward()
         optimizer.step()
         ratios.append(moe.max_over_mean_load)
-        moe.update_bias()
+        moe.update_bias(1e-2)
     assert ratios[0] > 3.5  # 4 is all tokens at one of the two places
     assert max(ratios[-10:]) <= 1.5
 
@@ -275,9 +275,9 @@ def test_impossible_sizes_are_refused(wrong: dict[str, int], message: str) -> No
 
 def _two_process_update(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    moe = MoE(8, num_experts=2, experts_per_token=1, expert_dim=8, bias_update_rate=1.0)
+    moe = MoE(8, num_experts=2, experts_per_token=1, expert_dim=8)
     moe.load.copy_(torch.tensor([5, 0] if rank == 0 else [0, 7]))
-    moe.update_bias()
+    moe.update_bias(1.0)
     assert moe.balance_bias.tolist() == [1, -1]
     torch.distributed.destroy_process_group()
 

@@ -190,8 +190,7 @@ def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float |
     for module in modules:
         if isinstance(module, MoE):
             loads.append(module.max_over_mean_load)
-            module.bias_update_rate = config.bias_update_rate
-            module.update_bias()
+            module.update_bias(config.bias_update_rate)
     return max(loads, default=None)
 
 

@@ -1,0 +1,31 @@
+"""What every attention inside the model has in common: its projections and QK norm."""
+
+from torch import Tensor, nn
+
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.layers import RMSNorm
+
+
+class GroupedQueryAttention(nn.Module):
+    """Queries, keys and values of an attention with fewer key/value heads than query heads, and its output layer.
+
+    Args:
+        config: of the model.
+        bias: whether queries, keys and values have one.
+    """
+
+    def __init__(self, config: ModelConfig, *, bias: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x [B, T, dim]` → q `[B, T, HQ, D]`, k and v `[B, T, H, D]`; q and k normalised."""
+        q = self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))
+        k, v = (layer(x).unflatten(2, (self.num_kv_heads, self.head_dim)) for layer in (self.k_proj, self.v_proj))
+        return self.q_norm(q), self.k_norm(k), v
