@@ -135,8 +135,7 @@ class ChunkMemory:
         """
         n = k.shape[0] if k.dim() == 4 else 0  # any, to be refused
         self.shape.check_chunks(k, v, landmarks, (n,))
-        if not 0 <= row < self.shape.batch:
-            raise InvalidArgument(f"row = {row} must be in 0 … {self.shape.batch - 1}")
+        self._check_row(row)
         count = self.num_chunks[row]
         if not 0 <= first_chunk <= count - n:
             raise InvalidArgument(
@@ -147,6 +146,45 @@ class ChunkMemory:
         now = self.pages.overwrite(pages, k.transpose(1, 2), v.transpose(1, 2))
         self.table.replace(row, first_chunk, now)
         self.landmarks.write(row, first_chunk, landmarks)
+
+    @torch.no_grad()
+    def read(self, row: int, first_chunk: int, last_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunks `first_chunk … last_chunk − 1` of a row, as `overwrite` takes them.
+
+        Returns:
+            k `[n, C, H, D]`, v `[n, C, H, Dv]`, landmarks `[n, H, Dr]`, in the dtypes in which they are kept.
+
+        Raises:
+            InvalidArgument: the row or a chunk is not there.
+        """
+        self._check_row(row)
+        count = self.num_chunks[row]
+        if not 0 <= first_chunk < last_chunk <= count:
+            raise InvalidArgument(f"chunks {first_chunk} … {last_chunk - 1} must be some of the {count} of row {row}")
+        H = self.shape.num_kv_heads
+        pages, order = self.table.pages(row, first_chunk, last_chunk).sort()
+        slots = (pages[:, None] * H + torch.arange(H)).flatten()
+        sorted_k, sorted_v = self.pages.read(slots, len(slots))
+        back = order.argsort().to(self.device)
+        k, v = (x.unflatten(0, (-1, H))[back].transpose(1, 2) for x in (sorted_k, sorted_v))
+        return k, v, self.landmarks.read(row, first_chunk, last_chunk)
+
+    def truncate(self, counts: Sequence[int]) -> None:
+        """Forgets the newest chunks.
+
+        Args:
+            counts: of each row, how many of its first chunks stay.
+
+        Raises:
+            InvalidArgument: a row has fewer.
+        """
+        counts = [int(count) for count in counts]
+        there = self.num_chunks
+        if len(counts) != len(there) or not all(0 <= n <= most for n, most in zip(counts, there, strict=True)):
+            raise InvalidArgument(f"counts = {counts} must be {len(there)} integers of at most {there}")
+        dropped = [self.table.pages(row, n, there[row]) for row, n in enumerate(counts)]
+        self.pages.release(torch.cat(dropped))
+        self.table.truncate(counts)
 
     @torch.no_grad()
     def select(
@@ -271,3 +309,7 @@ class ChunkMemory:
         memory = cls(**options, device=device, placement=placement, directory=directory)
         restore(memory.pages, memory.table, memory.landmarks, directory, saved)
         return memory
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.shape.batch:
+            raise InvalidArgument(f"row = {row} must be in 0 … {self.shape.batch - 1}")

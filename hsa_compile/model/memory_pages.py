@@ -85,6 +85,17 @@ class PagePool:
             self._write(int(pages[i]), k[i : i + 1], v[i : i + 1])
         return now
 
+    def release(self, pages: Tensor) -> None:
+        """Pages that nobody needs any more; the newest ones, but for those of a saved shard, are used again.
+
+        Args:
+            pages: `[n]` int64, each once, on the CPU.
+        """
+        first = self.num_pages - len(pages)
+        fixed = max((s.first + s.size for s in self._segments if not s.writable), default=0)
+        if first >= fixed and bool((pages >= first).all()):
+            self.num_pages = first
+
     def read(self, slots: Tensor, size: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Heads of pages, brought together on the device.
 

@@ -1,5 +1,7 @@
 """Which page holds each chunk of each row."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ class PageTable:
     def replace(self, row: int, first_chunk: int, pages: Tensor) -> None:
         """Chunks `first_chunk …` of a row lie in other pages."""
         self._rows[row][first_chunk : first_chunk + len(pages)] = pages.int()
+
+    def truncate(self, counts: Sequence[int]) -> None:
+        """Each row keeps its first so many chunks."""
+        self.counts = list(counts)
 
     def pages(self, row: int, first: int, last: int) -> Tensor:
         """Pages of chunks `first … last − 1` of a row, int64."""

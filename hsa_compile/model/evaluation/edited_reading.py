@@ -1,0 +1,172 @@
+"""A long haystack is read once; each sample then costs only its edits and the question, with nothing lost.
+
+The lower half's output at a token depends on no more than `lower layers · (window − 1)` tokens before it, so an edit
+changes few chunks of the memory: they are read again and put in their places. The upper half runs over the last
+tokens alone, as in `inference.prefill`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.inference import ModelState, prefill, upper_reach
+from hsa_compile.model.rewinding import rewind, snapshot
+from hsa_compile.model.tasks.sample import ByteArray, TaskPlan, TaskSample
+from hsa_compile.model.transformer import HSATransformer
+
+ChunkRange = tuple[int, int]  # the first chunk, and one past the last
+
+
+class EditedReading:
+    """A haystack in a model's memory, in which samples replace what they change for as long as they are asked.
+
+    Args:
+        model: in evaluation mode, with `resume_position` for the samples.
+        haystack: `[length]` bytes.
+        prompt_length: bytes of every sample before its first answer.
+        state: of one text, empty; is filled.
+    """
+
+    def __init__(self, model: HSATransformer, haystack: ByteArray, prompt_length: int, state: ModelState) -> None:
+        position = resume_position(model, prompt_length)
+        assert position, "the samples are too short to be edited, or the model remembers too much"
+        self._model, self._state, self._position = model, state, position
+        self.num_read = text_length(model.config, position)  # bytes before those that are read for each sample
+        if state.memory is not None:
+            prefill(model, _tokens(haystack[: self.num_read]), state)
+
+    @contextmanager
+    def sample(self, sample: TaskSample) -> Iterator[ModelState]:
+        """The state after the first `num_read` bytes of a sample; afterwards the memory holds the haystack again."""
+        memory = self._state.memory
+        kept: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+        before = snapshot(self._state)
+        try:
+            if memory is not None:
+                for first, last in edited_chunks(self._model, sample.plan, self._position):
+                    kept.append((first, memory.read(0, first, last)))
+                    self._read_again(sample.tokens, first, last)
+            yield self._resume(sample.tokens)
+        finally:
+            rewind(self._state, before)
+            if memory is not None:
+                for first, chunks in kept:
+                    memory.overwrite(0, first, *chunks)
+
+    @torch.no_grad()
+    def _read_again(self, tokens: ByteArray, first: int, last: int) -> None:
+        model, C = self._model, self._model.config.chunk_size
+        assert model.chunk_encoder is not None
+        assert self._state.memory is not None
+        x, begin = self._embed(tokens, first * C, last * C)
+        x, _ = model.run(model.lower, x, model.piece([begin], x))
+        encoded = model.chunk_encoder(x[0, first * C - begin :].unflatten(0, (last - first, C)))
+        self._state.memory.overwrite(0, first, encoded.k, encoded.v, encoded.landmarks)
+
+    @torch.no_grad()
+    def _resume(self, tokens: ByteArray) -> ModelState:
+        model = self._model
+        caches = model.empty_caches(model.lower, 1)
+        x, begin = self._embed(tokens, self._position, self._position)
+        if x.shape[1]:
+            piece = replace(model.piece([begin], x), num_past=torch.zeros(1, dtype=torch.int64, device=x.device))
+            _, caches = model.run(model.lower, x, piece, caches)
+        return ModelState(
+            positions=[self._position],
+            lower=caches,
+            upper=model.empty_caches(model.upper, 1),
+            num_upper_past=[0],
+            pending=torch.zeros_like(self._state.pending),  # a chunk begins here
+            memory=self._state.memory,
+        )
+
+    def _embed(self, tokens: ByteArray, start: int, end: int) -> tuple[Tensor, int]:
+        """Input of the layers for positions up to `end`, from early enough on to be exact at `start`; and from where.
+
+        Both are multiples of the chunk size.
+        """
+        model, config = self._model, self._model.config
+        begin = max(0, start - lower_reach(config)) // config.chunk_size * config.chunk_size
+        x = model.embed(_tokens(tokens[text_length(config, begin) : text_length(config, end)]).to(model.device))
+        if config.has_landmark_tokens:
+            x, _ = model.with_landmark_tokens(x, begin)
+        assert x.shape[1] == end - begin
+        return x, begin
+
+
+def resume_position(model: HSATransformer, prompt_length: int) -> int | None:
+    """Where in the layers each sample is taken up: a chunk's beginning from which the answers are exact.
+
+    Args:
+        model: that reads.
+        prompt_length: bytes before the first answer.
+
+    Returns:
+        None where a sample must be read as a whole: it is short, or some layer remembers without end.
+    """
+    config, reach = model.config, upper_reach(model)
+    if reach is None or any(spec.mixer != "window" for spec in config.layers):
+        return None
+    end = layer_position(config, prompt_length - 1) + 1
+    return max(0, end - reach) // config.chunk_size * config.chunk_size or None
+
+
+def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[ChunkRange]:
+    """The chunks before position `end` whose keys and values a sample's needles can change; ascending, apart.
+
+    Args:
+        model: that reads.
+        plan: of the sample.
+        end: a multiple of the chunk size.
+    """
+    config = model.config
+    ranges: list[ChunkRange] = []
+    for edit in plan.edits:  # the question too, which may begin before
+        newest = layer_position(config, edit.end - 1) + lower_reach(config)
+        first = layer_position(config, edit.start) // config.chunk_size
+        last = min(newest // config.chunk_size + 1, end // config.chunk_size)
+        if first >= last:
+            continue
+        if ranges and first <= ranges[-1][1]:
+            first, last = ranges[-1][0], max(last, ranges.pop()[1])
+        ranges.append((first, last))
+    return ranges
+
+
+def num_reread(model: HSATransformer, plans: Sequence[TaskPlan], prompt_length: int) -> int:
+    """Tokens that run through the lower half for samples after their haystack was read; roughly."""
+    position = resume_position(model, prompt_length)
+    assert position is not None
+    config = model.config
+    tail = [plan.length - text_length(config, position) + lower_reach(config) for plan in plans]
+    if not config.has_memory:
+        return sum(tail)
+    edits = [
+        (last - first) * config.chunk_size + lower_reach(config)
+        for plan in plans
+        for first, last in edited_chunks(model, plan, position)
+    ]
+    return sum(tail) + sum(edits)
+
+
+def lower_reach(config: ModelConfig) -> int:
+    """How many tokens back the lower half's output depends on."""
+    return config.num_lower_layers * (config.window - 1)
+
+
+def layer_position(config: ModelConfig, place: int) -> int:
+    """Where a byte of text stands in the layers: DRT puts a landmark token behind each C − 1."""
+    return place + place // (config.chunk_size - 1) if config.has_landmark_tokens else place
+
+
+def text_length(config: ModelConfig, position: int) -> int:
+    """Bytes of text before a position of the layers that is a multiple of the chunk size."""
+    return position - position // config.chunk_size if config.has_landmark_tokens else position
+
+
+def _tokens(text: ByteArray) -> Tensor:
+    return torch.from_numpy(text.copy())[None]  # a haystack is read-only, which PyTorch warns of
