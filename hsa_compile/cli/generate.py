@@ -11,16 +11,14 @@ import torch
 import tqdm
 from torch import Tensor, nn
 
-from hsa_compile.cli.model_argument import config_of
+from hsa_compile.cli.model_argument import device_of, load_model
 from hsa_compile.cli.options import DTYPE_ALIASES
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.generate import stream
 from hsa_compile.model.inference import PIECE, ModelState, new_state
 from hsa_compile.model.memory_segments import PLACEMENTS
-from hsa_compile.model.presets import PRESETS
-from hsa_compile.model.pretrained import from_pretrained, read_tokenizer
 from hsa_compile.model.reading import load_state, save_state
 from hsa_compile.model.sampling import MAX_SEED, Sampling
 from hsa_compile.model.text_stream import TextStream
@@ -76,7 +74,8 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
     if memory == "disk" and memory_dir is None and load_memory is None:
         raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
     raw = prompt_file.read() if prompt_file is not None else (prompt or "").encode(errors="surrogateescape")
-    model, tokenizer = _load(name, variant, random_weights, drawn.seed, _device(device), dtype)
+    seed = drawn.seed if random_weights else None
+    model, tokenizer = load_model(name, variant, device=device_of(device), dtype=dtype, random_seed=seed)
     tokens = _encode(tokenizer, raw)
     if load_memory is not None:
         state = load_state(model, load_memory, memory=memory)
@@ -115,42 +114,6 @@ def _write(
 def _show(text: str) -> None:
     if text:
         click.echo(text.encode(errors="replace"), nl=False)  # UTF-8, whatever the terminal's locale says
-
-
-def _load(
-    name: str, variant: str | None, random_weights: bool, seed: int, device: torch.device, dtype_name: str | None
-) -> tuple[HSATransformer, Tokenizer]:
-    dtype = getattr(torch, DTYPE_ALIASES.get(dtype_name, dtype_name)) if dtype_name is not None else None
-    if name not in PRESETS:
-        config_of(name, variant)  # says what is wrong with the name
-        tokenizer = read_tokenizer(name)
-        model = from_pretrained(name, device=device, dtype=dtype)
-        return model, load_tokenizer(BYTES if tokenizer == BYTES else Path(name) / tokenizer)
-    config = config_of(name, variant)
-    if not random_weights:
-        raise InvalidArgument(
-            f"model {name!r} is a preset: it has no trained weights; name the directory of a model, or add "
-            "--random-weights to see noise"
-        )
-    torch.manual_seed(seed)
-    return HSATransformer(config).to(device, dtype or torch.float32).eval(), load_tokenizer(BYTES)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgument(f"device {name!r} is not known; allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise InvalidArgument(
-            f"device {name!r} is not here; allowed are auto, cpu"
-            + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
-        )
-    return device
 
 
 def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:

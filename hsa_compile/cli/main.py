@@ -8,6 +8,7 @@ import click
 from hsa_compile import __version__
 from hsa_compile.cli.doctor import doctor
 from hsa_compile.cli.emit import emit
+from hsa_compile.cli.eval import evaluate
 from hsa_compile.cli.generate import generate
 from hsa_compile.cli.inspect import inspect
 from hsa_compile.cli.model import model
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (tune, plan, report, schedules, emit, inspect, prepare, model, train, generate, doctor):
+for command in (tune, plan, report, schedules, emit, inspect, prepare, model, train, evaluate, generate, doctor):
     cli.add_command(command)
 
 

@@ -1,11 +1,16 @@
-"""`PRESET|DIR`: how commands name a model."""
+"""`PRESET|DIR`: how commands name a model, and the device and dtype that they load it to."""
 
 from pathlib import Path
 
+import torch
+
+from hsa_compile.cli.options import DTYPE_ALIASES
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS, ModelConfig
+from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from hsa_compile.model.presets import PRESETS, preset
-from hsa_compile.model.pretrained import read_config
+from hsa_compile.model.pretrained import from_pretrained, read_config, read_tokenizer
+from hsa_compile.model.transformer import HSATransformer
 
 
 def config_of(model: str, variant: str | None) -> ModelConfig:
@@ -25,3 +30,56 @@ def config_of(model: str, variant: str | None) -> ModelConfig:
     if variant is not None:
         raise InvalidArgument(f"--variant {variant} is for presets; {model} is a saved model with a variant of its own")
     return read_config(Path(model))
+
+
+def load_model(
+    name: str, variant: str | None, *, device: torch.device, dtype: str | None, random_seed: int | None = None
+) -> tuple[HSATransformer, Tokenizer]:
+    """A model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: directory of a saved model, or a preset.
+        variant: of a preset.
+        device: for the weights.
+        dtype: of the weights, by its name; as saved if None.
+        random_seed: by which the weights of a preset are drawn; None refuses presets.
+
+    Raises:
+        InvalidArgument: as of `config_of`, or a preset is refused.
+        SaveError: the saved model is damaged or foreign.
+    """
+    chosen = getattr(torch, DTYPE_ALIASES.get(dtype, dtype)) if dtype is not None else None
+    config = config_of(name, variant)
+    if name not in PRESETS:
+        tokenizer = read_tokenizer(name)
+        model = from_pretrained(name, device=device, dtype=chosen)
+        return model, load_tokenizer(BYTES if tokenizer == BYTES else Path(name) / tokenizer)
+    if random_seed is None:
+        raise InvalidArgument(
+            f"model {name!r} is a preset: it has no trained weights; name the directory of a model, or add "
+            "--random-weights to see noise"
+        )
+    torch.manual_seed(random_seed)
+    return HSATransformer(config).to(device, chosen or torch.float32).eval(), load_tokenizer(BYTES)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a person named; `auto` is a GPU if there is one.
+
+    Raises:
+        InvalidArgument: it is not known or not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device {name!r} is not known; allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InvalidArgument(
+            f"device {name!r} is not here; allowed are auto, cpu"
+            + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
+        )
+    return device

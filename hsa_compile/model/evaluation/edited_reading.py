@@ -5,7 +5,7 @@ changes few chunks of the memory: they are read again and put in their places. T
 tokens alone, as in `inference.prefill`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.inference import ModelState, prefill, upper_reach
 from hsa_compile.model.rewinding import rewind, snapshot
+from hsa_compile.model.tasks.facts import NEEDLE_BYTES
 from hsa_compile.model.tasks.sample import ByteArray, TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer
 
@@ -137,20 +138,22 @@ def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[Chunk
     return ranges
 
 
-def num_reread(model: HSATransformer, plans: Sequence[TaskPlan], prompt_length: int) -> int:
-    """Tokens that run through the lower half for samples after their haystack was read; roughly."""
+def num_reread(model: HSATransformer, num_needles: int, length: int, prompt_length: int) -> int:
+    """Tokens that run through the lower half for one sample after its haystack was read; a little less, as a rule.
+
+    Args:
+        model: that reads.
+        num_needles: of the sample.
+        length: of the sample.
+        prompt_length: as of `resume_position`, which is not None.
+    """
     position = resume_position(model, prompt_length)
     assert position is not None
     config = model.config
-    tail = [plan.length - text_length(config, position) + lower_reach(config) for plan in plans]
-    if not config.has_memory:
-        return sum(tail)
-    edits = [
-        (last - first) * config.chunk_size + lower_reach(config)
-        for plan in plans
-        for first, last in edited_chunks(model, plan, position)
-    ]
-    return sum(tail) + sum(edits)
+    reach, C = lower_reach(config), config.chunk_size
+    tail = layer_position(config, length) - position + reach
+    edit = NEEDLE_BYTES + 2 * reach + 2 * C
+    return tail + (num_needles * edit if config.has_memory else 0)
 
 
 def lower_reach(config: ModelConfig) -> int:

@@ -146,7 +146,7 @@ def test_only_what_an_edit_touches_is_read_again() -> None:
     (first, last), *_ = edited_chunks(model, plan, position)
     assert first == needle.start // C
     assert last == (needle.end - 1 + reach) // C + 1
-    assert num_reread(model, [plan], plan.answer_spans[0][0]) < 200
+    assert num_reread(model, 1, plan.length, plan.answer_spans[0][0]) < 200
 
 
 def test_a_needle_in_the_tail_touches_no_chunk_before_it() -> None:

@@ -1,0 +1,18 @@
+"""The corpus that every machine has: the Python standard library's own sources, prepared once."""
+
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.manifest import TRAIN
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import stdlib_sources
+from hsa_compile.paths import cache_dir
+
+
+def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:
+    """A split of it, in the user's cache; it is prepared where it is not there.
+
+    Raises:
+        CorpusError: it is damaged or cannot be written.
+    """
+    directory = cache_dir() / "corpora" / "stdlib"
+    prepare(stdlib_sources(), directory)
+    return TokenCorpus(directory, split=split)

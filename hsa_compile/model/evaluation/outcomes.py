@@ -1,0 +1,109 @@
+"""What was found, sample by sample, in a file that a kill cannot damage: nothing in it is ever computed twice."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+
+from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.model.safe_files import make_directory
+
+OUTCOMES_FILE = "samples.jsonl"
+_LOCK = ".samples.lock"
+
+Key = Mapping[str, Any]
+Values = dict[str, Any]
+
+
+class OutcomeFile:
+    """Lines of `{"key": …, "values": …}` in a folder, held by one process at a time; a context manager.
+
+    Args:
+        directory: of the file; is made if it is not there.
+
+    Raises:
+        SaveError: another process writes to it, or it cannot be read or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        make_directory(directory)
+        self.path = directory / OUTCOMES_FILE
+        self._lock = filelock.FileLock(directory / _LOCK)
+        self._values: dict[str, Values] = {}
+
+    def __enter__(self) -> "OutcomeFile":
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise SaveError(
+                f"another process evaluates into {self.path.parent}; wait for it or name another folder"
+            ) from error
+        except OSError as error:
+            raise SaveError(f"{self.path.parent} cannot be written: {error.strerror}") from error
+        try:
+            self._read()
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            self._lock.release()
+            raise SaveError(f"{self.path} cannot be opened: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+        self._lock.release()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key) -> Values | None:
+        """What was found for a sample, or None."""
+        return self._values.get(_text(key))
+
+    def add(self, found: Iterable[tuple[Key, Values]]) -> None:
+        """Adds samples; when this returns, the disk has them.
+
+        Raises:
+            SaveError: the file cannot be written; what was added before stays.
+        """
+        lines = ""
+        added: dict[str, Values] = {}
+        for key, values in found:
+            added[_text(key)] = values
+            lines += json.dumps({"key": dict(key), "values": values}, ensure_ascii=False) + "\n"
+        data = memoryview(lines.encode())
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise SaveError(f"{self.path} cannot be written: {error.strerror}; what was finished is kept") from error
+        self._values |= added
+
+    def _read(self) -> None:
+        """All whole lines; a line that a dying process left unfinished is cut off."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            _warn(f"{self.path} ended in the middle of a line; that sample is computed again")
+            os.truncate(self.path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self._values[_text(record["key"])] = dict(record["values"])
+            except (ValueError, TypeError, KeyError):
+                _warn(f"{self.path} is damaged in line {number}; that sample is computed again")
+
+
+def _text(key: Key) -> str:
+    return json.dumps(dict(key), sort_keys=True, ensure_ascii=False)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, HSACompileWarning, stacklevel=4)

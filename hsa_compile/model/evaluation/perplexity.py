@@ -1,0 +1,208 @@
+"""Perplexity by context length: the same last tokens of the same texts, with more and more before them."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
+from hsa_compile.model.data.stdlib import stdlib_corpus
+from hsa_compile.model.data.tokenizer import TokenArray
+from hsa_compile.model.evaluation.jobs import Job
+from hsa_compile.model.evaluation.lengths import length_label
+from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
+from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
+from hsa_compile.model.inference import extend, prefill
+from hsa_compile.model.tasks.haystack import NOISE, STDLIB
+
+PERPLEXITY = "ppl"
+SCORED = 512  # last tokens of each text, fewer where half the shortest context is less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Texts:
+    """Held-out texts, all as long as the longest context.
+
+    Attributes:
+        name: of where they come from.
+        rows: `[longest]` each.
+        are_documents: whether each lies within one document; else the split's documents were joined.
+        num_scored: last tokens of each whose loss is taken.
+        lengths: contexts, ascending, scored tokens included.
+    """
+
+    name: str
+    rows: tuple[TokenArray, ...]
+    are_documents: bool
+    num_scored: int
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity:
+    """Of one context length.
+
+    Attributes:
+        text: where the texts come from.
+        length: of the context, scored tokens included.
+        num_texts: that were read.
+        num_scored: tokens of each.
+        perplexity: e to the mean loss a token.
+        standard_error: of the perplexity, over texts; None of a single one.
+        bits_per_byte: of the scored text.
+    """
+
+    text: str
+    length: int
+    num_texts: int
+    num_scored: int
+    perplexity: float
+    standard_error: float | None
+    bits_per_byte: float
+
+
+def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts: int) -> Texts:
+    """Texts that training does not see: of the validation split of a corpus.
+
+    They are documents where enough are as long as the longest context; else the split's documents are joined, with
+    their separators between them, and cut at places spread evenly, as many as leave the scored tokens apart.
+
+    Args:
+        subject: whose tokens they must be.
+        source: `stdlib`, which also stands for `noise`, or a prepared corpus.
+        lengths: of contexts in tokens, 2 or more.
+        num_texts: at most.
+
+    Raises:
+        InvalidArgument: no such corpus, it is of other tokens, or it holds less than the longest context.
+    """
+    if min(lengths) < 2:
+        raise InvalidArgument(f"length {min(lengths)} is too short for {PERPLEXITY}; the least allowed is 2")
+    corpus = _corpus(source)
+    if corpus.tokenizer().digest != subject.tokenizer.digest:
+        raise InvalidArgument(
+            f"{corpus.directory} has tokenizer {corpus.tokenizer().name}; that of {subject.name} is "
+            f"{subject.tokenizer.name}"
+        )
+    longest, num_scored = max(lengths), min(SCORED, min(lengths) // 2)
+    if len(corpus) < longest:
+        raise InvalidArgument(
+            f"length {longest} is more than the validation split of {corpus.directory} has; {len(corpus)} tokens are "
+            "the most allowed"
+        )
+    enough = np.flatnonzero(corpus.documents.lengths >= longest)
+    if are_documents := len(enough) >= num_texts:
+        chosen = enough[np.linspace(0, len(enough) - 1, num_texts).round().astype(int)]
+        rows = [corpus.documents[int(number)][-longest:] for number in chosen]
+    else:
+        count = min(num_texts, 1 + (len(corpus) - longest) // num_scored)
+        ends = np.linspace(longest, len(corpus), count).round().astype(int) if count > 1 else [longest]
+        rows = [corpus.tokens[end - longest : end] for end in ends]
+    return Texts(
+        name=STDLIB if source in (NOISE, STDLIB) else corpus.directory.name,
+        rows=tuple(rows),
+        are_documents=are_documents,
+        num_scored=num_scored,
+        lengths=tuple(sorted(set(lengths))),
+    )
+
+
+def perplexity_jobs(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> list[Job]:
+    """What is not in the file of outcomes yet, one job a batch."""
+    jobs = []
+    for length in texts.lengths:
+        rows = [row[-length:] for row in texts.rows]
+        missing = [row for row in rows if outcomes.get(_key(subject, row, texts.num_scored)) is None]
+        size = num_rows(length)
+        for begin in range(0, len(missing), size):
+            part = missing[begin : begin + size]
+            jobs.append(
+                Job(
+                    label=f"{PERPLEXITY} {length_label(length)}",
+                    tokens=len(part) * length,
+                    run=functools.partial(_score, subject, part, texts.num_scored, outcomes),
+                )
+            )
+    return jobs
+
+
+def perplexities(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> list[Perplexity]:
+    """By length, ascending; those lengths of which every text is in the file."""
+    found = []
+    for length in texts.lengths:
+        values = [outcomes.get(_key(subject, row[-length:], texts.num_scored)) for row in texts.rows]
+        known = [value for value in values if value is not None]
+        if len(known) == len(texts.rows):
+            found.append(_summary(texts, length, known))
+    return found
+
+
+def _summary(texts: Texts, length: int, values: Sequence[Values]) -> Perplexity:
+    losses = np.array([value["loss"] for value in values])  # nats of each text
+    num_bytes = sum(value["bytes"] for value in values)
+    means = losses / texts.num_scored
+    perplexity = math.exp(means.mean())
+    error = None
+    if len(values) > 1:
+        error = perplexity * float(means.std(ddof=1)) / math.sqrt(len(values))
+    return Perplexity(
+        text=texts.name,
+        length=length,
+        num_texts=len(values),
+        num_scored=texts.num_scored,
+        perplexity=perplexity,
+        standard_error=error,
+        bits_per_byte=float(losses.sum()) / math.log(2) / num_bytes,
+    )
+
+
+def _score(subject: Subject, rows: Sequence[TokenArray], num_scored: int, outcomes: OutcomeFile) -> None:
+    model = subject.model
+    tokens = torch.from_numpy(np.stack(rows).astype(np.uint8 if rows[0].dtype == np.uint8 else np.int64))
+    state = subject.new_state(len(rows))
+    before = tokens.shape[1] - num_scored
+    first = prefill(model, tokens[:, :before], state, piece=piece_of(len(rows)))
+    rest = extend(model, tokens[:, before:-1].to(model.device), state)
+    losses = _losses(torch.cat((first[:, None], rest), dim=1), tokens[:, before:])
+    outcomes.add(
+        (_key(subject, row, num_scored), {"loss": loss, "bytes": _num_bytes(subject, row[-num_scored:])})
+        for row, loss in zip(rows, losses, strict=True)
+    )
+
+
+def _losses(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Sums over each row, in nats."""
+    targets = tokens.to(logits.device, torch.int64)
+    loss = F.cross_entropy(logits.double().transpose(1, 2), targets, reduction="none")
+    return [float(value) for value in loss.sum(dim=1)]
+
+
+def _num_bytes(subject: Subject, tokens: TokenArray) -> int:
+    return len(tokens) if tokens.dtype == np.uint8 else len(subject.tokenizer.decode(tokens).encode())
+
+
+def _key(subject: Subject, row: TokenArray, num_scored: int) -> Key:
+    digest = hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()[:16]
+    key: dict[str, Any] = {"task": PERPLEXITY, "length": len(row), "scored": num_scored, "text_digest": digest}
+    return subject.key() | key
+
+
+def _corpus(source: str) -> TokenCorpus:
+    if source in (NOISE, STDLIB):
+        return stdlib_corpus(VALIDATION)
+    if not (Path(source) / MANIFEST).exists():
+        raise InvalidArgument(
+            f"{PERPLEXITY} reads the validation split of a corpus, and {source} is none; allowed are stdlib and a "
+            "folder that hsa-compile prepare wrote"
+        )
+    return TokenCorpus(source, split=VALIDATION)

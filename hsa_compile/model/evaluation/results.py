@@ -1,0 +1,147 @@
+"""Everything that an evaluation found, as JSON, CSV and text."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tabulate
+
+from hsa_compile.model.evaluation.answers import PROTOCOLS
+from hsa_compile.model.evaluation.cells import Cell
+from hsa_compile.model.evaluation.lengths import length_label
+from hsa_compile.model.evaluation.perplexity import PERPLEXITY, Perplexity
+from hsa_compile.model.safe_files import replace_file, write_json
+
+JSON_FILE, CSV_FILE = "results.json", "results.csv"
+_COLUMNS = (
+    "model", "task", "haystack", "protocol", "length", "depth", "samples", "correct", "accuracy", "low", "high",
+    "perplexity", "standard_error", "bits_per_byte",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        model: its name.
+        settings: plain values: the model's key, and what was asked.
+        cells: of retrieval tasks.
+        perplexities: by context length.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    cells: tuple[Cell, ...] = ()
+    perplexities: tuple[Perplexity, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; a cell of depth None holds all depths."""
+        used = dict.fromkeys(cell.protocol for cell in self.cells)
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "protocols": {name: PROTOCOLS[name] for name in used},
+            "retrieval": [_cell_values(cell) for cell in self.cells],
+            "perplexity": [asdict(each) for each in self.perplexities],
+        }
+
+    def write(self, directory: Path) -> list[Path]:
+        """Writes `results.json` and `results.csv`, each as a whole or not at all.
+
+        Raises:
+            SaveError: a file cannot be written.
+        """
+        paths = [directory / JSON_FILE, directory / CSV_FILE]
+        write_json(paths[0], self.to_dict())
+        replace_file(paths[1], self._write_csv)
+        return paths
+
+    def tables(self) -> list[str]:
+        """One of each task, haystack and protocol, rows by length and columns by depth, and one of perplexities."""
+        groups: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault((cell.task, cell.haystack, cell.protocol), []).append(cell)
+        tables = [
+            f"{task} in {haystack}, {protocol}\n{_table(cells)}" for (task, haystack, protocol), cells in groups.items()
+        ]
+        if self.perplexities:
+            tables.append(_perplexity_table(self.perplexities))
+        return tables
+
+    def _write_csv(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n")
+            writer.writeheader()
+            for cell in self.cells:
+                values = _cell_values(cell)
+                writer.writerow({"model": self.model} | values | {"depth": "all" if cell.depth is None else cell.depth})
+            for each in self.perplexities:
+                writer.writerow(
+                    {
+                        "model": self.model,
+                        "task": PERPLEXITY,
+                        "haystack": each.text,
+                        "length": each.length,
+                        "samples": each.num_texts,
+                        "perplexity": each.perplexity,
+                        "standard_error": "" if each.standard_error is None else each.standard_error,
+                        "bits_per_byte": each.bits_per_byte,
+                    }
+                )
+
+
+def depth_label(depth: float) -> str:
+    """`25 %`."""
+    return f"{100 * depth:.4g} %"
+
+
+def _cell_values(cell: Cell) -> dict[str, Any]:
+    low, high = cell.interval
+    return {
+        "task": cell.task,
+        "haystack": cell.haystack,
+        "protocol": cell.protocol,
+        "length": cell.length,
+        "depth": cell.depth,
+        "samples": cell.num_samples,
+        "correct": cell.num_correct,
+        "accuracy": cell.accuracy,
+        "low": low,
+        "high": high,
+    }
+
+
+def _table(cells: Sequence[Cell]) -> str:
+    depths = sorted({cell.depth for cell in cells if cell.depth is not None})
+    rows = []
+    for length in dict.fromkeys(cell.length for cell in cells):
+        of_length = {cell.depth: cell for cell in cells if cell.length == length}
+        every = of_length[None]
+        low, high = every.interval
+        shares = [f"{100 * of_length[depth].accuracy:.0f}" if depth in of_length else "" for depth in depths]
+        rows.append(
+            [length_label(length), *shares, f"{100 * every.accuracy:.1f}", f"{100 * low:.1f} – {100 * high:.1f}",
+             every.num_samples]
+        )  # fmt: skip
+    headers = ["length", *(f"at {depth_label(depth)}" for depth in depths), "all", "95 % interval", "samples"]
+    return tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
+
+
+def _perplexity_table(perplexities: Sequence[Perplexity]) -> str:
+    rows = [
+        [
+            length_label(each.length),
+            f"{each.perplexity:.4g}",
+            "" if each.standard_error is None else f"{each.standard_error:.2g}",
+            f"{each.bits_per_byte:.4f}",
+            each.num_texts,
+        ]
+        for each in perplexities
+    ]
+    first = perplexities[0]
+    title = f"perplexity of the last {first.num_scored} tokens in held-out {first.text}, by context length"
+    headers = ["context", "perplexity", "standard error", "bits a byte", "texts"]
+    return f"{title}\n{tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign='right')}"
