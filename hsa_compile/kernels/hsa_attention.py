@@ -31,8 +31,8 @@ def hsa_attention(
 
     Each chunk is attended to on its own and the results are fused by weight. There is no causal mask inside:
     a token sees exactly the chunks in its slots. Differentiable in q, k, v and chunk_weights; q, k, v, indices and
-    weights are all that is saved for backward. Under autocast, float32 q, k and v are cast as for
-    `scaled_dot_product_attention`.
+    weights are all that is saved for backward. Under autocast, q, k and v are cast as for
+    `scaled_dot_product_attention`: all but float64.
 
     Args:
         q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU.
@@ -61,14 +61,13 @@ def hsa_attention(
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q.device.type, q, k, v)
     _check(q, k, v, chunk_indices, chunk_weights, chunk_size, mask_last_token)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, int | float) or not math.isfinite(scale):
         raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
-    if q.dtype == torch.float32 and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
         return _nothing_to_attend_to(q, k, v, chunk_weights)
     chunk_starts = None
@@ -86,6 +85,15 @@ def hsa_attention(
         softmax_off_by_one,
         mask_last_token,
         deterministic,
+    )
+
+
+def _autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast casts them; what is no tensor is left for the check to name."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
     )
 
 

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsa_compile.model.attention import GroupedQueryAttention
+from hsa_compile.model.attention import GroupedQueryAttention, attend
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import RMSNorm, SwiGLU, rope_angles, rotate
 
@@ -43,13 +42,7 @@ class EncoderLayer(GroupedQueryAttention):
         """`x [n, L, dim]`, one chunk a row → the same shape."""
         q, k, v = self.project(self.norm(x))
         q, k = rotate(q, *rope), rotate(k, *rope)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        x = x + self.o_proj(o.transpose(1, 2).flatten(2))
+        x = x + self.o_proj(attend(q, k, v).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 

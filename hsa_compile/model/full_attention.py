@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.model.attention import GroupedQueryAttention
+from hsa_compile.model.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers import rotate
 
 
@@ -50,15 +50,8 @@ class FullAttention(GroupedQueryAttention):
             k, v = cache.k, cache.v
             last = num_past[:, None] + torch.arange(x.shape[1], device=x.device)  # the newest key that a query sees
             mask = (torch.arange(k.shape[1], device=x.device) <= last[:, :, None])[:, None]
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        return self.o_proj(o.transpose(1, 2).flatten(2)), cache
+        o = attend(q, k, v, bias=mask, is_causal=mask is None)
+        return self.o_proj(o.flatten(2)), cache
 
     def empty_cache(self, batch: int, like: Tensor) -> FullCache:
         """The cache before the first token, in the dtype and on the device of `like`."""

@@ -1,6 +1,7 @@
 """How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from hsa_compile.kernels.select_chunks import select_chunks
 from hsa_compile.model.chunk_encoder import EncodedChunks
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import RMSNorm
+from hsa_compile.model.precision import no_autocast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +81,22 @@ class SequenceMemory:
     def attend(
         self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
     ) -> Tensor:
-        """`Memory.attend`."""
-        return hsa_attention(
-            q,
-            self.k,
-            self.v,
-            indices,
-            weights,
-            chunk_size=self.chunk_size,
-            softmax_off_by_one=softmax_off_by_one,
-            mask_last_token=mask_last_token,
-        )
+        """`Memory.attend`; under autocast on a CPU in float32, for which the kernels in C++ are."""
+        k, v = self.k, self.v
+        context: AbstractContextManager[object] = nullcontext()
+        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            q, k, v, context = q.float(), k.float(), v.float(), no_autocast(q.device)
+        with context:
+            return hsa_attention(
+                q,
+                k,
+                v,
+                indices,
+                weights,
+                chunk_size=self.chunk_size,
+                softmax_off_by_one=softmax_off_by_one,
+                mask_last_token=mask_last_token,
+            )
 
 
 class Retrieval(nn.Module):

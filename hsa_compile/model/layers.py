@@ -19,8 +19,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., dim]` → the same shape and dtype; the mean is taken in float32 at least."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """`x [..., dim]` → the same shape in the weight's dtype; the mean is taken in float32 at least."""
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

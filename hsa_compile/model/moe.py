@@ -90,7 +90,8 @@ class MoE(nn.Module):
         return chosen, weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
     def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        dtype = compute_dtype(tokens)
+        # On a CPU groups of ever new sizes would cost oneDNN, which multiplies halves, ever new kernels.
+        dtype = tokens.dtype if tokens.device.type == "cpu" else compute_dtype(tokens)
         tokens, weights = tokens.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
         with no_autocast(tokens.device):

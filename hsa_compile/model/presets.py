@@ -29,6 +29,7 @@ _TINY = ModelConfig(
     expert_dim=128,
     num_dense_layers=1,
     state_dim=32,
+    init_std=0.05,
 )
 
 # About 30 million parameters, half of them active, with a MoE in all layers but the first; for one GPU and a day.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.model.attention import GroupedQueryAttention
+from hsa_compile.model.attention import GroupedQueryAttention, attend
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.flex_window import flex_window_attention
 from hsa_compile.model.layers import rotate
@@ -35,7 +35,7 @@ def window_attention(
     k, v = k[:, max(0, past - before) :], v[:, max(0, past - before) :]
     if T == 1 and past >= before and num_past is None:
         bias = _bias(1, before + 1, window, q, slopes)
-        return _attend(q, k, v, bias)
+        return attend(q, k, v, bias=bias)
     if q.device.type == "cuda":
         return flex_window_attention(q, k, v, window=window, num_past=num_past, slopes=slopes)
     block = T if T <= _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << before.bit_length()))
@@ -48,20 +48,13 @@ def window_attention(
         bias = _hide_what_is_not_there(bias, num_past, block, num_blocks, before)
     queries = F.pad(q, (0, 0, 0, 0, 0, filling)).view(B, num_blocks, block, HQ, D)
     rows = (B * num_blocks, -1)
-    o = _attend(
+    o = attend(
         queries.flatten(0, 1),
         k.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
         v.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
-        bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1) if bias.dim() == 5 else bias,
+        bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1) if bias.dim() == 5 else bias,
     )
     return o.reshape(B, num_blocks * block, HQ, D)[:, :T]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, enable_gqa=q.shape[2] != k.shape[2]
-    )
-    return o.transpose(1, 2)
 
 
 def _bias(block: int, width: int, window: int, q: Tensor, slopes: Tensor | None) -> Tensor:
