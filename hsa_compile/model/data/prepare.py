@@ -32,6 +32,7 @@ def prepare(
     field: str = "text",
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     overwrite: bool = False,
+    wait: bool = False,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> Manifest:
     """Prepares a corpus, or goes on with one that was interrupted.
@@ -44,6 +45,7 @@ def prepare(
         field: of JSONL, Parquet and data sets, that holds the text.
         max_document_bytes: longer lines are skipped, longer text files cut at line ends.
         overwrite: start anew, whatever the folder holds of a corpus.
+        wait: for a process that prepares in the same folder, instead of an error.
         on_progress: told of bytes that need not be read any more.
 
     Returns:
@@ -64,7 +66,7 @@ def prepare(
         field=field,
         max_document_bytes=max_document_bytes,
     )
-    with _locked(out):
+    with _locked(out, wait):
         if overwrite:
             _remove(out, MANIFEST, JOURNAL, *FILES)  # removed, not cut: who has them mapped still reads the old ones
         if (out / MANIFEST).exists():
@@ -96,11 +98,11 @@ def _remove(out: Path, *names: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path, wait: bool) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / _LOCK)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
         raise CorpusError(f"another process prepares a corpus in {out}") from error
     except OSError as error:

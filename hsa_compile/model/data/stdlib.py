@@ -14,5 +14,5 @@ def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:
         CorpusError: it is damaged or cannot be written.
     """
     directory = cache_dir() / "corpora" / "stdlib"
-    prepare(stdlib_sources(), directory)
+    prepare(stdlib_sources(), directory, wait=True)
     return TokenCorpus(directory, split=split)

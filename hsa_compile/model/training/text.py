@@ -5,12 +5,10 @@ from pathlib import Path
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
-from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import stdlib_sources
+from hsa_compile.model.data.stdlib import stdlib_corpus
 from hsa_compile.model.tasks.haystack import NOISE, STDLIB, Haystack, NoiseHaystack, corpus_haystack
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training.config import RunConfig
-from hsa_compile.paths import cache_dir
 
 
 def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
@@ -23,9 +21,7 @@ def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
         return None
     if run.data.corpus != STDLIB:
         return TokenCorpus(Path(run.data.corpus).expanduser(), split=split)
-    directory = cache_dir() / "corpora" / STDLIB
-    prepare(stdlib_sources(), directory)
-    return TokenCorpus(directory, split=split)
+    return stdlib_corpus(split)
 
 
 def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import filelock
@@ -276,6 +277,16 @@ def test_two_processes_do_not_write_the_same_corpus(folder: Path, tmp_path: Path
         pytest.raises(CorpusError, match="another process prepares"),
     ):
         prepare(find_sources([folder]), tmp_path / "out")
+
+
+def test_a_process_that_is_told_to_waits_for_the_one_that_writes(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with filelock.FileLock(tmp_path / "out" / ".lock"):
+            coming = pool.submit(prepare, find_sources([folder]), tmp_path / "out", wait=True)
+            assert wait([coming], timeout=0.2).not_done
+        coming.result()
+    assert len(TokenCorpus(tmp_path / "out"))
 
 
 def test_progress_comes_to_the_size_of_all_sources(
