@@ -1,7 +1,7 @@
 """`hsa-compile eval`: accuracy by length and depth, and perplexity by context length."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import tqdm
 
 from hsa_compile.cli.model_argument import device_of, load_model
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
-from hsa_compile.errors import MissingDependency
+from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.data.manifest import VALIDATION
 from hsa_compile.model.evaluation.answers import PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.evaluation.cells import retrieval_cells
@@ -26,6 +26,7 @@ from hsa_compile.model.evaluation.subject import Subject
 from hsa_compile.model.memory_segments import PLACEMENTS
 from hsa_compile.model.tasks.haystack import Haystack, load_haystack
 from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.model.training.stages import apply_stage
 from hsa_compile.problem import DTYPES
 
 ALL, BOTH = "all", "both"
@@ -75,12 +76,14 @@ class Depths(click.ParamType):
 @click.option(
     "--memory-dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of both; the weights' if not given."
 )
+@click.option("--top-k", type=click.IntRange(min=1), help="Chunks that a token picks; the model's own if not given.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
 @json_option
 def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tuple[float, ...], samples: int,
              haystack: str, min_distance: int, protocol: str, seed: int, out: Path, memory: str,
-             memory_dtype: str | None, device: str, dtype: str | None, as_json: bool) -> None:  # fmt: skip
+             memory_dtype: str | None, top_k: int | None, device: str, dtype: str | None,
+             as_json: bool) -> None:  # fmt: skip
     """Evaluate a model: needles in haystacks by length and depth, and perplexity by context length.
 
     Samples are kept in OUT/samples.jsonl as they are finished; the same command goes on after an interruption, and
@@ -116,6 +119,11 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
         min_distance=min_distance,
     )
     model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
+    if top_k is not None:
+        if not model.config.has_memory:
+            raise InvalidArgument(f"--top-k {top_k}: {name} is of variant {model.config.variant}, which has no memory")
+        model.config = replace(model.config, top_k=top_k)
+        apply_stage(model, model.config)
     subject = Subject(
         name=_title(name),
         model=model,
@@ -153,7 +161,10 @@ def _run(
         run_jobs(subject.model, jobs, show)
     return Results(
         model=subject.name,
-        settings=subject.key() | {"variant": subject.model.config.variant} | asdict(settings),
+        settings=subject.key()
+        | {"variant": subject.model.config.variant, "top_k": subject.model.config.top_k}
+        | {"haystack": haystack.name if haystack is not None else None}
+        | asdict(settings),
         cells=tuple(retrieval_cells(subject, settings, haystack, outcomes)) if haystack is not None else (),
         perplexities=tuple(perplexities(subject, texts, outcomes)) if texts is not None else (),
     )

@@ -19,6 +19,7 @@ from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.generate import stream
 from hsa_compile.model.inference import PIECE, ModelState, new_state
 from hsa_compile.model.memory_segments import PLACEMENTS
+from hsa_compile.model.presets import PRESETS
 from hsa_compile.model.reading import load_state, save_state
 from hsa_compile.model.sampling import MAX_SEED, Sampling
 from hsa_compile.model.text_stream import TextStream
@@ -69,13 +70,18 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
       hsa-compile generate --model tiny --random-weights --prompt hello
     """
     drawn = Sampling(**sampling)
+    if name in PRESETS and not random_weights:
+        raise InvalidArgument(
+            f"model {name!r} is a preset: it has no trained weights; name the directory of a model, or add "
+            "--random-weights to see noise"
+        )
     if (prompt is None) == (prompt_file is None):
         raise InvalidArgument("one of --prompt and --prompt-file is needed")
     if memory == "disk" and memory_dir is None and load_memory is None:
         raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
     raw = prompt_file.read() if prompt_file is not None else (prompt or "").encode(errors="surrogateescape")
-    seed = drawn.seed if random_weights else None
-    model, tokenizer = load_model(name, variant, device=device_of(device), dtype=dtype, random_seed=seed)
+    model, tokenizer = load_model(name, variant, device=device_of(device), dtype=dtype,
+                                  random_seed=drawn.seed if random_weights else None)  # fmt: skip
     tokens = _encode(tokenizer, raw)
     if load_memory is not None:
         state = load_state(model, load_memory, memory=memory)

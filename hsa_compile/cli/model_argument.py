@@ -55,10 +55,7 @@ def load_model(
         model = from_pretrained(name, device=device, dtype=chosen)
         return model, load_tokenizer(BYTES if tokenizer == BYTES else Path(name) / tokenizer)
     if random_seed is None:
-        raise InvalidArgument(
-            f"model {name!r} is a preset: it has no trained weights; name the directory of a model, or add "
-            "--random-weights to see noise"
-        )
+        raise InvalidArgument(f"model {name!r} is a preset: it has no trained weights; name the directory of a model")
     torch.manual_seed(random_seed)
     return HSATransformer(config).to(device, chosen or torch.float32).eval(), load_tokenizer(BYTES)
 

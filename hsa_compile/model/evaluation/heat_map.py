@@ -60,9 +60,8 @@ def _heat_map(title: str, cells: Sequence[Cell]) -> Any:
             if cell.protocol == protocol and cell.depth is not None:
                 row, column = depths.index(cell.depth), lengths.index(cell.length)
                 shares[row][column] = 100 * cell.accuracy
-                dark = 0.25 < cell.accuracy < 0.8
-                panel.text(column, row, f"{100 * cell.accuracy:.0f}", ha="center", va="center", color="black",
-                           fontweight="normal" if dark else "bold")  # fmt: skip
+                color = "black" if 0.2 < cell.accuracy < 0.9 else "white"  # on light or dark ground
+                panel.text(column, row, f"{shares[row][column]:.0f}", ha="center", va="center", color=color)
         image = panel.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         panel.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
         panel.set_yticks(range(len(depths)), [depth_label(depth) for depth in depths])
@@ -89,7 +88,7 @@ def _curve(model: str, perplexities: Sequence[Perplexity]) -> Any:
     panel.set_ylim(bottom=0)
     panel.set_xlabel("context in tokens")
     panel.set_ylabel(f"perplexity of the last {first.num_scored} tokens")
-    panel.set_title(f"{model}: held-out {first.text}, {first.num_texts} texts, ± standard error")
+    panel.set_title(f"{model}: {first.num_texts} held-out {first.source}, ± standard error")
     panel.grid(alpha=0.3)
     return figure
 

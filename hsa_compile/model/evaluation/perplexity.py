@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
 from hsa_compile.model.data.stdlib import stdlib_corpus
@@ -27,6 +28,7 @@ from hsa_compile.model.tasks.haystack import NOISE, STDLIB
 
 PERPLEXITY = "ppl"
 SCORED = 512  # last tokens of each text, fewer where half the shortest context is less
+LOGITS = 2**24  # at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +56,7 @@ class Perplexity:
 
     Attributes:
         text: where the texts come from.
+        are_documents: whether each text lies within one document.
         length: of the context, scored tokens included.
         num_texts: that were read.
         num_scored: tokens of each.
@@ -63,12 +66,18 @@ class Perplexity:
     """
 
     text: str
+    are_documents: bool
     length: int
     num_texts: int
     num_scored: int
     perplexity: float
     standard_error: float | None
     bits_per_byte: float
+
+    @property
+    def source(self) -> str:
+        """What was read, in words."""
+        return f"{'documents' if self.are_documents else 'texts of joined documents'} of {self.text}"
 
 
 def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts: int) -> Texts:
@@ -84,7 +93,8 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
         num_texts: at most.
 
     Raises:
-        InvalidArgument: no such corpus, it is of other tokens, or it holds less than the longest context.
+        InvalidArgument: no such corpus, it is of other tokens, or it holds less than the shortest context; contexts
+            that are longer than it are left out with a warning.
     """
     if min(lengths) < 2:
         raise InvalidArgument(f"length {min(lengths)} is too short for {PERPLEXITY}; the least allowed is 2")
@@ -94,12 +104,21 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
             f"{corpus.directory} has tokenizer {corpus.tokenizer().name}; that of {subject.name} is "
             f"{subject.tokenizer.name}"
         )
-    longest, num_scored = max(lengths), min(SCORED, min(lengths) // 2)
-    if len(corpus) < longest:
+    fitting = sorted({length for length in lengths if length <= len(corpus)})
+    if not fitting:
         raise InvalidArgument(
-            f"length {longest} is more than the validation split of {corpus.directory} has; {len(corpus)} tokens are "
-            "the most allowed"
+            f"length {min(lengths)} is more than the validation split of {corpus.directory} has; {len(corpus)} tokens "
+            "are the most allowed"
         )
+    if too_long := sorted({length for length in lengths if length > len(corpus)}):
+        left_out = ", ".join(map(length_label, too_long))
+        warnings.warn(
+            f"{PERPLEXITY} is left out at {left_out}: the validation split of {corpus.directory} has {len(corpus)} "
+            "tokens",
+            HSACompileWarning,
+            stacklevel=2,
+        )
+    longest, num_scored = fitting[-1], min(SCORED, fitting[0] // 2)
     enough = np.flatnonzero(corpus.documents.lengths >= longest)
     if are_documents := len(enough) >= num_texts:
         chosen = enough[np.linspace(0, len(enough) - 1, num_texts).round().astype(int)]
@@ -113,7 +132,7 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
         rows=tuple(rows),
         are_documents=are_documents,
         num_scored=num_scored,
-        lengths=tuple(sorted(set(lengths))),
+        lengths=tuple(fitting),
     )
 
 
@@ -123,7 +142,8 @@ def perplexity_jobs(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> li
     for length in texts.lengths:
         rows = [row[-length:] for row in texts.rows]
         missing = [row for row in rows if outcomes.get(_key(subject, row, texts.num_scored)) is None]
-        size = num_rows(length)
+        most = max(1, LOGITS // (texts.num_scored * subject.model.config.vocab_size))
+        size = min(num_rows(length), most)
         for begin in range(0, len(missing), size):
             part = missing[begin : begin + size]
             jobs.append(
@@ -157,6 +177,7 @@ def _summary(texts: Texts, length: int, values: Sequence[Values]) -> Perplexity:
         error = perplexity * float(means.std(ddof=1)) / math.sqrt(len(values))
     return Perplexity(
         text=texts.name,
+        are_documents=texts.are_documents,
         length=length,
         num_texts=len(values),
         num_scored=texts.num_scored,

@@ -142,6 +142,6 @@ def _perplexity_table(perplexities: Sequence[Perplexity]) -> str:
         for each in perplexities
     ]
     first = perplexities[0]
-    title = f"perplexity of the last {first.num_scored} tokens in held-out {first.text}, by context length"
+    title = f"perplexity of the last {first.num_scored} tokens of held-out {first.source}, by context length"
     headers = ["context", "perplexity", "standard error", "bits a byte", "texts"]
     return f"{title}\n{tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign='right')}"

@@ -1,6 +1,6 @@
 """The model that is evaluated, and where its memory lies while it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class Subject:
         memory: where chunk keys and values lie, as of `new_state`.
         memory_dtype: in which they are kept; the weights' if None.
         directory: of their files, for `disk`.
+        fingerprint: of the model.
     """
 
     name: str
@@ -34,6 +35,10 @@ class Subject:
     memory: str = "device"
     memory_dtype: torch.dtype | None = None
     directory: Path | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", fingerprint(self.model))
 
     def new_state(self, batch: int = 1) -> ModelState:
         """The state before the first token of `batch` texts."""
@@ -44,7 +49,7 @@ class Subject:
     def key(self) -> dict[str, str]:
         """What tells its results from those of others; where the memory lies changes none."""
         dtype = self.memory_dtype or self.model.embedding.weight.dtype
-        return {"model": fingerprint(self.model), "memory_dtype": str(dtype).removeprefix("torch.")}
+        return {"model": self.fingerprint, "memory_dtype": str(dtype).removeprefix("torch.")}
 
     def check_reads_bytes(self) -> None:
         """Raises InvalidArgument unless tokens are bytes, which needles are made of."""

@@ -1,0 +1,149 @@
+"""`hsa-compile eval` as a person meets it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shell import Shell
+
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.evaluation import retrieval
+from hsa_compile.model.presets import preset
+from hsa_compile.model.pretrained import save_pretrained
+from hsa_compile.model.transformer import HSATransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that knows nothing, in the folder of a run."""
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "memory_heads": 2, "memory_head_dim": 8,
+             "retrieval_dim": 8, "ffn_dim": 16, "encoder_ffn_dim": 16, "num_experts": 0}  # fmt: skip
+    path = tmp_path_factory.mktemp("run") / "model"
+    save_pretrained(HSATransformer(ModelConfig.from_dict(preset("tiny").to_dict() | sizes)), path)
+    return path
+
+
+@pytest.fixture
+def corpus(run: Shell, tmp_path: Path) -> str:
+    """Held-out text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"line {number} of many words\n" * 60)
+    assert run("prepare", str(folder), "--out", str(tmp_path / "prepared"), "--validation", "0.99").code == 0
+    return str(tmp_path / "prepared")
+
+
+def command(directory: Path, out: Path, *more: str) -> list[str]:
+    return ["eval", "--model", str(directory), "--out", str(out), "--samples", "2", "--depths", "3", *more]
+
+
+def test_all_tasks_give_tables_files_and_pictures(run: Shell, directory: Path, corpus: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run(*command(directory, out, "--task", "all", "--lengths", "256,1k", "--haystack", corpus,
+                         "--protocol", "both"))  # fmt: skip
+    assert shown.code == 0, shown.err
+    for text in ("s-niah in prepared, teacher-forced", "vt in prepared, greedy", "at 50 %", "95 % interval", "1K",
+                 "perplexity of the last 128 tokens"):  # fmt: skip
+        assert text in shown.out
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    pictures = {f"{task}-prepared.png" for task in ("s-niah", "mk-niah", "mq-niah", "vt")}
+    assert names == {"samples.jsonl", "results.json", "results.csv", "ppl.png"} | pictures
+    values = json.loads((out / "results.json").read_text())
+    assert values["settings"]["haystack"] == "prepared"
+    assert len(values["retrieval"]) == 4 * 2 * 2 * 4
+    assert {cell["correct"] for cell in values["retrieval"]} == {0}
+    assert [each["length"] for each in values["perplexity"]] == [256, 1024]
+
+
+def test_json_is_what_is_kept(run: Shell, directory: Path, tmp_path: Path) -> None:
+    shown = run(*command(directory, tmp_path / "out", "--lengths", "128", "--json"))
+    assert shown.code == 0
+    assert shown.json == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert shown.json["protocols"].keys() == {"teacher-forced"}
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    run: Shell, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = retrieval.answered, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(retrieval, "answered", interrupted)
+    arguments = command(directory, tmp_path / "out", "--lengths", "200,300,400")
+    stopped = run(*arguments)
+    assert stopped.code == 130
+    assert "run the same command to go on" in stopped.err
+    before = len((tmp_path / "out" / "samples.jsonl").read_text().splitlines())
+    assert before > 0
+    assert run(*arguments).code == 0
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 3 * 3 * 2
+    calls.append(1)
+    count = len(calls)
+    assert run(*arguments).code == 0
+    assert len(calls) == count
+
+
+def test_where_the_memory_lies_changes_nothing(run: Shell, directory: Path, tmp_path: Path) -> None:
+    arguments = ["--lengths", "1k", "--json", "--memory-dtype", "bf16", "--top-k", "3"]
+    shown = [
+        run(*command(directory, tmp_path / place, *arguments, "--memory", place))
+        for place in ("device", "host", "disk")
+    ]
+    assert [each.code for each in shown] == [0, 0, 0]
+    assert shown[0].json == shown[1].json == shown[2].json
+    assert shown[0].json["settings"]["memory_dtype"] == "bfloat16"
+    assert shown[0].json["settings"]["top_k"] == 3
+
+
+def test_without_matplotlib_everything_else_is_there(
+    run: Shell, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = run(*command(directory, tmp_path / "out", "--lengths", "128"))
+    assert shown.code == 0
+    assert shown.err.strip() == "no pictures: pictures need matplotlib: pip install 'hsa-compile[plots]'"
+    assert (tmp_path / "out" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "niah"], "niah"),
+        (["--lengths", "4q"], "'4q' is not a positive integer"),
+        (["--lengths", "0"], "'0' is not a positive integer"),
+        (["--lengths", "21"], "length 21 is too short for s-niah; the least allowed is 22"),
+        (["--lengths", "4k,40", "--task", "vt"], "length 40 is too short for vt"),
+        (["--lengths", "100", "--min-distance", "90"], "the least allowed is 112"),
+        (["--depths", "0,1.5"], "neither depths from 0 to 1"),
+        (["--depths", "x"], "neither depths from 0 to 1"),
+        (["--depths", "nan"], "neither depths from 0 to 1"),
+        (["--depths", "1001"], "neither depths from 0 to 1"),
+        (["--samples", "0"], "0"),
+        (["--haystack", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--protocol", "free"], "free"),
+        (["--memory-dtype", "int8"], "int8"),
+        (["--top-k", "100000"], "top_k = 100000"),
+        (["--model", "tiny"], "is a preset: it has no trained weights"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--task", "ppl", "--haystack", "/tmp"], "hsa-compile prepare wrote"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], message: str, run: Shell, directory: Path, tmp_path: Path
+) -> None:
+    refused = run("eval", "--model", str(directory), "--out", str(tmp_path / "out"), *arguments)
+    assert refused.code == 2
+    assert len(refused.err.splitlines()) == 1
+    assert message in refused.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,191 @@
+"""Which samples a cell has, what a right answer is, and that nothing is computed twice."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from small_models import build, small_config
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.tokenizer import BytesTokenizer
+from hsa_compile.model.evaluation import retrieval
+from hsa_compile.model.evaluation.answers import GREEDY, TEACHER_FORCED
+from hsa_compile.model.evaluation.cells import Cell, retrieval_cells
+from hsa_compile.model.evaluation.jobs import run_jobs
+from hsa_compile.model.evaluation.outcomes import OutcomeFile
+from hsa_compile.model.evaluation.retrieval import retrieval_jobs
+from hsa_compile.model.evaluation.settings import RetrievalSettings, least_length
+from hsa_compile.model.evaluation.subject import Subject
+from hsa_compile.model.tasks.haystack import NoiseHaystack
+from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.model.transformer import HSATransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+
+def subject_of(model: HSATransformer, **changes: object) -> Subject:
+    return Subject(name="model", model=model.eval(), tokenizer=BytesTokenizer(), **changes)
+
+
+def settings_of(**changes: object) -> RetrievalSettings:
+    values = {"tasks": ("s-niah",), "lengths": (200,), "depths": (0.0, 0.5, 1.0), "num_samples": 2,
+              "protocols": (TEACHER_FORCED, GREEDY)} | changes  # fmt: skip
+    return RetrievalSettings(**values)
+
+
+def evaluate(model: HSATransformer, settings: RetrievalSettings, out: Path) -> list[Cell]:
+    subject = subject_of(model)
+    with OutcomeFile(out) as outcomes:
+        run_jobs(model, retrieval_jobs(subject, settings, NoiseHaystack(), outcomes), lambda label, tokens: None)
+        return retrieval_cells(subject, settings, NoiseHaystack(), outcomes)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_that_knows_is_always_right(task: str, tmp_path: Path) -> None:
+    cells = evaluate(Oracle(), settings_of(tasks=(task,), lengths=(300,)), tmp_path)
+    assert {cell.accuracy for cell in cells} == {1.0}
+    assert [cell.depth for cell in cells] == 2 * [0.0, 0.5, 1.0, None]
+    assert [cell.num_samples for cell in cells] == 2 * [2, 2, 2, 6]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_untrained_model_is_never_right(task: str, variant: str, tmp_path: Path) -> None:
+    model = build(small_config(variant, vocab_size=256))
+    assert {cell.num_correct for cell in evaluate(model, settings_of(tasks=(task,), depths=(0.3,)), tmp_path)} == {0}
+
+
+def test_greedy_asks_for_the_end_of_the_answer_too(tmp_path: Path) -> None:
+    cells = evaluate(Oracle(stops=False), settings_of(), tmp_path)
+    assert {(cell.protocol, cell.accuracy) for cell in cells} == {(TEACHER_FORCED, 1.0), (GREEDY, 0.0)}
+
+
+def test_cells_tell_depths_apart(tmp_path: Path) -> None:
+    cells = evaluate(Oracle(blind_after=100), settings_of(depths=(0.0, 0.2, 0.9)), tmp_path)
+    assert {cell.depth: cell.accuracy for cell in cells if cell.depth is not None} == {0.0: 1.0, 0.2: 1.0, 0.9: 0.0}
+    assert [cell.accuracy for cell in cells if cell.depth is None] == 2 * [pytest.approx(2 / 3)]
+
+
+def test_a_finished_sample_is_never_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = count_samples(monkeypatch)
+    settings = settings_of(lengths=(200, 300))
+    first = evaluate(Oracle(), settings, tmp_path)
+    assert sum(asked) == 12
+    assert evaluate(Oracle(), settings, tmp_path) == first
+    assert sum(asked) == 12
+    evaluate(Oracle(), dataclasses.replace(settings, num_samples=3, depths=(0.5, 0.7)), tmp_path)
+    assert sum(asked) == 12 + 2 * (1 + 3)
+
+
+def test_another_model_seed_or_distance_is_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = count_samples(monkeypatch)
+    for settings in (settings_of(), settings_of(seed=1), settings_of(min_distance=9)):
+        evaluate(Oracle(), settings, tmp_path)
+    evaluate(Oracle(seed=1), settings_of(), tmp_path)
+    assert asked == 8 * [3]
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = count_samples(monkeypatch, fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Oracle(), settings_of(lengths=(200, 300)), tmp_path)
+    before = sum(asked)
+    with OutcomeFile(tmp_path) as outcomes:
+        assert len(outcomes) == 2 * before == 12
+    cells = evaluate(Oracle(), settings_of(lengths=(200, 300)), tmp_path)
+    assert sum(asked) == 12
+    assert len(cells) == 16
+
+
+def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
+    """How many samples each call asks for; that of the number given is interrupted."""
+    asked: list[int] = []
+    real = retrieval.answered
+
+    def counted(model, state, samples, *rest):
+        if len(asked) + 1 == fail_at:
+            monkeypatch.setattr(retrieval, "answered", forever)
+            raise KeyboardInterrupt
+        return forever(model, state, samples, *rest)
+
+    def forever(model, state, samples, *rest):
+        asked.append(len(samples))
+        return real(model, state, samples, *rest)
+
+    monkeypatch.setattr(retrieval, "answered", counted)
+    return asked
+
+
+def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[bytes]]:
+    seen: list[bytes] = []
+    real = retrieval.answered
+
+    def spied(model, state, samples, *rest):
+        seen.extend(sample.tokens.tobytes() for sample in samples)
+        return real(model, state, samples, *rest)
+
+    def take() -> set[bytes]:
+        taken = set(seen)
+        assert len(taken) == len(seen)
+        seen.clear()
+        return taken
+
+    monkeypatch.setattr(retrieval, "answered", spied)
+    return take
+
+
+def test_all_models_get_the_same_samples_whatever_else_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = spy_on_samples(monkeypatch)
+    settings = settings_of(lengths=(1000,), num_samples=3, tasks=("mq-niah",), protocols=(TEACHER_FORCED,))
+    edited = build(small_config("hsa-ultralong", vocab_size=256))
+    assert retrieval_jobs_tokens(edited, settings, tmp_path) < 9 * 1000  # not read as wholes
+    evaluate(edited, settings, tmp_path)
+    expected = take()
+    assert len(expected) == 9
+    assert retrieval_jobs_tokens(build(small_config("ramba", vocab_size=256)), settings, tmp_path) == 9 * 1000
+    evaluate(build(small_config("ramba", vocab_size=256)), settings, tmp_path)
+    assert take() == expected
+    other = build(small_config("swa", vocab_size=256))
+    evaluate(other, dataclasses.replace(settings, depths=(1.0,), num_samples=1), tmp_path)
+    evaluate(other, settings, tmp_path)
+    assert take() == expected
+
+
+def retrieval_jobs_tokens(model: HSATransformer, settings: RetrievalSettings, out: Path) -> int:
+    with OutcomeFile(out) as outcomes:
+        return sum(job.tokens for job in retrieval_jobs(subject_of(model), settings, NoiseHaystack(), outcomes))
+
+
+def test_the_progress_of_jobs_adds_up(tmp_path: Path) -> None:
+    model = build(small_config("hsa-ultralong", vocab_size=256))
+    told: list[int] = []
+    with OutcomeFile(tmp_path) as outcomes:
+        jobs = retrieval_jobs(subject_of(model), settings_of(lengths=(200, 900)), NoiseHaystack(), outcomes)
+        run_jobs(model, jobs, lambda label, tokens: told.append(tokens))
+    assert sum(told) == sum(job.tokens for job in jobs)
+    assert sum(tokens > 0 for tokens in told) > len(jobs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("distance", [0, 13])
+def test_the_least_length_is_enough_at_every_depth(task: str, distance: int) -> None:
+    least = least_length(task, distance)
+    depths = tuple(np.linspace(0, 1, 41))
+    settings = settings_of(tasks=(task,), lengths=(least,), depths=depths, min_distance=distance)
+    group = retrieval._Group(
+        subject=subject_of(Oracle()), settings=settings, haystack=NoiseHaystack(), task=task, length=least, number=0,
+        pending=tuple(retrieval._Asked(depth=depth, index=0, keys={}) for depth in depths),
+    )  # fmt: skip
+    _, plans = group._plans()
+    assert len(plans) == 41
+    with pytest.raises(InvalidArgument, match=f"length {least - 1} is too short for {task}; the least .* {least}"):
+        settings_of(tasks=(task,), lengths=(least - 1,), min_distance=distance)
+
+
+def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
+    with OutcomeFile(tmp_path) as outcomes, pytest.raises(InvalidArgument, match="written in bytes"):
+        retrieval_jobs(subject_of(build(small_config("swa"))), settings_of(), NoiseHaystack(), outcomes)
