@@ -1,7 +1,7 @@
 """How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
