@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsa_compile.model.data.batches import TrainingSample
+from hsa_compile.model.data.training_sample import TrainingSample
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 from hsa_compile.model.training.config import MAX_ROWS, RunConfig
 from hsa_compile.model.training.stages import StepPlan, plan_step
