@@ -59,11 +59,11 @@ class Depths(click.ParamType):
               show_default=True, help="May be repeated.")  # fmt: skip
 @click.option("--lengths", type=Counts(), default="4k,64k", show_default=True, help="In tokens; 4k is 4096.")
 @click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
-              help="Of the first asked needle; or how many, spread evenly.")  # fmt: skip
+              help="Of the first asked needle, 1 next to the question; or how many, spread evenly.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=10, show_default=True,
               help="Of each task, length and depth; texts for ppl.")  # fmt: skip
 @click.option("--haystack", default="noise", show_default=True, metavar="noise|stdlib|DIR",
-              help="Text around the needles; for ppl a corpus, stdlib if it is noise.")  # fmt: skip
+              help="Text around the needles; for ppl a prepared corpus, stdlib if it is noise.")  # fmt: skip
 @click.option("--min-distance", type=click.IntRange(min=0), default=0, show_default=True,
               help="More than so many bytes lie between needles and question.")  # fmt: skip
 @click.option("--protocol", type=click.Choice([*PROTOCOLS, BOTH]), default=TEACHER_FORCED, show_default=True,
@@ -93,7 +93,7 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
     Tasks (wording of our own; stock RULER with its 13 tasks is another thing):
       s-niah    one needle             mk-niah   four needles, one asked for
       mq-niah   six, two asked for     vt        two chains of three variables, one asked for
-      ppl       perplexity of the last 512 tokens of held-out text, by context length
+      ppl       perplexity of the last 512 tokens of held-out text (or half the shortest context, if that is less)
     Protocols:
       teacher-forced   arg-max at each answer byte given the true ones before it, all must be right
       greedy           generation byte by byte; the text up to the first full stop must be the answer

@@ -1,4 +1,4 @@
-"""What a model answers, by two protocols that never share a forward pass over the answer."""
+"""Whether a model answers the question that it has read, by the authors' protocol and by greedy generation."""
 
 from collections.abc import Sequence
 

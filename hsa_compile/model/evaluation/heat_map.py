@@ -1,6 +1,7 @@
 """Pictures of results: accuracy by length and depth, perplexity by context length."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hsa_compile.model.evaluation.results import Results, depth_label
 from hsa_compile.model.safe_files import replace_file
 
 PERPLEXITY_PICTURE = "ppl.png"
+_LETTERS_PER_INCH = 9  # of titles
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
@@ -70,7 +72,8 @@ def _heat_map(title: str, cells: Sequence[Cell]) -> Any:
     panels[0][0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=panels[0].tolist(), label="right answers, %")
     counts = sorted({cell.num_samples for cell in cells})
-    figure.suptitle(f"{title} ({' or '.join(map(str, counts))} samples a cell)")
+    title = f"{title}, {' or '.join(map(str, counts))} samples a cell"
+    figure.suptitle(textwrap.fill(title, int(_LETTERS_PER_INCH * figure.get_figwidth())))
     return figure
 
 
@@ -88,7 +91,8 @@ def _curve(model: str, perplexities: Sequence[Perplexity]) -> Any:
     panel.set_ylim(bottom=0)
     panel.set_xlabel("context in tokens")
     panel.set_ylabel(f"perplexity of the last {first.num_scored} tokens")
-    panel.set_title(f"{model}: {first.num_texts} held-out {first.source}, ± standard error")
+    title = f"{model}: {first.num_texts} held-out {first.source}, ± standard error"
+    panel.set_title(textwrap.fill(title, int(_LETTERS_PER_INCH * figure.get_figwidth())))
     panel.grid(alpha=0.3)
     return figure
 
