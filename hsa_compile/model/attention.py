@@ -1,12 +1,11 @@
 """What every attention inside the model has in common: its projections, QK norm, and PyTorch's kernel."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import RMSNorm
-from hsa_compile.model.precision import no_autocast
+from hsa_compile.model.precision import without_cpu_autocast
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -24,17 +23,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, is_ca
     Returns:
         `[B, T, HQ, D]`.
     """
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with no_autocast(q.device):
-            return attend(q.float(), k.float(), v.float(), bias=bias, is_causal=is_causal)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=bias,
-        is_causal=is_causal,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    context, (q, k, v) = without_cpu_autocast(q, k, v)
+    with context:
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=bias,
+            is_causal=is_causal,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
     return o.transpose(1, 2)
 
 

@@ -1,7 +1,6 @@
 """How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from hsa_compile.kernels.select_chunks import select_chunks
 from hsa_compile.model.chunk_encoder import EncodedChunks
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import RMSNorm
-from hsa_compile.model.precision import no_autocast
+from hsa_compile.model.precision import without_cpu_autocast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +68,22 @@ class SequenceMemory:
     ) -> tuple[Tensor, Tensor]:
         """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
         assert not any(positions), "a training sequence begins at 0"
-        return select_chunks(
-            query,
-            self.landmarks,
-            chunk_size=1 if once_a_chunk else self.chunk_size,
-            top_k=top_k,
-            fusion=fusion,
-            noise_seed=noise_seed,
-        )
+        context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
+        with context:
+            return select_chunks(
+                query,
+                landmarks,
+                chunk_size=1 if once_a_chunk else self.chunk_size,
+                top_k=top_k,
+                fusion=fusion,
+                noise_seed=noise_seed,
+            )
 
     def attend(
         self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
     ) -> Tensor:
-        """`Memory.attend`; under autocast on a CPU in float32, for which the kernels in C++ are."""
-        k, v = self.k, self.v
-        context: AbstractContextManager[object] = nullcontext()
-        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            q, k, v, context = q.float(), k.float(), v.float(), no_autocast(q.device)
+        """`Memory.attend`."""
+        context, (q, k, v) = without_cpu_autocast(q, self.k, self.v)
         with context:
             return hsa_attention(
                 q,

@@ -123,7 +123,7 @@ class Stage:
     Attributes:
         share: how long it is, relative to the other stages.
         seq_len: longest rows.
-        min_seq_len: shortest rows; each step draws one length for all its rows. None: as `seq_len`.
+        min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
         window, top_k: that the model's layers use in this stage; None: as in the model's config.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.

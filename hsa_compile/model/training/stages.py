@@ -7,8 +7,10 @@ from torch import nn
 
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.hs_attention import Retrieval
-from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.window_attention import WindowAttention
+
+NUM_LENGTHS = 16  # of a stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,17 @@ def plan_step(run: RunConfig, step: int) -> StepPlan:
     """The rows of a step; the same in every process and after every interruption."""
     number = stage_at(run, step)
     stage = run.stages[number]
-    length = random.Random(f"length {run.train.seed} {step}").randint(stage.shortest, stage.seq_len)
+    length = random.Random(f"length {run.train.seed} {step}").choice(lengths(stage))
     return StepPlan(step=step, stage=number, length=length, num_rows=max(1, stage.batch_tokens // length))
+
+
+def lengths(stage: Stage) -> list[int]:
+    """What the rows of a stage's steps are long: few values, from the shortest to the longest.
+
+    A kernel is built and kept for each shape that comes up, so hundreds of them would cost time and gigabytes.
+    """
+    steps = min(NUM_LENGTHS - 1, stage.seq_len - stage.shortest)
+    return [stage.shortest + (stage.seq_len - stage.shortest) * i // max(steps, 1) for i in range(steps + 1)]
 
 
 def apply_stage(model: nn.Module, config: ModelConfig) -> None:

@@ -99,8 +99,12 @@ class StepResult:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The precision of products that a config asks for."""
-    wants = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wants else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16(precision, device) else nullcontext()
+
+
+def is_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether that precision is bfloat16 autocast on the device."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
 def normalized_weights(batch: StepBatch, processes: Processes) -> tuple[Tensor, Tensor]:

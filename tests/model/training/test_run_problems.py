@@ -13,11 +13,14 @@ def test_all_stages_and_lengths_are_in_it() -> None:
     stages = [
         {"seq_len": 64, "batch_tokens": 256},
         {"min_seq_len": 64, "seq_len": 128, "batch_tokens": 256, "top_k": 2},
+        {"min_seq_len": 85, "seq_len": 2000, "batch_tokens": 256, "top_k": 1},
     ]
     found = run_problems(small_run(stages=stages), torch.device("cpu"))
     forward = {(problem.batch, problem.seq_len, problem.top_k) for problem in found if problem.op == "hsa_forward"}
-    # Keys round up to powers of two; of rows of 64 the second stage has one length in 65, which is rare.
-    assert forward == {(4, 63, 3), (3, 71, 2), (3, 84, 2), (2, 127, 2)}
+    # Keys round up to powers of two, and the longest of those that share one stands for all.
+    first_two = {(4, 63, 3), (4, 63, 2), (3, 71, 2), (3, 84, 2), (2, 127, 2)}
+    assert first_two < forward
+    assert forward - first_two == {(3, 84, 1), (1, 211, 1), (1, 467, 1), (1, 977, 1), (1, 1999, 1)}
     ops = {"hsa_forward", "hsa_backward", "select_chunks", "select_chunks_backward"}
     assert {problem.op for problem in found} == ops
 
@@ -26,6 +29,7 @@ def test_a_baseline_asks_for_nothing() -> None:
     assert run_problems(small_run(model={"variant": "swa"}), torch.device("cpu")) == []
 
 
-def test_bfloat16_is_asked_for_where_products_are() -> None:
-    found = run_problems(small_run(precision="bfloat16"), torch.device("cpu"))
-    assert {problem.dtype for problem in found} == {"bfloat16"}
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_kernels_are_asked_for_in_the_dtype_that_they_run_in(device: str, dtype: str) -> None:
+    found = run_problems(small_run(precision="bfloat16"), torch.device(device))
+    assert {problem.dtype for problem in found} == {dtype}

@@ -5,7 +5,8 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.model.hs_attention import Retrieval
-from hsa_compile.model.training.stages import apply_stage, plan_step, stage_at
+from hsa_compile.model.training.config import Stage
+from hsa_compile.model.training.stages import NUM_LENGTHS, apply_stage, lengths, plan_step, stage_at
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.model.window_attention import WindowAttention
 
@@ -21,9 +22,16 @@ def test_stages_share_the_steps() -> None:
 def test_lengths_vary_within_the_stage_and_rows_fill_the_batch() -> None:
     run = small_run(steps=200)
     plans = [plan_step(run, step) for step in range(100)]
-    assert {plan.length for plan in plans} > {50, 70}
+    assert {plan.length for plan in plans} == set(lengths(run.stages[0]))
+    assert len(lengths(run.stages[0])) == NUM_LENGTHS
+    assert {50, 70} < set(lengths(run.stages[0]))
     assert all(50 <= plan.length <= 70 and plan.num_rows == 300 // plan.length for plan in plans)
     assert plans == [plan_step(run, step) for step in range(100)]
+
+
+@pytest.mark.parametrize(("shortest", "longest", "expected"), [(7, 7, [7]), (7, 9, [7, 8, 9]), (2, 3, [2, 3])])
+def test_a_narrow_stage_has_all_lengths(shortest: int, longest: int, expected: list[int]) -> None:
+    assert lengths(Stage(min_seq_len=shortest, seq_len=longest, batch_tokens=64)) == expected
 
 
 def test_a_row_longer_than_the_batch_is_one_row() -> None:
