@@ -63,7 +63,7 @@ def make_sample(
     Raises:
         InvalidArgument: no such task, or the needles do not fit.
     """
-    rng = random.Random(f"{task} {seed} {index} {length}")
+    rng = _rng(task, length, seed, index, depth)
     base = haystack.fill(length, rng)
     plan = _plan(task, base, rng, depth, num_needles, num_queries, min_distance)
     return plan.apply(base)
@@ -94,9 +94,7 @@ def make_edits(
     """
     base = haystack.fill(length, random.Random(f"{task} {seed} base {length}"))
     plans = tuple(
-        _plan(
-            task, base, random.Random(f"{task} {seed} {index} {length}"), depth, num_needles, num_queries, min_distance
-        )
+        _plan(task, base, _rng(task, length, seed, index, depth), depth, num_needles, num_queries, min_distance)
         for index, depth in enumerate(depths)
     )
     return np.frombuffer(base, np.uint8), plans
@@ -113,6 +111,11 @@ def position(facts: Facts, rng: random.Random, space: int, fixed: int | None = N
     """
     starts = place(rng, len(facts.needles), NEEDLE_BYTES, space, fixed=fixed)
     return in_order(starts, facts.num_chains, rng) if facts.num_chains else starts
+
+
+def _rng(task: str, length: int, seed: int, index: int, depth: float | None) -> random.Random:
+    """Names and values are others at each depth: cells of a table are independent."""
+    return random.Random(f"{task} {seed} {index} {length} {depth}")
 
 
 def _plan(
