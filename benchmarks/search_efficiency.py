@@ -3,6 +3,7 @@
     python benchmarks/search_efficiency.py [FILES] --samplers ours,tpe,random --seeds 20 --evaluations 100 200 \
         --json OUT.json --plot OUT.png
 
+A search of a sweep of our own begins with the default schedule, as `tune` does; of others, with what the sampler likes.
 Without FILES it takes `../shared/sweeps/*.json.gz` and `benchmarks/sweeps/*`, where there are any. The plot needs the
 `plots` extra.
 """
@@ -21,7 +22,7 @@ from tabulate import tabulate
 
 from hsa_compile.autotune.measure import quantile
 from hsa_compile.autotune.recorded_sweep import RecordedSweep
-from hsa_compile.autotune.replay import Replay
+from hsa_compile.autotune.replay import Replay, first_points
 from hsa_compile.autotune.samplers import SAMPLERS
 from hsa_compile.versions import installed_versions
 
@@ -141,7 +142,8 @@ def plot(found: list[Searches], path: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _replay(file: Path) -> Replay:
-    return Replay(RecordedSweep.load(file))
+    sweep = RecordedSweep.load(file)
+    return Replay(sweep, first_points(sweep))
 
 
 def _search(file: Path, sampler: str, evaluations: int, seed: int) -> tuple[list[float], float]:

@@ -66,6 +66,44 @@ def predict(features: Array, measured: NDArray[np.int64], values: Array, smoothn
         values: of these, of mean 0.
         smoothness: of the process.
     """
+    mean, scale, explained = _condition(features, measured, values, smoothness)
+    return mean, np.sqrt(scale * np.maximum(1.0 - np.square(explained).sum(axis=0), 1e-9))
+
+
+def draw(
+    features: Array,
+    measured: NDArray[np.int64],
+    values: Array,
+    smoothness: Smoothness,
+    *,
+    among: NDArray[np.int64],
+    count: int,
+    rng: np.random.Generator,
+) -> Array:
+    """Values that some points may have together: [count, len(among)].
+
+    Args:
+        features, measured, values, smoothness: see `predict`.
+        among: indices of the points.
+        count: how many draws.
+        rng: makes them.
+    """
+    from scipy.linalg import cholesky
+    from scipy.spatial.distance import cdist
+
+    kept = np.append(measured, among)
+    mean, scale, explained = _condition(features[kept], np.arange(len(measured)), values, smoothness)
+    mean, explained = mean[len(measured) :], explained[:, len(measured) :]
+    scaled = features[among] * smoothness.rates
+    covariance = np.exp(-cdist(scaled, scaled, "cityblock")) - explained.T @ explained
+    factor = cholesky(covariance + _JITTER * np.eye(len(among)), lower=True)
+    return mean + np.sqrt(scale) * rng.standard_normal((count, len(among))) @ factor.T
+
+
+def _condition(
+    features: Array, measured: NDArray[np.int64], values: Array, smoothness: Smoothness
+) -> tuple[Array, float, Array]:
+    """Mean at each point, the variance where nothing is known, and the root of its share that is explained."""
     from scipy.linalg import cho_solve, cholesky, solve_triangular
     from scipy.spatial.distance import cdist
 
@@ -75,8 +113,7 @@ def predict(features: Array, measured: NDArray[np.int64], values: Array, smoothn
     factor = cholesky(cross[:, measured] + (smoothness.noise + _JITTER) * np.eye(len(known)), lower=True)
     weights = cho_solve((factor, True), values)
     scale = max(float(values @ weights) / len(values), _LEAST_SCALE)
-    explained = np.square(solve_triangular(factor, cross, lower=True)).sum(axis=0)
-    return weights @ cross, np.sqrt(scale * np.maximum(1.0 - explained, 1e-9))
+    return weights @ cross, scale, solve_triangular(factor, cross, lower=True)
 
 
 def _loss(theta: Array, distances: Array, values: Array) -> tuple[float, Array]:

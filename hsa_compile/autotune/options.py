@@ -27,7 +27,8 @@ class TuneOptions:
         seed: of the sampler and the inputs.
         distribution: of the picks, one of `inputs.DISTRIBUTIONS`.
         sampler: one of `samplers.SAMPLERS`.
-        until_within: ends the search early when the best has settled within this share of its time.
+        until_within: ends the search early when no more than this share of the best time is expected to be left to
+            gain; for samplers without a model, when the last candidates gained no more.
         storage: where the study is kept, so that a killed search goes on (`storage.open_storage`); None for memory.
         ledger: file that keeps every timing for later searches, and gives them; None for none.
         anew: begin a new study, and time again what the ledger knows.

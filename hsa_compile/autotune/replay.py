@@ -3,15 +3,20 @@
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.point_table import PointTable
+from hsa_compile.autotune.point_table import Point, PointTable
+from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.recorded_sweep import RecordedSweep
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.target import Target
 
 _MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn, as in a real search
 
@@ -21,10 +26,11 @@ class Replay:
 
     Args:
         sweep: what stands in for the device.
+        first: points that each search begins with, before the sampler is asked.
     """
 
-    def __init__(self, sweep: RecordedSweep) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: RecordedSweep, first: Sequence[Point] = ()) -> None:
+        self.sweep, self.first = sweep, list(first)
         self.table = PointTable(sweep.points)
         self._first = next(iter(sweep.points[0]))
         self._names: dict[Any, dict[str, None]] = {}  # value of the first parameter → the others there are then
@@ -40,6 +46,8 @@ class Replay:
             raise InvalidArgument(f"evaluations = {evaluations} must be at least 1")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=make_sampler(sampler_name, seed=seed, space_points=self.table))
+        for point in self.first:
+            study.enqueue_trial(dict(point))
         spare = list(range(len(self.table)))
         random.Random(seed).shuffle(spare)
         tried: set[int] = set()
@@ -91,6 +99,14 @@ def replay(sweep: RecordedSweep, sampler_name: str, seed: int, evaluations: int)
         InvalidArgument: fewer than one evaluation, or no such sampler.
     """
     return Replay(sweep).run(sampler_name, seed, evaluations)
+
+
+def first_points(sweep: RecordedSweep) -> list[Point]:
+    """What our search begins with on an empty cache: the default of the sweep's problem. Nothing for others' sweeps."""
+    if not {"problem", "target"} <= sweep.about.keys():
+        return []
+    problem, target = Problem(**sweep.about["problem"]), Target(**sweep.about["target"])
+    return [parameters_of(default_schedule(problem, target))]
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, time: float | None) -> None:

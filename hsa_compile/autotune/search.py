@@ -15,7 +15,8 @@ from hsa_compile.autotune.stages import Baseline, evaluate, measure_default
 from hsa_compile.autotune.study import Finished, Proposal, TuningStudy
 from hsa_compile.schedules.schedule import Schedule
 
-PATIENCE = 20  # trials in which nothing much better came up, before the search believes that nothing will
+PATIENCE = 20  # trials without much better, after which a search that has no model believes in no more
+MODEL_PATIENCE = 10  # the same with a model, which has to be right for so long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +73,16 @@ class SearchResult:
                 result.trials.append(trial)
         return result
 
-    def has_settled(self, within: float) -> bool:
-        """Whether the last `PATIENCE` candidates together made the best better by no more than a share `within`.
+    def has_settled(self, within: float, patience: int = PATIENCE) -> bool:
+        """Whether the last `patience` candidates together made the best better by no more than a share `within`.
 
-        If candidates came in random order, one in `PATIENCE + 1` searches that settle so would find more in the
+        If candidates came in random order, one in `patience + 1` searches that settle so would find more in the
         next one; a sampler that looks in good places first has less left to find.
         """
         ratios = [trial.ratio for trial in self.trials]
-        if len(ratios) <= PATIENCE:
+        if len(ratios) <= patience:
             return False
-        return min(ratios) >= (1 - within) * min(ratios[:-PATIENCE])
+        return min(ratios) >= (1 - within) * min(ratios[:-patience])
 
 
 def search(
@@ -104,7 +105,9 @@ def search(
         deadline: `time.monotonic()` after which no new candidate but the default begins.
         pool: compiles candidates ahead; without one the bench does, each in its turn.
         pause_to_time: nothing is compiled while a candidate is timed, since it would use the same cores.
-        until_within: ends the search when it has settled within this share (`SearchResult.has_settled`).
+        until_within: ends the search when the sampler's model expects no more than this share of the best time from
+            all points that are left, and the last `MODEL_PATIENCE` candidates bore it out; where it has no model, when
+            the last `PATIENCE` did.
         ledger: gets each outcome, before the study does.
         should_stop: asked before each candidate.
         on_trial: called with the study's result after each candidate of this worker.
@@ -118,7 +121,7 @@ def search(
     result = SearchResult.of(study.finished())
 
     def is_over() -> bool:
-        settled = until_within is not None and result.has_settled(until_within)
+        settled = until_within is not None and _has_settled(study, result, until_within)
         return settled or time.monotonic() >= deadline or should_stop()
 
     with study.heartbeat:
@@ -135,6 +138,13 @@ def search(
         finally:
             window.release()
     return result
+
+
+def _has_settled(study: TuningStudy, result: SearchResult, within: float) -> bool:
+    if not result.has_settled(within, MODEL_PATIENCE):
+        return False
+    gain = study.expected_gain()
+    return result.has_settled(within) if gain is None else gain <= within
 
 
 class _Window:

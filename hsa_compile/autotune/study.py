@@ -18,6 +18,7 @@ from hsa_compile.autotune.outcome import Outcome
 from hsa_compile.autotune.owner import this_process
 from hsa_compile.autotune.points import distributions_of, parameters_of, schedule_of, suggest
 from hsa_compile.autotune.storage import HEARTBEAT_S, MAX_RETRIES
+from hsa_compile.autotune.surrogate_sampler import SurrogateSampler
 from hsa_compile.autotune.trial_states import (
     CHOOSING_S,
     CLAIMED,
@@ -154,6 +155,11 @@ class TuningStudy:
     def num_counted(self) -> int:
         """Trials of all workers that count against `max_trials`: those being tried and those with an outcome."""
         return sum(map(counts, self._trials()))
+
+    def expected_gain(self) -> float | None:
+        """What the sampler's model expects of the points left (`SurrogateSampler.expected_gain`); None without one."""
+        sampler = self._make_sampler(0)
+        return sampler.expected_gain(self.study) if isinstance(sampler, SurrogateSampler) else None
 
     def finished(self) -> list[Finished]:
         """All points with an outcome, each once, in the order of their trials."""

@@ -76,7 +76,8 @@ _OPTIONS = (
     click.option(
         "--until-within",
         type=Percent(),
-        help="Stop early: when the last 20 candidates made the best faster by no more than PCT.",
+        help="Stop early: when the sampler's model expects no more than PCT from all that is left and the last 10 "
+        "candidates bore it out; without a model, when the last 20 gained no more.",
     ),
     click.option(
         "--storage",

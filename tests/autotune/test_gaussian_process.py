@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hsa_compile.autotune import gaussian_process
-from hsa_compile.autotune.gaussian_process import Smoothness, fit_smoothness, predict
+from hsa_compile.autotune.gaussian_process import Smoothness, draw, fit_smoothness, predict
 
 
 @pytest.fixture
@@ -42,6 +42,20 @@ def test_measured_points_are_known_and_others_doubted(sample: tuple[np.ndarray, 
     np.testing.assert_allclose(mean[known], values[known], atol=0.02)
     assert spread[known].max() < 0.3 * spread[30:].min()
     assert np.corrcoef(mean[30:], values[30:])[0, 1] > 0.8
+
+
+def test_draws_scatter_as_the_prediction_says_and_near_points_together(sample: tuple[np.ndarray, np.ndarray]) -> None:
+    features, values = sample
+    features = np.vstack([features, features[35] + 1e-4])
+    known, smoothness = np.arange(30), Smoothness(rates=np.full(3, 2.0), noise=1e-2)
+    values = values[known] - values[known].mean()
+    mean, spread = predict(features, known, values, smoothness)
+    among = np.array([31, 35, 40, 3])
+    drawn = draw(features, known, values, smoothness, among=among, count=4000, rng=np.random.default_rng(0))
+    assert drawn.shape == (4000, 4)
+    np.testing.assert_allclose(drawn.mean(axis=0), mean[among], atol=0.03)
+    np.testing.assert_allclose(drawn.std(axis=0), spread[among], rtol=0.1)
+    assert np.corrcoef(drawn[:, 1], drawn[:, 2])[0, 1] > 0.99
 
 
 def test_values_that_are_all_alike_do_no_harm() -> None:

@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from hsa_compile.autotune.measure import quantile
+from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.recorded_sweep import RecordedSweep
-from hsa_compile.autotune.replay import Replay, replay
+from hsa_compile.autotune.replay import Replay, first_points, replay
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "sweeps"
 
@@ -48,6 +53,24 @@ def test_conditional_parameters_are_asked_for_where_they_exist() -> None:
     for sampler in ("ours", "random"):
         assert replay(sweep, sampler, seed=0, evaluations=10)[-1] == 1.0
         assert len(replay(sweep, sampler, seed=0, evaluations=10)) == 5
+
+
+def test_a_search_begins_with_the_points_that_it_is_given(sweep: RecordedSweep) -> None:
+    times = dict(zip(map(str, sweep.points), sweep.times, strict=True))
+    slow, good = {"a": 5, "b": 5}, {"a": 2, "b": 5}
+    for sampler in ("ours", "tpe"):
+        best = Replay(sweep, first=[slow, good]).run(sampler, seed=0, evaluations=10)
+        assert best[:2] == [times[str(slow)], times[str(good)]]
+    not_in_the_sweep = {"a": 5, "b": 0}
+    assert len(Replay(sweep, first=[not_in_the_sweep]).run("random", seed=0, evaluations=10)) == 10
+
+
+def test_only_a_sweep_of_our_own_has_a_default_to_begin_with(sweep: RecordedSweep, cpu: Target) -> None:
+    assert first_points(sweep) == []
+    problem = Problem(seq_len=4096, num_heads=16, num_kv_heads=1, head_dim=64, top_k=8)
+    schedules = list(SearchSpace.of(problem, cpu).schedules(problem, cpu))
+    own = RecordedSweep.of_schedules(dict.fromkeys(schedules, 1.0), problem=problem, target=cpu)
+    assert first_points(own) == [parameters_of(default_schedule(problem, cpu))]
 
 
 def test_no_evaluation_is_refused(sweep: RecordedSweep) -> None:

@@ -10,9 +10,11 @@ from fake_benches import FakeBench, fake_time
 from optuna.storages import InMemoryStorage
 
 from hsa_compile.autotune import search as search_module
-from hsa_compile.autotune.search import PATIENCE, SearchResult, Trial, search
+from hsa_compile.autotune.points import parameters_of
+from hsa_compile.autotune.samplers import make_sampler
+from hsa_compile.autotune.search import MODEL_PATIENCE, PATIENCE, SearchResult, Trial, search
 from hsa_compile.autotune.stages import CLEARLY_SLOWER, QUICK_ROUNDS
-from hsa_compile.autotune.study import TuningStudy
+from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.default import default_schedule
@@ -44,7 +46,13 @@ class Bench(FakeBench):
         self.timed[schedules[0]] += rounds
         return super().time(schedules, rounds)
 
-    def study(self, seed: int = 0, max_trials: int = 20, first: Sequence[Schedule] | None = None) -> TuningStudy:
+    def study(
+        self,
+        seed: int = 0,
+        max_trials: int = 20,
+        first: Sequence[Schedule] | None = None,
+        make_sampler: MakeSampler | None = None,
+    ) -> TuningStudy:
         storage = InMemoryStorage()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         return TuningStudy(
@@ -54,7 +62,8 @@ class Bench(FakeBench):
             self.target,
             first=first or [self.default],
             max_trials=max_trials,
-            make_sampler=lambda number: optuna.samplers.TPESampler(seed=1000 * seed + number, n_startup_trials=8),
+            make_sampler=make_sampler
+            or (lambda number: optuna.samplers.TPESampler(seed=1000 * seed + number, n_startup_trials=8)),
             seed=seed,
         )
 
@@ -233,6 +242,35 @@ def test_a_search_has_settled_when_nothing_much_better_came_up_for_long() -> Non
     assert result([1.0] * (PATIENCE + 1)).has_settled(0.02)
     assert result([1.0] * PATIENCE + [0.985]).has_settled(0.02)
     assert not result([1.0] * PATIENCE + [0.975]).has_settled(0.02)
+
+
+@pytest.mark.parametrize("sampler", ["ours", "random"])
+def test_a_search_ends_when_the_gain_that_is_left_is_small(bench: Bench, sampler: str) -> None:
+    points = [parameters_of(schedule) for schedule in bench.valid]
+    study = bench.study(
+        max_trials=1000, make_sampler=lambda number: make_sampler(sampler, seed=number, space_points=points)
+    )
+    result = search(study, bench, deadline=FOREVER, until_within=0.02)
+    assert result.num_tried < len(bench.valid)
+    if sampler == "random":
+        assert study.expected_gain() is None
+        assert result.has_settled(0.02)
+    else:
+        gain = study.expected_gain()
+        assert gain is not None
+        assert gain <= 0.02
+        assert result.has_settled(0.02, MODEL_PATIENCE)
+        assert result.best.ratio <= 1.02 * min(map(bench.time_of, bench.valid))
+
+
+def test_a_model_that_expects_more_keeps_the_search_going_however_long_nothing_came_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.time_of = lambda schedule: 1.0  # type: ignore[method-assign]
+    monkeypatch.setattr(TuningStudy, "expected_gain", lambda study: 0.5)
+    result = search(bench.study(max_trials=2 * PATIENCE), bench, deadline=FOREVER, until_within=0.02)
+    assert result.has_settled(0.02)
+    assert result.num_tried == min(2 * PATIENCE, len(bench.valid))
 
 
 def test_fake_times_are_what_the_tests_above_take_them_for(bench: Bench) -> None:

@@ -213,6 +213,46 @@ def test_of_points_that_promise_alike_the_cheaper_are_tried() -> None:
     assert dear < 0.7 * plain
 
 
+def gain_of(study: optuna.Study) -> float:
+    assert isinstance(study.sampler, SurrogateSampler)
+    return study.sampler.expected_gain(study)
+
+
+def test_all_may_be_gained_before_there_is_a_model_and_nothing_when_no_point_is_left() -> None:
+    study = new_study()
+    assert gain_of(study) == 1.0
+    search(study, NUM_START - 1)
+    assert gain_of(study) == 1.0
+    search(study, len(POINTS) - NUM_START)
+    assert 0.0 <= gain_of(study) < 0.02
+    search(study, 1)
+    assert gain_of(study) == 0.0
+
+
+def test_points_that_are_being_tried_may_still_gain() -> None:
+    study = new_study()
+    search(study, NUM_START)
+    trials = [study.ask() for _ in range(len(POINTS) - NUM_START)]
+    points = [suggest(trial) for trial in trials]
+    assert gain_of(study) > 0.02
+    for trial, point in zip(trials, points, strict=True):
+        tell(study, trial, time_of(point))
+    assert gain_of(study) == 0.0
+
+
+def test_little_is_left_to_gain_once_the_best_is_found_and_much_before() -> None:
+    before, after = [], []
+    for seed in range(5):
+        study = new_study(seed)
+        search(study, NUM_START)
+        before.append(gain_of(study))
+        search(study, 20)
+        assert study.best_value == 1.0
+        after.append(gain_of(study))
+    assert min(before) > 0.1
+    assert max(after) < 0.02
+
+
 def test_a_prior_of_another_length_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="prior has 2 values; allowed is one for each of 100"):
         SurrogateSampler(POINTS, seed=0, prior=[1.0, 2.0])
