@@ -13,7 +13,8 @@ from hsa_compile.errors import InvalidArgument
 
 Known = Sequence[float | None] | Callable[[Point], float | None]  # of each point, in their order, or of any
 
-NUM_START = 10  # points before the first model; one that was enqueued counts
+MAX_START, MIN_START = 10, 3  # points before the first model; one that was enqueued counts
+_START_SHARE = 0.05  # of a small space's points
 _CANDIDATES = 32  # drawn for a start point, of which the one with the rarest values is taken
 _PREDICT_EVERY = 2  # finished trials; between, the next best point is proposed
 _FIT_EVERY = 8
@@ -46,6 +47,7 @@ class SurrogateSampler(PointSampler):
         self, points: Sequence[Point] | PointTable, *, seed: int, prior: Known | None = None, cost: Known | None = None
     ) -> None:
         super().__init__(points, seed=seed)
+        self.num_start = int(min(MAX_START, max(MIN_START, _START_SHARE * len(self.table))))
         self._features = self.table.features
         self._prior = None if prior is None else _places(self._evaluate("prior", prior))
         if self._prior is not None:
@@ -56,7 +58,7 @@ class SurrogateSampler(PointSampler):
 
     def choose(self, history: History, untaken: NDArray[np.bool_], rng: np.random.Generator) -> int:
         """A start point until there are enough and one has a time, then the most promising one."""
-        if len(history.taken) < NUM_START or np.isnan(history.times).all():
+        if len(history.taken) < self.num_start or np.isnan(history.times).all():
             return self._start(history, untaken, rng)
         return _least(-self._expect(history), untaken, rng)
 
@@ -71,7 +73,7 @@ class SurrogateSampler(PointSampler):
         left[list(history.finished)] = False
         if not left.any():
             return 0.0
-        if len(history.finished) < NUM_START or np.isnan(history.times).all():
+        if len(history.finished) < self.num_start or np.isnan(history.times).all():
             return 1.0
         measured, times = _selection(history)
         logs = _logs(times)
