@@ -3,8 +3,8 @@
     python benchmarks/ten_tunes.py                                  # the default problem's forward pass, on the CPU
     python benchmarks/ten_tunes.py --op hsa_backward --json OUT.json
 
-Two tunes agree if they have the same winner, or the winner of one is in the tie-set of the other: the play-off could
-not tell the two apart. Counted are those that agree with the winner that most agree with. For a quiet machine.
+A tune agrees with another if its winner is the other's, or one of the tie-set: those that the other's play-off could not
+tell from its winner. Counted are those that agree with the tune that most agree with. For a quiet machine.
 """
 
 import argparse
@@ -28,12 +28,8 @@ from hsa_compile.versions import installed_versions
 
 
 def agreement(records: Sequence[TuningRecord]) -> tuple[Schedule, int]:
-    """The winner that most tunes agree with, and how many."""
-
-    def agree(one: TuningRecord, other: TuningRecord) -> bool:
-        return one.schedule == other.schedule or one.schedule in other.tie_set or other.schedule in one.tie_set
-
-    counts = [sum(agree(record, other) for other in records) for record in records]
+    """The winner that most tunes agree with, and how many, itself included."""
+    counts = [sum(other.schedule in (record.schedule, *record.tie_set) for other in records) for record in records]
     return records[counts.index(max(counts))].schedule, max(counts)
 
 
