@@ -3,8 +3,8 @@
     python benchmarks/ten_tunes.py                                  # the default problem's forward pass, on the CPU
     python benchmarks/ten_tunes.py --op hsa_backward --json OUT.json
 
-A tune agrees with another if its winner is the other's, or one of the tie-set: those that the other's play-off could not
-tell from its winner. Counted are those that agree with the tune that most agree with. For a quiet machine.
+A tune agrees with another if its winner is the other's, or in the other's tie-set: its play-off could not tell the two
+apart. Counted are those that agree with the tune that most agree with. For a quiet machine.
 """
 
 import argparse
