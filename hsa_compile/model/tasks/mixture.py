@@ -40,8 +40,6 @@ class Mixture:
         min_episode: shortest episode in bytes; None: one episode a row.
         text_weight: of a synthetic row's bytes in the loss.
         answer_weight: of its answers.
-        lookup_weight: what a byte of an answer right behind a `=` counts more than the others. It alone must be found
-            by the name; those after it can be found by what is before them in the answer, which is learned first.
         corpus_weight: of a plain row's tokens.
     """
 
@@ -55,7 +53,6 @@ class Mixture:
     min_episode: int | None = None
     text_weight: float = 0.2
     answer_weight: float = 1.0
-    lookup_weight: float = 1.0
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -111,8 +108,6 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
     loss_weights[0] = 0
     for start, end in spans:
         loss_weights[start:end] = mixture.answer_weight
-        is_lookup = np.frombuffer(text, np.uint8)[start - 1 : end - 1] == ord("=")
-        loss_weights[start:end][is_lookup] *= mixture.lookup_weight
     return TrainingSample(tokens=np.frombuffer(text, np.uint8), loss_weights=loss_weights, answer_spans=tuple(spans))
 
 

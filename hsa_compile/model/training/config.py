@@ -101,20 +101,18 @@ class DataConfig:
         corpus: a prepared folder, `stdlib` for the Python standard library's sources, or empty for none.
         text_weight: of a synthetic row's bytes that are no answer.
         answer_weight: of answers.
-        lookup_weight: times that for bytes of answers right behind a `=`, as in `tasks.mixture.Mixture`.
         corpus_weight: of tokens of plain rows.
     """
 
     corpus: str = ""
     text_weight: float = 0.2
     answer_weight: float = 1.0
-    lookup_weight: float = 1.0
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.corpus, str):
             raise InvalidArgument(f"data.corpus = {self.corpus!r} must be 'stdlib' or a folder")
-        for name in ("text_weight", "answer_weight", "lookup_weight", "corpus_weight"):
+        for name in ("text_weight", "answer_weight", "corpus_weight"):
             check_number(f"data.{name}", getattr(self, name), 0, 1e6)
 
 

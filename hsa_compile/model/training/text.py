@@ -42,7 +42,6 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
             min_episode=stage.min_episode,
             text_weight=run.data.text_weight,
             answer_weight=run.data.answer_weight,
-            lookup_weight=run.data.lookup_weight,
             corpus_weight=run.data.corpus_weight,
         )
         for stage in run.stages

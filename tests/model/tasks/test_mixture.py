@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,21 +87,6 @@ def test_answers_carry_the_loss(mixture: Mixture, length: int, seed: int) -> Non
     for start, end in row.answer_spans:
         expected[start:end] = 1
     assert np.array_equal(row.loss_weights, expected)
-
-
-@given(mixtures(), st.integers(90, 600), numbers)
-def test_bytes_that_must_be_looked_up_by_a_name_can_count_more(mixture: Mixture, length: int, seed: int) -> None:
-    row = training_sample(replace(mixture, lookup_weight=4), length, seed, 0)
-    text = row.tokens.tobytes()
-    lookups = {
-        place + 1
-        for start, end in row.answer_spans
-        for place in range(start - 1, end - 1)
-        if text[place : place + 1] == b"="
-    }
-    assert {start for start, _ in row.answer_spans} <= lookups
-    assert set(np.flatnonzero(row.loss_weights == 4)) == lookups
-    assert np.array_equal(row.tokens, training_sample(mixture, length, seed, 0).tokens)
 
 
 @given(mixtures(), numbers, numbers)
