@@ -14,6 +14,7 @@ TEMPLATE_DIR = PACKAGE_DIR / "kernels" / "templates"
 PRETUNED_DIR = PACKAGE_DIR / "schedules" / "pretuned"
 REGRET_FILE = PACKAGE_DIR / "schedules" / "regret.json"
 RECIPE_DIR = PACKAGE_DIR / "model" / "recipes"
+CHECKPOINT_DIR = PACKAGE_DIR / "model" / "checkpoints"
 
 
 def chosen_cache_dir() -> str | None:

@@ -1,6 +1,9 @@
 """What the README prints, runs."""
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,27 @@ def test_the_python_example_runs_as_printed(block: str) -> None:
 
 def test_there_is_an_example() -> None:
     assert BLOCKS
+
+
+@pytest.mark.slow
+def test_the_way_from_tuning_to_answers_runs_as_printed(tmp_path: Path) -> None:
+    (lines,) = (
+        block for block in re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL) if "\nhsa-compile train" in block
+    )
+    environment = {**os.environ, "HSA_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
+    for line in lines.splitlines():
+        words = shlex.split(line, comments=True)
+        if words == ["make", "tune"]:  # what the Makefile runs once all is installed, in less time
+            words = ["hsa-compile", "tune", "--trials", "2", "--seq-len", "256"]
+        assert words.pop(0) == "hsa-compile"
+        if "--minutes" in words:
+            words[words.index("--minutes") + 1] = "0.1"
+        done = subprocess.run(
+            [sys.executable, "-m", "hsa_compile", *words],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["retrieval"]
 
 
 def test_every_command_and_flag_that_is_shown_exists() -> None:

@@ -54,7 +54,8 @@ class Depths(click.ParamType):
 
 
 @click.command("eval")
-@click.option("--model", "name", required=True, metavar="DIR", help="A saved model.")
+@click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
+              help="A saved model; tiny is shipped trained.")  # fmt: skip
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True, default=("s-niah",),
               show_default=True, help="May be repeated.")  # fmt: skip
 @click.option("--lengths", type=Counts(), default="4k,64k", show_default=True, help="In tokens; 4k is 4096.")
@@ -104,7 +105,7 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
 
     \b
     Examples:
-      hsa-compile eval --model runs/tiny/model
+      hsa-compile eval --lengths 4k,64k,1m
       hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --haystack stdlib --out results
       hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
     """

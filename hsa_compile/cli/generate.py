@@ -19,7 +19,6 @@ from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.generate import stream
 from hsa_compile.model.inference import PIECE, ModelState, new_state
 from hsa_compile.model.memory_segments import PLACEMENTS
-from hsa_compile.model.presets import PRESETS
 from hsa_compile.model.reading import load_state, save_state
 from hsa_compile.model.sampling import MAX_SEED, Sampling
 from hsa_compile.model.text_stream import TextStream
@@ -30,8 +29,8 @@ _PROGRESS_FROM = 4 * PIECE  # tokens; what is shorter is read at once
 
 
 @click.command()
-@click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model.")
-@click.option("--random-weights", is_flag=True, help="Allow a preset, whose weights are drawn with --seed.")
+@click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model; tiny is shipped trained.")
+@click.option("--random-weights", is_flag=True, help="A preset whose weights are drawn with --seed: noise.")
 @click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
 @click.option("--prompt", help="The text to continue.")
 @click.option("--prompt-file", type=click.File("rb"), help="A file that holds it; - is standard input.")
@@ -67,14 +66,10 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
     Examples:
       hsa-compile generate --model DIR --prompt 'def main(' --temperature 0.8 --top-p 0.95 --seed 1
       cat notes.txt | hsa-compile generate --model DIR --prompt-file - --memory disk --memory-dir /tmp/memory
-      hsa-compile generate --model tiny --random-weights --prompt hello
+      hsa-compile generate --model tiny --prompt 'The grass is green. abc=1234. The sky is blue. ?abc='
+      hsa-compile generate --model small --random-weights --prompt hello
     """
     drawn = Sampling(**sampling)
-    if name in PRESETS and not random_weights:
-        raise InvalidArgument(
-            f"model {name!r} is a preset: it has no trained weights; name the directory of a model, or add "
-            "--random-weights to see noise"
-        )
     if (prompt is None) == (prompt_file is None):
         raise InvalidArgument("one of --prompt and --prompt-file is needed")
     if memory == "disk" and memory_dir is None and load_memory is None:

@@ -11,6 +11,7 @@ from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.pretrained import from_pretrained, read_config, read_tokenizer
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.paths import CHECKPOINT_DIR
 
 
 def config_of(model: str, variant: str | None) -> ModelConfig:
@@ -38,26 +39,32 @@ def load_model(
     """A model in evaluation mode, and its tokenizer.
 
     Args:
-        name: directory of a saved model, or a preset.
-        variant: of a preset.
+        name: directory of a saved model, or a preset: one that is shipped trained, unless weights are to be random.
+        variant: of a preset with random weights.
         device: for the weights.
         dtype: of the weights, by its name; as saved if None.
-        random_seed: by which the weights of a preset are drawn; None refuses presets.
+        random_seed: by which the weights of a preset are drawn; None for trained ones.
 
     Raises:
-        InvalidArgument: as of `config_of`, or a preset is refused.
+        InvalidArgument: as of `config_of`, or there are no trained weights of a preset.
         SaveError: the saved model is damaged or foreign.
     """
     chosen = getattr(torch, DTYPE_ALIASES.get(dtype, dtype)) if dtype is not None else None
     config = config_of(name, variant)
-    if name not in PRESETS:
-        tokenizer = read_tokenizer(name)
-        model = from_pretrained(name, device=device, dtype=chosen)
-        return model, load_tokenizer(BYTES if tokenizer == BYTES else Path(name) / tokenizer)
-    if random_seed is None:
-        raise InvalidArgument(f"model {name!r} is a preset: it has no trained weights; name the directory of a model")
-    torch.manual_seed(random_seed)
-    return HSATransformer(config).to(device, chosen or torch.float32).eval(), load_tokenizer(BYTES)
+    if name in PRESETS and random_seed is not None:
+        torch.manual_seed(random_seed)
+        return HSATransformer(config).to(device, chosen or torch.float32).eval(), load_tokenizer(BYTES)
+    directory = Path(name)
+    if name in PRESETS:
+        directory = CHECKPOINT_DIR / name
+        if variant not in (None, VARIANTS[0]) or not directory.is_dir():
+            raise InvalidArgument(
+                f"model {name!r}{f' as {variant}' if variant else ''} has no trained weights; allowed are "
+                f"{', '.join(sorted(path.name for path in CHECKPOINT_DIR.iterdir()))} and the directory of a model"
+            )
+    tokenizer = read_tokenizer(directory)
+    model = from_pretrained(directory, device=device, dtype=chosen)
+    return model, load_tokenizer(BYTES if tokenizer == BYTES else directory / tokenizer)
 
 
 def device_of(name: str) -> torch.device:

@@ -134,7 +134,7 @@ def test_without_matplotlib_everything_else_is_there(
         (["--protocol", "free"], "free"),
         (["--memory-dtype", "int8"], "int8"),
         (["--top-k", "100000"], "top_k = 100000"),
-        (["--model", "tiny"], "is a preset: it has no trained weights"),
+        (["--model", "small"], "has no trained weights; allowed are tiny and"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--task", "ppl", "--haystack", "/tmp"], "hsa-compile prepare wrote"),
     ],

@@ -82,10 +82,20 @@ def test_a_book_is_read_once_and_asked_many_times(memory: str, run: Shell, direc
         assert asked.out == whole.out
 
 
-def test_a_preset_is_noise_and_must_be_asked_for(run: Shell) -> None:
-    refused = run("generate", "--model", "tiny", "--prompt", "x")
+def test_the_shipped_model_finds_what_the_prompt_holds(run: Shell) -> None:
+    haystack = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 20
+    prompt = f"{haystack} qxz=5071. {haystack} ?qxz="
+    found = run("generate", "--model", "tiny", "--prompt", prompt, "--max-new-tokens", "5")
+    assert (found.code, found.out) == (0, "5071.\n")
+
+
+def test_a_preset_without_trained_weights_is_noise_and_must_be_asked_for(run: Shell) -> None:
+    refused = run("generate", "--model", "small", "--prompt", "x")
     assert refused.code == 2
-    assert "--random-weights" in refused.err
+    assert "model 'small' has no trained weights; allowed are tiny and" in refused.err
+    refused = run("generate", "--model", "tiny", "--variant", "swa", "--prompt", "x")
+    assert refused.code == 2
+    assert "model 'tiny' as swa has no trained weights" in refused.err
     arguments = ["generate", "--model", "tiny", "--random-weights", "--prompt", "x", "--max-new-tokens", "5"]
     noise = [run(*arguments, "--variant", "swa").out for _ in range(2)]
     assert noise[0] == noise[1] != ""
