@@ -113,7 +113,7 @@ def test_a_folder_with_a_run_needs_resume_and_the_same_settings(run: Shell, conf
         (["--steps", "0"], "0 is not in the range x>=1"),
         (["--minutes", "0"], "0.0 is not in the range x>0"),
         (["--config", "/nowhere.toml"], "config /nowhere.toml cannot be read: No such file"),
-        (["stages.0.seq_len=40", "data.corpus="], "stages.0.min_seq_len = 128 must be at most seq_len = 40"),
+        (["stages.0.seq_len=40", "data.corpus="], "stages.0.min_seq_len = 64 must be at most seq_len = 40"),
         (["train.wandb_project=mine", "data.corpus="], "takes text of a corpus and data.corpus is empty"),
     ],
 )

@@ -284,4 +284,4 @@ def test_a_kill_at_any_moment_leaves_a_whole_reading(tmp_path: Path) -> None:
         state = load_state(model, tmp_path)
         assert state.positions[0] % 100 == 0
         assert state.memory is not None
-        assert state.memory.num_chunks == [state.positions[0] // 16]
+        assert state.memory.num_chunks == [state.positions[0] // model.config.chunk_size]
