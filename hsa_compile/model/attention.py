@@ -56,6 +56,6 @@ class GroupedQueryAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x [B, T, dim]` → q `[B, T, HQ, D]`, k and v `[B, T, H, D]`; q and k normalised."""
-        q = self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))
-        k, v = (layer(x).unflatten(2, (self.num_kv_heads, self.head_dim)) for layer in (self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)
+        k, v = (layer(x).view(*x.shape[:2], self.num_kv_heads, self.head_dim) for layer in (self.k_proj, self.v_proj))
         return self.q_norm(q), self.k_norm(k), v

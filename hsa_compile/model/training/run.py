@@ -35,7 +35,7 @@ from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.probe import Probe
 from hsa_compile.model.training.processes import Processes, shard
 from hsa_compile.model.training.stages import apply_stage, stage_at
-from hsa_compile.model.training.step import LossModel, StepResult, run_step
+from hsa_compile.model.training.step import LossModel, StepResult, compiled, run_step
 from hsa_compile.model.training.text import check_rows, digest, held_out_mixture, mixtures, open_corpus
 from hsa_compile.model.transformer import HSATransformer
 
@@ -90,7 +90,7 @@ class TrainingRun:
         self.model.checkpoint_activations = config.train.checkpoint_activations
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
-        self._forward: Any = torch.compile(self.loss_model) if config.train.compile else self.loss_model
+        self._forward: Any = compiled(self.loss_model) if config.train.compile else self.loss_model
         self.optimizer = make_optimizer(self.model, config.train)
         self.state = RunState(data_digest=digest(corpus), world_size=processes.world_size)
         self._checkpoints = directory / CHECKPOINTS

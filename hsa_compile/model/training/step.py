@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 from hsa_compile.errors import TrainingError
@@ -73,6 +74,15 @@ class LossModel(nn.Module):
         """
         hidden = self.model.hidden(tokens[:, :-1], selections=selections)
         return self.model.logits(hidden[:, hidden.shape[1] - last :]).argmax(dim=-1)
+
+
+def compiled(loss_model: LossModel) -> Any:
+    """The model through `torch.compile`, for calls of `forward`.
+
+    Without the cache of AOTAutograd: PyTorch 2.13 loads views from it whose sizes are garbage.
+    """
+    torch._functorch.config.enable_autograd_cache = False
+    return torch.compile(loss_model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from hsa_compile.model.training.feed import StepBatch
 from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.stages import StepPlan
-from hsa_compile.model.training.step import LossModel, StepResult, normalized_weights, run_step
+from hsa_compile.model.training.step import LossModel, StepResult, compiled, normalized_weights, run_step
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
@@ -115,6 +115,6 @@ def test_a_compiled_model_makes_the_same_step(alone: Processes) -> None:
     torch.manual_seed(0)
     model = HSATransformer(run.model).train()
     loss_model = LossModel(model, run.train.loss_chunk)
-    result = run_step(torch.compile(loss_model), make_optimizer(model, run.train), batch(), run.train, alone)
+    result = run_step(compiled(loss_model), make_optimizer(model, run.train), batch(), run.train, alone)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
