@@ -249,9 +249,13 @@ def test_autocast_casts_what_it_would_for_dense_attention() -> None:
     given = arguments(Shape(), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         o = hsa_attention(given.q, given.k, given.v, given.indices, given.weights, **given.options)
+        mixed = hsa_attention(given.q, given.k, given.v.bfloat16(), given.indices, given.weights, **given.options)
+        with pytest.raises(InvalidArgument, match=r"k has dtype torch\.bfloat16"):
+            hsa_attention(given.q.double(), given.k, given.v.double(), given.indices, given.weights, **given.options)
     lowered = (x.bfloat16() for x in (given.q, given.k, given.v))
     assert o.dtype == torch.bfloat16
     assert torch.equal(o, hsa_attention(*lowered, given.indices, given.weights, **given.options))
+    assert torch.equal(o, mixed)
 
 
 @pytest.mark.parametrize("family", ["cpp", "torch"], indirect=True)
