@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.autotune.predict import LIMITS
+from hsa_compile.device_peaks import LIMITS
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.default import default_schedule

@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hsa_compile.autotune.predict import OVERLAP, Limits, count_work, limits_of, predict, resident_programs
+from hsa_compile.autotune.predict import predict, resident_programs
+from hsa_compile.device_peaks import Limits, limits_of
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.limits import tile_rows
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.work import OVERLAP, count_work
 from hsa_compile.target import Target
 
 # Shares of the peaks that good kernels of this kind reach.

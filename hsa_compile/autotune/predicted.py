@@ -10,7 +10,7 @@ from typing import Any
 
 from hsa_compile.autotune.isolation import CompilePool, Limits
 from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.autotune.predict import limits_of
+from hsa_compile.device_peaks import limits_of
 from hsa_compile.errors import HSACompileError, InvalidArgument, InvalidTarget, OutOfResources
 from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
 from hsa_compile.kernels.compile import compile_kernel

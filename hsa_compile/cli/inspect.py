@@ -8,7 +8,7 @@ from typing import Any
 import click
 import tqdm
 
-from hsa_compile.autotune.predict import count_work, occupancy, predict
+from hsa_compile.autotune.predict import occupancy, predict
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_rows, shape_options
 from hsa_compile.errors import CacheError, InvalidArgument
@@ -19,6 +19,7 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.work import count_work
 from hsa_compile.target import NAMED_TARGETS, Target
 
 # What the default schedules are held to: nothing spilled at any of these points.

@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 
 from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.autotune.predict import count_work, predict
+from hsa_compile.autotune.predict import predict
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.work import count_work
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 PROBLEM = Problem(
