@@ -14,7 +14,7 @@ QUICK_ROUNDS = 3
 MAX_MORE_ROUNDS = 4
 CLEARLY_SLOWER = 1.5  # times the best so far: not worth more than the quick timings
 
-_MORE_MS = 1000.0  # that the further rounds may take
+_MS_A_ROUND = 250.0  # that a further round may take; of slower candidates there are fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +65,14 @@ def evaluate(
     *,
     best_ratio: float,
     compiled: Callable[[], Resources | None] | None = None,
+    more_rounds: int = MAX_MORE_ROUNDS,
 ) -> Outcome:
     """What becomes of one candidate.
 
     Args:
         best_ratio: of those timed so far; whoever is `CLEARLY_SLOWER` than that gets the quick timings only.
         compiled: waits for what the candidate uses, if it is compiled ahead; by default the bench compiles it.
+        more_rounds: at most, after the quick timings.
     """
     start = time.monotonic()
     stage, resources = "resources", None
@@ -84,7 +86,7 @@ def evaluate(
         times, default_times = bench.time([schedule, baseline.schedule], QUICK_ROUNDS)
         outcome = _timed(stage, times, default_times, fingerprint, resources, start)
         assert outcome.ratio is not None
-        more = min(MAX_MORE_ROUNDS, int(_MORE_MS / (2 * baseline.median_ms)))
+        more = min(more_rounds, int(more_rounds * _MS_A_ROUND / (2 * baseline.median_ms)))
         if outcome.ratio > CLEARLY_SLOWER * best_ratio or more < 1:
             return outcome
         stage = "full"

@@ -11,6 +11,8 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
+MORE_ROUNDS = 24
+
 
 def sweep(
     problem: Problem,
@@ -40,8 +42,9 @@ def sweep(
         if should_stop():
             break
         if schedule not in outcomes:
-            # Each is timed in full, however slow: a sweep is to be exact everywhere.
-            outcome = evaluate(schedule, bench, baseline, best_ratio=float("inf"))
+            # Each is timed in full, however slow, and longer than in a search: a sweep is to be exact everywhere, and
+            # the least of many noisy times is less than the best candidate takes.
+            outcome = evaluate(schedule, bench, baseline, best_ratio=float("inf"), more_rounds=MORE_ROUNDS)
             ledger.add(schedule, outcome)
             outcomes[schedule] = outcome
         on_outcome(len(outcomes), len(valid))

@@ -24,6 +24,8 @@ from hsa_compile.model.tasks.facts import (
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import position
 
+_LATE_BYTES = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
@@ -34,6 +36,8 @@ class Mixture:
         corpus: of plain rows; None if all are synthetic.
         synthetic_share: of rows, 0 to 1.
         chain_share: of episodes that track variables in chains instead of looking up needles, 0 to 1.
+        late_share: of episodes, those whose first asked needle lies as late as `min_distance` allows, or a little
+            earlier: elsewhere a long row would have needles within a window of their question too seldom. 0 to 1.
         num_needles: fewest and most an episode; fewer where they do not fit.
         num_queries: fewest and most an episode; never more than needles (or chains) are there.
         min_distance: more than so many bytes lie between an episode's needles and its questions: the window.
@@ -47,6 +51,7 @@ class Mixture:
     corpus: TokenCorpus | None = None
     synthetic_share: float = 1.0
     chain_share: float = 0.0
+    late_share: float = 0.0
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int = 64
@@ -56,7 +61,7 @@ class Mixture:
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("synthetic_share", "chain_share"):
+        for name in ("synthetic_share", "chain_share", "late_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidArgument(f"{name} {getattr(self, name)}; allowed is 0 to 1")
         for name in ("num_needles", "num_queries"):
@@ -103,7 +108,7 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
     spans: list[tuple[int, int]] = []
     for (begin, end), size in zip(bounds, episodes, strict=True):
         own, keys = keys[: size.num_needles], keys[size.num_needles :]
-        spans += _write_episode(text, begin, end, own, size, mixture.min_distance, rng)
+        spans += _write_episode(text, begin, end, own, size, mixture, rng)
     loss_weights = np.full(length, mixture.text_weight, np.float32)
     loss_weights[0] = 0
     for start, end in spans:
@@ -134,6 +139,13 @@ class _Size:
         return cls(num_needles=needles, num_queries=queries, has_chains=False)
 
 
+def _late_start(num_needles: int, space: int, rng: random.Random) -> int | None:
+    """Where a needle begins that lies at the end of `[0, space)` or a little before; None if others find no room."""
+    gap = int(rng.random() ** 2 * min(_LATE_BYTES, space - num_needles * NEEDLE_BYTES + 1))
+    start = space - NEEDLE_BYTES - gap
+    return start if start // NEEDLE_BYTES + gap // NEEDLE_BYTES >= num_needles - 1 else None
+
+
 def _draw_haystack(mixture: Mixture, rng: random.Random) -> Haystack:
     names, weights = zip(*mixture.haystacks, strict=True)
     chosen: Haystack = names[0] if len(names) == 1 else rng.choices(names, weights)[0]
@@ -155,12 +167,16 @@ def _bounds(mixture: Mixture, length: int, rng: random.Random) -> list[tuple[int
 
 
 def _write_episode(
-    text: bytearray, begin: int, end: int, keys: list[bytes], size: _Size, min_distance: int, rng: random.Random
+    text: bytearray, begin: int, end: int, keys: list[bytes], size: _Size, mixture: Mixture, rng: random.Random
 ) -> list[tuple[int, int]]:
     """Hides needles, writes the question at the end, and returns where its answers are."""
     facts = (chain_facts if size.has_chains else lookup_facts)(rng, keys, size.num_queries)
     asked_at = end - len(facts.question)
-    for start, needle in zip(position(facts, rng, asked_at - min_distance - 1 - begin), facts.needles, strict=True):
+    space = asked_at - mixture.min_distance - 1 - begin
+    fixed = None
+    if mixture.late_share and rng.random() < mixture.late_share:
+        fixed = _late_start(len(facts.needles), space, rng)
+    for start, needle in zip(position(facts, rng, space, fixed), facts.needles, strict=True):
         text[begin + start : begin + start + len(needle)] = needle
     text[asked_at:end] = facts.question
     return [(asked_at + start, asked_at + stop) for start, stop in facts.answer_spans]

@@ -126,8 +126,10 @@ class Stage:
         min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
         window, top_k: that the model's layers use in this stage; None: as in the model's config.
+        crossbatch: other rows of a process's part of a step whose chunks each row may choose besides its own, as far
+            as there are so many; harder to tell apart than the few chunks of one short row.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
-        chain_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
+        chain_share, late_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
         min_distance: between needles and questions; None: the window.
         haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`.
     """
@@ -138,8 +140,10 @@ class Stage:
     batch_tokens: int
     window: int | None = None
     top_k: int | None = None
+    crossbatch: int = 0
     synthetic_share: float = 1.0
     chain_share: float = 0.0
+    late_share: float = 0.0
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int | None = None
@@ -150,12 +154,13 @@ class Stage:
         check_number("stages.share", self.share, 1e-9, 1e9)
         check_count("stages.seq_len", self.seq_len, 2, 2**30)
         check_count("stages.batch_tokens", self.batch_tokens, 1, 2**40)
+        check_count("stages.crossbatch", self.crossbatch, 0, MAX_ROWS)
         for name, low in (("min_seq_len", 2), ("window", 1), ("top_k", 1), ("min_distance", 0), ("min_episode", 1)):
             if getattr(self, name) is not None:
                 check_count(f"stages.{name}", getattr(self, name), low, 2**30)
         if self.shortest > self.seq_len:
             raise InvalidArgument(f"stages.min_seq_len = {self.shortest} must be at most seq_len = {self.seq_len}")
-        for name in ("synthetic_share", "chain_share"):
+        for name in ("synthetic_share", "chain_share", "late_share"):
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
             object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))

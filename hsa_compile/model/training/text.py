@@ -36,6 +36,7 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
             corpus=corpus,
             synthetic_share=stage.synthetic_share,
             chain_share=stage.chain_share,
+            late_share=stage.late_share,
             num_needles=stage.num_needles,
             num_queries=stage.num_queries,
             min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,

@@ -38,6 +38,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
     return Mixture(
         haystacks=draw(st.sampled_from((NOISE, CODE, NOISE + CODE))),
         chain_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
+        late_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
         num_needles=(fewest, fewest + draw(st.integers(0, 6))),
         num_queries=(least, least + draw(st.integers(0, 4))),
         min_distance=min_distance,
@@ -114,6 +115,20 @@ def test_needles_come_at_all_depths() -> None:
         (name, _, _) = questions(row)[0]
         places.append(row.tokens.tobytes().index(name + b"="))
     assert min(np.histogram(places, bins=4, range=(0, 400 - 16 - 22))[0]) > 40
+
+
+@pytest.mark.parametrize("min_distance", [0, 40])
+def test_late_needles_lie_right_before_their_question_by_their_share(min_distance: int) -> None:
+    mixture = Mixture(haystacks=NOISE, late_share=0.4, num_queries=(1, 1), min_distance=min_distance)
+    distances = []
+    for index in range(300):
+        row = training_sample(mixture, 2000, 0, index)
+        name, _, asked_at = questions(row)[0]
+        distances.append(asked_at - row.tokens.tobytes().index(name + b"=") - len("abc=1234.") - min_distance)
+    assert min(distances) == 1
+    late = sum(distance <= 32 for distance in distances)
+    assert 90 < late < 160
+    assert sum(distance == 1 for distance in distances) > 10
 
 
 def test_chains_come_by_their_share() -> None:

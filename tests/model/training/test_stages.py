@@ -51,3 +51,12 @@ def test_window_and_top_k_of_the_stage_reach_the_layers_and_change_what_they_do(
     assert not torch.equal(model(tokens), before)
     apply_stage(model, run.model)
     torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
+
+
+def test_a_stage_says_whose_chunks_a_row_may_choose() -> None:
+    run = small_run()
+    model = HSATransformer(run.model)
+    apply_stage(model, run.model, crossbatch=3)
+    assert model.crossbatch == 3
+    apply_stage(model, run.model)
+    assert model.crossbatch == 0
