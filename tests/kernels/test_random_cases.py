@@ -137,21 +137,21 @@ ANY_SPEED = settings(
 
 
 @pytest.mark.slow
-@settings(ANY_SPEED, max_examples=120)
+@settings(ANY_SPEED, max_examples=80)
 @given(case=cases(("cpp", "cpp-avx2"), 60))
 def test_any_cpp_schedule_is_right(case: Case) -> None:
     run(case)
 
 
 @pytest.mark.slow
-@settings(ANY_SPEED, max_examples=150)
+@settings(ANY_SPEED, max_examples=100)
 @given(case=cases(("torch",), 60))
 def test_any_torch_schedule_is_right(case: Case) -> None:
     run(case)
 
 
 @pytest.mark.slow
-@settings(ANY_SPEED, max_examples=200)
+@settings(ANY_SPEED, max_examples=140)
 @given(case=cases(GPUS, 9))
 def test_any_triton_schedule_is_right(case: Case) -> None:
     run(case)
