@@ -8,10 +8,13 @@ import tabulate
 import torch
 
 from hsa_compile.cli.model_argument import config_of
+from hsa_compile.cli.model_scale import print_scale, scale_to_dict
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.cluster import Cluster
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.info import LayerInfo, ModelInfo, model_info
+from hsa_compile.model.scale import DEFAULT_MFU, Paper
 from hsa_compile.problem import DTYPES
 
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -34,25 +37,42 @@ def model() -> None:
     show_default=True,
     help="Of weights, caches and memory.",
 )
+@click.option("--devices", metavar="[N]xDEVICE", help="Also training and serving there, on paper: 64xh100.")
+@click.option("--mfu", type=float, default=DEFAULT_MFU, show_default=True, help="Assumed share of the peak.")
+@click.option("--batch-tokens", type=Counts(), default="4m", show_default=True, help="Tokens of a training step.")
 @json_option
-def info(name: str, variant: str | None, context: list[int], dtype: str, as_json: bool) -> None:
+def info(
+    name: str, variant: str | None, context: list[int], dtype: str, devices: str | None, mfu: float,
+    batch_tokens: list[int], as_json: bool,
+) -> None:  # fmt: skip
     """Show layers, parameters, memory at a context length and FLOPs of a model; no weight is allocated.
 
     PRESET is tiny, small, 345m, 0.5b or 8b-a1b; DIR is what a training run or save_pretrained wrote. FLOPs are
     products only, a token of text, on average over the context; training counts three times the forward pass.
+
+    With --devices, what training and serving at that context would take on so many a100, h100, h200, b200 or mi300x,
+    in bfloat16: bounds from the device table that the tuner predicts by, the same at an assumed share of the peak,
+    and the formula of each.
 
     \b
     Examples:
       hsa-compile model info tiny
       hsa-compile model info 0.5b --variant full --context 32k
       hsa-compile model info 8b-a1b --context 16m --json
+      hsa-compile model info 8b-a1b --context 16m --devices 64xh100
     """
-    if len(context) != 1:
-        raise InvalidArgument(f"--context names {len(context)} lengths; one is needed")
+    for flag, values in (("--context", context), ("--batch-tokens", batch_tokens)):
+        if len(values) != 1:
+            raise InvalidArgument(f"{flag} names {len(values)} numbers; one is needed")
     config = config_of(name, variant)
+    paper = None
+    if devices is not None:
+        cluster = Cluster.parse(devices)
+        paper = Paper(info=model_info(config, context=context[0]), cluster=cluster, mfu=mfu)
     counted = model_info(config, context=context[0], dtype=getattr(torch, DTYPE_ALIASES.get(dtype, dtype)))
     if as_json:
-        print_json(counted.to_dict())
+        scale = {"scale": scale_to_dict(paper, batch_tokens[0])} if paper else {}
+        print_json({**counted.to_dict(), **scale})
         return
     click.echo(tabulate.tabulate(list(_layer_rows(counted)), headers=("layers", "holds", "parameters", "active")))
     click.echo()
@@ -60,6 +80,8 @@ def info(name: str, variant: str | None, context: list[int], dtype: str, as_json
     width = max(len(what) for what, _ in totals)
     for what, value in totals:
         click.echo(f"{what:{width}}  {value}")
+    if paper:
+        print_scale(paper, batch_tokens[0])
 
 
 def _layer_rows(counted: ModelInfo) -> Iterator[tuple[Any, ...]]:

@@ -75,6 +75,7 @@ class ModelInfo:
         context: the length that memory and FLOPs are for, in tokens of text.
         memory: at that length.
         flops: of the forward pass, a token of text, on average over the context; by part of the model.
+        kernel_flops: what our own kernels do of these: scores of landmarks, attention to chunks.
     """
 
     config: ModelConfig
@@ -86,6 +87,7 @@ class ModelInfo:
     context: int
     memory: MemoryUse
     flops: dict[str, float]
+    kernel_flops: dict[str, float]
 
     @property
     def forward_flops(self) -> float:
@@ -128,6 +130,7 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
     if not 1 <= context <= MAX_CONTEXT:
         raise InvalidArgument(f"context = {context} must be in 1 … {MAX_CONTEXT}")
     model = empty_model(config)
+    flops, kernel_flops = _flops(model, context)
     layers = tuple(_layer_info(config, layer, spec) for layer, spec in _layers(model))
     parameters = _count(model)
     embedding = _count(model.embedding) + (_count(model.output) if model.output is not None else 0)
@@ -140,7 +143,8 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
         active_parameters=parameters - embedding - _idle(model),
         context=context,
         memory=_memory(config, context, parameters, dtype.itemsize),
-        flops=_flops(model, context),
+        flops=flops,
+        kernel_flops=kernel_flops,
     )
 
 
@@ -205,11 +209,15 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
     )
 
 
-def _flops(model: HSATransformer, context: int) -> dict[str, float]:
-    """Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out."""
+def _flops(model: HSATransformer, context: int) -> tuple[dict[str, float], dict[str, float]]:
+    """All parts, and what our kernels do of them.
+
+    Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out.
+    """
     config = model.config
     T = _positions(config, context)
     parts = dict.fromkeys(("lower layers", "chunk encoder", "retrieval", "chunk attention", "upper layers"), 0.0)
+    kernels = dict.fromkeys(("retrieval", "chunk attention"), 0.0)
     if model.chunk_encoder is not None:
         parts["chunk encoder"] = _encoder_flops(model)
     # DRT retrieves once a chunk, and a chunk does not see the one right before it.
@@ -223,14 +231,14 @@ def _flops(model: HSATransformer, context: int) -> dict[str, float]:
         parts[half] += sum(2 * _multiplied(part) for part in (layer.mixer, layer.mlp) if part is not None)
         parts[half] += _mixing_flops(config, spec.mixer, T)
         if layer.retrieval is not None:
-            scores = config.memory_kv_heads * config.retrieval_dim * visible
-            parts["retrieval"] += 2 * queries * (_multiplied(layer.retrieval) + scores)
+            parts["retrieval"] += 2 * queries * _multiplied(layer.retrieval)
+            kernels["retrieval"] += 2 * queries * config.memory_kv_heads * config.retrieval_dim * visible
         if layer.memory_attention is not None:
-            pairs = 2 * config.memory_heads * config.memory_head_dim * keys
-            parts["chunk attention"] += 2 * (_multiplied(layer.memory_attention) + pairs)
-    return {name: flops * T / context for name, flops in parts.items()} | {
-        "output": 2.0 * config.dim * config.vocab_size
-    }
+            parts["chunk attention"] += 2 * _multiplied(layer.memory_attention)
+            kernels["chunk attention"] += 4 * config.memory_heads * config.memory_head_dim * keys
+    kernels = {name: flops * T / context for name, flops in kernels.items()}
+    parts = {name: flops * T / context + kernels.get(name, 0.0) for name, flops in parts.items()}
+    return parts | {"output": 2.0 * config.dim * config.vocab_size}, kernels
 
 
 def _encoder_flops(model: HSATransformer) -> float:

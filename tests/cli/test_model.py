@@ -50,7 +50,7 @@ def test_info_of_a_saved_model(run: Shell, tmp_path: Path) -> None:
     [
         (["huge"], "'huge' is neither a directory nor one of the presets tiny, small, 345m, 0.5b, 8b-a1b"),
         (["tiny", "--context", "0"], "'0' is not a positive integer"),
-        (["tiny", "--context", "1k,2k"], "2 lengths"),
+        (["tiny", "--context", "1k,2k"], "2 numbers"),
         (["tiny", "--variant", "rnn"], "'rnn' is not one of 'hsa-ultralong'"),
         (["tiny", "--dtype", "int8"], "'int8' is not one of 'float32'"),
     ],
