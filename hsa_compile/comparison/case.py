@@ -1,0 +1,104 @@
+"""One row of contests: what is computed, on which shape and tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hsa_compile.autotune.decode_inputs import DecodeInputs
+from hsa_compile.autotune.inputs import Inputs
+from hsa_compile.autotune.select_inputs import SelectInputs, inputs_of
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.work import Work, count_work
+
+FORWARD, BOTH, SELECT, DECODE = "forward", "both", "select", "decode"
+KINDS = {FORWARD: "hsa_forward", BOTH: "hsa_forward", SELECT: "select_chunks", DECODE: "hsa_decode"}
+
+Results = tuple[Tensor, ...]
+Call = Callable[[], Results]
+
+# One pass over the chunks, five products backward: what has to be done, whatever a schedule does beyond it.
+_LEAST = Schedule.of("chunk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A problem with its tensors on a device.
+
+    Attributes:
+        kind: `forward` or `both` (forward and backward) of hsa_attention, `select`, or `decode`.
+        problem: its op is that of the forward kernel.
+        device: where it runs.
+        inputs: the tensors, which no contender may write to.
+    """
+
+    kind: str
+    problem: Problem
+    device: torch.device
+    inputs: Inputs | SelectInputs | DecodeInputs
+
+    def __post_init__(self) -> None:
+        if KINDS.get(self.kind) != self.problem.op:
+            raise InvalidArgument(f"kind = {self.kind!r} of {self.problem.op} is not one of {KINDS}")
+
+    @staticmethod
+    def of(kind: str, problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0) -> "Case":
+        """A case whose tensors are those that a tuning would take."""
+        inputs = inputs_of(problem, device, distribution=distribution, seed=seed)
+        return Case(kind=kind, problem=problem, device=device, inputs=inputs)
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Of the kernels that take part."""
+        return (self.problem.op, "hsa_backward") if self.kind == BOTH else (self.problem.op,)
+
+    @property
+    def attention(self) -> Inputs:
+        """The tensors of hsa_attention."""
+        assert isinstance(self.inputs, Inputs)
+        return self.inputs
+
+    @property
+    def selection(self) -> SelectInputs:
+        """The tensors of select_chunks."""
+        assert isinstance(self.inputs, SelectInputs)
+        return self.inputs
+
+    @property
+    def decoding(self) -> DecodeInputs:
+        """The tensors of hsa_decode."""
+        assert isinstance(self.inputs, DecodeInputs)
+        return self.inputs
+
+
+def sparse_work(case: Case) -> Work:
+    """Products of the picks that are there, each tensor moved once; of every contender that works on the picks."""
+    filled = 1.0
+    if case.kind != SELECT:
+        indices = case.decoding.chunk_indices if case.kind == DECODE else case.attention.chunk_indices
+        filled = float((indices >= 0).double().mean())
+    works = [count_work(case.problem.with_op(op), _LEAST) for op in case.ops]
+    return replace(
+        works[0],
+        flops=filled * sum(work.flops for work in works),
+        memory_bytes=sum(work.memory_bytes for work in works),
+        cache_bytes=sum(work.cache_bytes for work in works),
+    )
+
+
+def dense_work(case: Case) -> Work:
+    """Products of every query with all keys before it, each tensor moved once."""
+    problem = case.problem
+    D, Dv, T, S = problem.head_dim, problem.value_dim, problem.seq_len, problem.kv_len
+    pairs = problem.batch * problem.num_heads * (T * (T + 1) / 2 + T * (S - T))
+    queries = problem.batch * T * problem.num_heads * (D + Dv)
+    keys = problem.batch * S * problem.num_kv_heads * (D + Dv)
+    backward = case.kind == BOTH
+    return Work(
+        flops=2.0 * pairs * (4 * D + 3 * Dv if backward else D + Dv),
+        memory_bytes=(queries + keys) * problem.itemsize * (3 if backward else 1),
+        cache_bytes=0.0,
+    )

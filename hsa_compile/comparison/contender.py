@@ -1,0 +1,58 @@
+"""Something that can be timed on a case, with what it claims to compute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hsa_compile.comparison.case import KINDS, Call, Case, sparse_work
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.schedules.work import Work
+
+SAME = "same function"
+DENSE = "dense"
+SPARSE = "same sparsity, another function"
+CLAIMS = (SAME, DENSE, SPARSE)
+
+
+def available(case: Case) -> str | None:
+    """Nothing speaks against it."""
+    del case
+    return None
+
+
+def nothing(case: Case) -> str:
+    """No note."""
+    del case
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A way to compute something from the tensors of a case.
+
+    Attributes:
+        name: for tables.
+        computes: `SAME`, what the op is defined to be; `DENSE`, attention to everything before; or `SPARSE`, one
+            softmax over the same chunks together.
+        make: a call that does it once, on tensors that are laid out beforehand as it likes them.
+        check: compares it with the float64 definition of what it claims, and raises WrongResult.
+        why_not: why it cannot run a case, in words; None if it can.
+        kinds: of the cases that it is made for.
+        work: what it has to do at least, by which its rates are counted.
+        note: what else a reader of its times should know.
+    """
+
+    name: str
+    computes: str
+    make: Callable[[Case], Call]
+    check: Callable[[Case, Call], None]
+    why_not: Callable[[Case], str | None] = available
+    kinds: tuple[str, ...] = tuple(KINDS)
+    work: Callable[[Case], Work] = sparse_work
+    note: Callable[[Case], str] = nothing
+
+    def __post_init__(self) -> None:
+        if self.computes not in CLAIMS:
+            raise InvalidArgument(f"computes = {self.computes!r} is not one of {', '.join(CLAIMS)}")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise InvalidArgument(f"kind = {kind!r} is not one of {', '.join(KINDS)}")

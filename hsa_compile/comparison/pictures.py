@@ -1,0 +1,155 @@
+"""Pictures of a comparison: time by length, and what of the device's peaks was reached."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
+from hsa_compile.comparison.result import TIMED, Comparison, Result
+from hsa_compile.comparison.table import TITLES, length_of, shape_of, short_count
+from hsa_compile.errors import SaveError
+from hsa_compile.extras import require
+
+TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
+_LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}
+_PANEL_INCHES = (3.7, 3.1)
+_ROOF = "0.45"  # a grey
+
+Panels = Mapping[tuple[str, str], Sequence[Result]]  # by kind and shape
+
+
+def draw(comparison: Comparison, directory: Path) -> list[Path]:
+    """Writes `bench_time.png` and `bench_roofline.png`; nothing if nothing was timed.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+        SaveError: a file cannot be written.
+    """
+    require("matplotlib", "a picture").use("Agg")
+    panels: dict[tuple[str, str], list[Result]] = {}
+    for result in comparison.results:
+        if result.status == TIMED:
+            panels.setdefault((result.kind, shape_of(result.problem)), []).append(result)
+    if not panels:
+        return []
+    return [
+        _save(_times(comparison, panels), directory / TIME_PICTURE),
+        _save(_rates(comparison, panels), directory / ROOFLINE_PICTURE),
+    ]
+
+
+def _times(comparison: Comparison, panels: Panels) -> Any:
+    figure, axes = _grid(1, len(panels))
+    colours = _colours(comparison)
+    for axis, ((kind, shape), results) in zip(axes[0], panels.items(), strict=True):
+        for name, rows in _by_contender(results).items():
+            lengths = [length_of(row.problem) for row in rows]
+            found = [row.measurement for row in rows if row.measurement]
+            axis.plot(lengths, [one.median_ms for one in found], **_style(name, rows[0], colours))
+            axis.fill_between(
+                lengths, [one.p20_ms for one in found], [one.p80_ms for one in found],
+                color=colours[name], alpha=0.15, linewidth=0,
+            )  # fmt: skip
+        _finish(axis, results, kind, shape)
+    axes[0][0].set_ylabel("time, ms (median, band p20–p80)")
+    _title(figure, axes, "Time by length", comparison)
+    return figure
+
+
+def _rates(comparison: Comparison, panels: Panels) -> Any:
+    figure, axes = _grid(2, len(panels))
+    colours = _colours(comparison)
+    for column, ((kind, shape), results) in enumerate(panels.items()):
+        peaks = comparison.peaks.get(results[0].problem.dtype)
+        for name, rows in _by_contender(results).items():
+            lengths = [length_of(row.problem) for row in rows]
+            for axis, rate in ((axes[0][column], _tflops), (axes[1][column], _gb_s)):
+                axis.plot(lengths, [rate(row) for row in rows], **_style(name, rows[0], colours))
+        if peaks:
+            ours = next(iter(_by_contender(results).values()))
+            bounds = [row.attainable_tflops or peaks.tflops for row in ours]
+            lengths = [length_of(row.problem) for row in ours]
+            axes[0][column].plot(lengths, bounds, color=_ROOF, linewidth=1.5, linestyle="-.", label=_ROOF_LABEL)
+            axes[0][column].axhline(peaks.tflops, color=_ROOF, linewidth=1.5, label="the device's peak")
+            axes[1][column].axhline(peaks.gb_s, color=_ROOF, linewidth=1.5)
+        _finish(axes[0][column], results, kind, shape)
+        _finish(axes[1][column], results, "", "")
+    axes[0][0].set_ylabel("TFLOP/s")
+    axes[1][0].set_ylabel("GB/s")
+    sources = dict.fromkeys(peaks.source for peaks in comparison.peaks.values() if peaks)
+    _title(figure, axes, f"Rates against the device's peaks ({'; '.join(sources) or 'not known'})", comparison)
+    return figure
+
+
+_ROOF_LABEL = "the roofline for what ours has to do"
+
+
+def _tflops(row: Result) -> float:
+    return row.tflops or float("nan")
+
+
+def _gb_s(row: Result) -> float:
+    return row.gb_s or float("nan")
+
+
+def _grid(rows: int, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(max(7.5, width * columns), height * rows + 1.3), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _colours(comparison: Comparison) -> dict[str, str]:
+    """One for each contender, the same in all panels."""
+    names = dict.fromkeys(row.contender for row in comparison.results)
+    return {name: f"C{index}" for index, name in enumerate(names)}
+
+
+def _style(name: str, row: Result, colours: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "color": colours[name],
+        "linestyle": _LINES[row.computes],
+        "linewidth": 2.5 if colours[name] == "C0" else 1.5,
+        "marker": "o",
+        "markersize": 5,
+        "label": f"{name} ({row.computes})",
+    }
+
+
+def _by_contender(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for row in sorted(results, key=lambda row: length_of(row.problem)):
+        found.setdefault(row.contender, []).append(row)
+    order = list(dict.fromkeys(row.contender for row in results))
+    return {name: found[name] for name in order}
+
+
+def _finish(axis: Any, results: Sequence[Result], kind: str, shape: str) -> None:
+    lengths = sorted({length_of(row.problem) for row in results})
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [short_count(length) for length in lengths])
+    axis.xaxis.minorticks_off()
+    axis.set_xlabel("length, tokens")
+    axis.grid(alpha=0.3)
+    if kind:
+        axis.set_title(f"{TITLES[kind]}\n{shape}", fontsize=9)
+
+
+def _title(figure: Any, axes: Any, text: str, comparison: Comparison) -> None:
+    figure.suptitle(f"{text}\n{comparison.device}", fontsize=11)
+    labels: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    write: Callable[..., object] = figure.savefig
+    try:
+        write(path, dpi=110)
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path

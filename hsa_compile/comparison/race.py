@@ -1,0 +1,177 @@
+"""The contest: every contender of a case is checked, then all that are right are timed in turns."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hsa_compile.autotune.measure import measure, quantile, summarize
+from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT, Call, Case
+from hsa_compile.comparison.contender import Contender
+from hsa_compile.comparison.foreign import FOREIGN_ERRORS, one_line
+from hsa_compile.comparison.peaks import Peaks
+from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG, Result
+from hsa_compile.errors import WrongResult
+from hsa_compile.problem import Problem
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
+_CALLS_BEFORE = 2  # a contender's check and its first warm call
+_CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A contender that gave the right answer, and the time of one warm call."""
+
+    contender: Contender
+    call: Call
+    seconds: float
+
+
+class Race:
+    """Runs cases one after the other, short ones first, and shares a budget of time out among them.
+
+    Args:
+        contenders: the first of them ours, which the others are compared with.
+        device: where all run.
+        peaks: of the device, by dtype.
+        seconds: for all cases together. A contender for which it leaves no time is left out; ours never is.
+        distribution, seed: of the inputs.
+    """
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        device: torch.device,
+        peaks: Mapping[str, Peaks | None],
+        *,
+        seconds: float,
+        distribution: str = "random",
+        seed: int = 0,
+    ) -> None:
+        self._contenders, self._device, self._peaks = tuple(contenders), device, peaks
+        self._distribution, self._seed = distribution, seed
+        self._deadline = time.monotonic() + seconds
+        self._on_progress: Progress = lambda what: None
+        self._seconds_per_flop: dict[tuple[str, str], float] = {}  # by name and kind, of the last shape
+
+    def run(
+        self, entries: Sequence[tuple[str, Problem]], *, on_progress: Progress = lambda what: None
+    ) -> Iterator[list[Result]]:
+        """The results of each case, when it is finished.
+
+        Args:
+            entries: kind and problem of each.
+            on_progress: is told what is done next.
+        """
+        self._on_progress = on_progress
+        ordered = sorted(entries, key=lambda entry: (entry[1].kv_len, _CHEAP_FIRST.index(entry[0])))
+        for done, (kind, problem) in enumerate(ordered):
+            now = time.monotonic()
+            until = now + max(0.0, self._deadline - now) / (len(ordered) - done)
+            case = Case.of(kind, problem, self._device, distribution=self._distribution, seed=self._seed)
+            yield self._run_case(case, until)
+
+    def _run_case(self, case: Case, until: float) -> list[Result]:
+        entered = [contender for contender in self._contenders if case.kind in contender.kinds]
+        outcomes: dict[str, Ready | Result] = {}
+        for contender in entered:
+            self._on_progress(f"{label(case)}: {contender.name}")
+            outcomes[contender.name] = self._prepare(contender, case, until)
+        ready = [outcome for outcome in outcomes.values() if isinstance(outcome, Ready)]
+        times = self._time(case, ready, until)
+        ours = times.get(self._contenders[0].name)
+        return [
+            self._result(outcome.contender, case, times[name], ours) if isinstance(outcome, Ready) else outcome
+            for name, outcome in outcomes.items()
+        ]
+
+    def _prepare(self, contender: Contender, case: Case, until: float) -> Ready | Result:
+        """Checks a contender and warms it up; a result without times if it cannot take part."""
+        if reason := contender.why_not(case) or self._too_slow(contender, case, until):
+            return _untimed(contender, case, LEFT_OUT, reason)
+        try:
+            call = contender.make(case)
+            contender.check(case, call)
+            call()
+            synchronize(case.device)
+            start = time.monotonic()
+            call()
+            synchronize(case.device)
+            seconds = time.monotonic() - start
+        except WrongResult as error:
+            return _untimed(contender, case, WRONG, str(error))
+        except torch.OutOfMemoryError as error:
+            return _untimed(contender, case, LEFT_OUT, one_line(error))
+        except FOREIGN_ERRORS as error:
+            return _untimed(contender, case, FAILED, one_line(error))
+        self._seconds_per_flop[contender.name, case.kind] = seconds / contender.work(case).flops
+        return Ready(contender=contender, call=call, seconds=seconds)
+
+    def _too_slow(self, contender: Contender, case: Case, until: float) -> str | None:
+        """By its rate on the last shape, or at the device's peak if there was none."""
+        if contender is self._contenders[0]:
+            return None
+        peaks = self._peaks.get(case.problem.dtype)
+        at_peak = 1 / (peaks.tflops * 1e12) if peaks else 0.0
+        per_flop = self._seconds_per_flop.get((contender.name, case.kind), at_peak)
+        seconds, left = per_flop * contender.work(case).flops, max(0.0, until - time.monotonic())
+        if seconds * (_CALLS_BEFORE + MIN_ROUNDS) <= left:
+            return None
+        return f"a call takes about {seconds:.2g} s, and only {left:.0f} s are left for it; --seconds gives more"
+
+    def _time(self, case: Case, ready: Sequence[Ready], until: float) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {one.contender.name: [] for one in ready}
+        if not ready:
+            return times
+        a_round = sum(one.seconds for one in ready)
+        rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, (until - time.monotonic()) / max(a_round, 1e-9))))
+        self._on_progress(f"{label(case)}: {rounds} rounds")
+        found = measure([one.call for one in ready], case.device, rounds=rounds)
+        return dict(zip(times, found, strict=True))
+
+    def _result(self, contender: Contender, case: Case, times: Sequence[float], ours: Sequence[float] | None) -> Result:
+        work, measurement = contender.work(case), summarize(times)
+        ratio = None
+        if ours is not None:
+            ratios = [one / other for one, other in zip(times, ours, strict=True)]
+            ratio = (quantile(ratios, 0.5), quantile(ratios, 0.2), quantile(ratios, 0.8))
+        peaks = self._peaks.get(case.problem.dtype)
+        return Result(
+            kind=case.kind,
+            problem=case.problem,
+            contender=contender.name,
+            computes=contender.computes,
+            status=TIMED,
+            note=contender.note(case),
+            measurement=measurement,
+            ratio=ratio,
+            tflops=work.flops / measurement.median_ms / 1e9,
+            gb_s=work.memory_bytes / measurement.median_ms / 1e6,
+            attainable_tflops=peaks.attainable_tflops(work) if peaks else None,
+        )
+
+
+def label(case: Case) -> str:
+    """Kind and length, for a progress bar."""
+    return f"{case.kind} {case.problem.kv_len}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _untimed(contender: Contender, case: Case, status: str, note: str) -> Result:
+    return Result(
+        kind=case.kind,
+        problem=case.problem,
+        contender=contender.name,
+        computes=contender.computes,
+        status=status,
+        note=note,
+    )
