@@ -67,6 +67,14 @@ def log_level() -> str | None:
     return os.environ.get("HSA_COMPILE_LOG")
 
 
+def quiet_profiler() -> None:
+    """Keeps PyTorch's profiler from writing two lines to standard error each time it runs.
+
+    They have a level above that of errors. A level that the user set stays.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def cxx_compiler() -> str | None:
     """The C++ compiler that builds CPU kernels: `CXX`, else the first of the usual names; None if there is none."""
     if chosen := os.environ.get("CXX"):

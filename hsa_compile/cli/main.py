@@ -5,7 +5,6 @@ import warnings
 
 import click
 
-from hsa_compile import __version__
 from hsa_compile.cli.doctor import doctor
 from hsa_compile.cli.emit import emit
 from hsa_compile.cli.eval import evaluate
@@ -14,11 +13,13 @@ from hsa_compile.cli.inspect import inspect
 from hsa_compile.cli.model import model
 from hsa_compile.cli.plan import plan
 from hsa_compile.cli.prepare import prepare
+from hsa_compile.cli.profile import profile
 from hsa_compile.cli.report import report
 from hsa_compile.cli.schedules import schedules
 from hsa_compile.cli.train import train
 from hsa_compile.cli.tune import tune
-from hsa_compile.errors import HSACompileError, InvalidArgument
+from hsa_compile.cli.version import print_version
+from hsa_compile.errors import HSACompileError, InvalidArgument, MissingDependency
 
 USER_ERROR = 2
 FAILURE = 1
@@ -26,7 +27,8 @@ INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="hsa-compile")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version,
+              help="Show the version, PyTorch, Triton and the device.")  # fmt: skip
 def cli() -> None:
     """Compiler-style autotuning for Hierarchical Sparse Attention (HSA).
 
@@ -41,12 +43,26 @@ def cli() -> None:
     """
 
 
-for command in (tune, plan, report, schedules, emit, inspect, prepare, model, train, evaluate, generate, doctor):
+for command in (
+    tune,
+    plan,
+    report,
+    schedules,
+    emit,
+    inspect,
+    prepare,
+    model,
+    train,
+    evaluate,
+    generate,
+    profile,
+    doctor,
+):
     cli.add_command(command)
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input or a missing package, 130 interrupted."""
     warnings.showwarning = _show_warning
     try:
         code = cli.main(standalone_mode=False)
@@ -57,7 +73,7 @@ def main() -> None:
         code = _fail(_with_allowed(error), USER_ERROR)
     except click.ClickException as error:
         code = _fail(error.format_message(), USER_ERROR)
-    except InvalidArgument as error:
+    except (InvalidArgument, MissingDependency) as error:
         code = _fail(str(error), USER_ERROR)
     except HSACompileError as error:
         code = _fail(str(error), FAILURE)

@@ -8,7 +8,6 @@ import click
 import tqdm
 
 from hsa_compile.cli.options import json_option
-from hsa_compile.errors import MissingDependency
 from hsa_compile.model.data.manifest import SPLITS, Manifest
 from hsa_compile.model.data.prepare import prepare as prepare_corpus
 from hsa_compile.model.data.sources import find_sources, stdlib_sources
@@ -52,25 +51,22 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
       hsa-compile prepare books/ pages.jsonl.zst --out corpus --tokenizer tokenizer.json
     """
     found = find_sources(sources, without=out) + (stdlib_sources() if corpus else [])
-    try:
-        with tqdm.tqdm(
-            total=sum(source.size for source in found),
-            desc="prepare",
-            unit="B",
-            unit_scale=True,
-            disable=as_json or None,  # None: shown on a terminal only
-        ) as bar:
-            manifest = prepare_corpus(
-                found,
-                out,
-                tokenizer=tokenizer,
-                validation=validation,
-                field=field,
-                overwrite=overwrite,
-                on_progress=bar.update,
-            )
-    except MissingDependency as error:
-        raise click.UsageError(str(error)) from error
+    with tqdm.tqdm(
+        total=sum(source.size for source in found),
+        desc="prepare",
+        unit="B",
+        unit_scale=True,
+        disable=as_json or None,  # None: shown on a terminal only
+    ) as bar:
+        manifest = prepare_corpus(
+            found,
+            out,
+            tokenizer=tokenizer,
+            validation=validation,
+            field=field,
+            overwrite=overwrite,
+            on_progress=bar.update,
+        )
     if as_json:
         click.echo(json.dumps(asdict(manifest), indent=2))
     else:

@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 
 from hsa_compile.autotune.storage import default_storage, open_storage
 from hsa_compile.autotune.trial_states import SKIPPED
-from hsa_compile.errors import CacheError, InvalidArgument, MissingDependency
+from hsa_compile.errors import CacheError, InvalidArgument
+from hsa_compile.extras import require
 from hsa_compile.target import Target
 
 LATEST = "latest"
@@ -41,6 +42,8 @@ def report(name: str, address: str | None, device: str, out: Path) -> None:
     if address.endswith(".journal") and not Path(address).exists():
         raise InvalidArgument(f"storage {address} does not exist; hsa-compile tune makes it")
     study = _timed_only(_load(open_storage(address), name))
+    for package in ("plotly", "matplotlib", "sklearn"):  # before anything is written
+        require(package, "a report")
     try:
         out.mkdir(parents=True, exist_ok=True)
         page = out / f"{study.study_name}.html"
@@ -89,14 +92,11 @@ def _plots(study: optuna.Study, module: Any) -> "list[tuple[str, Callable[[], An
 
 
 def _page(study: optuna.Study) -> str:
-    try:
-        import plotly
-    except ModuleNotFoundError as error:
-        raise MissingDependency("a report needs plotly: pip install 'hsa-compile[plots]'") from error
+    to_html = require("plotly.io", "a report").to_html
     script: bool = True  # the first figure brings plotly along, so that the page needs no network
     figures = []
     for _, draw in _plots(study, optuna.visualization):
-        figures.append(plotly.io.to_html(_quietly(draw), include_plotlyjs=script, full_html=False))
+        figures.append(to_html(_quietly(draw), include_plotlyjs=script, full_html=False))
         script = False
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -119,11 +119,7 @@ def _facts(study: optuna.Study) -> str:
 
 
 def _pictures(study: optuna.Study, out: Path) -> Sequence[Path]:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingDependency("pictures need matplotlib: pip install 'hsa-compile[plots]'") from error
-    matplotlib.use("Agg")
+    require("matplotlib", "a report").use("Agg")
     from matplotlib import pyplot
 
     paths = []

@@ -12,7 +12,8 @@ import click
 import tqdm
 
 from hsa_compile.cli.train_tuning import tune_for_run
-from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.extras import install_command
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
 from hsa_compile.model.training.config import RunConfig
@@ -64,8 +65,6 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
         with _stop_signals(minutes) as stop:
             _run(config, out, processes, resume, stop)
         processes.wait()
-    except MissingDependency as error:
-        raise click.UsageError(str(error)) from error
     finally:
         leave_processes()
 
@@ -132,7 +131,7 @@ def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop:
     run = TrainingRun(config, out, processes, resume=resume, on_record=line.show)
     try:
         if processes.is_first and not run.has_tensorboard:
-            click.echo("no TensorBoard files: pip install 'hsa-compile[train]' for them", err=True)
+            click.echo(f"no TensorBoard files: {install_command('tensorboard')} for them", err=True)
         line.begin(run.state.step)
         is_finished = run.train(stop)
     finally:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.extras import missing
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.data.tokenizer import BYTES
 from hsa_compile.model.pretrained import ARCHITECTURE, MODEL_TYPE, from_pretrained, read_tokenizer, save_pretrained
@@ -17,8 +18,8 @@ from hsa_compile.model.transformer import HSATransformer
 try:
     import transformers
     from transformers.modeling_outputs import CausalLMOutput
-except ImportError as error:
-    raise MissingDependency("the bridge to transformers needs transformers: pip install 'hsa-compile[hf]'") from error
+except ModuleNotFoundError as error:
+    raise missing("transformers", "the bridge to transformers") from error
 
 _IGNORED_LABEL = -100
 _CONTEXT = 2**24  # what programs take as the longest text: the length that the model is evaluated at

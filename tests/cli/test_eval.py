@@ -112,7 +112,7 @@ def test_without_matplotlib_everything_else_is_there(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shown = run(*command(directory, tmp_path / "out", "--lengths", "128"))
     assert shown.code == 0
-    assert shown.err.strip() == "no pictures: pictures need matplotlib: pip install 'hsa-compile[plots]'"
+    assert shown.err.strip() == "no pictures: a picture needs matplotlib: pip install 'hsa-compile[plots]'"
     assert (tmp_path / "out" / "results.csv").exists()
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hsa_compile.errors import MissingDependency, UnreadableSource
+from hsa_compile.errors import UnreadableSource
+from hsa_compile.extras import require
 from hsa_compile.model.data.sources import HUB, JSONL, PARQUET, Source
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -78,10 +79,7 @@ def _opened(raw: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise MissingDependency(f"{path} needs zstandard: pip install 'hsa-compile[train]'") from error
+        zstandard = require("zstandard", path)
         return io.BufferedReader(_ZstdErrors(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
     return raw
 
@@ -211,13 +209,9 @@ def _checked_rows(rows: Iterator[bytes | Skipped], max_bytes: int) -> Iterator[b
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[bytes | Skipped]:
+    pyarrow, parquet = require("pyarrow", str(path)), require("pyarrow.parquet", str(path))
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependency(f"{path} needs pyarrow: pip install 'hsa-compile[train]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
                 raise UnreadableSource(f"no column {field!r}; there are {', '.join(table.schema_arrow.names)}")
             rows = (row for batch in table.iter_batches(_ROWS, columns=[field]) for row in batch.column(0).to_pylist())
@@ -228,10 +222,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[bytes | Skipped]:
 
 
 def _hub_rows(name: str, field: str) -> Iterator[bytes | Skipped]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependency(f"hf:{name} needs datasets: pip install 'hsa-compile[train]'") from error
+    datasets = require("datasets", f"hf:{name}")
     data_set, _, split = name.partition("@")
     try:
         rows = datasets.load_dataset(data_set, split=split or "train", streaming=True)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.extras import require
 
 BYTES = "bytes"
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
@@ -85,10 +86,7 @@ class FileTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise MissingDependency("a tokenizer.json needs tokenizers: pip install 'hsa-compile[train]'") from error
+        tokenizers = require("tokenizers", "a tokenizer.json")
         try:
             content = path.read_bytes()
         except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.errors import MissingDependency
+from hsa_compile.extras import require
 from hsa_compile.model.evaluation.cells import Cell
 from hsa_compile.model.evaluation.lengths import length_label
 from hsa_compile.model.evaluation.perplexity import Perplexity
@@ -24,11 +24,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
         MissingDependency: matplotlib is not installed.
         SaveError: a file cannot be written.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingDependency("pictures need matplotlib: pip install 'hsa-compile[plots]'") from error
-    matplotlib.use("Agg")
+    require("matplotlib", "a picture").use("Agg")
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in results.cells:
         if cell.depth is not None:

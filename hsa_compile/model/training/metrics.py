@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hsa_compile.errors import MissingDependency, SaveError
+from hsa_compile.errors import SaveError
+from hsa_compile.extras import require
 from hsa_compile.model.hs_attention import Selection
 
 METRICS_FILE = "metrics.jsonl"
@@ -128,10 +129,5 @@ def _tensorboard(directory: Path) -> Any:
 
 
 def _wandb(directory: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingDependency(
-            f"train.wandb_project = {project!r} needs wandb: pip install 'hsa-compile[wandb]'"
-        ) from error
+    wandb = require("wandb", f"train.wandb_project = {project!r}")
     return wandb.init(project=project, dir=str(directory), name=directory.name)

@@ -1,0 +1,59 @@
+"""`--version`, and what a shell completes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from shell import Shell
+
+from hsa_compile import __version__
+from hsa_compile.cli import version
+from hsa_compile.cli.main import cli
+from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
+
+
+def test_the_version_names_torch_triton_and_the_device(run: Shell) -> None:
+    outcome = run("--version")
+    target = Target.current()
+    assert (outcome.code, outcome.err) == (0, "")
+    first, second, third = outcome.out.splitlines()
+    assert first == f"hsa-compile, version {__version__}"
+    assert second.startswith(f"torch {torch.__version__}, Triton {installed_versions()['triton']}, Python 3.")
+    assert third == f"device {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)"
+
+
+def test_help_does_not_look_for_a_device(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> Target:
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr(version.Target, "current", look)
+    assert run("--help").code == 0
+
+
+def completed(words: str) -> list[str]:
+    """What bash would offer for the last of these words."""
+    environment = {**os.environ, "_HSA_COMPILE_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+    script = "import sys; sys.argv[0] = 'hsa-compile'; from hsa_compile.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stderr == ""
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_commands_flags_and_choices() -> None:
+    assert completed("hsa-compile ") == sorted(cli.commands)
+    assert completed("hsa-compile sche") == ["schedules"]
+    assert "--seq-len" in completed("hsa-compile tune --se")
+    assert completed("hsa-compile tune --op for") == ["forward"]
+
+
+def test_the_script_for_bash_is_printed() -> None:
+    environment = {**os.environ, "_HSA_COMPILE_COMPLETE": "bash_source"}
+    script = "import sys; sys.argv[0] = 'hsa-compile'; from hsa_compile.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0
+    assert "complete -o nosort -F" in done.stdout
+    assert "hsa-compile" in done.stdout
