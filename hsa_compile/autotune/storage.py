@@ -161,4 +161,7 @@ def _connect(address: str, *, sqlite: bool) -> RDBStorage:
 
 
 def _is_being_made(error: sqlalchemy.exc.SQLAlchemyError) -> bool:
-    return isinstance(error, sqlalchemy.exc.DBAPIError) and "already exists" in str(error)
+    """Whether another process made a table, or wrote the one row that says its version, a moment before."""
+    return isinstance(error, sqlalchemy.exc.IntegrityError) or (
+        isinstance(error, sqlalchemy.exc.DBAPIError) and "already exists" in str(error)
+    )
