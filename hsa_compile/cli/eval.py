@@ -1,9 +1,8 @@
 """`hsa-compile eval`: accuracy by length and depth, and perplexity by context length."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -29,7 +28,10 @@ from hsa_compile.model.tasks.retrieval import TASKS
 from hsa_compile.model.training.stages import apply_stage
 from hsa_compile.problem import DTYPES
 
-ALL, BOTH = "all", "both"
+if TYPE_CHECKING:
+    from hsa_compile.model.evaluation.harness_tasks import HarnessResults, HarnessRun
+
+ALL, BOTH, DEFAULT = "all", "both", "s-niah"
 
 
 class Depths(click.ParamType):
@@ -56,8 +58,12 @@ class Depths(click.ParamType):
 @click.command("eval")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="A saved model; tiny is shipped trained.")  # fmt: skip
-@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True, default=("s-niah",),
-              show_default=True, help="May be repeated.")  # fmt: skip
+@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
+              show_default="s-niah, or none with --harness", help="May be repeated.")  # fmt: skip
+@click.option("--harness", metavar="TASK[,TASK…]", help="Tasks of lm-evaluation-harness; needs the extra harness.")
+@click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+              help="More tasks for it, as YAML files.")  # fmt: skip
+@click.option("--harness-limit", type=click.IntRange(min=1), metavar="N", help="Samples of each; all if not given.")
 @click.option("--lengths", type=Counts(), default="4k,64k", show_default=True, help="In tokens; 4k is 4096.")
 @click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
               help="Of the first asked needle, 1 next to the question; or how many, spread evenly.")  # fmt: skip
@@ -69,7 +75,8 @@ class Depths(click.ParamType):
               help="More than so many bytes lie between needles and question.")  # fmt: skip
 @click.option("--protocol", type=click.Choice([*PROTOCOLS, BOTH]), default=TEACHER_FORCED, show_default=True,
               help="How answers are judged.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the samples.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), show_default="0, or the harness's own",
+              help="Of the samples.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="evaluation", show_default=True,
               help="Folder of the results.")  # fmt: skip
 @click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
@@ -81,8 +88,9 @@ class Depths(click.ParamType):
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
 @json_option
-def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tuple[float, ...], samples: int,
-             haystack: str, min_distance: int, protocol: str, seed: int, out: Path, memory: str,
+def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_path: Path | None,
+             harness_limit: int | None, lengths: list[int], depths: tuple[float, ...], samples: int,
+             haystack: str, min_distance: int, protocol: str, seed: int | None, out: Path, memory: str,
              memory_dtype: str | None, top_k: int | None, device: str, dtype: str | None,
              as_json: bool) -> None:  # fmt: skip
     """Evaluate a model: needles in haystacks by length and depth, and perplexity by context length.
@@ -103,12 +111,20 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
     sample as a whole. Perplexity is of documents of a validation split that are as long as the longest context, or, if
     there are too few, of the split's documents joined.
 
+    With --harness, tasks of lm-evaluation-harness are run by its own evaluator, and no others unless --task is given
+    too; of the flags above they heed --harness-path, --harness-limit, --seed and those of the model and the output.
+    Contexts are never cut to a window: the memory has no limit. Tables are the harness's own; OUT gets harness.json.
+    Data sets come from where a task's YAML file says, as a rule the network.
+
     \b
     Examples:
       hsa-compile eval --lengths 4k,64k,1m
       hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --haystack stdlib --out results
       hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
+      hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
     """
+    run = _open_harness(harness, harness_path, harness_limit, seed)
+    tasks = tasks or (() if run is not None else (DEFAULT,))
     chosen = (*TASKS, PERPLEXITY) if ALL in tasks else tuple(dict.fromkeys(tasks))
     settings = RetrievalSettings(
         tasks=tuple(task for task in chosen if task != PERPLEXITY),
@@ -116,7 +132,7 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
         depths=depths,
         num_samples=samples,
         protocols=tuple(PROTOCOLS) if protocol == BOTH else (protocol,),
-        seed=seed,
+        seed=seed or 0,
         min_distance=min_distance,
     )
     model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
@@ -136,8 +152,21 @@ def evaluate(name: str, tasks: tuple[str, ...], lengths: list[int], depths: tupl
     found = load_haystack(haystack, split=VALIDATION) if settings.tasks else None
     texts = open_texts(subject, haystack, settings.lengths, samples) if PERPLEXITY in chosen else None
     with OutcomeFile(out) as outcomes:
-        results = _run(subject, settings, found, texts, outcomes, quiet=as_json)
-    _show(results, out, as_json)
+        answers = run(subject, outcomes, quiet=as_json) if run is not None else None
+        results = _run(subject, settings, found, texts, outcomes, quiet=as_json) if chosen else None
+    _show(results, answers, out, as_json)
+
+
+def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> "HarnessRun | None":
+    if words is None:
+        if path is not None or limit is not None:
+            given = "--harness-limit" if path is None else "--harness-path"
+            raise InvalidArgument(f"{given} is for tasks of --harness TASK[,TASK…], which is not given")
+        return None
+    from hsa_compile.model.evaluation.harness_tasks import open_harness  # an extra, and long to import
+
+    names = [name.strip() for name in words.split(",")]
+    return open_harness([name for name in names if name], path, limit=limit, seed=seed)
 
 
 def _run(
@@ -171,16 +200,22 @@ def _run(
     )
 
 
-def _show(results: Results, out: Path, as_json: bool) -> None:
-    paths: Sequence[Path] = results.write(out)
-    try:
-        paths = [*paths, *draw(results, out)]
-    except MissingDependency as error:
-        click.echo(f"no pictures: {error}", err=True)
+def _show(results: Results | None, answers: "HarnessResults | None", out: Path, as_json: bool) -> None:
+    paths: list[Path] = []
+    if results is not None:
+        paths += results.write(out)
+        try:
+            paths += draw(results, out)
+        except MissingDependency as error:
+            click.echo(f"no pictures: {error}", err=True)
+    if answers is not None:
+        paths.append(answers.write(out))
+    found = [each for each in (answers, results) if each is not None]
     if as_json:
-        print_json(results.to_dict())
+        values = found[-1].to_dict()
+        print_json(values | {"harness": found[0].to_dict()} if len(found) > 1 else values)
         return
-    click.echo("\n\n".join(results.tables()))
+    click.echo("\n\n".join(table for each in found for table in each.tables()))
     click.echo(f"\nin {out}: {', '.join(path.name for path in paths)}")
 
 
