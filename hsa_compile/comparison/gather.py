@@ -7,7 +7,6 @@ from hsa_compile.autotune.memory import free_bytes
 from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT, Case
 from hsa_compile.comparison.contender import Contender
 from hsa_compile.comparison.same_function import Function, same_function
-from hsa_compile.kernels.reference import hsa_attention_reference
 
 _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of gathered keys and values at once; all of them would not fit
 _LARGEST_SHARE = 0.5  # of free memory
@@ -27,18 +26,36 @@ def gather_attention(
     """hsa_attention by the definition, a block of tokens after the other."""
     row = chunk_indices[:, :1].numel() * chunk_size * (k.shape[3] + v.shape[3]) * k.element_size()
     step = max(1, _BLOCK_BYTES[q.device.type] // row)
-    parts = [
-        hsa_attention_reference(
-            q[:, t : t + step],
-            k,
-            v,
-            chunk_indices[:, t : t + step],
-            chunk_weights[:, t : t + step],
-            chunk_size=chunk_size,
-        )
-        for t in range(0, q.shape[1], step)
+    if k.requires_grad and k.element_size() < 4:  # else a chunk's gradients would be summed up in 16 bits
+        k, v = k.float(), v.float()
+    num_chunks = k.shape[1] // chunk_size
+    # [B, N, C, H, D] to [B, H, N, C, D]
+    chunks = [
+        x[:, : num_chunks * chunk_size].unflatten(1, (num_chunks, chunk_size)).permute(0, 3, 1, 2, 4) for x in (k, v)
     ]
+    blocks = [slice(t, t + step) for t in range(0, q.shape[1], step)]
+    parts = [_attend(q[:, b], *chunks, chunk_indices[:, b], chunk_weights[:, b]) for b in blocks]
     return torch.cat(parts, dim=1)
+
+
+def _attend(q: Tensor, k_chunks: Tensor, v_chunks: Tensor, chunk_indices: Tensor, chunk_weights: Tensor) -> Tensor:
+    batch, num_kv_heads = k_chunks.shape[:2]
+    picks = chunk_indices.transpose(1, 2).long()  # [B, H, T, K]
+    b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
+    h = torch.arange(num_kv_heads, device=q.device).view(1, -1, 1, 1)
+    k_picked, v_picked = (x[b, h, picks.clamp(min=0)].to(q.dtype) for x in (k_chunks, v_chunks))  # [B, H, T, K, C, D]
+    grouped = q.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)  # [B, H, T, G, D]
+    logits = grouped @ k_picked.flatten(3, 4).transpose(3, 4) * q.shape[3] ** -0.5  # [B, H, T, G, K · C]
+    attention = _wide(logits).unflatten(4, picks.shape[3:] + k_picked.shape[4:5]).softmax(dim=-1)
+    weights = _wide(chunk_weights).unflatten(2, (num_kv_heads, -1)).transpose(1, 2)  # [B, H, T, G or 1, K]
+    weights = torch.where((picks >= 0).unsqueeze(3), weights, 0)
+    fused = (attention * weights.unsqueeze(-1)).flatten(4, 5).to(q.dtype)
+    return (fused @ v_picked.flatten(3, 4)).transpose(1, 2).flatten(2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, as a softmax is taken in."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def gather_decode(
@@ -51,19 +68,19 @@ def gather_decode(
     page_table: Tensor | None,
 ) -> Tensor:
     """hsa_decode by indexing the pages."""
-    num_kv_heads = k_chunks.shape[1]
     pages = chunk_indices.long()
     if page_table is not None:
         listed = page_table.long().gather(1, pages.clamp(min=0).flatten(1)).view_as(pages)
         pages = torch.where(pages >= 0, listed, -1)
-    empty = (pages < 0).unsqueeze(3).unsqueeze(5)  # [B, T, H, 1, K, 1]
+    num_kv_heads = k_chunks.shape[1]
     heads = torch.arange(num_kv_heads, device=q.device).view(1, 1, -1, 1)
-    index = pages.clamp(min=0)
-    grouped = q.unflatten(2, (num_kv_heads, -1))  # [B, T, H, G, D]
-    logits = torch.einsum("bthgd,bthkcd->bthgkc", grouped, k_chunks[index, heads]) * q.shape[3] ** -0.5
-    parts = torch.einsum("bthgkc,bthkcd->bthgkd", logits.softmax(dim=-1), v_chunks[index, heads])
-    weights = chunk_weights.to(q.dtype).unflatten(2, (num_kv_heads, -1)).unsqueeze(-1)  # [B, T, H, G or 1, K, 1]
-    return (parts * weights).masked_fill(empty, 0).sum(dim=4).flatten(2, 3)
+    k_picked, v_picked = (x[pages.clamp(min=0), heads] for x in (k_chunks, v_chunks))  # [B, T, H, K, C, D]
+    grouped = q.unflatten(2, (num_kv_heads, -1)).unsqueeze(3)  # [B, T, H, 1, G, D]
+    logits = grouped @ k_picked.transpose(4, 5) * q.shape[3] ** -0.5  # [B, T, H, K, G, C]
+    parts = _wide(logits).softmax(dim=-1).to(q.dtype) @ v_picked  # [B, T, H, K, G, Dv]
+    weights = _wide(chunk_weights).unflatten(2, (num_kv_heads, -1)).transpose(3, 4).unsqueeze(-1)
+    o = (parts * weights).masked_fill((pages < 0).unsqueeze(-1).unsqueeze(-1), 0).sum(dim=3)  # [B, T, H, G, Dv]
+    return o.to(q.dtype).flatten(2, 3)
 
 
 def dense_topk(query: Tensor, landmarks: Tensor, *, chunk_size: int, top_k: int) -> tuple[Tensor, Tensor]:

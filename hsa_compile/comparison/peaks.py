@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hsa_compile.device_peaks import LIMITS, limits_of
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.schedules.work import Work
 from hsa_compile.target import Target
 
 _MATMUL_SIZE = 2048
@@ -36,9 +35,13 @@ class Peaks:
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be positive")
 
-    def attainable_tflops(self, work: Work) -> float:
-        """The lower of both roofs at a work's FLOPs a byte."""
-        return min(self.tflops, self.gb_s * work.flops / work.memory_bytes / 1e3)
+    def attainable_tflops(self, flops_a_byte: float) -> float:
+        """The lower of both roofs."""
+        return min(self.tflops, self.gb_s * flops_a_byte / 1e3)
+
+    def or_better(self, other: "Peaks") -> "Peaks":
+        """The best of two measurements: what else runs on the machine can only lower them."""
+        return replace(self, tflops=max(self.tflops, other.tflops), gb_s=max(self.gb_s, other.gb_s))
 
 
 def peaks_of(target: Target, dtype: str) -> Peaks | None:
@@ -53,7 +56,7 @@ def peaks_of(target: Target, dtype: str) -> Peaks | None:
 
 
 def _measured(dtype: torch.dtype) -> Peaks:
-    """The best of a few large products and copies: what else runs on the machine can only slow them down."""
+    """The best of a few large products and copies."""
     left, right = (torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.ones(_COPY_BYTES, dtype=torch.int8)

@@ -1,12 +1,14 @@
 """Pictures of a comparison: time by length, and what of the device's peaks was reached."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
+from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import TIMED, Comparison, Result
-from hsa_compile.comparison.table import TITLES, length_of, shape_of, short_count
+from hsa_compile.comparison.table import TITLES, length_of, rate_unit, shape_of, short_count
 from hsa_compile.errors import SaveError
 from hsa_compile.extras import require
 
@@ -14,6 +16,7 @@ TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
 _LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}
 _PANEL_INCHES = (3.7, 3.1)
 _ROOF = "0.45"  # a grey
+_FEW_DECADES = 300  # of a log axis, from top to bottom, that has room for 1, 2, 5 in each
 
 Panels = Mapping[tuple[str, str], Sequence[Result]]  # by kind and shape
 
@@ -58,38 +61,32 @@ def _times(comparison: Comparison, panels: Panels) -> Any:
 
 def _rates(comparison: Comparison, panels: Panels) -> Any:
     figure, axes = _grid(2, len(panels))
-    colours = _colours(comparison)
-    for column, ((kind, shape), results) in enumerate(panels.items()):
-        peaks = comparison.peaks.get(results[0].problem.dtype)
-        for name, rows in _by_contender(results).items():
+    colours, (unit, factor) = _colours(comparison), rate_unit(comparison)
+    for (upper, lower), ((kind, shape), results) in zip(axes.T, panels.items(), strict=True):
+        contenders = _by_contender(results)
+        for name, rows in contenders.items():
             lengths = [length_of(row.problem) for row in rows]
-            for axis, rate in ((axes[0][column], _tflops), (axes[1][column], _gb_s)):
-                axis.plot(lengths, [rate(row) for row in rows], **_style(name, rows[0], colours))
-        if peaks:
-            ours = next(iter(_by_contender(results).values()))
-            bounds = [row.attainable_tflops or peaks.tflops for row in ours]
-            lengths = [length_of(row.problem) for row in ours]
-            axes[0][column].plot(lengths, bounds, color=_ROOF, linewidth=1.5, linestyle="-.", label=_ROOF_LABEL)
-            axes[0][column].axhline(peaks.tflops, color=_ROOF, linewidth=1.5, label="the device's peak")
-            axes[1][column].axhline(peaks.gb_s, color=_ROOF, linewidth=1.5)
-        _finish(axes[0][column], results, kind, shape)
-        _finish(axes[1][column], results, "", "")
-    axes[0][0].set_ylabel("TFLOP/s")
+            upper.plot(lengths, [factor * (row.tflops or math.nan) for row in rows], **_style(name, rows[0], colours))
+            lower.plot(lengths, [row.gb_s or math.nan for row in rows], **_style(name, rows[0], colours))
+        if peaks := comparison.peaks.get(results[0].problem.dtype):
+            _roofs(upper, lower, next(iter(contenders.values())), peaks, factor)
+        _finish(upper, results, kind, shape)
+        _finish(lower, results)
+    axes[0][0].set_ylabel(unit)
     axes[1][0].set_ylabel("GB/s")
     sources = dict.fromkeys(peaks.source for peaks in comparison.peaks.values() if peaks)
-    _title(figure, axes, f"Rates against the device's peaks ({'; '.join(sources) or 'not known'})", comparison)
+    _title(figure, axes, f"Rates reached, and the device's peaks ({'; '.join(sources) or 'not known'})", comparison)
     return figure
 
 
-_ROOF_LABEL = "the roofline for what ours has to do"
-
-
-def _tflops(row: Result) -> float:
-    return row.tflops or float("nan")
-
-
-def _gb_s(row: Result) -> float:
-    return row.gb_s or float("nan")
+def _roofs(upper: Any, lower: Any, rows: Sequence[Result], peaks: Peaks, factor: float) -> None:
+    """The device's two peaks, and what both of them together allow at the FLOPs a byte of these rows."""
+    upper.axhline(factor * peaks.tflops, color=_ROOF, linewidth=1.5, label="the device's peak")
+    lower.axhline(peaks.gb_s, color=_ROOF, linewidth=1.5)
+    counted = [(row.problem, row.tflops / row.gb_s) for row in rows if row.tflops and row.gb_s]
+    bounds = [factor * peaks.attainable_tflops(1e3 * intensity) for _, intensity in counted]
+    lengths = [length_of(problem) for problem, _ in counted]
+    upper.plot(lengths, bounds, color="black", linestyle=(0, (1, 2)), label="roofline: what memory lets the op reach")
 
 
 def _grid(rows: int, columns: int) -> tuple[Any, Any]:
@@ -125,12 +122,19 @@ def _by_contender(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {name: found[name] for name in order}
 
 
-def _finish(axis: Any, results: Sequence[Result], kind: str, shape: str) -> None:
+def _finish(axis: Any, results: Sequence[Result], kind: str = "", shape: str = "") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     lengths = sorted({length_of(row.problem) for row in results})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(lengths, [short_count(length) for length in lengths])
     axis.xaxis.minorticks_off()
+    low, high = axis.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high < _FEW_DECADES * low else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=99))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("length, tokens")
     axis.grid(alpha=0.3)
     if kind:

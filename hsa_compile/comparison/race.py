@@ -16,10 +16,19 @@ from hsa_compile.errors import WrongResult
 from hsa_compile.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-_CALLS_BEFORE = 2  # a contender's check and its first warm call
+_CALLS_BEFORE = 3  # a contender's check, its first warm call and one that is timed
+_ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How long a contender took on the last shape of a kind: to be made ready, its calls aside, and for a FLOP."""
+
+    overhead_s: float
+    flop_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +47,8 @@ class Race:
         contenders: the first of them ours, which the others are compared with.
         device: where all run.
         peaks: of the device, by dtype.
-        seconds: for all cases together. A contender for which it leaves no time is left out; ours never is.
+        seconds: for all cases together, compilation and checks included. A contender for which it leaves no time is
+            left out; ours never is.
         distribution, seed: of the inputs.
     """
 
@@ -56,7 +66,7 @@ class Race:
         self._distribution, self._seed = distribution, seed
         self._deadline = time.monotonic() + seconds
         self._on_progress: Progress = lambda what: None
-        self._seconds_per_flop: dict[tuple[str, str], float] = {}  # by name and kind, of the last shape
+        self._paces: dict[tuple[str, str], Pace] = {}  # by name and kind
 
     def run(
         self, entries: Sequence[tuple[str, Problem]], *, on_progress: Progress = lambda what: None
@@ -93,6 +103,7 @@ class Race:
         """Checks a contender and warms it up; a result without times if it cannot take part."""
         if reason := contender.why_not(case) or self._too_slow(contender, case, until):
             return _untimed(contender, case, LEFT_OUT, reason)
+        begun = time.monotonic()
         try:
             call = contender.make(case)
             contender.check(case, call)
@@ -101,27 +112,30 @@ class Race:
             start = time.monotonic()
             call()
             synchronize(case.device)
-            seconds = time.monotonic() - start
+            end = time.monotonic()
         except WrongResult as error:
             return _untimed(contender, case, WRONG, str(error))
         except torch.OutOfMemoryError as error:
             return _untimed(contender, case, LEFT_OUT, one_line(error))
         except FOREIGN_ERRORS as error:
             return _untimed(contender, case, FAILED, one_line(error))
-        self._seconds_per_flop[contender.name, case.kind] = seconds / contender.work(case).flops
+        seconds = end - start
+        self._paces[contender.name, case.kind] = Pace(
+            overhead_s=max(0.0, end - begun - _CALLS_BEFORE * seconds), flop_s=seconds / contender.work(case).flops
+        )
         return Ready(contender=contender, call=call, seconds=seconds)
 
     def _too_slow(self, contender: Contender, case: Case, until: float) -> str | None:
-        """By its rate on the last shape, or at the device's peak if there was none."""
+        """By its pace on the last shape, or at the device's peak if there was none."""
         if contender is self._contenders[0]:
             return None
         peaks = self._peaks.get(case.problem.dtype)
-        at_peak = 1 / (peaks.tflops * 1e12) if peaks else 0.0
-        per_flop = self._seconds_per_flop.get((contender.name, case.kind), at_peak)
-        seconds, left = per_flop * contender.work(case).flops, max(0.0, until - time.monotonic())
-        if seconds * (_CALLS_BEFORE + MIN_ROUNDS) <= left:
+        at_peak = Pace(overhead_s=0.0, flop_s=1 / (peaks.tflops * 1e12) if peaks else 0.0)
+        pace = self._paces.get((contender.name, case.kind), at_peak)
+        seconds = pace.overhead_s + (_CALLS_BEFORE + MIN_ROUNDS) * pace.flop_s * contender.work(case).flops
+        if seconds <= max(_ALWAYS_S, until - time.monotonic()):
             return None
-        return f"a call takes about {seconds:.2g} s, and only {left:.0f} s are left for it; --seconds gives more"
+        return f"to check it and to time {MIN_ROUNDS} rounds would take longer than its share of --seconds"
 
     def _time(self, case: Case, ready: Sequence[Ready], until: float) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {one.contender.name: [] for one in ready}
@@ -139,7 +153,6 @@ class Race:
         if ours is not None:
             ratios = [one / other for one, other in zip(times, ours, strict=True)]
             ratio = (quantile(ratios, 0.5), quantile(ratios, 0.2), quantile(ratios, 0.8))
-        peaks = self._peaks.get(case.problem.dtype)
         return Result(
             kind=case.kind,
             problem=case.problem,
@@ -151,7 +164,6 @@ class Race:
             ratio=ratio,
             tflops=work.flops / measurement.median_ms / 1e9,
             gb_s=work.memory_bytes / measurement.median_ms / 1e6,
-            attainable_tflops=peaks.attainable_tflops(work) if peaks else None,
         )
 
 

@@ -28,7 +28,6 @@ class Result:
         measurement: its times; None unless timed.
         ratio: its time over ours, the median over rounds, with p20 and p80; None where either was not timed.
         tflops, gb_s: achieved, by the least that has to be computed and moved.
-        attainable_tflops: the roofline's bound for the same, where the device's peaks are known.
     """
 
     kind: str
@@ -41,7 +40,6 @@ class Result:
     ratio: tuple[float, float, float] | None = None
     tflops: float | None = None
     gb_s: float | None = None
-    attainable_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

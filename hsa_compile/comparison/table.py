@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT
-from hsa_compile.comparison.result import LEFT_OUT, TIMED, Result
+from hsa_compile.comparison.result import LEFT_OUT, TIMED, Comparison, Result
 from hsa_compile.problem import Problem
 
 TITLES = {
@@ -14,10 +14,26 @@ TITLES = {
 }
 
 
-def rows_of(results: Sequence[Result]) -> list[dict[str, str]]:
-    """One row a result, those that were left out aside; of what is equal in all shapes only the length is shown."""
-    one_shape = len({shape_of(result.problem) for result in results if result.kind != SELECT}) <= 1
-    return [_row(result, one_shape) for result in results if result.status != LEFT_OUT]
+def rows_of(comparison: Comparison) -> list[dict[str, str]]:
+    """One row a result, those that were left out aside; where each op has one shape, only the length is shown."""
+    results, (unit, factor) = comparison.results, rate_unit(comparison)
+    one_shape = len(shapes_of(results)) == len({result.problem.selects for result in results})
+    return [_row(result, one_shape, unit, factor) for result in results if result.status != LEFT_OUT]
+
+
+def shapes_of(results: Sequence[Result]) -> list[str]:
+    """All that is equal in the shapes but their lengths, a line each, after the ops that have it."""
+    kinds: dict[str, list[str]] = {}
+    for result in results:
+        kinds.setdefault(shape_of(result.problem), []).append(result.kind)
+    return [f"{', '.join(dict.fromkeys(names))}: {shape}" for shape, names in kinds.items()]
+
+
+def rate_unit(comparison: Comparison) -> tuple[str, float]:
+    """What rates are shown in, and how many there are in a TFLOP/s: GFLOP/s where no peak reaches a TFLOP/s."""
+    rates = [peaks.tflops for peaks in comparison.peaks.values() if peaks]
+    rates += [result.tflops for result in comparison.results if result.tflops]
+    return ("TFLOP/s", 1.0) if max(rates, default=0.0) >= 1 else ("GFLOP/s", 1e3)
 
 
 def notes_of(results: Sequence[Result]) -> list[str]:
@@ -50,7 +66,12 @@ def short_count(count: int) -> str:
     return str(count)
 
 
-def _row(result: Result, one_shape: bool) -> dict[str, str]:
+def digits(value: float) -> str:
+    """Three of them, and no exponent where there are more before the point."""
+    return f"{value:.3g}" if value < 1e3 else f"{value:.0f}"
+
+
+def _row(result: Result, one_shape: bool, unit: str, factor: float) -> dict[str, str]:
     length = short_count(length_of(result.problem))
     found = result.measurement
     return {
@@ -58,9 +79,9 @@ def _row(result: Result, one_shape: bool) -> dict[str, str]:
         "shape": length if one_shape else f"{length} {shape_of(result.problem)}",
         "contender": result.contender,
         "computes": result.computes,
-        "median": f"{found.median_ms:.3g} ms" if found else result.status,
-        "p20 – p80": f"{found.p20_ms:.3g} – {found.p80_ms:.3g}" if found else "",
-        "time / ours": f"{result.ratio[0]:.3g}" if result.ratio else "",
-        "GFLOP/s": f"{1e3 * result.tflops:.3g}" if result.tflops else "",
-        "GB/s": f"{result.gb_s:.3g}" if result.gb_s else "",
+        "median": f"{digits(found.median_ms)} ms" if found else result.status,
+        "p20 – p80": f"{digits(found.p20_ms)} – {digits(found.p80_ms)}" if found else "",
+        "time / ours": digits(result.ratio[0]) if result.ratio else "",
+        unit: digits(factor * result.tflops) if result.tflops else "",
+        "GB/s": digits(result.gb_s) if result.gb_s else "",
     }

@@ -1,0 +1,181 @@
+"""`hsa-compile bench`: the ops against what one would run instead, on this device and one's own shapes."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import tqdm
+
+from hsa_compile.autotune.inputs import DISTRIBUTIONS
+from hsa_compile.autotune.memory import check_memory
+from hsa_compile.autotune.options import MAX_SEED
+from hsa_compile.autotune.problems import expand
+from hsa_compile.cli.model_argument import device_of
+from hsa_compile.cli.options import SHAPE_FIELDS, print_rows, shape_options
+from hsa_compile.comparison.case import KINDS
+from hsa_compile.comparison.contender_file import load_contender
+from hsa_compile.comparison.contenders import FAMILIES, contenders_for
+from hsa_compile.comparison.peaks import Peaks, peaks_of
+from hsa_compile.comparison.pictures import draw
+from hsa_compile.comparison.race import Race
+from hsa_compile.comparison.result import Comparison, Result
+from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.extras import require
+from hsa_compile.problem import Problem
+from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
+
+ALL = "all"
+FAILURE, INTERRUPTED = 1, 130
+_LENGTHS = {"cpu": [1024, 4096, 16384], "cuda": [4096, 16384, 65536]}
+
+Entry = tuple[str, Problem]
+
+
+@click.command()
+@click.option("--op", "kind", type=click.Choice([*KINDS, ALL]), default=ALL, show_default=True,
+              help="hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
+@shape_options
+@click.option("--inputs", type=click.Choice(DISTRIBUTIONS), default="random", show_default=True, help="How picks fall.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of the inputs.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--against", type=click.Choice(FAMILIES), multiple=True, default=FAMILIES, show_default=True,
+              help="May be repeated.")  # fmt: skip
+@click.option("--contender", "files", multiple=True, metavar="FILE.py:FUNCTION",
+              help="A function of your own that is called as the op is. May be repeated.")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=200, show_default=True,
+              help="For all shapes together.")  # fmt: skip
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for two pictures.")
+def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ...],
+          files: tuple[str, ...], seconds: float, file: Path | None, plots: Path | None,
+          **shape: Any) -> None:  # fmt: skip
+    """Time the ops against what one would run instead, side by side on this device.
+
+    Against PyTorch's dense attention (sdpa), FlexAttention with a block mask of the same picks (flex), gathering what
+    each token picked (gather; for selection dense scores and topk), and flash-linear-attention's native sparse
+    attention (nsa). flex and nsa compute another function: one softmax over all chunks of a token.
+
+    Each contender is first compared with the float64 definition of what it claims; one that is wrong gets no time, and
+    the exit code is 1. The others are timed in turns, so that drift hits all alike; time / ours is the median of the
+    ratios within a round. Rates count the least that has to be computed and moved: backward as 2.5 times forward, each
+    tensor moved once. Ours runs on the schedules that lookup finds: tune first.
+
+    \b
+    A contender's function is called as one of
+      hsa_attention(q, k, v, chunk_indices, chunk_weights, chunk_size=…) -> o
+      select_chunks(query, landmarks, chunk_size=…, top_k=…) -> chunk_indices, chunk_weights
+      hsa_decode(q, k_chunks, v_chunks, chunk_indices, chunk_weights, page_table=…) -> o
+
+    \b
+    Examples:
+      hsa-compile bench
+      hsa-compile bench --op forward --seq-len 4k,64k --heads 16 --kv-heads 1,16 --against sdpa
+      hsa-compile bench --op both --contender mine.py:attention --json bench.json --plots pictures
+    """
+    place = device_of(device)
+    target = Target.of(place)
+    chosen = {name: values for name, values in shape.items() if name in SHAPE_FIELDS and values}
+    entries = _entries(target, chosen, [*KINDS] if kind == ALL else [kind])
+    for _, problem in entries:  # before the first is timed, so that the last does not end the run
+        check_memory(problem, place)
+    contenders = contenders_for(place, against)
+    contenders += [load_contender(text, list(dict.fromkeys(kind for kind, _ in entries))) for text in files]
+    _check_outputs(file, plots)
+    click.echo(f"device    {_device_name(target)}", err=True)
+    peaks = {dtype: peaks_of(target, dtype) for dtype in dict.fromkeys(problem.dtype for _, problem in entries)}
+    race = Race(contenders, place, peaks, seconds=seconds, distribution=inputs, seed=seed)
+    results, complete = _run(race, entries)
+    if complete and target.kind == "cpu":  # measured before and after, the better counts
+        peaks = {dtype: _better(before, peaks_of(target, dtype)) for dtype, before in peaks.items()}
+    comparison = Comparison(
+        device=_device_name(target),
+        command=shlex.join(["hsa-compile", *sys.argv[1:]]),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=installed_versions(),
+        inputs=inputs,
+        peaks=peaks,
+        results=_in_order(results, entries),
+    )
+    _show(comparison, file, plots)
+    if not complete:
+        click.echo("interrupted; the table holds what was finished", err=True)
+        click.get_current_context().exit(INTERRUPTED)
+    if any(result.bad for result in results):
+        click.echo("error: a contender is wrong or failed, see above", err=True)
+        click.get_current_context().exit(FAILURE)
+
+
+def _run(race: Race, entries: Sequence[Entry]) -> tuple[list[Result], bool]:
+    """The results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished."""
+    results: list[Result] = []
+    with tqdm.tqdm(total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}") as bar:
+        try:
+            for found in race.run(entries, on_progress=bar.set_description_str):
+                results += found
+                bar.update()
+        except KeyboardInterrupt:
+            return results, False
+    return results, True
+
+
+def _better(before: Peaks | None, after: Peaks | None) -> Peaks | None:
+    return before.or_better(after) if before and after else before
+
+
+def _entries(target: Target, chosen: dict[str, list[Any]], kinds: Sequence[str]) -> list[Entry]:
+    lengths = _LENGTHS["cpu" if target.kind == "cpu" else "cuda"]
+    fields = {"seq_len": lengths, **chosen}
+    # Several values of --heads make one problem of selection, which has only those of --kv-heads.
+    return list(dict.fromkeys((kind, problem) for kind in kinds for problem in expand(target, fields, [KINDS[kind]])))
+
+
+def _in_order(results: Sequence[Result], entries: Sequence[Entry]) -> list[Result]:
+    """Results as the shapes were asked for, rather than as they were timed."""
+    order = {entry: index for index, entry in enumerate(entries)}
+    return sorted(results, key=lambda result: order[result.kind, result.problem])
+
+
+def _check_outputs(file: Path | None, plots: Path | None) -> None:
+    """Before minutes are spent on what cannot be written.
+
+    Raises:
+        InvalidArgument: a folder is not there or cannot be made.
+        MissingDependency: pictures are asked for and matplotlib is not installed.
+    """
+    if file is not None and not file.parent.is_dir():
+        raise InvalidArgument(f"--json {file}: there is no folder {file.parent}")
+    if plots is not None:
+        require("matplotlib", "a picture")
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgument(f"--plots {plots} cannot be made: {error.strerror}") from error
+
+
+def _device_name(target: Target) -> str:
+    return f"{target.name} ({target.kind} {target.arch}, {target.num_cores} cores)"
+
+
+def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None:
+    results = comparison.results
+    click.echo("\n".join(["", *shapes_of(results), ""]))
+    print_rows(rows_of(comparison), as_json=False, empty="nothing was timed")
+    notes = notes_of(results)
+    if notes:
+        click.echo("\n" + "\n".join(notes))
+    for dtype, peaks in comparison.peaks.items():
+        if peaks:
+            unit, factor = rate_unit(comparison)
+            roofs = f"{digits(factor * peaks.tflops)} {unit}, {digits(peaks.gb_s)} GB/s"
+            click.echo(f"\npeaks, {dtype}: {roofs} ({peaks.source})")
+    if file is not None:
+        comparison.write(file)
+        click.echo(f"\nfigures in {file}")
+    if plots is not None:
+        click.echo(f"pictures in {plots}: {', '.join(path.name for path in draw(comparison, plots))}")
