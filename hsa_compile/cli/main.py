@@ -5,6 +5,7 @@ import warnings
 
 import click
 
+from hsa_compile.cli.bench import bench
 from hsa_compile.cli.doctor import doctor
 from hsa_compile.cli.emit import emit
 from hsa_compile.cli.eval import evaluate
@@ -55,6 +56,7 @@ for command in (
     train,
     evaluate,
     generate,
+    bench,
     profile,
     doctor,
 ):

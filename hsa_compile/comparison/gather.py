@@ -29,12 +29,11 @@ def gather_attention(
     if k.requires_grad and k.element_size() < 4:  # else a chunk's gradients would be summed up in 16 bits
         k, v = k.float(), v.float()
     num_chunks = k.shape[1] // chunk_size
-    # [B, N, C, H, D] to [B, H, N, C, D]
-    chunks = [
+    k_chunks, v_chunks = (  # [B, H, N, C, D]
         x[:, : num_chunks * chunk_size].unflatten(1, (num_chunks, chunk_size)).permute(0, 3, 1, 2, 4) for x in (k, v)
-    ]
+    )
     blocks = [slice(t, t + step) for t in range(0, q.shape[1], step)]
-    parts = [_attend(q[:, b], *chunks, chunk_indices[:, b], chunk_weights[:, b]) for b in blocks]
+    parts = [_attend(q[:, b], k_chunks, v_chunks, chunk_indices[:, b], chunk_weights[:, b]) for b in blocks]
     return torch.cat(parts, dim=1)
 
 
