@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help install tune test test-fast lint bench clean
 
@@ -31,8 +32,11 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the benchmarks, with their ratios
-	$(BIN)/python -m pytest benchmarks -n 0 --benchmark-enable --benchmark-only --benchmark-disable-gc -s
+# Runs are kept in .benchmarks; --benchmark-compare has nothing to read before the first.
+bench: install  ## the benchmarks with their ratios, and this commit against the last run that was saved
+	$(BIN)/python -m pytest benchmarks -n 0 --benchmark-enable --benchmark-only --benchmark-disable-gc -s \
+		--benchmark-autosave --benchmark-group-by=fullname --benchmark-sort=name --benchmark-columns=median,min,rounds \
+		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(BENCH_ARGS)
 
 clean:  ## remove .venv and build products
 	rm -rf $(VENV) build dist *.egg-info
