@@ -69,7 +69,8 @@ class Target:
         if device.type == "cpu":
             return this_cpu(torch.get_num_threads())
         if device.type == "cuda":
-            return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+            is_current = device.index is None and torch.cuda.is_available()
+            return _gpu(torch.cuda.current_device() if is_current else device.index or 0)
         raise InvalidTarget(f"device {str(device)!r} is not supported; supported are cpu and cuda (NVIDIA or AMD)")
 
     @staticmethod

@@ -54,6 +54,12 @@ def test_a_gpu_that_is_not_present_is_refused_by_its_name(name: str) -> None:
         Target.parse(name)
 
 
+@without_gpu
+def test_the_current_gpu_is_refused_as_any_other_where_there_is_none() -> None:
+    with pytest.raises(InvalidTarget, match=r"'cuda:0' is not present.*use cpu"):
+        Target.parse("cuda")
+
+
 @pytest.mark.parametrize("name", ["", "CPU ", "gpu", "sm_99", "gfx1100", "cuda:", "cuda:-1", "cuda:x", "mps", "cpu:0"])
 def test_an_unknown_name_is_refused_with_all_that_are_allowed(name: str) -> None:
     with pytest.raises(InvalidTarget) as caught:
