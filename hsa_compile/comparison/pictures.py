@@ -16,6 +16,7 @@ TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
 _LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}
 _PANEL_INCHES = (3.7, 3.1)
 _ROOF = "0.45"  # a grey
+_PEAK, _BOUND = "the device's peak", "roofline: what memory lets the op reach"
 _FEW_DECADES = 300  # of a log axis, from top to bottom, that has room for 1, 2, 5 in each
 
 Panels = Mapping[tuple[str, str], Sequence[Result]]  # by kind and shape
@@ -81,12 +82,12 @@ def _rates(comparison: Comparison, panels: Panels) -> Any:
 
 def _roofs(upper: Any, lower: Any, rows: Sequence[Result], peaks: Peaks, factor: float) -> None:
     """The device's two peaks, and what both of them together allow at the FLOPs a byte of these rows."""
-    upper.axhline(factor * peaks.tflops, color=_ROOF, linewidth=1.5, label="the device's peak")
+    upper.axhline(factor * peaks.tflops, color=_ROOF, linewidth=1.5, label=_PEAK)
     lower.axhline(peaks.gb_s, color=_ROOF, linewidth=1.5)
     counted = [(row.problem, row.tflops / row.gb_s) for row in rows if row.tflops and row.gb_s]
     bounds = [factor * peaks.attainable_tflops(1e3 * intensity) for _, intensity in counted]
     lengths = [length_of(problem) for problem, _ in counted]
-    upper.plot(lengths, bounds, color="black", linestyle=(0, (1, 2)), label="roofline: what memory lets the op reach")
+    upper.plot(lengths, bounds, color="black", linestyle=(0, (1, 2)), label=_BOUND)
 
 
 def _grid(rows: int, columns: int) -> tuple[Any, Any]:
@@ -147,7 +148,10 @@ def _title(figure: Any, axes: Any, text: str, comparison: Comparison) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    names = sorted(labels, key=(_PEAK, _BOUND).__contains__)  # contenders first
+    figure.legend(
+        [labels[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
 
 
 def _save(figure: Any, path: Path) -> Path:

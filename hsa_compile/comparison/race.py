@@ -16,6 +16,7 @@ from hsa_compile.errors import WrongResult
 from hsa_compile.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+MOST_ROUNDS, _QUICK_S = 101, 1.0  # of calls so quick that all rounds together take no longer
 _CALLS_BEFORE = 3  # a contender's check, its first warm call and one that is timed
 _ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
@@ -142,7 +143,7 @@ class Race:
         if not ready:
             return times
         a_round = sum(one.seconds for one in ready)
-        rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, (until - time.monotonic()) / max(a_round, 1e-9))))
+        rounds = _num_rounds(a_round, until - time.monotonic())
         self._on_progress(f"{label(case)}: {rounds} rounds")
         found = measure([one.call for one in ready], case.device, rounds=rounds)
         return dict(zip(times, found, strict=True))
@@ -165,6 +166,11 @@ class Race:
             tflops=work.flops / measurement.median_ms / 1e9,
             gb_s=work.memory_bytes / measurement.median_ms / 1e6,
         )
+
+
+def _num_rounds(a_round_s: float, left_s: float) -> int:
+    most = min(MOST_ROUNDS, max(MAX_ROUNDS, int(_QUICK_S / max(a_round_s, 1e-9))))
+    return min(most, max(MIN_ROUNDS, int(max(left_s, _QUICK_S) / max(a_round_s, 1e-9))))
 
 
 def label(case: Case) -> str:

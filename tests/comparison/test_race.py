@@ -10,7 +10,7 @@ import torch
 from hsa_compile.comparison.case import DECODE, FORWARD, KINDS, Case
 from hsa_compile.comparison.contender import SAME, Contender
 from hsa_compile.comparison.peaks import Peaks
-from hsa_compile.comparison.race import MIN_ROUNDS, Race
+from hsa_compile.comparison.race import MAX_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, Race, _num_rounds
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG
 from hsa_compile.errors import InvalidArgument, WrongResult
 from hsa_compile.problem import Problem
@@ -79,6 +79,13 @@ def test_a_contender_that_the_budget_has_no_time_for_is_left_out_and_ours_is_not
     assert second["slow"].status == LEFT_OUT
     assert "--seconds" in second["slow"].note
     assert second["ours"].status == TIMED
+
+
+def test_quick_calls_have_more_rounds_and_slow_ones_few() -> None:
+    assert _num_rounds(1e-4, 60) == _num_rounds(1e-4, 0) == MOST_ROUNDS
+    assert _num_rounds(0.5, 60) == MAX_ROUNDS
+    assert _num_rounds(10, 60) == 6
+    assert _num_rounds(10, 0) == MIN_ROUNDS
 
 
 def test_short_and_cheap_cases_come_first(problem_of: Callable[..., Problem]) -> None:
