@@ -1,6 +1,8 @@
 """The contest: every contender of a case is checked, then all that are right are timed in turns."""
 
+import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +10,7 @@ import torch
 
 from hsa_compile.autotune.measure import measure, quantile, summarize
 from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT, Call, Case
-from hsa_compile.comparison.contender import Contender
+from hsa_compile.comparison.contender import SAME, Contender
 from hsa_compile.comparison.foreign import FOREIGN_ERRORS, one_line
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG, Result
@@ -106,20 +108,23 @@ class Race:
             return _untimed(contender, case, LEFT_OUT, reason)
         begun = time.monotonic()
         try:
-            call = contender.make(case)
-            contender.check(case, call)
-            call()
-            synchronize(case.device)
-            start = time.monotonic()
-            call()
-            synchronize(case.device)
-            end = time.monotonic()
+            with _told_by_errors(contender):
+                call = contender.make(case)
+                contender.check(case, call)
+                call()
+                synchronize(case.device)
+                start = time.monotonic()
+                call()
+                synchronize(case.device)
+                end = time.monotonic()
         except WrongResult as error:
             return _untimed(contender, case, WRONG, str(error))
         except torch.OutOfMemoryError as error:
             return _untimed(contender, case, LEFT_OUT, one_line(error))
         except FOREIGN_ERRORS as error:
-            return _untimed(contender, case, FAILED, one_line(error))
+            # A library that does not run here disproves nothing; what claims to be the op must run all of it.
+            status = FAILED if contender.computes == SAME else LEFT_OUT
+            return _untimed(contender, case, status, one_line(error))
         seconds = end - start
         self._paces[contender.name, case.kind] = Pace(
             overhead_s=max(0.0, end - begun - _CALLS_BEFORE * seconds), flop_s=seconds / contender.work(case).flops
@@ -176,6 +181,15 @@ def _num_rounds(a_round_s: float, left_s: float) -> int:
 def label(case: Case) -> str:
     """Kind and length, for a progress bar."""
     return f"{case.kind} {case.problem.kv_len}"
+
+
+@contextlib.contextmanager
+def _told_by_errors(contender: Contender) -> Iterator[None]:
+    """Of other libraries no warnings: why one of their kernels cannot run is in the error that follows."""
+    with warnings.catch_warnings():
+        if contender.computes != SAME:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def synchronize(device: torch.device) -> None:

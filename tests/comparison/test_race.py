@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from hsa_compile.comparison.case import DECODE, FORWARD, KINDS, Case
-from hsa_compile.comparison.contender import SAME, Contender
+from hsa_compile.comparison.contender import DENSE, SAME, Contender
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.race import MAX_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, Race, _num_rounds
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG
@@ -43,6 +44,7 @@ def test_ratios_are_to_ours_and_only_what_is_right_has_a_time(problem_of: Callab
         fake("wrong", check=raising(WrongResult("o is off by 1"))),
         fake("broken", check=raising(KeyError("q"))),
         fake("greedy", check=raising(torch.OutOfMemoryError("no memory"))),
+        replace(fake("picky", check=raising(RuntimeError("No available kernel"))), computes=DENSE),
         fake("absent", why_not=lambda case: "not installed"),
         fake("elsewhere", kinds=(DECODE,)),
     ]
@@ -50,13 +52,15 @@ def test_ratios_are_to_ours_and_only_what_is_right_has_a_time(problem_of: Callab
     (results,) = race.run([(FORWARD, problem_of(FORWARD))])
     by_name = {result.contender: result for result in results}
     assert {name: result.status for name, result in by_name.items()} == {
-        "ours": TIMED, "slow": TIMED, "wrong": WRONG, "broken": FAILED, "greedy": LEFT_OUT, "absent": LEFT_OUT,
+        "ours": TIMED, "slow": TIMED, "wrong": WRONG, "broken": FAILED, "greedy": LEFT_OUT, "picky": LEFT_OUT,
+        "absent": LEFT_OUT,
     }  # fmt: skip
     assert by_name["ours"].ratio == (1, 1, 1)
     assert by_name["slow"].ratio is not None
     assert by_name["slow"].ratio[0] > 1.5
     assert by_name["wrong"].measurement is by_name["broken"].measurement is None
     assert by_name["wrong"].note == "o is off by 1"
+    assert by_name["picky"].note == "RuntimeError: No available kernel"
     assert by_name["broken"].note == "KeyError: 'q'"
     assert [result.contender for result in results if result.bad] == ["wrong", "broken"]
 
