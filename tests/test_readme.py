@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from hsa_compile.cli.main import cli
+from shown_commands import check_shown_commands
 
 README = Path(__file__).parents[1] / "README.md"
 CLAIMS = {  # by the name that a block binds last
@@ -54,12 +52,4 @@ def test_the_way_from_tuning_to_answers_runs_as_printed(tmp_path: Path) -> None:
 
 
 def test_every_command_and_flag_that_is_shown_exists() -> None:
-    shown = re.findall(r"^hsa-compile (.+?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE)
-    assert len(shown) >= 4
-    for line in shown:
-        words = line.split()
-        command = [word for word in words[:2] if not word.startswith("-")]
-        done = CliRunner().invoke(cli, [*command, "--help"])
-        assert done.exit_code == 0, f"{line}\n{done.output}"
-        for flag in re.findall(r"--[a-z-]+", line):
-            assert flag in done.output, f"{flag} of '{line}'"
+    assert check_shown_commands(README.read_text()) >= 4

@@ -51,6 +51,7 @@ def _table(title: str, figures: Sequence[Figure], assumed: str) -> str:
             figure.formula,
         )
         for figure in figures
+        if figure.value or figure.unit not in ("B", "s")  # a model without a memory spends nothing on one
     ]  # fmt: skip
     return tabulate.tabulate(rows, headers=(title, "bound", assumed, "formula"), disable_numparse=True)
 
@@ -62,6 +63,6 @@ def _shown(value: float, unit: str) -> str:
     if unit in ("", "texts"):
         return f"{value:,.0f}"
     if unit == "days":
-        return f"{value:,.3g}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     factor, prefix = next(((f, n) for f, n in _DECIMAL if value >= f), (1.0, ""))
     return f"{value / factor:.3g} {prefix}{'B' if unit == 'B' else ''}".rstrip()

@@ -66,8 +66,8 @@ def _decode(paper: Paper) -> list[Figure]:
     figures = []
     on_device, in_host = _texts(paper, stays + chunks), _texts(paper, stays)
     for name, texts, host in (
-        ("decode a token of 1 text", 1, False),
-        ("decode a token of 1 text, chunks in the host", 1, True),
+        ("decode a token of 1 text", min(1, on_device), False),
+        ("decode a token of 1 text, chunks in the host", min(1, in_host), True),
         ("decode a token of all texts a device", on_device, False),
         ("decode a token of all texts a device, chunks in the host", in_host, True),
     ):

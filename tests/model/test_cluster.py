@@ -8,8 +8,13 @@ from hsa_compile.target import PRODUCTS
 
 @pytest.mark.parametrize(
     ("text", "count", "arch", "nodes"),
-    [("64xH100", 64, "sm_90", 8), ("h200", 1, "sm_90", 1), ("4xmi300x", 4, "gfx942", 1), ("16xsm_100", 16, "sm_100", 2)],
-)  # fmt: skip
+    [
+        ("64xH100", 64, "sm_90", 8),
+        ("h200", 1, "sm_90", 1),
+        ("4xmi300x", 4, "gfx942", 1),
+        ("16xsm_100", 16, "sm_100", 2),
+    ],
+)
 def test_a_count_and_a_name(text: str, count: int, arch: str, nodes: int) -> None:
     cluster = Cluster.parse(text)
     assert (cluster.count, cluster.target.arch, cluster.num_nodes) == (count, arch, nodes)

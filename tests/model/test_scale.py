@@ -167,6 +167,13 @@ def test_chunks_in_the_host_make_room_for_more_texts() -> None:
     assert found["host memory a text"].value == 2**24 * 128 * 2 * 2
 
 
+def test_no_time_is_given_for_a_text_that_does_not_fit() -> None:
+    one = replace(paper(), info=model_info(preset("8b-a1b", "full"), context=2**24))
+    found = by_name(serving_figures(one))
+    assert found["texts a device"].value == 0
+    assert not [name for name in found if name.startswith("decode") or name.startswith("tokens a second")]
+
+
 def test_prefill_runs_the_lower_half_over_all_and_the_rest_over_the_end() -> None:
     one = paper("8b-a1b", "4xh100", 2**20)
     found = by_name(serving_figures(one))

@@ -1,0 +1,146 @@
+"""What the documentation shows, runs: code, commands and their output, links; and the site builds without a warning."""
+
+import doctest
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shown_commands import check_shown_commands
+
+import hsa_compile
+from hsa_compile.cli.main import main
+from hsa_compile.target import this_cpu
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+FENCED = re.compile(r"^( *)```(\w+)?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+quiet = pytest.mark.filterwarnings("ignore::hsa_compile.errors.HSACompileWarning")
+
+
+def blocks(*languages: str) -> list[object]:
+    """Every fenced block of a language as a case of a test, by page and number."""
+    return [
+        pytest.param(code, id=f"{page.relative_to(DOCS)}-{number}")
+        for page in PAGES
+        for number, (_, language, code) in enumerate(FENCED.findall(page.read_text()), 1)
+        if language in languages
+    ]
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To build C++ for each shape that a page happens to show takes seconds."""
+    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
+    this_cpu.cache_clear()
+
+
+@quiet
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code: str) -> None:
+    exec(compile(code, "<page>", "exec"), {"__name__": "__page__"})
+
+
+@quiet
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.parametrize("page", [page for page in PAGES if "```pycon" in page.read_text()], ids=lambda page: page.name)
+def test_a_python_session_prints_what_is_shown(page: Path) -> None:
+    code = "".join(code for _, language, code in FENCED.findall(page.read_text()) if language == "pycon")
+    session = doctest.DocTestParser().get_doctest(code, {}, "page", "page", 0)
+    said: list[str] = []
+    outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=said.append)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0, "".join(said)
+
+
+@quiet
+@pytest.mark.parametrize("code", blocks("console"))
+def test_a_command_prints_what_is_shown(
+    code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert code.startswith("$ ")
+    for entry in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
+        line, _, shown = entry.partition("\n")
+        command, _, pattern = line.partition(" | grep -E ")
+        assert _matches(shown, _output(command, pattern, monkeypatch, capsys)), line
+
+
+def _output(
+    command: str, pattern: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    lines = [line.rstrip() for line in (captured.out + captured.err).splitlines()]
+    return [line for line in lines if re.search(shlex.split(pattern)[0], line)] if pattern else lines
+
+
+def _matches(shown: str, printed: list[str]) -> bool:
+    """Line by line; … stands for anything."""
+    expected = [line.rstrip() for line in shown.rstrip("\n").splitlines()]
+    patterns = [".*".join(map(re.escape, line.split("…"))) for line in expected]
+    same = len(patterns) == len(printed) and all(map(re.fullmatch, patterns, printed))
+    assert same, "\n".join(["shown:", *expected, "printed:", *printed])
+    return same
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_command_and_flag_that_is_shown_exists(page: Path) -> None:
+    shown = [code for _, language, code in FENCED.findall(page.read_text()) if language == "bash"]
+    check_shown_commands("\n".join(shown))
+
+
+def test_python_blocks_and_outputs_are_there() -> None:
+    assert len(blocks("python")) >= 8
+    assert len(blocks("console")) >= 8
+    unchecked = {language for page in PAGES for _, language, _ in FENCED.findall(page.read_text())}
+    assert unchecked <= {"python", "pycon", "console", "bash", ""}
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", page.read_text())):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.is_file(), target
+        assert not anchor or anchor in _anchors(other), target
+
+
+def test_each_public_name_has_its_place_among_the_api_pages() -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api" / "kernels.md").read_text(), re.MULTILINE)
+    public = [getattr(hsa_compile, name) for name in hsa_compile.__all__ if name != "HSACompileError"]
+    assert {f"{thing.__module__}.{thing.__name__}" for thing in public} <= set(shown)
+    assert "hsa_compile.errors" in shown
+
+
+def test_each_page_is_in_the_navigation() -> None:
+    navigation = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install 'hsa-compile[docs]'")
+    pytest.importorskip("mkdocstrings", reason="pip install 'hsa-compile[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "site" / "scale" / "index.html").is_file()
