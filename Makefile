@@ -6,7 +6,7 @@ TUNE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help install tune test test-fast lint bench clean
+.PHONY: help install tune test test-fast lint bench docs clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,5 +38,8 @@ bench: install  ## the benchmarks with their ratios, and this commit against the
 		--benchmark-autosave --benchmark-group-by=fullname --benchmark-sort=name --benchmark-columns=median,min,rounds \
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(BENCH_ARGS)
 
+docs: install  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove .venv and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
