@@ -112,7 +112,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     there are too few, of the split's documents joined.
 
     With --harness, tasks of lm-evaluation-harness are run by its own evaluator, and no others unless --task is given
-    too; of the flags above they heed --harness-path, --harness-limit, --seed and those of the model and the output.
+    too; of the flags below, --harness-path, --harness-limit, --seed and those of the model and the output are for them.
     Contexts are never cut to a window: the memory has no limit. Tables are the harness's own; OUT gets harness.json.
     Data sets come from where a task's YAML file says, as a rule the network.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -109,6 +110,25 @@ def test_tasks_of_every_kind_give_tables_and_a_file(run: Shell, directory: Path,
     assert bits == pytest.approx(math.log2(perplexity))
     assert bits == pytest.approx(8, abs=0.5)  # of a model that knows nothing
     assert "hostname" not in (out / "harness.json").read_text().lower()
+
+
+@pytest.mark.slow
+def test_the_shipped_model_finds_a_choice_that_its_context_names_far_back(
+    run: Shell, tasks: Path, tmp_path: Path
+) -> None:
+    filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 30
+    values = ["1234", "8071", "5560", "9342"]
+    rows = [
+        {"text": f"{filler[: 300 * n]} abc={value}.{filler[300 * n :]} ?abc=", "values": values, "label": n}
+        for n, value in enumerate(values)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = (tasks / "our_choice.yaml").read_text().replace(" and then", "")
+    task = re.sub("doc_to_choice: .*", 'doc_to_choice: "{{values}}"\ntarget_delimiter: ""', task)
+    (tasks / "our_choice.yaml").write_text(task)
+    shown = run(*command(Path("tiny"), tasks, tmp_path / "out", "--harness", "our_choice", "--json"))
+    assert shown.code == 0, shown.err
+    assert shown.json["found"]["results"]["our_choice"]["acc,none"] == 1
 
 
 def test_json_is_what_is_kept_and_nothing_is_computed_twice(

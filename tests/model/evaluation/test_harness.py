@@ -18,6 +18,7 @@ from hsa_compile.target import this_cpu
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 from lm_eval.api.instance import Instance
 
+from hsa_compile.model.evaluation import harness
 from hsa_compile.model.evaluation.harness import Generation, HarnessModel
 
 pytestmark = [pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")]
@@ -163,6 +164,29 @@ def test_answers_that_are_kept_are_not_computed_again(outcomes: OutcomeFile, mon
     assert model.generate_until(asked("generate_until", [("a", {"max_gen_toks": 3})])) == texts
     with pytest.raises(AssertionError, match="computed again"):
         HarnessModel(subject_of("full"), outcomes).loglikelihood(asked("loglikelihood", PAIRS))
+
+
+def test_what_was_finished_before_an_interruption_is_kept(
+    outcomes: OutcomeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = harness.scores
+
+    def interrupted(subject, texts):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(subject, texts)
+
+    monkeypatch.setattr(continuations, "MAX_ROWS", 1)
+    monkeypatch.setattr(harness, "scores", interrupted)
+    model = HarnessModel(subject_of("swa"), outcomes)
+    requests = asked("loglikelihood", [(f"text {number}", " goes on") for number in range(5)])
+    with pytest.raises(KeyboardInterrupt):
+        model.loglikelihood(requests)
+    assert len(outcomes) == 2
+    assert len(model.loglikelihood(requests)) == 5
+    assert calls == [1] * 6
 
 
 def test_greedy_generation_is_that_of_the_model(variant: str, outcomes: OutcomeFile) -> None:
