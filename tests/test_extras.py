@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import hsa_compile
 from hsa_compile.errors import MissingDependency
@@ -89,6 +91,23 @@ def test_the_classifiers_name_the_versions_that_are_allowed() -> None:
     assert PROJECT["requires-python"] == f">={versions[0]}"
     assert versions == ["3.10", "3.11", "3.12", "3.13"]
     assert metadata.version("hsa-compile") == PROJECT["version"] == hsa_compile.__version__
+
+
+def test_no_pin_stands_in_the_way_of_the_oldest_python() -> None:
+    """A pin of what needs a newer one counts from that one on."""
+    checked = 0
+    for pin in map(Requirement, re.findall(r"^[\w-]+==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)):
+        try:
+            found = metadata.metadata(pin.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if pin.specifier.contains(found["Version"].partition("+")[0]):
+            needed = SpecifierSet(found["Requires-Python"] or "")
+            is_pinned = pin.marker is None or pin.marker.evaluate({"python_version": "3.10"})
+            assert needed.contains("3.10.0") or not is_pinned, f"{pin} needs Python {needed}"
+            checked += 1
+    if not checked:
+        pytest.skip("nothing that is pinned is installed")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

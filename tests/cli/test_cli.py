@@ -352,7 +352,7 @@ def test_the_commands_are_the_documented_ones() -> None:
         "tune", "plan", "report", "schedules list", "schedules show", "schedules path", "schedules clear",
         "schedules explain",
         "schedules diff", "schedules export", "schedules import", "emit", "inspect", "doctor",
-        "model info", "prepare", "train", "eval", "generate",
+        "model info", "prepare", "train", "eval", "generate", "bench", "profile",
     }  # fmt: skip
 
 
