@@ -16,7 +16,7 @@ from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.model_argument import device_of
 from hsa_compile.cli.options import SHAPE_FIELDS, print_rows, shape_options
-from hsa_compile.comparison.case import KINDS
+from hsa_compile.comparison.case import KINDS, check_length
 from hsa_compile.comparison.contender_file import load_contender
 from hsa_compile.comparison.contenders import FAMILIES, contenders_for
 from hsa_compile.comparison.peaks import Peaks, peaks_of
@@ -83,6 +83,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     chosen = {name: values for name, values in shape.items() if name in SHAPE_FIELDS and values}
     entries = _entries(target, chosen, [*KINDS] if kind == ALL else [kind])
     for _, problem in entries:  # before the first is timed, so that the last does not end the run
+        check_length(problem)
         check_memory(problem, place)
     contenders = contenders_for(place, against)
     contenders += [load_contender(text, list(dict.fromkeys(kind for kind, _ in entries))) for text in files]

@@ -9,7 +9,7 @@ from torch import Tensor
 from hsa_compile.autotune.decode_inputs import DecodeInputs
 from hsa_compile.autotune.inputs import Inputs
 from hsa_compile.autotune.select_inputs import SelectInputs, inputs_of
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.work import Work, count_work
@@ -72,6 +72,19 @@ class Case:
         """The tensors of hsa_decode."""
         assert isinstance(self.inputs, DecodeInputs)
         return self.inputs
+
+
+def check_length(problem: Problem) -> None:
+    """Whether there is anything to compute: the last token must see a chunk, which is one that ended before it.
+
+    Raises:
+        InvalidProblem: no token sees any.
+    """
+    if problem.kv_len <= problem.chunk_size:
+        raise InvalidProblem(
+            f"{problem.describe()} has {problem.kv_len} tokens; more than chunk_size = {problem.chunk_size} are "
+            "needed, else no token sees a whole chunk"
+        )
 
 
 def sparse_work(case: Case) -> Work:

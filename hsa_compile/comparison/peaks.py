@@ -13,7 +13,7 @@ from hsa_compile.target import Target
 _MATMUL_SIZE = 2048
 _COPY_BYTES = 256 << 20  # beyond any cache
 _ROUNDS = 5
-_SLOW_S = 2.0  # a dtype that a CPU has no fast products of is not measured longer
+_PROBE_SIZE, _SLOW_S = 256, 1.0  # by which the large product is found to take too long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,28 +56,34 @@ def peaks_of(target: Target, dtype: str) -> Peaks | None:
 
 
 def _measured(dtype: torch.dtype) -> Peaks:
-    """The best of a few large products and copies."""
-    left, right = (torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
+    """The best of a few large products and copies; of smaller products in a dtype that a CPU has no fast ones of."""
+    size = min(_PROBE_SIZE, _MATMUL_SIZE)
+    matmul_s = _product_s(size, dtype)
+    if size < _MATMUL_SIZE and matmul_s * (_MATMUL_SIZE / size) ** 3 < _SLOW_S:
+        size = _MATMUL_SIZE
+        matmul_s = _product_s(size, dtype)
     source = torch.ones(_COPY_BYTES, dtype=torch.int8)
     copy = torch.empty_like(source)
-    matmul_s = _best(lambda: torch.mm(left, right, out=product))
     copy_s = _best(lambda: copy.copy_(source))
     name = str(dtype).removeprefix("torch.")
     return Peaks(
-        tflops=2 * _MATMUL_SIZE**3 / matmul_s / 1e12,
+        tflops=2 * size**3 / matmul_s / 1e12,
         gb_s=2 * _COPY_BYTES / copy_s / 1e9,
-        source=f"measured: a {name} product of {_MATMUL_SIZE}² matrices, a copy of {_COPY_BYTES >> 20} MiB",
+        source=f"measured: a {name} product of {size}² matrices, a copy of {_COPY_BYTES >> 20} MiB",
     )
 
 
+def _product_s(size: int, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    return _best(lambda: torch.mm(left, right, out=product))
+
+
 def _best(call: Callable[[], object]) -> float:
-    begun, best = time.perf_counter(), float("inf")
+    """Seconds of the quickest of some calls."""
+    best = float("inf")
     for _ in range(_ROUNDS + 1):
         start = time.perf_counter()
         call()
-        end = time.perf_counter()
-        best = min(best, end - start)
-        if end - begun > _SLOW_S:
-            break
+        best = min(best, time.perf_counter() - start)
     return best

@@ -103,6 +103,7 @@ def test_one_that_is_wrong_or_raises_gets_no_time_and_the_exit_code_says_so(
         (["--contender", "{mine}.txt:right"], "there is no file"),
         (["--contender", "{mine}:right", "--op", "select"], "none of what is timed"),
         (["--heads", "3"], "num_heads = 3 must be a multiple of num_kv_heads = 2"),
+        (["--seq-len", "16"], "more than chunk_size = 16 are needed"),
         (["--op", "prefill"], "'prefill' is not one of"),
         (["--against", "everything"], "'everything' is not one of"),
         (["--seconds", "0"], "0"),

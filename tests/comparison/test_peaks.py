@@ -33,11 +33,21 @@ def test_a_gpu_has_those_of_its_data_sheet_and_an_unknown_one_none() -> None:
 def test_those_of_a_cpu_are_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MATMUL_SIZE", 64)
     monkeypatch.setattr(module, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_PROBE_SIZE", 32)
     found = peaks_of(Target.parse("cpu"), dtype)
     assert found is not None
     assert found.tflops > 0
     assert found.gb_s > 0
     assert f"measured: a {dtype} product of 64² matrices" in found.source
+
+
+def test_a_dtype_without_fast_products_is_measured_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_PROBE_SIZE", 32)
+    monkeypatch.setattr(module, "_SLOW_S", 0.0)
+    found = peaks_of(Target.parse("cpu"), "float32")
+    assert found is not None
+    assert "a float32 product of 32² matrices" in found.source
 
 
 def test_a_roof_is_positive() -> None:
