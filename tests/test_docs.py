@@ -1,6 +1,7 @@
 """What the documentation shows, runs: code, commands and their output, links; and the site builds without a warning."""
 
 import doctest
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,8 @@ from shown_commands import check_shown_commands
 
 import hsa_compile
 from hsa_compile.cli.main import main
+from hsa_compile.model.info import model_info
+from hsa_compile.model.presets import preset
 from hsa_compile.target import this_cpu
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +106,19 @@ def test_python_blocks_and_outputs_are_there() -> None:
     assert len(blocks("console")) >= 8
     unchecked = {language for page in PAGES for _, language, _ in FENCED.findall(page.read_text())}
     assert unchecked <= {"python", "pycon", "console", "bash", ""}
+
+
+def test_the_share_of_the_peak_that_was_measured_is_that_of_the_committed_results() -> None:
+    page = (DOCS / "scale.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    reading = json.loads((results / "read_16m_tiny.json").read_text())
+    times = json.loads((results / "cpu_2_cores_avx512.json").read_text())["results"]
+    product_ms = times["test_hsa_attention_cpu.py::test_share_of_matmul_rate[G16]"]["matmul 2048"]["median_ms"]
+    info = model_info(preset("tiny"), context=reading["tokens"])
+    rate = info.prefill_flops * reading["tokens"] / reading["seconds"] / 1e9
+    share = rate / (2 * 2048**3 / product_ms / 1e6)
+    assert f"cores in {reading['seconds']:.0f} s" in page
+    assert f"{rate:.0f} GFLOP/s, {share:.2f} of the rate" in page
 
 
 def _anchors(page: Path) -> set[str]:
