@@ -37,7 +37,7 @@ def model() -> None:
     show_default=True,
     help="Of weights, caches and memory.",
 )
-@click.option("--devices", metavar="[N]xDEVICE", help="Also training and serving there, on paper: 64xh100.")
+@click.option("--devices", metavar="[Nx]DEVICE", help="Also training and serving there, on paper: 64xh100.")
 @click.option("--mfu", type=float, default=DEFAULT_MFU, show_default=True, help="Assumed share of the peak.")
 @click.option("--batch-tokens", type=Counts(), default="4m", show_default=True, help="Tokens of a training step.")
 @json_option
