@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(hsa_compile.__file__).parent
 DATA = {".jinja", ".toml", ".json", ".jsonl", ".safetensors", ".md", ".typed"}
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+SHAPE = ["--seq-len=128", "--heads=4", "--kv-heads=1", "--head-dim=16", "--chunk-size=16", "--top-k=2"]
 NEEDLE = "The grass is green. abc=1234. The sky is blue. The sun is yellow. Here we go. There and back again. ?abc="
 
 Run = Callable[..., str]
@@ -125,12 +126,15 @@ def test_the_new_environment_holds_the_wheel_and_not_this_checkout(elsewhere: Ru
 
 
 def test_it_tunes(elsewhere: Run) -> None:
-    shape = ["--seq-len", "128", "--heads", "4", "--kv-heads", "1", "--head-dim", "16", "--chunk-size", "16"]
-    words = ["tune", "--device", "cpu", *shape, "--top-k", "2", "--trials", "2", "--op", "forward", "--json"]
+    words = ["tune", "--device", "cpu", *SHAPE, "--trials", "2", "--op", "forward", "--json"]
     (record,) = json.loads(elsewhere("-m", "hsa_compile", *words))
     assert record["trials"] == 2
-    listed = json.loads(elsewhere("-m", "hsa_compile", "schedules", "list", "--json"))
-    assert [entry["origin"] for entry in listed].count("user") == 1
+
+
+def test_it_is_compared(elsewhere: Run) -> None:
+    words = ["bench", "--device", "cpu", *SHAPE, "--op", "forward", "--against", "gather", "--seconds", "2"]
+    shown = elsewhere("-W", "ignore", "-m", "hsa_compile", *words)
+    assert {"ours", "gather"} <= set(shown.split())
 
 
 def test_it_evaluates_the_model_that_is_shipped(elsewhere: Run) -> None:
