@@ -46,6 +46,8 @@ class ModelConfig:
         memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
         retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
         retrieval_norm: whether retrieval queries and landmarks are normalised, an option of the authors' code.
+        retrieval_scale: of the scores of landmarks: the larger, the less do chunks weigh that were chosen only because
+            no others were better.
         encoder_layers, encoder_ffn_dim: of the chunk encoder.
         selection_noise: whether Gumbel noise is added when chunks are chosen in training.
         num_experts: `E` of a MoE layer; 0 makes every MLP dense.
@@ -79,6 +81,7 @@ class ModelConfig:
     memory_head_dim: int
     retrieval_dim: int
     retrieval_norm: bool = False
+    retrieval_scale: float = 1.0
     encoder_layers: int = 1
     encoder_ffn_dim: int
     selection_noise: bool = True
@@ -108,7 +111,7 @@ class ModelConfig:
                 )
         if self.head_dim % 2:
             raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in ("rope_theta", "retrieval_scale", "norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
         self._check_experts()

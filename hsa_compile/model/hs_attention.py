@@ -120,7 +120,7 @@ class Retrieval(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.retrieval_dim = config.memory_kv_heads, config.retrieval_dim
-        self.top_k, self.fusion = config.top_k, config.fusion
+        self.top_k, self.fusion, self.scale = config.top_k, config.fusion, config.retrieval_scale
         self.chunk_size = config.chunk_size
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = nn.Linear(config.dim, self.num_heads * self.retrieval_dim, bias=False)
@@ -166,6 +166,7 @@ class Retrieval(nn.Module):
         self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None, *, once_a_chunk: bool
     ) -> Selection:
         query = self.q_norm(self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim))
+        query = query * self.scale
         select = memory.select
         if noise_seed is not None:
             assert isinstance(memory, SequenceMemory), "noise is for training"
