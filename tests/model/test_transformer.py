@@ -103,3 +103,18 @@ def test_short_texts_train(variant: str, length: int) -> None:
     model = build(small_config(variant)).train()
     model(torch.randint(19, (2, length))).logsumexp(-1).mean().backward()
     assert torch.isfinite(model.embedding.weight.grad).all()
+
+
+def test_retrieval_scale_makes_the_weights_of_chunks_sharper_and_keeps_their_order() -> None:
+    found = {}
+    for scale in (1.0, 3.0):
+        model = build(small_config("hsa-ultralong", retrieval_scale=scale), torch.float64)
+        chosen: list[hs_attention.Selection] = []
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model(torch.randint(19, (1, 60)), selections=chosen)
+        found[scale] = chosen[0]
+    assert torch.equal(found[1.0].indices, found[3.0].indices)
+    full = (found[1.0].indices >= 0).all(-1)
+    sharper = found[1.0].weights[full].pow(3)
+    torch.testing.assert_close(found[3.0].weights[full], sharper / sharper.sum(-1, keepdim=True))
