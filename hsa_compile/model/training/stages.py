@@ -60,7 +60,7 @@ def lengths(stage: Stage) -> list[int]:
 
 
 def apply_stage(model: nn.Module, config: ModelConfig, crossbatch: int = 0) -> None:
-    """Sets window and top-k of all layers as the config has them, and whose chunks a row may choose in training.
+    """Sets window, top-k and retrieval scale of all layers as the config has them, and whose chunks a row may choose.
 
     All of them are read when the model is called.
     """
@@ -70,4 +70,4 @@ def apply_stage(model: nn.Module, config: ModelConfig, crossbatch: int = 0) -> N
         if isinstance(module, WindowAttention):
             module.window = config.window
         elif isinstance(module, Retrieval):
-            module.top_k = config.top_k
+            module.top_k, module.scale = config.top_k, config.retrieval_scale
