@@ -38,6 +38,7 @@ class Contender:
         why_not: why it cannot run a case, in words; None if it can.
         kinds: of the cases that it is made for.
         work: what it has to do at least, by which its rates are counted.
+        effort: FLOPs, or what grows like them, by which its time on a longer case is foreseen; those of `work` if None.
         note: what else a reader of its times should know.
     """
 
@@ -48,6 +49,7 @@ class Contender:
     why_not: Callable[[Case], str | None] = available
     kinds: tuple[str, ...] = tuple(KINDS)
     work: Callable[[Case], Work] = sparse_work
+    effort: Callable[[Case], float] | None = None
     note: Callable[[Case], str] = nothing
 
     def __post_init__(self) -> None:
@@ -56,3 +58,7 @@ class Contender:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise InvalidArgument(f"kind = {kind!r} is not one of {', '.join(KINDS)}")
+
+    def effort_of(self, case: Case) -> float:
+        """As `effort`."""
+        return self.effort(case) if self.effort is not None else self.work(case).flops

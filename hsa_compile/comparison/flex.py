@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hsa_compile.comparison.case import BOTH, FORWARD, Call, Case
+from hsa_compile.comparison.case import BOTH, FORWARD, Call, Case, dense_work
 from hsa_compile.comparison.contender import SPARSE, Contender
 from hsa_compile.comparison.dense import call_of
 from hsa_compile.comparison.gather import too_large
@@ -27,6 +27,7 @@ def flex_contenders() -> list[Contender]:
             check=check_other(SPARSE),
             why_not=_why_not,
             kinds=(FORWARD, BOTH),
+            effort=lambda case: dense_work(case).flops,  # among 128 tokens' picks are most of the chunks
         )
     ]
 

@@ -13,7 +13,7 @@ from hsa_compile.target import Target
 _MATMUL_SIZE = 2048
 _COPY_BYTES = 256 << 20  # beyond any cache
 _ROUNDS = 5
-_PROBE_SIZE, _SLOW_S = 256, 1.0  # by which the large product is found to take too long
+_PROBE_SIZE, _SLOW_S = 256, 4.0  # by which the large product is found to take too long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

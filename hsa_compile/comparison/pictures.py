@@ -1,6 +1,7 @@
 """Pictures of a comparison: time by length, and what of the device's peaks was reached."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from hsa_compile.extras import require
 TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
 _LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}
 _PANEL_INCHES = (3.7, 3.1)
+_WIDE_INCHES = 10  # has room for three columns of the legend
+_LETTERS_PER_INCH = 12  # of a title
 _ROOF = "0.45"  # a grey
 _PEAK, _BOUND = "the device's peak", "roofline: what memory lets the op reach"
 _FEW_DECADES = 300  # of a log axis, from top to bottom, that has room for 1, 2, 5 in each
@@ -143,14 +146,20 @@ def _finish(axis: Any, results: Sequence[Result], kind: str = "", shape: str = "
 
 
 def _title(figure: Any, axes: Any, text: str, comparison: Comparison) -> None:
-    figure.suptitle(f"{text}\n{comparison.device}", fontsize=11)
+    width = figure.get_figwidth()
+    figure.suptitle(f"{textwrap.fill(text, int(_LETTERS_PER_INCH * width))}\n{comparison.device}", fontsize=11)
     labels: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     names = sorted(labels, key=(_PEAK, _BOUND).__contains__)  # contenders first
     figure.legend(
-        [labels[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+        [labels[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=3 if width >= _WIDE_INCHES else 2,
+        fontsize=9,
+        frameon=False,
     )
 
 

@@ -20,6 +20,7 @@ from hsa_compile.problem import Problem
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 MOST_ROUNDS, _QUICK_S = 101, 1.0  # of calls so quick that all rounds together take no longer
 _CALLS_BEFORE = 3  # a contender's check, its first warm call and one that is timed
+_LARGEST_SHARE = 0.5  # of the time that is left, that one contender may take on one case
 _ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
 
@@ -93,7 +94,7 @@ class Race:
         outcomes: dict[str, Ready | Result] = {}
         for contender in entered:
             self._on_progress(f"{label(case)}: {contender.name}")
-            outcomes[contender.name] = self._prepare(contender, case, until)
+            outcomes[contender.name] = self._prepare(contender, case)
         ready = [outcome for outcome in outcomes.values() if isinstance(outcome, Ready)]
         times = self._time(case, ready, until)
         ours = times.get(self._contenders[0].name)
@@ -102,9 +103,9 @@ class Race:
             for name, outcome in outcomes.items()
         ]
 
-    def _prepare(self, contender: Contender, case: Case, until: float) -> Ready | Result:
+    def _prepare(self, contender: Contender, case: Case) -> Ready | Result:
         """Checks a contender and warms it up; a result without times if it cannot take part."""
-        if reason := contender.why_not(case) or self._too_slow(contender, case, until):
+        if reason := contender.why_not(case) or self._too_slow(contender, case):
             return _untimed(contender, case, LEFT_OUT, reason)
         begun = time.monotonic()
         try:
@@ -127,21 +128,21 @@ class Race:
             return _untimed(contender, case, status, one_line(error))
         seconds = end - start
         self._paces[contender.name, case.kind] = Pace(
-            overhead_s=max(0.0, end - begun - _CALLS_BEFORE * seconds), flop_s=seconds / contender.work(case).flops
+            overhead_s=max(0.0, end - begun - _CALLS_BEFORE * seconds), flop_s=seconds / contender.effort_of(case)
         )
         return Ready(contender=contender, call=call, seconds=seconds)
 
-    def _too_slow(self, contender: Contender, case: Case, until: float) -> str | None:
+    def _too_slow(self, contender: Contender, case: Case) -> str | None:
         """By its pace on the last shape, or at the device's peak if there was none."""
         if contender is self._contenders[0]:
             return None
         peaks = self._peaks.get(case.problem.dtype)
         at_peak = Pace(overhead_s=0.0, flop_s=1 / (peaks.tflops * 1e12) if peaks else 0.0)
         pace = self._paces.get((contender.name, case.kind), at_peak)
-        seconds = pace.overhead_s + (_CALLS_BEFORE + MIN_ROUNDS) * pace.flop_s * contender.work(case).flops
-        if seconds <= max(_ALWAYS_S, until - time.monotonic()):
+        seconds = pace.overhead_s + (_CALLS_BEFORE + MIN_ROUNDS) * pace.flop_s * contender.effort_of(case)
+        if seconds <= max(_ALWAYS_S, _LARGEST_SHARE * (self._deadline - time.monotonic())):
             return None
-        return f"to check it and to time {MIN_ROUNDS} rounds would take longer than its share of --seconds"
+        return f"to check it and to time {MIN_ROUNDS} rounds would take most of what is left of --seconds"
 
     def _time(self, case: Case, ready: Sequence[Ready], until: float) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {one.contender.name: [] for one in ready}
