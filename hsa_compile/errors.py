@@ -23,7 +23,8 @@ HSACompileError
 
 HSACompileWarning (UserWarning)
 ├── CacheWarning                   a cache file or entry was ignored
-└── UntunedWarning                 the default schedule runs, or one that was tuned too far away
+└── UntunedWarning                 the default schedule runs
+    └── DistantWarning             … or one that was tuned too far away
 """
 
 
@@ -116,4 +117,8 @@ class CacheWarning(HSACompileWarning):
 
 
 class UntunedWarning(HSACompileWarning):
-    """The default schedule runs because none was tuned, or one tuned so far away that its loss is not known."""
+    """The default schedule runs because none was tuned."""
+
+
+class DistantWarning(UntunedWarning):
+    """What runs was tuned for a shape so far away that its loss is not known."""

@@ -15,7 +15,7 @@ from hsa_compile.autotune.memory import check_memory
 from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.model_argument import device_of
-from hsa_compile.cli.options import SHAPE_FIELDS, print_rows, shape_options
+from hsa_compile.cli.options import SHAPE_FIELDS, counted, print_rows, shape_options
 from hsa_compile.comparison.case import KINDS, check_length
 from hsa_compile.comparison.contender_file import load_contender
 from hsa_compile.comparison.contenders import FAMILIES, contenders_for
@@ -37,7 +37,7 @@ _LENGTHS = {"cpu": [1024, 4096, 16384], "cuda": [4096, 16384, 65536]}
 Entry = tuple[str, Problem]
 
 
-@click.command()
+@click.command(short_help="Time the ops against what one would run instead.")
 @click.option("--op", "kind", type=click.Choice([*KINDS, ALL]), default=ALL, show_default=True,
               help="hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
 @shape_options
@@ -115,7 +115,9 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
 def _run(race: Race, entries: Sequence[Entry]) -> tuple[list[Result], bool]:
     """The results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished."""
     results: list[Result] = []
-    with tqdm.tqdm(total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}") as bar:
+    with tqdm.tqdm(
+        total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None
+    ) as bar:
         try:
             for found in race.run(entries, on_progress=bar.set_description_str):
                 results += found
@@ -160,7 +162,7 @@ def _check_outputs(file: Path | None, plots: Path | None) -> None:
 
 
 def _device_name(target: Target) -> str:
-    return f"{target.name} ({target.kind} {target.arch}, {target.num_cores} cores)"
+    return f"{target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})"
 
 
 def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None:

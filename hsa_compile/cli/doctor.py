@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import click
 import torch
 
-from hsa_compile.cli.options import json_option, print_json
+from hsa_compile.cli.options import counted, json_option, print_json
 from hsa_compile.paths import cache_dir, cxx_compiler
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.store import read_records
@@ -39,7 +39,7 @@ def doctor(as_json: bool) -> None:
         print_json([{"name": finding.name, "ok": finding.ok, "text": finding.text} for finding in findings])
         return
     for finding in findings:
-        click.echo(f"{'ok' if finding.ok else '--':3} {finding.name:10} {finding.text}")
+        click.echo(f"{'ok' if finding.ok else '--':3} {finding.name:11} {finding.text}")
 
 
 def _findings() -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def _findings() -> Iterator[Finding]:
     for name, version in installed_versions().items():
         yield Finding(name=name, ok=version != "not installed", text=version)
     cpu = Target.parse("cpu")
-    yield Finding(name="cpu", ok=True, text=f"{cpu.name}, {cpu.arch}, {cpu.num_cores} threads: tune and run")
+    yield Finding(name="cpu", ok=True, text=f"{cpu.name}, {cpu.arch}, {counted(cpu.num_cores, 'thread')}: tune and run")
     yield _compiler()
     yield _gpu()
     yield _gpu_sources()

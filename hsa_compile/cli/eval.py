@@ -55,7 +55,7 @@ class Depths(click.ParamType):
         return tuple(dict.fromkeys(depths))
 
 
-@click.command("eval")
+@click.command("eval", short_help="Needles in haystacks by length and depth, and perplexity.")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="A saved model; tiny is shipped trained.")  # fmt: skip
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
@@ -182,7 +182,7 @@ def _run(
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
     # None: shown on a terminal only
-    with tqdm.tqdm(total=total, unit="tok", unit_scale=True, disable=(quiet or not jobs) or None) as bar:
+    with tqdm.tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=(quiet or not jobs) or None) as bar:
 
         def show(label: str, tokens: int) -> None:
             bar.set_description_str(label, refresh=False)

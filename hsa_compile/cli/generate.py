@@ -28,7 +28,7 @@ from hsa_compile.problem import DTYPES
 _PROGRESS_FROM = 4 * PIECE  # tokens; what is shorter is read at once
 
 
-@click.command()
+@click.command(short_help="Continue a text with a model.")
 @click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model; tiny is shipped trained.")
 @click.option("--random-weights", is_flag=True, help="A preset whose weights are drawn with --seed: noise.")
 @click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
@@ -133,7 +133,12 @@ def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
     """A bar on standard error while a long prompt runs through the first layer."""
     first = next(iter([*model.lower, *model.upper]))
     with tqdm.tqdm(
-        total=num_tokens, desc="read", unit="tok", unit_scale=True, disable=num_tokens < _PROGRESS_FROM
+        total=num_tokens,
+        desc="read",
+        unit="tok",
+        unit_scale=True,
+        leave=False,  # the text follows
+        disable=num_tokens < _PROGRESS_FROM,
     ) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -28,7 +28,7 @@ _MATRIX_GROUPS, _MATRIX_CHUNKS = (1, 4, 16), (32, 64, 128)
 _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 
 
-@click.command()
+@click.command(short_help="Compile kernels for a named GPU: registers, spills, bounds.")
 @click.option(
     "--target",
     "target_name",

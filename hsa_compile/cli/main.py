@@ -20,6 +20,7 @@ from hsa_compile.cli.schedules import schedules
 from hsa_compile.cli.train import train
 from hsa_compile.cli.tune import tune
 from hsa_compile.cli.version import print_version
+from hsa_compile.cli.warning_lines import show_warning
 from hsa_compile.errors import HSACompileError, InvalidArgument, MissingDependency
 
 USER_ERROR = 2
@@ -65,7 +66,7 @@ for command in (
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong input or a missing package, 130 interrupted."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -102,7 +103,3 @@ def _with_allowed(error: click.UsageError) -> str:
 def _fail(message: str, code: int) -> int:
     click.echo(f"error: {' '.join(message.split())}", err=True)
     return code
-
-
-def _show_warning(message: object, *_: object, **__: object) -> None:
-    click.echo(f"warning: {message}", err=True)

@@ -26,7 +26,7 @@ def model() -> None:
     """The bundled language model."""
 
 
-@model.command()
+@model.command(short_help="Layers, parameters, memory and FLOPs; with --devices, scale.")
 @click.argument("name", metavar="PRESET|DIR")
 @click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset; hsa-ultralong if nothing is said.")
 @click.option("--context", type=Counts(), default="8k", show_default=True, help="Tokens of text (16m works).")

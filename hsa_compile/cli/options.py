@@ -1,6 +1,8 @@
 """Flags that several commands share: the shape of a problem, and how to print."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ _OP_NAMES = {
     "decode": DECODE_OPS,
     "every": (*OPS, *SELECT_OPS, *DECODE_OPS),
 }
+_NARROWEST = 16  # columns of a table on a narrow terminal
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -98,9 +101,31 @@ def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "n
     if as_json:
         print_json(list(rows))
     elif rows:
-        click.echo(tabulate.tabulate([list(row.values()) for row in rows], headers=list(rows[0])))
+        click.echo(_table(rows))
     else:
         click.echo(empty)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """As wide as its words; on a terminal that is narrower, the widest columns are broken between words."""
+    headers, cells = list(rows[0]), [list(row.values()) for row in rows]
+    table = tabulate.tabulate(cells, headers=headers)
+    terminal = shutil.get_terminal_size().columns
+    limits = [max(len(str(cell)) for cell in column) for column in zip(*cells, strict=True)]
+    while sys.stdout.isatty() and _width(table) > terminal and max(limits) > _NARROWEST:
+        widest = limits.index(max(limits))
+        limits[widest] = max(_NARROWEST, limits[widest] - (_width(table) - terminal + 1) // 2)
+        table = tabulate.tabulate(cells, headers=headers, maxcolwidths=[limit or None for limit in limits])
+    return table
+
+
+def _width(text: str) -> int:
+    return max(len(line) for line in text.splitlines())
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 core`, `2 cores`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_json(value: Any) -> None:

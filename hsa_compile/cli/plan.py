@@ -20,7 +20,7 @@ from hsa_compile.target import Target
 _START_S, _TRIAL_S = 4.0, 2.0  # of a search, and of a candidate where none was timed yet
 
 
-@click.command()
+@click.command(short_help="Show what `tune` with the same flags would do.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or an architecture.")
 @op_option("all")
 @shape_options

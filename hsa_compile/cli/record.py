@@ -46,7 +46,7 @@ def _sweep(problem: Problem, target: Target, devices: Sequence[str], options: Tu
     with (
         stop_on_ctrl_c() as stopped,
         Session(problem, target, devices[:1], replace(options, storage=None, workers=1)) as session,
-        tqdm.tqdm(desc=f"{problem.op:12}", unit="candidate") as bar,
+        tqdm.tqdm(desc=f"{problem.op:12}", unit="candidate", leave=False, disable=None) as bar,
     ):
 
         def show(done: int, total: int) -> None:

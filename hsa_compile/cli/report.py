@@ -20,7 +20,7 @@ from hsa_compile.target import Target
 LATEST = "latest"
 
 
-@click.command()
+@click.command(short_help="Write a search as HTML and PNG.")
 @click.option("--study", "name", default=LATEST, show_default=True, help="Name of the study; a wrong one lists all.")
 @click.option("--storage", "address", help="As for tune; this device's journal if left out.")
 @click.option("--device", default="auto", show_default=True, help="Whose journal: auto, cpu, cuda:0, …")
@@ -112,10 +112,18 @@ def _facts(study: optuna.Study) -> str:
         ("problem", " ".join(f"{name}={value}" for name, value in problem.items())),
         ("device", str(target.get("name", ""))),
         ("candidates", f"{len(timed)} timed, {len(study.trials) - len(timed)} failed"),
-        ("best", f"{study.best_value:.3f} of the default's time: {study.best_params}"),
+        ("best", f"{study.best_value:.3f} of the default's time: {_best(study)}"),
     ]
     cells = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def _best(study: optuna.Study) -> str:
+    """The knobs of the best candidate, without the dataflow before the name of each."""
+    return " ".join(
+        str(value) if name == "dataflow" else f"{name.rpartition('.')[2]}={value}"
+        for name, value in study.best_params.items()
+    )
 
 
 def _pictures(study: optuna.Study, out: Path) -> Sequence[Path]:

@@ -13,11 +13,12 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.exchange import FORMAT, import_records
 from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
 
 
-@click.command()
+@click.command(short_help="Compare two entries, files or devices.")
 @click.argument("one")
 @click.argument("other")
 @json_option
@@ -44,7 +45,16 @@ def _entry_rows(one: TuningRecord, other: TuningRecord) -> Iterator[dict[str, st
     left, right = dict(_flat(one.to_dict())), dict(_flat(other.to_dict()))
     for name in {**left, **right}:
         if left.get(name) != right.get(name):
-            yield {"field": name, "one": str(left.get(name, "")), "other": str(right.get(name, ""))}
+            yield {"field": name, "one": _shown(left.get(name, "")), "other": _shown(right.get(name, ""))}
+
+
+def _shown(value: Any) -> str:
+    """Times with four digits, schedules as everywhere else."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(str(Schedule.from_dict(item)) if isinstance(item, Mapping) else str(item) for item in value)
+    return str(value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from hsa_compile.schedules.exchange import export_records, import_records
 from hsa_compile.target import Target
 
 
-@click.command()
+@click.command(short_help="Write the user's tuned schedules to FILE.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--device", help="Only this device's: auto, cpu, cuda:0, sm_90, …  Without it, all.")
 def export(file: Path, device: str | None) -> None:
@@ -32,7 +32,7 @@ def export(file: Path, device: str | None) -> None:
     click.echo(f"wrote {len(records)} schedules to {file}")
 
 
-@click.command("import")
+@click.command("import", short_help="Add the better ones of the schedules in FILE.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def import_(file: Path) -> None:
     """Add the schedules in FILE that are better than one's own: measured rather than predicted, then newer.

@@ -15,7 +15,7 @@ from hsa_compile.target import Target
 _MAX_RIVALS = 5
 
 
-@click.command()
+@click.command(short_help="Which schedule a problem would run on, and why.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_90, …")
 @op_option("all")
 @shape_options

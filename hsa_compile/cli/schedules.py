@@ -22,7 +22,7 @@ def schedules() -> None:
     """
 
 
-@schedules.command("list")
+@schedules.command("list", short_help="All tuned schedules, one's own and shipped ones.")
 @json_option
 def list_(as_json: bool) -> None:
     """All tuned schedules, the user's and those that ship with the package.

@@ -18,7 +18,15 @@ from hsa_compile.autotune.storage import default_storage
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.interrupt import stop_on_ctrl_c
-from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, print_rows, shape_options
+from hsa_compile.cli.options import (
+    SHAPE_FIELDS,
+    counted,
+    json_option,
+    op_option,
+    print_json,
+    print_rows,
+    shape_options,
+)
 from hsa_compile.cli.preset_problems import preset_problems
 from hsa_compile.cli.record import record_sweeps
 from hsa_compile.cli.search_options import search_options, tune_options
@@ -39,7 +47,7 @@ class Outcome:
     cached: bool
 
 
-@click.command()
+@click.command(short_help="Find the fastest schedule on this machine, and store it.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 at once.")
 @op_option("all")
 @shape_options
@@ -98,7 +106,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     problems = preset_problems(preset, target, shape) if preset else expand(target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
-    click.echo(f"device    {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)", err=True)
+    click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
     if record:
         record_sweeps(problems, target, devices, options, record)
         return
@@ -161,6 +169,8 @@ def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache:
             desc=f"{problem.op:12}",
             unit="trial",
             bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
+            leave=False,  # the verdict takes its place
+            disable=None,  # shown on a terminal only
         ) as bar,
     ):
         return tune_problem(
@@ -205,7 +215,7 @@ def _verdict(outcome: Outcome) -> str:
 def _how(record: TuningRecord) -> str:
     """Trials, those of them that failed by kind, and what the play-off says."""
     failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
-    trials = f"{record.trials} trials" + (f", of them {failed}" if failed else "")
+    trials = counted(record.trials, "trial") + (f", of them {failed}" if failed else "")
     return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
 
 

@@ -81,7 +81,11 @@ def _stored(problem: Problem, target: Target) -> TuningRecord | None:
 
 def _predict_with_bar(problem: Problem, target: Target, budget_s: float) -> TuningRecord:
     with tqdm.tqdm(
-        total=round(budget_s), desc=f"{problem.op:12}", bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} s{postfix}"
+        total=round(budget_s),
+        desc=f"{problem.op:12}",
+        bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} s{postfix}",
+        leave=False,
+        disable=None,
     ) as bar:
 
         def show(progress: PredictionProgress) -> None:

@@ -5,6 +5,7 @@ import platform
 import click
 
 from hsa_compile import __version__
+from hsa_compile.cli.options import counted
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
@@ -16,5 +17,5 @@ def print_version(context: click.Context, _: click.Parameter, asked: bool) -> No
     versions, target = installed_versions(), Target.current()
     click.echo(f"hsa-compile, version {__version__}")
     click.echo(f"torch {versions['torch']}, Triton {versions['triton']}, Python {platform.python_version()}")
-    click.echo(f"device {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)")
+    click.echo(f"device {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})")
     context.exit()

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from hsa_compile.errors import CompileError, HSACompileError, HSACompileWarning, UntunedWarning
+from hsa_compile.errors import CompileError, DistantWarning, HSACompileError, HSACompileWarning, UntunedWarning
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.log import logger
@@ -92,6 +92,7 @@ def _schedule(problem: Problem, target: Target, on_miss: OnMiss | None) -> Sched
             target,
             f"{problem.describe()} on {target.name} runs on the schedule of {found.record.problem.describe()} on "
             f"{found.record.target.name}; how much slower that is at distance {found.distance:.1f} is not known",
+            DistantWarning,
         )
     return schedule
 
@@ -112,7 +113,7 @@ def _lookup(problem: Problem, target: Target, on_miss: OnMiss | None) -> Lookup 
     return default_cache().lookup(problem, target)
 
 
-def _warn_once(problem: Problem, target: Target, what: str) -> None:
+def _warn_once(problem: Problem, target: Target, what: str, category: type[UntunedWarning] = UntunedWarning) -> None:
     """Says what is missing and which command tunes it, once for each kind of problem."""
     kind = (
         target, problem.selects, problem.decodes, problem.dtype, problem.head_dim, problem.value_dim,
@@ -133,6 +134,6 @@ def _warn_once(problem: Problem, target: Target, what: str) -> None:
         f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {seq_len} "
         f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
         f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
-        UntunedWarning,
+        category,
         stacklevel=7,
     )

@@ -11,6 +11,7 @@ from shell import Shell
 from hsa_compile import __version__
 from hsa_compile.cli import version
 from hsa_compile.cli.main import cli
+from hsa_compile.cli.options import counted
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
@@ -22,7 +23,7 @@ def test_the_version_names_torch_triton_and_the_device(run: Shell) -> None:
     first, second, third = outcome.out.splitlines()
     assert first == f"hsa-compile, version {__version__}"
     assert second.startswith(f"torch {torch.__version__}, Triton {installed_versions()['triton']}, Python 3.")
-    assert third == f"device {target.name} ({target.kind} {target.arch}, {target.num_cores} cores)"
+    assert third == f"device {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})"
 
 
 def test_help_does_not_look_for_a_device(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def _heat_map(title: str, cells: Sequence[Cell]) -> Any:
     panels[0][0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=panels[0].tolist(), label="right answers, %")
     counts = sorted({cell.num_samples for cell in cells})
-    title = f"{title}, {' or '.join(map(str, counts))} samples a cell"
+    title = f"{title}, {' or '.join(map(str, counts))} {'sample' if counts == [1] else 'samples'} a cell"
     figure.suptitle(textwrap.fill(title, int(_LETTERS_PER_INCH * figure.get_figwidth())))
     return figure
 
@@ -84,10 +84,11 @@ def _curve(model: str, perplexities: Sequence[Perplexity]) -> Any:
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [length_label(length) for length in lengths])
     panel.minorticks_off()
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * max(each.perplexity + (each.standard_error or 0.0) for each in perplexities))
     panel.set_xlabel("context in tokens")
     panel.set_ylabel(f"perplexity of the last {first.num_scored} tokens")
-    title = f"{model}: {first.num_texts} held-out {first.source}, ± standard error"
+    texts = "1 text" if first.num_texts == 1 else f"{first.num_texts} texts"
+    title = f"{model}: held-out {first.source}, {texts}, ± standard error"
     panel.set_title(textwrap.fill(title, int(_LETTERS_PER_INCH * figure.get_figwidth())))
     panel.grid(alpha=0.3)
     return figure
