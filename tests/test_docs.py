@@ -22,6 +22,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FENCED = re.compile(r"^( *)```(\w+)?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+EMITTED = sorted(
+    {
+        line
+        for page in [*PAGES, ROOT / "README.md"]
+        for line in re.findall(r"^hsa-compile emit .*$", page.read_text(), re.MULTILINE)
+    }
+)
 quiet = pytest.mark.filterwarnings("ignore::hsa_compile.errors.HSACompileWarning")
 
 
@@ -99,6 +106,13 @@ def _matches(shown: str, printed: list[str]) -> bool:
 def test_every_command_and_flag_that_is_shown_exists(page: Path) -> None:
     shown = [code for _, language, code in FENCED.findall(page.read_text()) if language == "bash"]
     check_shown_commands("\n".join(shown))
+
+
+@pytest.mark.parametrize("line", EMITTED)
+def test_every_kernel_that_is_shown_is_emitted(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "emitted by hsa-compile" in _output(line, "", monkeypatch, capsys)[0]
 
 
 def test_python_blocks_and_outputs_are_there() -> None:

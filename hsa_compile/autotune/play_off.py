@@ -123,5 +123,6 @@ def _text(beaten: bool, num_challengers: int, num_ties: int, rounds: int) -> str
         return (
             f"the default stays: none of {num_challengers} beats it at {CONFIDENCE:.0%} confidence in {rounds} rounds"
         )
-    others = f", {num_ties - 1} others cannot be told from it" if num_ties > 1 else ""
+    equals = num_ties - 1
+    others = f", {equals} other{'s' if equals > 1 else ''} cannot be told from it" if equals > 0 else ""
     return f"beats the default at {CONFIDENCE:.0%} confidence in {rounds} rounds{others}"

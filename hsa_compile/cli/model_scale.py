@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-import tabulate
 
+from hsa_compile.cli.options import fitted_table
 from hsa_compile.model.scale import Figure, Paper, figures_to_dict
 from hsa_compile.model.scale_serving import serving_figures
 from hsa_compile.model.scale_training import training_figures
@@ -53,7 +53,7 @@ def _table(title: str, figures: Sequence[Figure], assumed: str) -> str:
         for figure in figures
         if figure.value or figure.unit not in ("B", "s")  # a model without a memory spends nothing on one
     ]  # fmt: skip
-    return tabulate.tabulate(rows, headers=(title, "bound", assumed, "formula"), disable_numparse=True)
+    return fitted_table(rows, (title, "bound", assumed, "formula"), numbers=False)
 
 
 def _shown(value: float, unit: str) -> str:

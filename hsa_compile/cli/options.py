@@ -101,21 +101,25 @@ def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "n
     if as_json:
         print_json(list(rows))
     elif rows:
-        click.echo(_table(rows))
+        click.echo(fitted_table([list(row.values()) for row in rows], list(rows[0])))
     else:
         click.echo(empty)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    """As wide as its words; on a terminal that is narrower, the widest columns are broken between words."""
-    headers, cells = list(rows[0]), [list(row.values()) for row in rows]
-    table = tabulate.tabulate(cells, headers=headers)
+def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numbers: bool = True) -> str:
+    """As wide as its words; on a terminal that is narrower, the widest columns are broken between words.
+
+    Args:
+        numbers: aligns what looks like a number to the right.
+    """
+    options: dict[str, Any] = {"headers": headers, "disable_numparse": not numbers}
+    table = tabulate.tabulate(cells, **options)
     terminal = shutil.get_terminal_size().columns
     limits = [max(len(str(cell)) for cell in column) for column in zip(*cells, strict=True)]
     while sys.stdout.isatty() and _width(table) > terminal and max(limits) > _NARROWEST:
         widest = limits.index(max(limits))
         limits[widest] = max(_NARROWEST, limits[widest] - (_width(table) - terminal + 1) // 2)
-        table = tabulate.tabulate(cells, headers=headers, maxcolwidths=[limit or None for limit in limits])
+        table = tabulate.tabulate(cells, **options, maxcolwidths=[limit or None for limit in limits])
     return table
 
 
