@@ -122,7 +122,10 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
         return
     click.echo()
-    rows = _preset_rows(outcomes) if preset else _shape_rows(outcomes, len(ops))
+    one_shape = len(outcomes) == len(ops)
+    # Two ops fit side by side; one shape has nothing to be compared with.
+    in_rows = preset or (one_shape and len(ops) > 2)
+    rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
     click.echo(f"\nstored in {default_cache().path(target)}")
 
@@ -219,8 +222,8 @@ def _how(record: TuningRecord) -> str:
     return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
 
 
-def _preset_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
-    """One row a problem, since the ops of a model have shapes of their own."""
+def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
+    """One row a problem: the ops of a model have shapes of their own."""
     for outcome in outcomes:
         record = outcome.record
         yield {
