@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +17,7 @@ from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.model_argument import device_of
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, print_rows, shape_options
-from hsa_compile.comparison.case import KINDS, check_length
+from hsa_compile.comparison.case import BOTH, KINDS, check_length
 from hsa_compile.comparison.contender_file import load_contender
 from hsa_compile.comparison.contenders import FAMILIES, contenders_for
 from hsa_compile.comparison.peaks import Peaks, peaks_of
@@ -24,9 +25,10 @@ from hsa_compile.comparison.pictures import draw
 from hsa_compile.comparison.race import Race
 from hsa_compile.comparison.result import Comparison, Result
 from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.extras import require
-from hsa_compile.problem import Problem
+from hsa_compile.problem import OPS, Problem
+from hsa_compile.schedules.cache import tuned_for
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
@@ -48,7 +50,7 @@ Entry = tuple[str, Problem]
               help="May be repeated.")  # fmt: skip
 @click.option("--contender", "files", multiple=True, metavar="FILE.py:FUNCTION",
               help="A function of your own that is called as the op is. May be repeated.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=200, show_default=True,
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=260, show_default=True,
               help="For all shapes together.")  # fmt: skip
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for two pictures.")
@@ -91,7 +93,11 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     click.echo(f"device    {_device_name(target)}", err=True)
     peaks = {dtype: peaks_of(target, dtype) for dtype in dict.fromkeys(problem.dtype for _, problem in entries)}
     race = Race(contenders, place, peaks, seconds=seconds, distribution=inputs, seed=seed)
-    results, complete = _run(race, entries)
+    for line in _untuned(entries, target):
+        click.echo(line, err=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntunedWarning)  # each would name a small shape of the checks
+        results, complete = _run(race, entries)
     if complete and target.kind == "cpu":  # measured before and after, the better counts
         peaks = {dtype: _better(before, peaks_of(target, dtype)) for dtype, before in peaks.items()}
     comparison = Comparison(
@@ -125,6 +131,17 @@ def _run(race: Race, entries: Sequence[Entry]) -> tuple[list[Result], bool]:
         except KeyboardInterrupt:
             return results, False
     return results, True
+
+
+def _untuned(entries: Sequence[Entry], target: Target) -> list[str]:
+    """That problems run on a default schedule, where some do: the figures of ours hang on it."""
+    problems = dict.fromkeys(
+        problem.with_op(op) for kind, problem in entries for op in (problem.op, *([OPS[1]] if kind == BOTH else []))
+    )
+    count = sum(tuned_for(problem, target) is None for problem in problems)
+    if not count:
+        return []
+    return [f"untuned   {count} of {len(problems)} problems, which run on defaults; first: hsa-compile tune --op every"]
 
 
 def _better(before: Peaks | None, after: Peaks | None) -> Peaks | None:

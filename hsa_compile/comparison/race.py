@@ -19,8 +19,8 @@ from hsa_compile.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 MOST_ROUNDS, _QUICK_S = 101, 1.0  # of calls so quick that all rounds together take no longer
-_CALLS_BEFORE = 3  # a contender's check, its first warm call and one that is timed
-_LARGEST_SHARE = 0.5  # of the time that is left, that one contender may take on one case
+_CALLS_BEFORE = 2  # a contender's check, which warms it up, and one to see how long it takes
+_LARGEST_SHARE = 0.7  # of the time that is left, that one contender may take on one case
 _ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
 
@@ -112,7 +112,6 @@ class Race:
             with _told_by_errors(contender):
                 call = contender.make(case)
                 contender.check(case, call)
-                call()
                 synchronize(case.device)
                 start = time.monotonic()
                 call()
@@ -136,10 +135,12 @@ class Race:
         """By its pace on the last shape, or at the device's peak if there was none."""
         if contender is self._contenders[0]:
             return None
-        peaks = self._peaks.get(case.problem.dtype)
-        at_peak = Pace(overhead_s=0.0, flop_s=1 / (peaks.tflops * 1e12) if peaks else 0.0)
-        pace = self._paces.get((contender.name, case.kind), at_peak)
-        seconds = pace.overhead_s + (_CALLS_BEFORE + MIN_ROUNDS) * pace.flop_s * contender.effort_of(case)
+        pace, peaks = self._paces.get((contender.name, case.kind)), self._peaks.get(case.problem.dtype)
+        calls, seconds = _CALLS_BEFORE + MIN_ROUNDS, 0.0
+        if pace:
+            seconds = pace.overhead_s + calls * pace.flop_s * contender.effort_of(case)
+        elif peaks:
+            seconds = calls * contender.work(case).flops / (peaks.tflops * 1e12)
         if seconds <= max(_ALWAYS_S, _LARGEST_SHARE * (self._deadline - time.monotonic())):
             return None
         return f"to check it and to time {MIN_ROUNDS} rounds would take most of what is left of --seconds"

@@ -54,6 +54,8 @@ def test_every_op_is_timed_beside_what_one_would_run_instead(run: Shell, tmp_pat
     done = run(*BENCH, "--json", str(file))
     assert done.code == 0, done.err
     assert "forward, both, decode: B1 HQ4 H2 D16 C16 K3 float32" in done.out
+    assert "untuned   8 of 8 problems" in done.err
+    assert "warning" not in done.err
     assert "select: B1 H2 D16 C16 K3 float32" in done.out
     found = json.loads(file.read_text())
     timed = [(row["kind"], row["contender"]) for row in found["results"] if row["problem"]["kv_len"] > 200]
