@@ -97,9 +97,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
         click.echo(line, err=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntunedWarning)  # each would name a small shape of the checks
-        results, complete = _run(race, entries)
-    if complete and target.kind == "cpu":  # measured before and after, the better counts
-        peaks = {dtype: _better(before, peaks_of(target, dtype)) for dtype, before in peaks.items()}
+        results, complete = _run(race, entries, target, peaks)
     comparison = Comparison(
         device=_device_name(target),
         command=shlex.join(["hsa-compile", *sys.argv[1:]]),
@@ -118,8 +116,13 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
         click.get_current_context().exit(FAILURE)
 
 
-def _run(race: Race, entries: Sequence[Entry]) -> tuple[list[Result], bool]:
-    """The results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished."""
+def _run(
+    race: Race, entries: Sequence[Entry], target: Target, peaks: dict[str, Peaks | None]
+) -> tuple[list[Result], bool]:
+    """The results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished.
+
+    Peaks that are measured are measured again after each shape, and the best is kept.
+    """
     results: list[Result] = []
     with tqdm.tqdm(
         total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None
@@ -128,6 +131,8 @@ def _run(race: Race, entries: Sequence[Entry]) -> tuple[list[Result], bool]:
             for found in race.run(entries, on_progress=bar.set_description_str):
                 results += found
                 bar.update()
+                dtype = found[0].problem.dtype
+                peaks[dtype] = _better(peaks[dtype], peaks_of(target, dtype))
         except KeyboardInterrupt:
             return results, False
     return results, True
