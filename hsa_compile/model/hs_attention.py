@@ -50,20 +50,11 @@ class SequenceMemory:
 
     Args:
         chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
-        crossbatch: so many other rows' chunks stand before each row's own, all of them visible, as if the row came
-            after other texts: a short row learns to choose among the chunks of a long one (arXiv 2307.03170, 3.2).
     """
 
-    def __init__(self, chunks: EncodedChunks, *, crossbatch: int = 0) -> None:
-        batch, num_chunks, self.chunk_size = chunks.k.shape[:3]
-        num_others = min(crossbatch, batch - 1)
-        self.num_before = num_others * num_chunks
-
-        def with_others(x: Tensor) -> Tensor:
-            return torch.cat([x.roll(shift, 0) for shift in range(num_others, -1, -1)], dim=1) if num_others else x
-
-        self.k, self.v = with_others(chunks.k).flatten(1, 2), with_others(chunks.v).flatten(1, 2)
-        self.landmarks = with_others(chunks.landmarks)
+    def __init__(self, chunks: EncodedChunks) -> None:
+        self.chunk_size = chunks.k.shape[2]
+        self.k, self.v, self.landmarks = chunks.k.flatten(1, 2), chunks.v.flatten(1, 2), chunks.landmarks
 
     def select(
         self,
@@ -77,15 +68,13 @@ class SequenceMemory:
     ) -> tuple[Tensor, Tensor]:
         """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
         assert not any(positions), "a training sequence begins at 0"
-        chunk_size = 1 if once_a_chunk else self.chunk_size
         context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
         with context:
             return select_chunks(
                 query,
                 landmarks,
-                chunk_size=chunk_size,
+                chunk_size=1 if once_a_chunk else self.chunk_size,
                 top_k=top_k,
-                offset=self.num_before * chunk_size,
                 fusion=fusion,
                 noise_seed=noise_seed,
             )

@@ -32,7 +32,6 @@ class HSATransformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.crossbatch = 0  # in training: other rows whose chunks each row may choose, too
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.landmark_token = nn.Parameter(torch.zeros(config.dim)) if config.has_landmark_tokens else None
         layers = [Layer(config, spec, index) for index, spec in enumerate(config.layers)]
@@ -117,8 +116,7 @@ class HSATransformer(nn.Module):
         x, _ = self.run(self.lower, x, piece)
         memory = None
         if self.chunk_encoder is not None:
-            crossbatch = self.crossbatch if self.training else 0
-            memory = SequenceMemory(self._encode_whole_chunks(x), crossbatch=crossbatch)
+            memory = SequenceMemory(self._encode_whole_chunks(x))
         upper = Piece(positions=piece.positions, rope=piece.rope, memory=memory, noise_seed=noise_seed)
         x, _ = self.run(self.upper, x, upper, selections=selections)
         return self.norm(x if text is None else x[:, text])

@@ -125,9 +125,7 @@ class Stage:
         seq_len: longest rows.
         min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
-        window, top_k, retrieval_scale: that the model's layers use in this stage; None: as in the model's config.
-        crossbatch: other rows of a process's part of a step whose chunks each row may choose besides its own, as far
-            as there are so many; harder to tell apart than the few chunks of one short row.
+        window, top_k: that the model's layers use in this stage; None: as in the model's config.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
         chain_share, late_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
         min_distance: between needles and questions; None: the window.
@@ -140,8 +138,6 @@ class Stage:
     batch_tokens: int
     window: int | None = None
     top_k: int | None = None
-    retrieval_scale: float | None = None
-    crossbatch: int = 0
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0
@@ -155,9 +151,6 @@ class Stage:
         check_number("stages.share", self.share, 1e-9, 1e9)
         check_count("stages.seq_len", self.seq_len, 2, 2**30)
         check_count("stages.batch_tokens", self.batch_tokens, 1, 2**40)
-        check_count("stages.crossbatch", self.crossbatch, 0, MAX_ROWS)
-        if self.retrieval_scale is not None:
-            check_number("stages.retrieval_scale", self.retrieval_scale, 1e-6, 1e6)
         for name, low in (("min_seq_len", 2), ("window", 1), ("top_k", 1), ("min_distance", 0), ("min_episode", 1)):
             if getattr(self, name) is not None:
                 check_count(f"stages.{name}", getattr(self, name), low, 2**30)
@@ -224,8 +217,8 @@ class RunConfig:
                 )
 
     def model_in(self, stage: Stage) -> ModelConfig:
-        """The model's config with the stage's window, top-k and retrieval scale in it."""
-        changes = {name: value for name in _OF_STAGE if (value := getattr(stage, name)) is not None}
+        """The model's config with the stage's window and top-k in it."""
+        changes = {name: getattr(stage, name) for name in ("window", "top_k") if getattr(stage, name) is not None}
         return replace(self.model, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,7 +226,6 @@ class RunConfig:
         return asdict(self)
 
 
-_OF_STAGE = ("window", "top_k", "retrieval_scale")
 _COUNTS = (
     ("steps", 1, 2**40),
     ("seed", 0, 2**31 - 1),

@@ -148,8 +148,7 @@ class TrainingRun:
     def _step(self, batch: StepBatch, should_stop: bool) -> bool:
         train, number = self.config.train, batch.plan.step + 1
         began = time.perf_counter()
-        stage = batch.plan.stage
-        apply_stage(self.model, self._model_config(stage), self.config.stages[stage].crossbatch)
+        apply_stage(self.model, self._model_config(batch.plan.stage))
         is_logged = number % train.log_every == 0 or number == train.steps
         selections: list[Selection] | None = [] if is_logged and not train.compile else None
         result = run_step(

@@ -8,7 +8,6 @@ from torch import nn
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.hs_attention import Retrieval
 from hsa_compile.model.training.config import RunConfig, Stage
-from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.model.window_attention import WindowAttention
 
 NUM_LENGTHS = 16  # of a stage
@@ -59,15 +58,10 @@ def lengths(stage: Stage) -> list[int]:
     return [stage.shortest + (stage.seq_len - stage.shortest) * i // max(steps, 1) for i in range(steps + 1)]
 
 
-def apply_stage(model: nn.Module, config: ModelConfig, crossbatch: int = 0) -> None:
-    """Sets window, top-k and retrieval scale of all layers as the config has them, and whose chunks a row may choose.
-
-    All of them are read when the model is called.
-    """
+def apply_stage(model: nn.Module, config: ModelConfig) -> None:
+    """Sets window and top-k of all layers as the config has them; layers read both when they are called."""
     for module in model.modules():
-        if isinstance(module, HSATransformer):
-            module.crossbatch = crossbatch
         if isinstance(module, WindowAttention):
             module.window = config.window
         elif isinstance(module, Retrieval):
-            module.top_k, module.scale = config.top_k, config.retrieval_scale
+            module.top_k = config.top_k

@@ -1,5 +1,6 @@
 """Recipes, files and overrides become one config, and a wrong value one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ from small_runs import SECTIONS, small_run, write_toml
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.presets import PRESETS
+from hsa_compile.model.pretrained import read_config, read_extra
 from hsa_compile.model.training.config_file import from_dict, resolve
+from hsa_compile.paths import CHECKPOINT_DIR
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,3 +101,11 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, messag
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"none\.toml cannot be read: No such file"):
         resolve(file=tmp_path / "none.toml")
+
+
+def test_the_shipped_model_is_what_the_recipe_makes_and_sharper_scores() -> None:
+    shipped = CHECKPOINT_DIR / "tiny"
+    recipe, run = resolve(preset_name="tiny"), from_dict(read_extra(shipped)["training"]["config"])
+    saving = {name: getattr(recipe.train, name) for name in ("save_every", "keep_last", "probe_every")}
+    assert replace(run, train=replace(run.train, **saving)) == recipe
+    assert read_config(shipped) == replace(recipe.model, retrieval_scale=4.0)

@@ -51,22 +51,3 @@ def test_window_and_top_k_of_the_stage_reach_the_layers_and_change_what_they_do(
     assert not torch.equal(model(tokens), before)
     apply_stage(model, run.model)
     torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
-
-
-def test_a_stage_says_whose_chunks_a_row_may_choose() -> None:
-    run = small_run()
-    model = HSATransformer(run.model)
-    apply_stage(model, run.model, crossbatch=3)
-    assert model.crossbatch == 3
-    apply_stage(model, run.model)
-    assert model.crossbatch == 0
-
-
-def test_the_retrieval_scale_of_the_stage_reaches_the_layers() -> None:
-    run = small_run(stages=[{"seq_len": 64, "batch_tokens": 64, "retrieval_scale": 3.0}])
-    model = HSATransformer(run.model)
-    apply_stage(model, run.model_in(run.stages[0]))
-    assert {module.scale for module in model.modules() if isinstance(module, Retrieval)} == {3.0}
-    assert run.model_in(run.stages[0]).retrieval_scale == 3.0
-    apply_stage(model, run.model)
-    assert {module.scale for module in model.modules() if isinstance(module, Retrieval)} == {1.0}
