@@ -20,7 +20,7 @@ from hsa_compile.problem import Problem
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 MOST_ROUNDS, _QUICK_S = 101, 1.0  # of calls so quick that all rounds together take no longer
 _CALLS_BEFORE = 2  # a contender's check, which warms it up, and one to see how long it takes
-_LARGEST_SHARE = 0.7  # of the time that is left, that one contender may take on one case
+_LARGEST_SHARE = 0.7  # of the time that is left, that one contender may take on the last case; before, half of it
 _ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
 
@@ -70,6 +70,7 @@ class Race:
         self._distribution, self._seed = distribution, seed
         self._deadline = time.monotonic() + seconds
         self._on_progress: Progress = lambda what: None
+        self._cases_left = 0
         self._paces: dict[tuple[str, str], Pace] = {}  # by name and kind
 
     def run(
@@ -84,8 +85,8 @@ class Race:
         self._on_progress = on_progress
         ordered = sorted(entries, key=lambda entry: (entry[1].kv_len, _CHEAP_FIRST.index(entry[0])))
         for done, (kind, problem) in enumerate(ordered):
-            now = time.monotonic()
-            until = now + max(0.0, self._deadline - now) / (len(ordered) - done)
+            now, self._cases_left = time.monotonic(), len(ordered) - done
+            until = now + max(0.0, self._deadline - now) / self._cases_left
             case = Case.of(kind, problem, self._device, distribution=self._distribution, seed=self._seed)
             yield self._run_case(case, until)
 
@@ -141,7 +142,8 @@ class Race:
             seconds = pace.overhead_s + calls * pace.flop_s * contender.effort_of(case)
         elif peaks:
             seconds = calls * contender.work(case).flops / (peaks.tflops * 1e12)
-        if seconds <= max(_ALWAYS_S, _LARGEST_SHARE * (self._deadline - time.monotonic())):
+        left = self._deadline - time.monotonic()
+        if seconds <= max(_ALWAYS_S, _LARGEST_SHARE * left / min(self._cases_left, 2)):
             return None
         return f"to check it and to time {MIN_ROUNDS} rounds would take most of what is left of --seconds"
 
