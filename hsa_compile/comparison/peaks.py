@@ -10,10 +10,9 @@ from hsa_compile.device_peaks import LIMITS, limits_of
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.target import Target
 
-_MATMUL_SIZE = 2048
-_COPY_BYTES = 256 << 20  # beyond any cache
-_ROUNDS = 3
-_PROBE_SIZE, _SLOW_S = 256, 4.0  # by which the large product is found to take too long
+_PRODUCTS = ((512, 20), (2048, 3))  # sizes of square matrices, and how many times each
+_COPY_BYTES, _COPIES = 256 << 20, 3  # beyond any cache
+_SLOW_S = 4.0  # a product that would take longer is not tried: some dtypes have no fast ones on a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,33 +55,35 @@ def peaks_of(target: Target, dtype: str) -> Peaks | None:
 
 
 def _measured(dtype: torch.dtype) -> Peaks:
-    """The best of a few large products and copies; of smaller products in a dtype that a CPU has no fast ones of."""
-    size = min(_PROBE_SIZE, _MATMUL_SIZE)
-    matmul_s = _product_s(size, dtype)
-    if size < _MATMUL_SIZE and matmul_s * (_MATMUL_SIZE / size) ** 3 < _SLOW_S:
-        size = _MATMUL_SIZE
-        matmul_s = _product_s(size, dtype)
+    """The best of some products and copies.
+
+    Short ones among them: where other processes run, only those find a moment without.
+    """
+    seconds = {size: _product_s(size, dtype, rounds) for size, rounds in _PRODUCTS[:1]}
+    for size, rounds in _PRODUCTS[1:]:
+        if min(t * (size / other) ** 3 for other, t in seconds.items()) < _SLOW_S:
+            seconds[size] = _product_s(size, dtype, rounds)
     source = torch.ones(_COPY_BYTES, dtype=torch.int8)
     copy = torch.empty_like(source)
-    copy_s = _best(lambda: copy.copy_(source))
-    name = str(dtype).removeprefix("torch.")
+    copy_s = _best(lambda: copy.copy_(source), _COPIES)
+    name, sizes = str(dtype).removeprefix("torch."), " and ".join(f"{size}²" for size in seconds)
     return Peaks(
-        tflops=2 * size**3 / matmul_s / 1e12,
+        tflops=max(2 * size**3 / t for size, t in seconds.items()) / 1e12,
         gb_s=2 * _COPY_BYTES / copy_s / 1e9,
-        source=f"measured: a {name} product of {size}² matrices, a copy of {_COPY_BYTES >> 20} MiB",
+        source=f"measured: {name} products of {sizes} matrices, copies of {_COPY_BYTES >> 20} MiB",
     )
 
 
-def _product_s(size: int, dtype: torch.dtype) -> float:
+def _product_s(size: int, dtype: torch.dtype, rounds: int) -> float:
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-    return _best(lambda: torch.mm(left, right, out=product))
+    return _best(lambda: torch.mm(left, right, out=product), rounds)
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[[], object], rounds: int) -> float:
     """Seconds of the quickest of some calls."""
     best = float("inf")
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)

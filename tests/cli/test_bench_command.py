@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarni
 
 @pytest.fixture(autouse=True)
 def _small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peaks, "_MATMUL_SIZE", 64)
+    monkeypatch.setattr(peaks, "_PRODUCTS", ((64, 1),))
     monkeypatch.setattr(peaks, "_COPY_BYTES", 1 << 20)
 
 

@@ -29,25 +29,28 @@ def test_a_gpu_has_those_of_its_data_sheet_and_an_unknown_one_none() -> None:
     assert peaks_of(Target(kind="cuda", name="a card", arch="sm_75", num_cores=40), "float16") is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_those_of_a_cpu_are_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MATMUL_SIZE", 64)
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PRODUCTS", ((32, 2), (64, 1)))
     monkeypatch.setattr(module, "_COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(module, "_PROBE_SIZE", 32)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_those_of_a_cpu_are_measured(dtype: str) -> None:
     found = peaks_of(Target.parse("cpu"), dtype)
     assert found is not None
     assert found.tflops > 0
     assert found.gb_s > 0
-    assert f"measured: a {dtype} product of 64² matrices" in found.source
+    assert found.source == f"measured: {dtype} products of 32² and 64² matrices, copies of 1 MiB"
 
 
+@pytest.mark.usefixtures("_small")
 def test_a_dtype_without_fast_products_is_measured_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(module, "_PROBE_SIZE", 32)
     monkeypatch.setattr(module, "_SLOW_S", 0.0)
     found = peaks_of(Target.parse("cpu"), "float32")
     assert found is not None
-    assert "a float32 product of 32² matrices" in found.source
+    assert "float32 products of 32² matrices" in found.source
 
 
 def test_a_roof_is_positive() -> None:
