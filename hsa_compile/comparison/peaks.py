@@ -12,6 +12,7 @@ from hsa_compile.target import Target
 
 _PRODUCTS = ((512, 20), (2048, 3))  # sizes of square matrices, and how many times each
 _COPY_BYTES, _COPIES = 256 << 20, 3  # beyond any cache
+_ENOUGH_S = 1.0
 _SLOW_S = 4.0  # a product that would take longer is not tried: some dtypes have no fast ones on a CPU
 
 
@@ -81,10 +82,13 @@ def _product_s(size: int, dtype: torch.dtype, rounds: int) -> float:
 
 
 def _best(call: Callable[[], object], rounds: int) -> float:
-    """Seconds of the quickest of some calls."""
-    best = float("inf")
+    """Seconds of the quickest of some calls, of fewer if they are slow."""
+    begun, best = time.perf_counter(), float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - start)
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end - begun > _ENOUGH_S:
+            break
     return best
