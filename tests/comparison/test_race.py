@@ -87,7 +87,7 @@ def test_a_contender_that_the_budget_has_no_time_for_is_left_out_and_ours_is_not
 
 def test_what_grows_faster_than_its_work_is_foreseen_by_its_effort(problem_of: Callable[..., Problem]) -> None:
     slow = fake("slow", 200.0, effort=lambda case: float(case.problem.seq_len) ** 20)
-    race = Race([fake("ours"), slow], CPU, PEAKS, seconds=30)
+    race = Race([fake("ours"), slow], CPU, PEAKS, seconds=2)
     found = list(race.run([(FORWARD, problem_of(FORWARD, length)) for length in (203, 407)]))
     assert [results[1].status for results in found] == [TIMED, LEFT_OUT]
 
