@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from shell import Shell
 
-from hsa_compile.comparison import peaks
+from hsa_compile.comparison import peaks, race
 from hsa_compile.comparison.race import Race
 from hsa_compile.comparison.result import Result
 
@@ -37,7 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarni
 
 
 @pytest.fixture(autouse=True)
-def _small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "_QUICK_S", 0.0)
+    monkeypatch.setattr(race, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(race, "MAX_ROUNDS", 3)
     monkeypatch.setattr(peaks, "_PRODUCTS", ((64, 1),))
     monkeypatch.setattr(peaks, "_COPY_BYTES", 1 << 20)
 
@@ -126,8 +129,8 @@ def test_bad_input_is_one_line_and_exit_2(run: Shell, mine: str, arguments: list
 def test_ctrl_c_prints_and_keeps_what_was_finished(run: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = Race.run
 
-    def interrupted(race: Race, *arguments: Any, **options: Any) -> Iterator[list[Result]]:
-        cases = one_by_one(race, *arguments, **options)
+    def interrupted(self: Race, *arguments: Any, **options: Any) -> Iterator[list[Result]]:
+        cases = one_by_one(self, *arguments, **options)
         yield next(cases)
         os.kill(os.getpid(), signal.SIGINT)
         yield from cases

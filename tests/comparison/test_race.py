@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hsa_compile.comparison import race as module
 from hsa_compile.comparison.case import DECODE, FORWARD, KINDS, Case
 from hsa_compile.comparison.contender import DENSE, SAME, Contender
 from hsa_compile.comparison.peaks import Peaks
@@ -74,7 +75,7 @@ def test_an_error_without_a_name_here_ends_the_run(problem_of: Callable[..., Pro
 def test_a_contender_that_the_budget_has_no_time_for_is_left_out_and_ours_is_not(
     problem_of: Callable[..., Problem],
 ) -> None:
-    slow = fake("slow", 300.0)
+    slow = fake("slow", 220.0)
     race = Race([fake("ours"), slow], CPU, PEAKS, seconds=0.1)
     found = list(race.run([(FORWARD, problem_of(FORWARD)), (FORWARD, problem_of(FORWARD, 407))]))
     first, second = ({result.contender: result for result in results} for results in found)
@@ -99,7 +100,8 @@ def test_quick_calls_have_more_rounds_and_slow_ones_few() -> None:
     assert _num_rounds(10, 0) == MIN_ROUNDS
 
 
-def test_short_and_cheap_cases_come_first(problem_of: Callable[..., Problem]) -> None:
+def test_short_and_cheap_cases_come_first(problem_of: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_QUICK_S", 0.0)
     told: list[str] = []
     race = Race([fake("ours", 0.1)], CPU, {}, seconds=0.01)
     entries = [(kind, problem_of(kind, length)) for length in (208, 96) for kind in KINDS]
