@@ -75,7 +75,7 @@ def test_an_error_without_a_name_here_ends_the_run(problem_of: Callable[..., Pro
 def test_a_contender_that_the_budget_has_no_time_for_is_left_out_and_ours_is_not(
     problem_of: Callable[..., Problem],
 ) -> None:
-    slow = fake("slow", 220.0)
+    slow = fake("slow", 270.0)
     race = Race([fake("ours"), slow], CPU, PEAKS, seconds=0.1)
     found = list(race.run([(FORWARD, problem_of(FORWARD)), (FORWARD, problem_of(FORWARD, 407))]))
     first, second = ({result.contender: result for result in results} for results in found)
