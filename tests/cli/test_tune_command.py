@@ -1,10 +1,15 @@
 """`tune` and its neighbours where a search is interrupted, goes on, is planned or shown."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,6 @@ from hsa_compile.autotune.recorded_sweep import RecordedSweep
 from hsa_compile.autotune.stages import evaluate
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
-from hsa_compile.problem import OPS
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 
@@ -142,15 +146,21 @@ def test_a_whole_process_that_gets_ctrl_c_stops_cleanly_with_its_workers() -> No
     command = [sys.executable, "-m", "hsa_compile", *TUNE]
     command.remove("--in-process")
     command[command.index("6")] = "500"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
-    assert process.stderr is not None
-    seen = ""
-    while f"{OPS[0]}" not in seen or "best" not in seen:  # the bar, after the first candidate
-        seen += process.stderr.read(1)
+    terminal, stderr = pty.openpty()  # on which there is a bar, if it has a size
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    os.close(stderr)
+    err = ""
+    while "best" not in err:  # in the bar, after the first candidate
+        assert process.poll() is None, err
+        err += os.read(terminal, 4096).decode()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    with contextlib.suppress(OSError):  # Linux says so at the end
+        while part := os.read(terminal, 4096).decode():
+            err += part
+    os.close(terminal)
+    assert process.wait(timeout=120) == 130
     assert "run the same command to go on" in err.splitlines()[-1]
     assert "Traceback" not in err
 
