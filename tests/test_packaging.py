@@ -118,8 +118,8 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Pa
 
 
 def test_the_new_environment_holds_the_wheel_and_not_this_checkout(elsewhere: Run) -> None:
-    out = elsewhere("-c", "import sys, hsa_compile; print(hsa_compile.__file__); print(sys.prefix); print(sys.path)")
-    place, prefix, path = out.splitlines()
+    out = elsewhere("-c", "import sys, hsa_compile; print(hsa_compile.__file__, sys.prefix, *sys.path, sep='\\n')")
+    place, prefix, *path = out.splitlines()
     assert place.startswith(f"{prefix}{os.sep}")
     assert str(ROOT) not in path
     assert sys.prefix != prefix

@@ -38,9 +38,9 @@ def test_the_way_from_tuning_to_answers_runs_as_printed(tmp_path: Path) -> None:
     environment = {**os.environ, "HSA_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     for line in lines.splitlines():
         words = shlex.split(line, comments=True)
-        if words == ["make", "tune"]:  # what the Makefile runs once all is installed, in less time
-            words = ["hsa-compile", "tune", "--trials", "2", "--seq-len", "256"]
         assert words.pop(0) == "hsa-compile"
+        if words[0] == "tune":
+            words += ["--trials", "1", "--timeout", "1"]
         if "--minutes" in words:
             words[words.index("--minutes") + 1] = "0.1"
         done = subprocess.run(
