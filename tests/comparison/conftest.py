@@ -1,23 +1,19 @@
 """Tiny cases on this CPU; kernels are PyTorch here, since to build C++ takes seconds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hsa_compile.comparison.case import DECODE, KINDS, SELECT, Case
 from hsa_compile.problem import Problem
-from hsa_compile.target import this_cpu
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    this_cpu.cache_clear()
-    yield
-    this_cpu.cache_clear()
+def _without_compiler(without_compiler: None) -> None:
+    """All of them."""
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import gzip
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,19 +16,12 @@ from torch.autograd.profiler_util import Interval
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
 from hsa_compile.model.profile import BETWEEN, IDLE, OTHER, _table, profile_step
 from hsa_compile.model.profiled_steps import DECODE, PREFILL, STEPS, TRAIN, make_step
-from hsa_compile.target import this_cpu
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU kernels that are PyTorch: they call ops of their own."""
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    this_cpu.cache_clear()
-    yield
-    this_cpu.cache_clear()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
+    pytest.mark.usefixtures("without_compiler"),  # kernels that are PyTorch call ops of their own
+]
 
 
 @pytest.mark.parametrize("kind", STEPS)

@@ -13,7 +13,6 @@ from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer
 from hsa_compile.model.evaluation import continuations, generations
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.target import this_cpu
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 from lm_eval.api.instance import Instance
@@ -21,7 +20,10 @@ from lm_eval.api.instance import Instance
 from hsa_compile.model.evaluation import harness
 from hsa_compile.model.evaluation.harness import Generation, HarnessModel
 
-pytestmark = [pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
+    pytest.mark.usefixtures("without_compiler"),
+]
 
 LONG = "a context that is several windows long, é€😀 and all; " * 4
 PAIRS = [
@@ -40,15 +42,6 @@ PAIRS = [
 def subject_of(variant: str, dtype: torch.dtype = torch.float64, **changes: object) -> Subject:
     model = build(small_config(variant, vocab_size=256, **changes), dtype)
     return Subject(name="small", model=model, tokenizer=BytesTokenizer())
-
-
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """To build C++ takes seconds, and other tests compare it with what runs without."""
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    this_cpu.cache_clear()
-    yield
-    this_cpu.cache_clear()
 
 
 @pytest.fixture
