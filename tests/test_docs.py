@@ -16,7 +16,6 @@ import hsa_compile
 from hsa_compile.cli.main import main
 from hsa_compile.model.info import model_info
 from hsa_compile.model.presets import preset
-from hsa_compile.target import this_cpu
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -42,22 +41,15 @@ def blocks(*languages: str) -> list[object]:
     ]
 
 
-@pytest.fixture
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To build C++ for each shape that a page happens to show takes seconds."""
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
-    this_cpu.cache_clear()
-
-
 @quiet
-@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_runs(code: str) -> None:
     exec(compile(code, "<page>", "exec"), {"__name__": "__page__"})
 
 
 @quiet
-@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("page", [page for page in PAGES if "```pycon" in page.read_text()], ids=lambda page: page.name)
 def test_a_python_session_prints_what_is_shown(page: Path) -> None:
     code = "".join(code for _, language, code in FENCED.findall(page.read_text()) if language == "pycon")
