@@ -14,7 +14,7 @@ HSACompileError
 ├── CandidateError                 a candidate raised an error that has no name here
 ├── TimedOut                       a candidate ran too long
 │   └── CompileTimedOut            … while it was compiled
-├── StorageError                   the storage of studies cannot be opened
+├── StorageError                   the storage of studies cannot be opened, or stopped answering
 ├── CorpusError                    a prepared corpus is incomplete, damaged or cannot be written
 │   └── UnreadableSource           … a file of text that is skipped as a whole
 ├── SaveError                      a saved model, memory or reading is damaged, foreign or cannot be written

@@ -53,7 +53,8 @@ def play_off(
     Two entrants are compared by a sign test on their rounds: it assumes nothing about how noise is distributed. A
     challenger beats the default if it is faster by `MIN_GAIN` at the median and the test says so at `CONFIDENCE`,
     shared out among the challengers, so that the default loses to any of its equals in one search of twenty at most.
-    The fastest of those ties with every other one that it does not beat in the same way.
+    The fastest of those ties with every challenger that it does not beat in the same way, and the pick is among those
+    of them that beat the default themselves.
 
     Args:
         challengers: in the order of the search space, or any other that does not depend on their times.
@@ -67,17 +68,17 @@ def play_off(
     level = (1 - CONFIDENCE) / max(1, len(challengers))
     beaters = [i for i in range(1, len(entrants)) if _is_faster(times[i], times[0], level)]
     best = min(beaters, key=lambda i: _median_ratio(times[i], times[0]), default=0)
-    rivals = beaters or range(1, len(entrants))
+    may_win = beaters or [0]
 
     def preference(i: int) -> tuple[int, ...]:
         uses = resources(entrants[i]) or Resources()
-        return (uses.spills, uses.registers, uses.shared_memory, num_changes(entrants[i], default), i)
+        changes = num_changes(entrants[i], default)
+        return (i not in may_win, uses.spills, uses.registers, uses.shared_memory, changes, i)
 
+    rivals = range(1 if beaters else 0, len(entrants))
     ties = sorted(
         (i for i in rivals if i == best or not _is_faster(times[best], times[i], 1 - CONFIDENCE)), key=preference
     )
-    if not beaters:
-        ties.insert(0, 0)
     winner = ties[0]
     return Verdict(
         winner=entrants[winner],

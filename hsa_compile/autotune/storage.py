@@ -2,27 +2,32 @@
 
 import contextlib
 import os
+import re
+import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import filelock
 import optuna
 import sqlalchemy
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.paths import schedule_dir
 from hsa_compile.target import Target
 
-SCHEMES = ("postgresql", "mysql", "sqlite")
+DATABASES = ("postgresql", "mysql", "sqlite")
+PROXY = "grpc"
 HEARTBEAT_S = 10
 GRACE_S = 60  # without a heartbeat: then a trial's process is taken for dead
 MAX_RETRIES = 2  # of a trial whose process died
 
 _SQLITE_TIMEOUT_S = 60
+_PROXY_TIMEOUT_S = 10
 _ATTEMPTS = 5  # to open a database whose tables somebody else is making
 _DRIVERS = {
     "psycopg": "'psycopg[binary]'",
@@ -41,8 +46,9 @@ def open_storage(address: str | None) -> BaseStorage:
     """The storage at an address; None is this process's memory.
 
     Args:
-        address: `postgresql://…`, `mysql://…`, `sqlite:///FILE`, each perhaps with a driver (`mysql+pymysql://…`),
-            or a path that ends in `.journal`.
+        address: `postgresql://…`, `mysql://…`, `sqlite:///FILE`, each perhaps with a driver (`mysql+pymysql://…`);
+            `grpc://HOST:PORT` of Optuna's proxy, which asks a database for many workers
+            (`optuna.storages.run_grpc_proxy_server`); or a path that ends in `.journal`.
 
     Raises:
         InvalidArgument: the address is none of these.
@@ -52,14 +58,35 @@ def open_storage(address: str | None) -> BaseStorage:
     if address is None:
         return InMemoryStorage()
     check_address(address)
+    if address.startswith(f"{PROXY}://"):
+        return _open_proxy(address)
     return _open_database(address) if "://" in address else _open_journal(Path(address))
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Lets go of a database's connections; the other storages hold nothing."""
+    """Lets go of connections; a journal holds none."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
+    elif isinstance(storage, GrpcStorageProxy):
+        storage.close()
+
+
+@contextlib.contextmanager
+def answering(address: str | None) -> Iterator[None]:
+    """While a storage is in use: makes one line of the error of one that has gone away.
+
+    Raises:
+        StorageError: it does not answer any more.
+    """
+    try:
+        yield
+    except _errors_in_use() as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise StorageError(
+            f"storage {_shown(address or '')} stopped answering: {cause}; what was finished is in it, and the same "
+            "command goes on from there"
+        ) from error
 
 
 def check_address(address: str) -> None:
@@ -69,16 +96,25 @@ def check_address(address: str) -> None:
         InvalidArgument: it is not.
     """
     scheme, separator, _ = address.partition("://")
-    if not (scheme.partition("+")[0] in SCHEMES if separator else address.endswith(".journal")):
+    if scheme == PROXY:
+        known = re.fullmatch(r"grpc://[^:/]+:\d{1,5}", address) is not None
+    else:
+        known = scheme.partition("+")[0] in DATABASES if separator else address.endswith(".journal")
+    if not known:
         raise InvalidArgument(
-            f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///… and FILE.journal"
+            f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT "
+            "and FILE.journal"
         )
 
 
 def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractContextManager[object]:
-    """What processes that share a journal file hold while they take over trials; others have no need of it."""
+    """What processes of a host hold while they take over trials of a storage where no heart beats."""
     if address is not None and isinstance(storage, JournalStorage):
         return filelock.FileLock(f"{address}.adopt.lock")
+    if address is not None and isinstance(storage, GrpcStorageProxy):
+        path = schedule_dir() / "studies" / (re.sub(r"[^A-Za-z0-9.-]+", "-", address) + ".adopt.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(path)
     return contextlib.nullcontext()
 
 
@@ -132,7 +168,7 @@ def _open_database(address: str) -> RDBStorage:
         url = sqlalchemy.engine.make_url(address)
     except sqlalchemy.exc.ArgumentError as error:
         raise InvalidArgument(f"storage {address!r} is not an address of a database") from error
-    shown = url.render_as_string(hide_password=True)
+    shown = _shown(address)
     for attempt in range(_ATTEMPTS):
         try:
             return _connect(address, sqlite=url.get_backend_name() == "sqlite")
@@ -146,6 +182,34 @@ def _open_database(address: str) -> RDBStorage:
                 raise StorageError(f"storage {shown} does not answer: {str(error).splitlines()[0]}") from error
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _open_proxy(address: str) -> GrpcStorageProxy:
+    host, _, port = address.removeprefix(f"{PROXY}://").partition(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = GrpcStorageProxy(host=host, port=int(port))
+        storage.wait_server_ready(timeout=_PROXY_TIMEOUT_S)
+    except ImportError as error:
+        raise MissingDependency(f"storage {address} needs a driver: pip install grpcio protobuf") from error
+    except ConnectionError as error:
+        raise StorageError(f"storage {address} does not answer within {_PROXY_TIMEOUT_S} s") from error
+    return storage
+
+
+def _errors_in_use() -> tuple[type[Exception], ...]:
+    """What calls of a storage raise that has gone away; a proxy's can only where gRPC was imported."""
+    grpc = sys.modules.get("grpc")
+    errors = optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError
+    return (*errors, grpc.RpcError) if grpc else errors
+
+
+def _shown(address: str) -> str:
+    """An address without its password."""
+    if address.partition("://")[0].partition("+")[0] in DATABASES:
+        return sqlalchemy.engine.make_url(address).render_as_string(hide_password=True)
+    return address
 
 
 def _connect(address: str, *, sqlite: bool) -> RDBStorage:

@@ -16,6 +16,7 @@ from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
 from hsa_compile.autotune.search import SearchResult
 from hsa_compile.autotune.session import Session
+from hsa_compile.autotune.storage import answering
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
@@ -84,7 +85,7 @@ def tune(
         InvalidArgument: an option is out of range.
         InvalidProblem: its tensors do not fit in the memory that is free.
         InvalidTarget: the target's device is not the one at hand, or several devices are of different kinds.
-        StorageError, MissingDependency: the study's storage cannot be opened.
+        StorageError, MissingDependency: the study's storage cannot be opened, or does not answer any more.
         CompileError, OutOfResources, WrongResult, CandidateCrashed, CandidateError, TimedOut: the default schedule
             itself fails.
     """
@@ -100,7 +101,7 @@ def tune(
         if result.trials:
             on_progress(_progress(problem, chosen, result, time.monotonic() - start))
 
-    with Session(problem, target, devices, chosen) as session:
+    with answering(chosen.storage), Session(problem, target, devices, chosen) as session:
         result = session.run(start + chosen.timeout * (1 - _PLAY_OFF_SHARE), should_stop, report)
         stopped = should_stop()
         verdict = _decide(session, result, time.monotonic() if stopped else deadline)

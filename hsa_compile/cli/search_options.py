@@ -81,7 +81,8 @@ _OPTIONS = (
     ),
     click.option(
         "--storage",
-        help="postgresql://…, mysql://…, sqlite:///… or FILE.journal; a journal beside the schedules if left out.",
+        help="postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT (Optuna's proxy) or FILE.journal; a journal "
+        "beside the schedules if left out.",
     ),
     click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Searches at once."),
     click.option("--in-process", is_flag=True, help="Start sooner, but die with a candidate that crashes."),

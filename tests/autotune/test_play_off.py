@@ -66,6 +66,16 @@ def test_the_fastest_that_beats_the_default_wins_under_noise_and_drift() -> None
     assert winners == [2] * 50
 
 
+def test_a_tie_that_does_not_clearly_beat_the_default_is_told_but_not_picked() -> None:
+    def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        # The second is the fastest at the median, but slower than the default in a third of the rounds.
+        return [[1.0] * 3, [0.965, 0.965, 1.2], [0.97] * 3]
+
+    default, unclear, clear = (Schedule.of("token", block_t=i) for i in range(3))
+    verdict = play_off(default, [unclear, clear], time_all, max_rounds=12, deadline=float("inf"))
+    assert verdict.tie_set == (clear, unclear)
+
+
 def test_both_measurements_come_from_the_same_rounds() -> None:
     winner, verdict = decide([2.0, 1.0], noise=0)
     assert winner == 1
