@@ -26,8 +26,8 @@ from hsa_compile.target import Target
 
 arch, dtype = sys.argv[1:]
 target = Target.parse(arch)
-ops, dims, groups, chunks = ("hsa_forward", "hsa_backward"), (64, 128), (1, 4, 16), (32, 64, 128)
-for op, deterministic, D, G, C in itertools.product(ops, (False, True), dims, groups, chunks):
+ops = ("hsa_forward", False), ("hsa_backward", False), ("hsa_backward", True)
+for (op, deterministic), D, G, C in itertools.product(ops, (64, 128), (1, 16), (32, 64, 128)):
     problem = Problem(op=op, seq_len=65536, num_heads=G, num_kv_heads=1, top_k=16, head_dim=D, chunk_size=C,
                       dtype=dtype, deterministic=deterministic)
     schedule = default_schedule(problem, target)
@@ -47,7 +47,6 @@ for op, deterministic, D, G, C in itertools.product(ops, (False, True), dims, gr
     [
         ("sm_80", "bfloat16"),
         ("sm_90", "bfloat16"),
-        ("sm_90", "float16"),
         ("sm_100", "bfloat16"),
         ("gfx942", "bfloat16"),
     ],
@@ -58,7 +57,7 @@ def test_whole_matrix_of_defaults_fits_and_does_not_spill(arch: str, dtype: str)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) >= 72
+    assert len(rows) >= 54
     for row in rows:
         assert row["spills"] == 0, row
         assert row["least_shared"] <= row["most_shared"] <= Target.parse(arch).shared_memory, row
