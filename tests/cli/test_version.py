@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from shell import Shell
 
 from hsa_compile import __version__
@@ -35,13 +36,10 @@ def test_help_does_not_look_for_a_device(run: Shell, monkeypatch: pytest.MonkeyP
 
 
 def completed(words: str) -> list[str]:
-    """What bash would offer for the last of these words."""
-    environment = {**os.environ, "_HSA_COMPILE_COMPLETE": "bash_complete", "COMP_WORDS": words}
-    environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
-    script = "import sys; sys.argv[0] = 'hsa-compile'; from hsa_compile.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+    """What a shell would offer for the last of these words."""
+    *before, last = words.split(" ")
+    completion = ShellComplete(cli, {}, "hsa-compile", "_HSA_COMPILE_COMPLETE")
+    return [item.value for item in completion.get_completions(before[1:], last)]
 
 
 def test_a_shell_completes_commands_flags_and_choices() -> None:
