@@ -48,6 +48,8 @@ class ModelConfig:
         retrieval_norm: whether retrieval queries and landmarks are normalised, an option of the authors' code.
         retrieval_scale: of the scores of landmarks: the larger, the less do chunks weigh that were chosen only because
             no others were better.
+        softmax_off_by_one: whether each chunk's softmax has an extra 1 in its normaliser, so that a chunk may say that
+            it holds nothing of use; `drt` always has it.
         encoder_layers, encoder_ffn_dim: of the chunk encoder.
         selection_noise: whether Gumbel noise is added when chunks are chosen in training.
         num_experts: `E` of a MoE layer; 0 makes every MLP dense.
@@ -82,6 +84,7 @@ class ModelConfig:
     retrieval_dim: int
     retrieval_norm: bool = False
     retrieval_scale: float = 1.0
+    softmax_off_by_one: bool = False
     encoder_layers: int = 1
     encoder_ffn_dim: int
     selection_noise: bool = True
@@ -115,6 +118,8 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
         self._check_experts()
+        if self.variant == "drt":
+            object.__setattr__(self, "softmax_off_by_one", True)
         if self.variant == "drt" and self.chunk_size < 2:
             raise InvalidArgument(
                 f"chunk_size = {self.chunk_size} must be at least 2: drt puts a landmark in each chunk"

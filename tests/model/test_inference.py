@@ -34,6 +34,17 @@ def test_pieces_then_tokens_give_the_logits_of_one_shot(variant: str, size: int)
     torch.testing.assert_close(torch.cat((read, decoded), dim=1), whole, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("variant", ["hsa-ultralong", "ramba"])
+def test_a_softmax_off_by_one_is_that_of_training_and_of_decoding(variant: str) -> None:
+    tokens = texts(1, 103)
+    model, without = (build(small_config(variant, softmax_off_by_one=chosen)) for chosen in (True, False))
+    with torch.no_grad():
+        whole, other = model(tokens), without(tokens)
+    decoded = read_in_pieces(model, tokens, new_state(model), 1)
+    torch.testing.assert_close(decoded, whole, rtol=0, atol=TOLERANCE)
+    assert (whole - other).abs().max() > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 29, 30, 31, 88])
 def test_fast_prefill_is_the_full_forward_at_the_last_token(variant: str, length: int) -> None:
     model = build(small_config(variant))

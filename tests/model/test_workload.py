@@ -40,9 +40,9 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [3, 5, 7, 9, 10, 43])
-@pytest.mark.parametrize("noise", [True, False], ids=["noise", "plain"])
+@pytest.mark.parametrize("noise", [True, False], ids=["noise", "softmax off by one"])
 def test_a_step_of_training_asks_for_these(variant: str, length: int, noise: bool, asked: list[Problem]) -> None:
-    model = build(small_config(variant, selection_noise=noise)).train()
+    model = build(small_config(variant, selection_noise=noise, softmax_off_by_one=not noise)).train()
     model(tokens(2, length)).sum().backward()
     said = problems(model.config, 2, length)
     assert len(asked) == len(set(asked))

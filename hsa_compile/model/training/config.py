@@ -36,6 +36,8 @@ class TrainConfig:
         compile: run the model through `torch.compile`.
         loss_chunk: tokens whose logits exist at a time.
         bias_update_rate: what MoE's balancing biases move by in a step.
+        sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
+            that trains with sharper scores gets used to them.
         log_every: steps between lines and records with router load and retrieval entropy.
         save_every: steps between checkpoints; 0: only at the end and when stopped.
         keep_last: checkpoints kept beside the best.
@@ -66,6 +68,7 @@ class TrainConfig:
     compile: bool = False
     loss_chunk: int = 4096
     bias_update_rate: float = 1e-3
+    sharpen_scores: float = 1.0
     log_every: int = 10
     save_every: int = 100
     keep_last: int = 2
@@ -248,5 +251,6 @@ _NUMBERS = (
     ("final_lr", 0, 1),
     ("clip", 0, 1e9),
     ("bias_update_rate", 0, 1),
+    ("sharpen_scores", 1e-3, 1e3),
     ("peak_tflops", 0, 1e9),
 )

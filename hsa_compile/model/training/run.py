@@ -222,7 +222,7 @@ class TrainingRun:
             prune(self._checkpoints, self.config.train.keep_last)
 
     def _export(self) -> None:
-        """Writes the weights as they are now, with window and top-k of the stage that they are in."""
+        """Writes the weights as they are now, with window and top-k of the stage that they are in, scores sharpened."""
         weights = self.model.state_dict()
         if self.processes.world_size > 1:
             weights = get_model_state_dict(
@@ -230,9 +230,10 @@ class TrainingRun:
             )  # fmt: skip
         if not self.processes.is_first:
             return
-        last = stage_at(self.config, self.state.step - 1)
+        config = self._model_config(stage_at(self.config, self.state.step - 1))
+        scale = config.retrieval_scale * self.config.train.sharpen_scores
         with torch.device("meta"):
-            model = HSATransformer(self._model_config(last))
+            model = HSATransformer(replace(config, retrieval_scale=scale))
         model.load_state_dict(weights, assign=True)
         trained = {"step": self.state.step, "tokens": self.state.tokens, "config": self.config.to_dict()}
         save_pretrained(model, self.directory / MODEL, extra={"training": trained})

@@ -59,6 +59,16 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
     assert read_extra(tmp_path / MODEL)["training"]["step"] == 6
 
 
+def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
+    model = {"retrieval_scale": 0.5}
+    for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
+        assert train(small_run(model=model, sharpen_scores=sharpen), tmp_path / name, alone)
+    assert losses(tmp_path / "as it is") == losses(tmp_path / "sharper")
+    one, two = (from_pretrained(tmp_path / name / MODEL) for name in ("as it is", "sharper"))
+    assert (one.config.retrieval_scale, two.config.retrieval_scale) == (0.5, 2.0)
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
 def test_it_learns(tmp_path: Path, alone: Processes) -> None:
     stages = [{"seq_len": 64, "batch_tokens": 256}]
     assert train(small_run(steps=40, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)
