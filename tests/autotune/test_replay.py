@@ -80,7 +80,7 @@ def test_no_evaluation_is_refused(sweep: RecordedSweep) -> None:
 
 
 # What our own spaces must come to in a share of their points, begun as `tune` does: the highest median of time over the
-# optimum. They were recorded on a busy machine, and their fastest points are partly so by luck.
+# optimum.
 OWN_GOALS = [("cpu_forward", 0.10, 1.02), ("cpu_backward", 0.10, 1.02)]
 
 
