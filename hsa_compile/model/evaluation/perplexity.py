@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,6 +64,9 @@ class Perplexity:
         perplexity: e to the mean loss a token.
         standard_error: of the perplexity, over texts; None of a single one.
         bits_per_byte: of the scored text.
+        change: of the perplexity against the shortest context's, as a share of it; negative where more context helps.
+        change_error: standard error of `change`, over the differences of each text from itself, which vary far less
+            than texts do; None of a single one.
     """
 
     text: str
@@ -73,6 +77,8 @@ class Perplexity:
     perplexity: float
     standard_error: float | None
     bits_per_byte: float
+    change: float
+    change_error: float | None
 
     @property
     def source(self) -> str:
@@ -158,23 +164,24 @@ def perplexity_jobs(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> li
 
 def perplexities(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> list[Perplexity]:
     """By length, ascending; those lengths of which every text is in the file."""
-    found = []
+    found: dict[int, list[Values]] = {}
     for length in texts.lengths:
         values = [outcomes.get(_key(subject, row[-length:], texts.num_scored)) for row in texts.rows]
         known = [value for value in values if value is not None]
         if len(known) == len(texts.rows):
-            found.append(_summary(texts, length, known))
-    return found
+            found[length] = known
+    return [_summary(texts, length, values, next(iter(found.values()))) for length, values in found.items()]
 
 
-def _summary(texts: Texts, length: int, values: Sequence[Values]) -> Perplexity:
-    losses = np.array([value["loss"] for value in values])  # nats of each text
+def _summary(texts: Texts, length: int, values: Sequence[Values], shortest: Sequence[Values]) -> Perplexity:
+    losses, before = (np.array([value["loss"] for value in each]) for each in (values, shortest))  # nats of each text
     num_bytes = sum(value["bytes"] for value in values)
-    means = losses / texts.num_scored
-    perplexity = math.exp(means.mean())
-    error = None
+    means, differences = losses / texts.num_scored, (losses - before) / texts.num_scored
+    perplexity, ratio = math.exp(means.mean()), math.exp(differences.mean())
+    error = change_error = None
     if len(values) > 1:
-        error = perplexity * float(means.std(ddof=1)) / math.sqrt(len(values))
+        error = perplexity * _standard_error(means)
+        change_error = ratio * _standard_error(differences)
     return Perplexity(
         text=texts.name,
         are_documents=texts.are_documents,
@@ -184,7 +191,14 @@ def _summary(texts: Texts, length: int, values: Sequence[Values]) -> Perplexity:
         perplexity=perplexity,
         standard_error=error,
         bits_per_byte=float(losses.sum()) / math.log(2) / num_bytes,
+        change=ratio - 1,
+        change_error=change_error,
     )
+
+
+def _standard_error(values: npt.NDArray[np.float64]) -> float:
+    """Of the mean."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _score(subject: Subject, rows: Sequence[TokenArray], num_scored: int, outcomes: OutcomeFile) -> None:

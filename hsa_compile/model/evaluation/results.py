@@ -17,7 +17,7 @@ from hsa_compile.model.safe_files import replace_file, write_json
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
 _COLUMNS = (
     "model", "task", "haystack", "protocol", "length", "depth", "samples", "correct", "accuracy", "low", "high",
-    "perplexity", "standard_error", "bits_per_byte",
+    "perplexity", "standard_error", "bits_per_byte", "change", "change_error",
 )  # fmt: skip
 
 
@@ -89,6 +89,8 @@ class Results:
                         "perplexity": each.perplexity,
                         "standard_error": "" if each.standard_error is None else each.standard_error,
                         "bits_per_byte": each.bits_per_byte,
+                        "change": each.change,
+                        "change_error": "" if each.change_error is None else each.change_error,
                     }
                 )
 
@@ -131,17 +133,24 @@ def _table(cells: Sequence[Cell]) -> str:
 
 
 def _perplexity_table(perplexities: Sequence[Perplexity]) -> str:
+    first = perplexities[0]
     rows = [
         [
             length_label(each.length),
             f"{each.perplexity:.4g}",
             "" if each.standard_error is None else f"{each.standard_error:.2g}",
             f"{each.bits_per_byte:.4f}",
+            _change(each) if each is not first else "",
             each.num_texts,
         ]
         for each in perplexities
     ]
-    first = perplexities[0]
     title = f"perplexity of the last {first.num_scored} tokens of held-out {first.source}, by context length"
-    headers = ["context", "perplexity", "standard error", "bits a byte", "texts"]
+    against = f"against {length_label(first.length)}"
+    headers = ["context", "perplexity", "standard error", "bits a byte", against, "texts"]
     return f"{title}\n{tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign='right')}"
+
+
+def _change(each: Perplexity) -> str:
+    error = "" if each.change_error is None else f" ± {100 * each.change_error:.2f}"
+    return f"{100 * each.change:+.2f}{error} %"

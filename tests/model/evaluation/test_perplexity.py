@@ -51,6 +51,7 @@ def test_it_is_that_of_the_whole_forward(variant: str, corpus: str, tmp_path: Pa
     texts = open_texts(subject, corpus, [40, 150], 3)
     found = measure(subject, texts, tmp_path / "out")
     assert [each.length for each in found] == [40, 150]
+    losses = []
     for each in found:
         tokens = torch.from_numpy(np.stack([row[-each.length :] for row in texts.rows]).astype(np.int64))
         with torch.no_grad():
@@ -61,6 +62,10 @@ def test_it_is_that_of_the_whole_forward(variant: str, corpus: str, tmp_path: Pa
         assert each.bits_per_byte == pytest.approx(float(loss.mean()) / math.log(2), rel=1e-4)
         error = math.exp(loss.mean()) * float(loss.std()) / math.sqrt(3)
         assert each.standard_error == pytest.approx(error, rel=1e-3)
+        losses.append(loss)
+        ratio, difference = math.exp((loss - losses[0]).mean()), (loss - losses[0]).std()
+        assert each.change == pytest.approx(ratio - 1, abs=1e-5)
+        assert each.change_error == pytest.approx(ratio * float(difference) / math.sqrt(3), abs=1e-5)
 
 
 def test_the_last_tokens_are_those_of_every_context(corpus: str) -> None:

@@ -35,9 +35,9 @@ RESULTS = Results(
     ),
     perplexities=(
         Perplexity(text="stdlib", are_documents=True, length=512, num_texts=6, num_scored=256, perplexity=3.25,
-                   standard_error=0.5, bits_per_byte=1.7),
+                   standard_error=0.5, bits_per_byte=1.7, change=0.0, change_error=0.0),
         Perplexity(text="stdlib", are_documents=True, length=65536, num_texts=1, num_scored=256, perplexity=3.0,
-                   standard_error=None, bits_per_byte=1.6),
+                   standard_error=None, bits_per_byte=1.6, change=-0.077, change_error=None),
     ),
 )  # fmt: skip
 
@@ -71,12 +71,9 @@ def test_csv_holds_a_row_for_each_cell(tmp_path: Path) -> None:
     assert [rows[2][name] for name in ("model", "protocol", "length", "depth", "samples", "accuracy")] == [
         "run7", "teacher-forced", "4096", "all", "8", "0.625",
     ]  # fmt: skip
-    assert [rows[-1][name] for name in ("task", "length", "perplexity", "standard_error")] == [
-        "ppl",
-        "65536",
-        "3.0",
-        "",
-    ]
+    assert [rows[-1][name] for name in ("task", "length", "perplexity", "standard_error", "change")] == [
+        "ppl", "65536", "3.0", "", "-0.077",
+    ]  # fmt: skip
 
 
 def test_tables_name_task_haystack_and_protocol() -> None:
@@ -85,7 +82,9 @@ def test_tables_name_task_haystack_and_protocol() -> None:
     assert second.startswith("vt in my text, greedy\n")
     assert first.splitlines()[-1].split() == ["1M", "100", "25", "62.5", "30.6", "–", "86.3", "8"]
     assert "last 256 tokens of held-out documents of stdlib" in third
+    assert "against 512" in third
     assert third.splitlines()[-2].split() == ["512", "3.25", "0.5", "1.7000", "6"]
+    assert third.splitlines()[-1].split() == ["64K", "3", "1.6000", "-7.70", "%", "1"]
 
 
 def test_pictures_are_written(tmp_path: Path) -> None:
