@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_the_shares_sum_to_the_whole_step(kind: str) -> None:
     model = build(small_config("hsa-ultralong"))
@@ -55,6 +56,7 @@ def test_the_step_is_as_long_as_the_clock_says() -> None:
         (DECODE, {"hsa_decode"}),
     ],
 )
+@pytest.mark.slow
 def test_tuned_kernels_are_counted_with_all_that_they_call(kind: str, names: set[str]) -> None:
     model = build(small_config("hsa-ultralong"))
     found = profile_step(make_step(kind, model, batch=1, seq_len=40), CPU)

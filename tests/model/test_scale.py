@@ -84,6 +84,7 @@ def kept_by_training(config: object, tokens: int, *, checkpoint: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["full", "hsa-ultralong"])
 def test_activations_are_about_those_that_autograd_holds(variant: str) -> None:
     """In float32 here; the figures are for two bytes. Layers are alike, so that the largest stands for all."""
