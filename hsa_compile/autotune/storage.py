@@ -82,7 +82,8 @@ def answering(address: str | None) -> Iterator[None]:
     try:
         yield
     except _errors_in_use() as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        details = getattr(error, "details", None)  # of gRPC, whose text is a block of many lines
+        cause = str(details() if details else error.__cause__ or error).strip().partition("\n")[0]
         raise StorageError(
             f"storage {_shown(address or '')} stopped answering: {cause}; what was finished is in it, and the same "
             "command goes on from there"

@@ -118,8 +118,6 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
         self._check_experts()
-        if self.variant == "drt":
-            object.__setattr__(self, "softmax_off_by_one", True)
         if self.variant == "drt" and self.chunk_size < 2:
             raise InvalidArgument(
                 f"chunk_size = {self.chunk_size} must be at least 2: drt puts a landmark in each chunk"
@@ -154,6 +152,11 @@ class ModelConfig:
     def has_landmark_tokens(self) -> bool:
         """Whether the model puts a token of its own at the end of each chunk and retrieves by it (DRT)."""
         return self.variant == "drt"
+
+    @property
+    def reads_off_by_one(self) -> bool:
+        """Whether a chunk's softmax has an extra 1: where that is asked for, and in DRT."""
+        return self.softmax_off_by_one or self.variant == "drt"
 
     @property
     def fusion(self) -> str:

@@ -174,7 +174,7 @@ class HSAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.memory_heads, config.memory_head_dim
-        self.softmax_off_by_one = config.softmax_off_by_one
+        self.softmax_off_by_one = config.reads_off_by_one
         self.mask_last_token = config.has_landmark_tokens
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.q_proj = nn.Linear(config.dim, self.num_heads * self.head_dim, bias=False)

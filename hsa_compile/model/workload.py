@@ -59,7 +59,7 @@ def _attention(config: ModelConfig, batch: int, positions: int, dtype: str) -> P
         chunk_size=config.chunk_size,
         top_k=config.top_k,
         dtype=dtype,
-        softmax_off_by_one=config.softmax_off_by_one,
+        softmax_off_by_one=config.reads_off_by_one,
         mask_last_token=config.has_landmark_tokens,
     )
 
@@ -103,6 +103,6 @@ def _decode(config: ModelConfig, batch: int, positions: int, dtype: str, num_tok
         chunk_size=config.chunk_size,
         top_k=config.top_k,
         dtype=dtype,
-        softmax_off_by_one=config.softmax_off_by_one,
+        softmax_off_by_one=config.reads_off_by_one,
         mask_last_token=config.has_landmark_tokens,
     )

@@ -82,6 +82,7 @@ def test_a_server_that_dies_in_the_middle_is_one_line(server: Server) -> None:
             bench="fake_benches:open_fake", on_progress=kill,
         )  # fmt: skip
     assert "\n" not in str(raised.value)
+    assert "RpcError" not in str(raised.value)
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
