@@ -58,6 +58,24 @@ def draw_keys(rng: random.Random, count: int, text: bytes | bytearray) -> list[b
     raise InvalidArgument(f"the haystack assigns to too many names to hide {count} needles in it")
 
 
+def draw_similar_keys(rng: random.Random, count: int, text: bytes | bytearray) -> list[bytes]:
+    """As `draw_keys`, but about half of the keys differ from an earlier one in a single letter.
+
+    Raises:
+        InvalidArgument: the text leaves too few.
+    """
+    keys = draw_keys(rng, count, text)
+    used = set(keys)
+    for index in range(1, count):
+        key = bytearray(keys[rng.randrange(index)])
+        key[rng.randrange(len(key))] = rng.choice(_LETTERS)
+        similar = bytes(key)
+        if rng.random() < 0.5 and similar not in used and similar + b"=" not in text:
+            keys[index] = similar
+            used.add(similar)
+    return keys
+
+
 def lookup_facts(rng: random.Random, keys: list[bytes], num_queries: int) -> Facts:
     """Independent needles, the first `num_queries` of which are asked for, in that order.
 

@@ -19,6 +19,7 @@ from hsa_compile.model.tasks.facts import (
     QUERY_BYTES,
     chain_facts,
     draw_keys,
+    draw_similar_keys,
     lookup_facts,
 )
 from hsa_compile.model.tasks.haystack import Haystack
@@ -38,6 +39,8 @@ class Mixture:
         chain_share: of episodes that track variables in chains instead of looking up needles, 0 to 1.
         late_share: of episodes, those whose first asked needle lies as late as `min_distance` allows, or a little
             earlier: elsewhere a long row would have needles within a window of their question too seldom. 0 to 1.
+        similar_share: of rows, those in which many names differ in a single letter: among a million bytes of real text
+            some names come close to any, among those of a training row hardly one does by chance. 0 to 1.
         num_needles: fewest and most an episode; fewer where they do not fit.
         num_queries: fewest and most an episode; never more than needles (or chains) are there.
         min_distance: more than so many bytes lie between an episode's needles and its questions: the window.
@@ -52,6 +55,7 @@ class Mixture:
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0
+    similar_share: float = 0.0
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int = 64
@@ -61,7 +65,7 @@ class Mixture:
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("synthetic_share", "chain_share", "late_share"):
+        for name in ("synthetic_share", "chain_share", "late_share", "similar_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidArgument(f"{name} {getattr(self, name)}; allowed is 0 to 1")
         for name in ("num_needles", "num_queries"):
@@ -104,7 +108,8 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
     text = _draw_haystack(mixture, rng).fill(length, rng)
     bounds = _bounds(mixture, length, rng)
     episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
-    keys = draw_keys(rng, sum(size.num_needles for size in episodes), text)
+    has_similar = mixture.similar_share > 0 and rng.random() < mixture.similar_share
+    keys = (draw_similar_keys if has_similar else draw_keys)(rng, sum(size.num_needles for size in episodes), text)
     spans: list[tuple[int, int]] = []
     for (begin, end), size in zip(bounds, episodes, strict=True):
         own, keys = keys[: size.num_needles], keys[size.num_needles :]

@@ -130,7 +130,7 @@ class Stage:
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
         window, top_k: that the model's layers use in this stage; None: as in the model's config.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
-        chain_share, late_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
+        chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
         min_distance: between needles and questions; None: the window.
         haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`.
     """
@@ -144,6 +144,7 @@ class Stage:
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0
+    similar_share: float = 0.0
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int | None = None
@@ -159,7 +160,7 @@ class Stage:
                 check_count(f"stages.{name}", getattr(self, name), low, 2**30)
         if self.shortest > self.seq_len:
             raise InvalidArgument(f"stages.min_seq_len = {self.shortest} must be at most seq_len = {self.seq_len}")
-        for name in ("synthetic_share", "chain_share", "late_share"):
+        for name in ("synthetic_share", "chain_share", "late_share", "similar_share"):
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
             object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))

@@ -37,6 +37,7 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
             synthetic_share=stage.synthetic_share,
             chain_share=stage.chain_share,
             late_share=stage.late_share,
+            similar_share=stage.similar_share,
             num_needles=stage.num_needles,
             num_queries=stage.num_queries,
             min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,

@@ -1,6 +1,7 @@
 """Names, needles and questions before they are placed."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -13,18 +14,21 @@ from hsa_compile.model.tasks.facts import (
     QUERY_BYTES,
     chain_facts,
     draw_keys,
+    draw_similar_keys,
     lookup_facts,
 )
 
+Draw = Callable[[random.Random, int, bytes], list[bytes]]
 LETTERS = range(97, 123)
 NAMES = [b"%c%c%c" % (a, b, c) for a in LETTERS for b in LETTERS for c in LETTERS]
 
 
-@given(st.integers(0, 10**6), st.integers(1, 20))
-def test_names_that_the_text_assigns_to_are_not_drawn(seed: int, count: int) -> None:
+@pytest.mark.parametrize("draw", [draw_keys, draw_similar_keys])
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 20))
+def test_names_that_the_text_assigns_to_are_not_drawn(draw: Draw, seed: int, count: int) -> None:
     free = set(NAMES[::2])
     text = b", ".join(b"long_%b=1" % name for name in NAMES[1::2])
-    keys = draw_keys(random.Random(seed), count, text)
+    keys = draw(random.Random(seed), count, text)
     assert len(set(keys)) == count
     assert set(keys) <= free
 

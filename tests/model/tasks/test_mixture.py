@@ -39,6 +39,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
         haystacks=draw(st.sampled_from((NOISE, CODE, NOISE + CODE))),
         chain_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
         late_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
+        similar_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
         num_needles=(fewest, fewest + draw(st.integers(0, 6))),
         num_queries=(least, least + draw(st.integers(0, 4))),
         min_distance=min_distance,
@@ -135,6 +136,18 @@ def test_chains_come_by_their_share() -> None:
     mixture = Mixture(haystacks=NOISE, chain_share=0.3)
     chains = sum(b"=" in questions(training_sample(mixture, 400, 0, index))[0][1] for index in range(300))
     assert 60 < chains < 120
+
+
+def test_names_that_differ_in_a_letter_come_by_their_share() -> None:
+    mixture = Mixture(haystacks=NOISE, similar_share=0.4, num_needles=(12, 12), min_distance=0)
+    similar = 0
+    for index in range(300):
+        text = training_sample(mixture, 600, 0, index).tokens.tobytes()
+        names = re.findall(rb" ([a-z]{3})=\d{4}\.", text)
+        assert len(names) == 12
+        pairs = itertools.combinations(names, 2)
+        similar += sum(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in pairs) >= 3
+    assert 90 < similar < 150
 
 
 @pytest.fixture
