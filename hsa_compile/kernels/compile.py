@@ -1,5 +1,6 @@
 """Makes an emitted module importable: a real file on disk, imported once a process."""
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.native import load_library, native_entry
+from hsa_compile.kernels.native_decode import decode_entry
 from hsa_compile.kernels.native_select import select_entry
 from hsa_compile.paths import source_dir
 
@@ -67,9 +69,16 @@ def _compile_native(source: KernelSource) -> Kernel:
         except OSError as error:
             raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
         _modules[source.fingerprint] = library
-    make_entry = select_entry if source.problem.selects else native_entry
-    entry = make_entry(library, source.problem, source.schedule.number("super_tile"))
+    entry = _native_entry(library, source)
     return Kernel(source=source, path=path, entry=entry, module=library)
+
+
+def _native_entry(library: ctypes.CDLL, source: KernelSource) -> Callable[..., Any]:
+    """The library's function as a callable on tensors."""
+    if source.problem.decodes:
+        return decode_entry(library, source.problem, source.schedule.number("split"))
+    make_entry = select_entry if source.problem.selects else native_entry
+    return make_entry(library, source.problem, source.schedule.number("super_tile"))
 
 
 def _write(source: KernelSource) -> Path:

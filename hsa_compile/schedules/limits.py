@@ -1,5 +1,7 @@
 """Why a schedule cannot run a problem: what `SearchSpace.why_invalid` asks, family by family."""
 
+from collections.abc import Sequence
+
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -52,15 +54,21 @@ def why_not_torch(problem: Problem, schedule: Schedule) -> str | None:
 
 
 def why_not_cpp(problem: Problem, schedule: Schedule, target: Target) -> str | None:
-    """The first reason against a schedule of the C++ family."""
-    lanes, registers = _VECTORS.get(target.arch, _OTHER_VECTORS)
+    """The first reason against a schedule of the C++ family that goes chunk by chunk."""
     sizes = [problem.chunk_size, problem.value_dim]
     if problem.op == "hsa_backward":
         sizes.append(problem.head_dim)
+    reason = why_not_rows(schedule, target, sizes)
+    return reason or _why_not_super_tile(problem, schedule, SMALLEST_CPP_SUPER_TILE)
+
+
+def why_not_rows(schedule: Schedule, target: Target, sizes: Sequence[int]) -> str | None:
+    """Whether a C++ register tile of `rows` rows of so many floats is too large."""
+    lanes, registers = _VECTORS.get(target.arch, _OTHER_VECTORS)
     needed = schedule.number("rows") * max(vector_columns(size, lanes) for size in sizes)
     if needed > registers:
         return f"rows = {schedule['rows']} fill {needed} vector registers, {target.arch} has {registers} for them"
-    return _why_not_super_tile(problem, schedule, SMALLEST_CPP_SUPER_TILE)
+    return None
 
 
 def _why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> str | None:

@@ -85,7 +85,7 @@ def template_for(problem: Problem, target: Target) -> str:
     """The template family that serves a problem: `triton` on a GPU, `cpp` where it can be built, else `torch`."""
     if target.kind != "cpu":
         return "triton"
-    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES and not problem.decodes else "torch"
+    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,7 +160,7 @@ def test_emit_prints_the_source_of_a_kernel_for_any_target(target: str, op: str,
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["forward", "backward", "decode"])
 def test_emit_prints_cpp_for_a_cpu_with_a_compiler(op: str, run: Shell) -> None:
     outcome = run("emit", "--target", "cpu", "--op", op)
     assert (outcome.code, outcome.err) == (0, "")

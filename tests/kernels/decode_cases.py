@@ -1,6 +1,6 @@
 """Shapes and tensors that the tests of decoding share, on a CPU and in Triton's interpreter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 
 CPU = Target.parse("cpu")
+WITHOUT_COMPILER = replace(CPU, has_compiler=False)
 
 
 @dataclass(frozen=True)

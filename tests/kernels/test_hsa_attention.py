@@ -5,7 +5,6 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,8 +18,6 @@ from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.packing import global_indices
-from hsa_compile.paths import cxx_compiler
-from hsa_compile.target import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -122,18 +119,6 @@ FAMILIES = [
     pytest.param("cpp", torch.bfloat16, marks=pytest.mark.slow),  # building takes a second a shape
     *(("torch", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
 ]
-
-
-@pytest.fixture
-def family(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Which template family serves the CPU in this test."""
-    if request.param == "torch":
-        monkeypatch.setattr("hsa_compile.target.cxx_compiler", lambda: None)
-    elif cxx_compiler() is None:
-        pytest.skip("there is no C++ compiler")
-    this_cpu.cache_clear()
-    yield request.param
-    this_cpu.cache_clear()
 
 
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES, indirect=["family"], ids=str)

@@ -1,21 +1,25 @@
 """Decoding on this CPU against the float64 reference, and as PyTorch's tools see it."""
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from decode_cases import CPU, SHAPES, Case, Shape
+from decode_cases import CPU, SHAPES, WITHOUT_COMPILER, Case, Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hsa_compile import Schedule, hsa_attention_reference, hsa_decode, hsa_decode_reference
+from hsa_compile import Schedule, Target, hsa_attention_reference, hsa_decode, hsa_decode_reference
 from hsa_compile.autotune.candidate import prepare
 from hsa_compile.autotune.check import TOLERANCES, relative_error
 from hsa_compile.autotune.decode_inputs import make_decode_inputs
 from hsa_compile.autotune.problems import expand
 from hsa_compile.errors import InvalidArgument, InvalidProblem, WrongResult
-from hsa_compile.kernels import decode_ops
+from hsa_compile.kernels import decode_ops, native_decode
+from hsa_compile.kernels.worker_pool import run_on_workers
+from hsa_compile.paths import cxx_compiler
 from hsa_compile.problem import DECODE_OPS, DTYPES
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -25,10 +29,19 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::hsa_compile.errors.UntunedWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
 
+needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="there is no C++ compiler")
+both_families = pytest.mark.parametrize("family", ["cpp", "torch"], indirect=True)
 
-@pytest.mark.parametrize("dtype", DTYPES)
+FAMILIES = [
+    ("cpp", "float32"),
+    pytest.param("cpp", "bfloat16", marks=pytest.mark.slow),  # building takes a second a shape
+    *(("torch", dtype) for dtype in DTYPES),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES, indirect=["family"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_equals_the_reference(shape: Shape, dtype: str) -> None:
+def test_output_equals_the_reference(shape: Shape, family: str, dtype: str) -> None:
     case = Case(shape, getattr(torch, dtype), torch.int64 if dtype == "float64" else torch.int32)
     tensors, table = case.tensors()
     o = hsa_decode(*tensors, page_table=table, **case.options())
@@ -41,7 +54,43 @@ def test_output_equals_the_reference(shape: Shape, dtype: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_every_block_of_picks_adds_up(shape: Shape, block: int) -> None:
     case = Case(shape)
-    assert relative_error(case.run(Schedule.of("split", block=block)), case.expected()) <= TOLERANCES["float32"]
+    o = case.run(Schedule.of("split", block=block), WITHOUT_COMPILER)
+    assert relative_error(o, case.expected()) <= TOLERANCES["float32"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["avx512", "avx2"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_register_tile_and_split_in_cpp_adds_up(shape: Shape, arch: str) -> None:
+    if arch == "avx512" and CPU.arch != arch:
+        pytest.skip("this CPU has no AVX-512")
+    case, target = Case(shape), replace(CPU, arch=arch)
+    schedules = list(SearchSpace.of(case.problem(), target).schedules(case.problem(), target))
+    for schedule in random.Random(str(shape)).sample(schedules, 2):
+        assert relative_error(case.run(schedule, target), case.expected()) <= TOLERANCES["float32"], schedule
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tokens_are_shared_by_threads_if_they_read_enough(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counting(task: Callable[[int, int], None], count: int) -> list[tuple[int, int, None]]:
+        calls.append(count)
+        return run_on_workers(task, count)
+
+    monkeypatch.setattr(native_decode, "run_on_workers", counting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in (Shape(B=3), Shape(B=8, T=16, HQ=8, K=16)):
+            case = Case(shape)
+            o = case.run(Schedule.of("split", split=1, rows=4))
+            assert relative_error(o, case.expected()) <= TOLERANCES["float32"]
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [8 * 16 * 2]
 
 
 def test_the_reference_is_that_of_attention_where_pages_are_a_sequence() -> None:
@@ -56,7 +105,8 @@ def test_the_reference_is_that_of_attention_where_pages_are_a_sequence() -> None
     torch.testing.assert_close(actual, expected)
 
 
-def test_large_logits_stay_right() -> None:
+@both_families
+def test_large_logits_stay_right(family: str) -> None:
     (q, k, v, indices, weights), table = Case(Shape(N=7)).tensors()
     q = q * 1e3
     clean = [x.double().nan_to_num(0.0) for x in (k, v)]
@@ -64,7 +114,8 @@ def test_large_logits_stay_right() -> None:
     assert relative_error(hsa_decode(q, k, v, indices, weights, page_table=table), expected) <= 1e-4
 
 
-def test_interleaved_and_stacked_pools_are_read_where_they_lie() -> None:
+@both_families
+def test_interleaved_and_stacked_pools_are_read_where_they_lie(family: str) -> None:
     case = Case(Shape())
     (q, k, v, indices, weights), _ = case.tensors()
     pool = torch.stack([k, v], dim=1)  # [P, 2, H, C, D]
@@ -90,7 +141,8 @@ def test_nothing_to_attend_to_gives_zeros(shape: Shape) -> None:
     assert not o.any()
 
 
-def test_all_slots_empty_gives_zeros() -> None:
+@both_families
+def test_all_slots_empty_gives_zeros(family: str) -> None:
     (q, k, v, indices, weights), _ = Case(Shape()).tensors()
     assert not hsa_decode(q, k, v, torch.full_like(indices, -1), weights).any()
     table = torch.full((2, 0), -1)
@@ -211,11 +263,11 @@ def test_the_default_fills_the_device_if_the_slots_suffice(name: str, top_k: int
     assert split == 1 or tokens * split // 2 < target.num_cores
 
 
-@pytest.mark.parametrize("name", ["cpu", *NAMED_TARGETS])
+@pytest.mark.parametrize("name", ["cpu", "cpu without a compiler", *NAMED_TARGETS])
 @pytest.mark.parametrize("group", [1, 3, 64])
 @pytest.mark.parametrize("top_k", [1, 5, 16])
 def test_schedules_are_valid_and_fit_fewer_slots(name: str, group: int, top_k: int) -> None:
-    target = CPU if name == "cpu" else NAMED_TARGETS[name]
+    target = {"cpu": CPU, "cpu without a compiler": WITHOUT_COMPILER, **NAMED_TARGETS}[name]
     problem = replace(Case(Shape(HQ=group, H=1, D=128, Dv=128, C=64)).problem(), top_k=top_k)
     space = SearchSpace.of(problem, target)
     listed = list(space.schedules(problem, target))
@@ -233,11 +285,21 @@ def test_float64_is_refused_on_a_gpu_and_a_huge_gather_on_a_cpu() -> None:
     assert "block = 1024 gathers" in (reason or "")
 
 
+@pytest.mark.parametrize(
+    ("target", "schedule"),
+    [
+        (WITHOUT_COMPILER, Schedule.of("split", block=4)),
+        pytest.param(CPU, Schedule.of("split", split=2, rows=3), marks=needs_compiler),
+    ],
+    ids=["torch", "cpp"],
+)
 @pytest.mark.parametrize("paged", [False, True], ids=["pages", "table"])
-def test_a_candidate_of_the_tuner_is_checked(paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_of_the_tuner_is_checked(
+    paged: bool, target: Target, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = replace(Case(Shape(N=7)).problem(), paged=paged, batch=3)
     inputs = make_decode_inputs(problem, torch.device("cpu"))
-    candidate = prepare(problem, Schedule.of("split", block=4), CPU, inputs)
+    candidate = prepare(problem, schedule, target, inputs)
     o = candidate.call()
     assert isinstance(o, Tensor)
     options = inputs.options("hsa_decode")
@@ -253,7 +315,7 @@ def test_a_candidate_of_the_tuner_is_checked(paged: bool, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(module, "compile_kernel", spoiled)
     with pytest.raises(WrongResult, match="o is off by"):
-        prepare(problem, Schedule.of("split", block=4), CPU, inputs)
+        prepare(problem, schedule, target, inputs)
 
 
 def test_the_default_problem_is_one_token_of_a_paged_sequence() -> None:

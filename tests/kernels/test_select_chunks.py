@@ -1,7 +1,6 @@
 """Chunk selection against the float64 reference on this CPU: picks, weights and both gradients."""
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,18 +85,6 @@ def normal(shape: Shape, dtype: torch.dtype = torch.float32, factor: float = 1.0
     random = torch.Generator().manual_seed(zlib.crc32(str(shape).encode()))
     query = torch.randn(shape.B, shape.T, shape.H, shape.D, generator=random) * factor
     return query.to(dtype), torch.randn(shape.B, shape.N, shape.H, shape.D, generator=random).to(dtype)
-
-
-@pytest.fixture
-def family(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Which template family serves the CPU in this test."""
-    if request.param == "torch":
-        monkeypatch.setattr("hsa_compile.target.cxx_compiler", lambda: None)
-    elif cxx_compiler() is None:
-        pytest.skip("there is no C++ compiler")
-    this_cpu.cache_clear()
-    yield request.param
-    this_cpu.cache_clear()
 
 
 both_families = pytest.mark.parametrize("family", ["cpp", "torch"], indirect=True)
