@@ -47,14 +47,15 @@ def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int)
             deterministic=deterministic,
         )
         space = SearchSpace.of(problem, target)
-        if next(space.schedules(problem, target), None) is None:
+        try:
+            schedule = default_schedule(problem, target)
+        except InvalidSchedule as error:
             # Keys, values and their gradients of one such chunk are more than a program can hold.
             assert target.kind != "cpu"
             assert chunk_size * next_power_of_2(head_dim) * problem.itemsize >= 64 * 1024
-            with pytest.raises(InvalidSchedule, match="bytes of shared memory"):
-                default_schedule(problem, target)
+            assert "bytes of shared memory" in str(error)
+            assert next(space.schedules(problem, target), None) is None
             continue
-        schedule = default_schedule(problem, target)
         reason = space.why_invalid(problem, schedule, target)
         assert reason is None, f"{problem.describe()}: {schedule}: {reason}"
 
