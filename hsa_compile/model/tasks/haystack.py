@@ -20,6 +20,7 @@ SEPARATOR = b"\0"
 # RULER (2404.06654), niah_single_1.
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _MAX_TEXT_BYTES = 64 * 2**20
+_PIECE_BYTES = 64
 _TILED = _SENTENCES * 256
 
 
@@ -76,15 +77,57 @@ class TextHaystack:
         return filled
 
 
+class AssignmentHaystack:
+    """Short pieces of a text that hold an `=` each: among them are all the ways to look like a needle and be none.
+
+    In a row of training there is little of that, in a million bytes of source code thousands of times as much.
+
+    Args:
+        name: as it is printed beside results.
+        text: contiguous bytes, never written to.
+
+    Raises:
+        InvalidArgument: it has no `=`.
+    """
+
+    def __init__(self, name: str, text: bytes | memoryview) -> None:
+        self.name, self._text = name, memoryview(text)
+        self._places = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("="))
+        if not len(self._places):
+            raise InvalidArgument(f"haystack {name} of assignments: the text has no '='")
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """Pieces from random places, one after the other."""
+        filled = bytearray()
+        while len(filled) < length:
+            place = int(self._places[rng.randrange(len(self._places))])
+            start = max(0, place - rng.randrange(_PIECE_BYTES))
+            filled += self._text[start : start + _PIECE_BYTES]
+        return filled[:length]
+
+
+def assignment_haystack(corpus: TokenCorpus) -> AssignmentHaystack:
+    """Pieces of a prepared corpus of bytes.
+
+    Raises:
+        InvalidArgument: its tokens are no bytes, or none is an `=`.
+    """
+    return AssignmentHaystack(f"{corpus.directory.name} assignments", _bytes_of(corpus))
+
+
 def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
     """The text of a prepared corpus of bytes, which stays on disk.
 
     Raises:
         InvalidArgument: its tokens are no bytes.
     """
+    return TextHaystack(corpus.directory.name, _bytes_of(corpus))
+
+
+def _bytes_of(corpus: TokenCorpus) -> memoryview:
     if corpus.tokens.dtype != np.uint8:
         raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
-    return TextHaystack(corpus.directory.name, corpus.tokens.data)
+    return corpus.tokens.data
 
 
 def load_haystack(spec: str | Path, *, split: str = TRAIN) -> Haystack:

@@ -11,8 +11,8 @@ from hsa_compile.model.training.checks import check_choice, check_count, check_n
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
-CORPUS_HAYSTACK = "corpus"
-HAYSTACKS = (NOISE, CORPUS_HAYSTACK)
+CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
+HAYSTACKS = (NOISE, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
 MAX_ROWS = 2**20  # of a step
 
 
@@ -132,7 +132,8 @@ class Stage:
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
         chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
         min_distance: between needles and questions; None: the window.
-        haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`.
+        haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`, and `assignments`, pieces of the
+            corpus that look like needles.
     """
 
     share: float = 1.0
@@ -182,7 +183,7 @@ class Stage:
     @property
     def needs_corpus(self) -> bool:
         """Whether rows or haystacks come from a corpus."""
-        return self.synthetic_share < 1 or self.haystacks.get(CORPUS_HAYSTACK, 0) > 0
+        return self.synthetic_share < 1 or any(weight > 0 for name, weight in self.haystacks.items() if name != NOISE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

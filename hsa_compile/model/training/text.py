@@ -6,9 +6,16 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.stdlib import stdlib_corpus
-from hsa_compile.model.tasks.haystack import NOISE, STDLIB, Haystack, NoiseHaystack, corpus_haystack
+from hsa_compile.model.tasks.haystack import (
+    NOISE,
+    STDLIB,
+    Haystack,
+    NoiseHaystack,
+    assignment_haystack,
+    corpus_haystack,
+)
 from hsa_compile.model.tasks.mixture import Mixture
-from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, RunConfig
 
 
 def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
@@ -54,7 +61,7 @@ def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
     if name == NOISE:
         return NoiseHaystack()
     assert corpus is not None  # checked by RunConfig
-    return corpus_haystack(corpus)
+    return (assignment_haystack if name == ASSIGNMENT_HAYSTACK else corpus_haystack)(corpus)
 
 
 def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -> None:

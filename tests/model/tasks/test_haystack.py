@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.data.sources import find_sources
-from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack, load_haystack
+from hsa_compile.model.tasks.haystack import AssignmentHaystack, NoiseHaystack, TextHaystack, load_haystack
 
 CIRCLE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
@@ -37,9 +37,29 @@ def test_a_haystack_gives_memory_of_its_own() -> None:
     assert haystack.fill(10, random.Random(0)) == b"0123456789"
 
 
+@given(st.lists(st.integers(0, 900), min_size=1), st.integers(0, 300), st.integers(0, 1000))
+def test_assignments_are_pieces_with_an_equals_sign_each(places: list[int], length: int, seed: int) -> None:
+    text = bytearray(index % 61 for index in range(1000))  # 61 is the sign itself
+    for place in places:
+        text[place] = ord("=")
+    filled = bytes(AssignmentHaystack("code", bytes(text)).fill(length, random.Random(seed)))
+    assert len(filled) == length
+    pieces = [filled[start : start + 64] for start in range(0, length, 64)]
+    assert all(piece in text for piece in pieces)
+    assert all(b"=" in piece for piece in pieces if len(piece) == 64)
+
+
+def test_assignments_come_from_all_over_the_text() -> None:
+    text = b"".join(b"%08d=" % number for number in range(100))
+    filled = bytes(AssignmentHaystack("code", text).fill(50_000, random.Random(0)))
+    assert all(b"%08d" % number in filled for number in range(100))
+
+
 def test_no_text_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="none holds no text"):
         TextHaystack("none", b"")
+    with pytest.raises(InvalidArgument, match="prose of assignments: the text has no '='"):
+        AssignmentHaystack("prose", b"There and back again.")
 
 
 def test_the_standard_library_is_a_haystack() -> None:

@@ -158,15 +158,16 @@ def corpus(tmp_path: Path, text: str) -> Path:
     return tmp_path / "corpus"
 
 
-def on_text(directory: Path, synthetic_share: float, **train_changes: object) -> RunConfig:
-    stage = {"seq_len": 64, "batch_tokens": 256, "synthetic_share": synthetic_share, "haystacks": {"corpus": 1.0}}
+def on_text(directory: Path, synthetic_share: float, haystack: str = "corpus", **train_changes: object) -> RunConfig:
+    stage = {"seq_len": 64, "batch_tokens": 256, "synthetic_share": synthetic_share, "haystacks": {haystack: 1.0}}
     values = small_run(**train_changes).to_dict()
     return from_dict({**values, "data": {"corpus": str(directory)}, "stages": [stage]})
 
 
-def test_plain_text_and_needles_in_text_are_trained_on(tmp_path: Path, alone: Processes) -> None:
-    directory = corpus(tmp_path, "What is written here is learnt by heart. " * 20)
-    config = on_text(directory, 0.5, probe_every=3, probe_samples=2)
+@pytest.mark.parametrize("haystack", ["corpus", "assignments"])
+def test_plain_text_and_needles_in_text_are_trained_on(haystack: str, tmp_path: Path, alone: Processes) -> None:
+    directory = corpus(tmp_path, "What is written = here is learnt by heart. " * 20)
+    config = on_text(directory, 0.5, haystack, probe_every=3, probe_samples=2)
     assert train(config, tmp_path / "run", alone)
     assert records(tmp_path / "run")[-1]["held_out_loss"] > 0
 
