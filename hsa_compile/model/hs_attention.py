@@ -46,15 +46,24 @@ class Memory(Protocol):
 
 
 class SequenceMemory:
-    """The chunks of the sequence that is being trained on; gradients reach them.
+    """The chunks of the sequences that are being trained on; gradients reach them.
 
     Args:
         chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
+        shared: whether each sequence also sees the chunks of all others, as if they were text before it: what is
+            found among B · N chunks is found in a longer text.
     """
 
-    def __init__(self, chunks: EncodedChunks) -> None:
-        self.chunk_size = chunks.k.shape[2]
-        self.k, self.v, self.landmarks = chunks.k.flatten(1, 2), chunks.v.flatten(1, 2), chunks.landmarks
+    def __init__(self, chunks: EncodedChunks, *, shared: bool = False) -> None:
+        batch, num_chunks, self.chunk_size = chunks.k.shape[:3]
+        k, v, landmarks = chunks.k, chunks.v, chunks.landmarks
+        self._num_others = (batch - 1) * num_chunks if shared else 0
+        if self._num_others:
+            k, v, landmarks = (
+                torch.cat([x.roll(shift, dims=0) for shift in range(batch - 1, -1, -1)], dim=1)
+                for x in (k, v, landmarks)
+            )
+        self.k, self.v, self.landmarks = k.flatten(1, 2), v.flatten(1, 2), landmarks
 
     def select(
         self,
@@ -68,13 +77,15 @@ class SequenceMemory:
     ) -> tuple[Tensor, Tensor]:
         """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
         assert not any(positions), "a training sequence begins at 0"
+        chunk_size = 1 if once_a_chunk else self.chunk_size
         context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
         with context:
             return select_chunks(
                 query,
                 landmarks,
-                chunk_size=1 if once_a_chunk else self.chunk_size,
+                chunk_size=chunk_size,
                 top_k=top_k,
+                offset=self._num_others * chunk_size,
                 fusion=fusion,
                 noise_seed=noise_seed,
             )

@@ -6,7 +6,13 @@ from hsa_compile.problem import DTYPES, Problem, next_power_of_2
 
 
 def problems(
-    config: ModelConfig, batch: int, seq_len: int, dtype: str = "float32", *, training: bool = True
+    config: ModelConfig,
+    batch: int,
+    seq_len: int,
+    dtype: str = "float32",
+    *,
+    training: bool = True,
+    shared_memory: bool = False,
 ) -> list[Problem]:
     """The problems of a step of training, or of reading without gradients.
 
@@ -20,6 +26,7 @@ def problems(
         seq_len: tokens of a text.
         dtype: of the activations that reach the kernels: under autocast its dtype.
         training: which of the two.
+        shared_memory: whether, in training, each text also sees the chunks of all others.
 
     Returns:
         no problem twice; none for the baselines, which have no memory, or where no token sees a chunk.
@@ -37,22 +44,25 @@ def problems(
     positions = seq_len + (seq_len // (config.chunk_size - 1) if config.has_landmark_tokens else 0)
     if positions < config.chunk_size:
         return []
-    attention = _attention(config, batch, positions, dtype)
-    select = _select(config, batch, positions, dtype, noise=training and config.selection_noise)
+    shared = batch if shared_memory else 1
+    attention = _attention(config, batch, positions, dtype, shared)
+    select = _select(config, batch, positions, dtype, shared, noise=training and config.selection_noise)
     if not training:
         # DRT reads the landmark token that it puts behind a text's token together with that one.
         steps = (1, 2) if config.has_landmark_tokens else (1,)
         return [attention, *select, *(_decode(config, batch, positions, dtype, step) for step in steps)]
-    backward = [problem.with_op("select_chunks_backward") for problem in _select(config, batch, positions, dtype)]
+    backward = [
+        problem.with_op("select_chunks_backward") for problem in _select(config, batch, positions, dtype, shared)
+    ]
     return [attention, attention.with_op("hsa_backward"), *select, *backward]
 
 
-def _attention(config: ModelConfig, batch: int, positions: int, dtype: str) -> Problem:
+def _attention(config: ModelConfig, batch: int, positions: int, dtype: str, shared: int) -> Problem:
     return Problem(
         op="hsa_forward",
         batch=batch,
         seq_len=positions,
-        kv_len=positions // config.chunk_size * config.chunk_size,
+        kv_len=shared * (positions // config.chunk_size) * config.chunk_size,
         num_heads=config.memory_heads,
         num_kv_heads=config.memory_kv_heads,
         head_dim=config.memory_head_dim,
@@ -64,18 +74,20 @@ def _attention(config: ModelConfig, batch: int, positions: int, dtype: str) -> P
     )
 
 
-def _select(config: ModelConfig, batch: int, positions: int, dtype: str, *, noise: bool = False) -> list[Problem]:
+def _select(
+    config: ModelConfig, batch: int, positions: int, dtype: str, shared: int, *, noise: bool = False
+) -> list[Problem]:
     """One problem, or none if no token sees a chunk; DRT selects for chunks, which are its tokens then."""
     num_chunks = positions // config.chunk_size
     chunk_size = 1 if config.has_landmark_tokens else config.chunk_size
     queries = num_chunks if config.has_landmark_tokens else positions
-    if queries <= chunk_size:
+    if queries <= chunk_size and shared == 1:
         return []
     problem = Problem(
         op="select_chunks",
         batch=batch,
         seq_len=queries,
-        kv_len=num_chunks * chunk_size,
+        kv_len=shared * num_chunks * chunk_size,
         num_heads=config.memory_kv_heads,
         num_kv_heads=config.memory_kv_heads,
         head_dim=config.retrieval_dim,

@@ -50,6 +50,13 @@ def test_a_step_of_training_asks_for_these(variant: str, length: int, noise: boo
     assert len(said) == len(set(said))
 
 
+@pytest.mark.parametrize("length", [3, 5, 7, 43])
+def test_a_step_with_shared_memory_asks_for_these(variant: str, length: int, asked: list[Problem]) -> None:
+    model = build(small_config(variant)).train()
+    model.hidden(tokens(3, length), shared_memory=True).sum().backward()
+    assert set(asked) == set(problems(model.config, 3, length, shared_memory=True))
+
+
 @pytest.mark.parametrize("length", [5, 43])
 def test_a_forward_pass_without_gradients_asks_for_these(variant: str, length: int, asked: list[Problem]) -> None:
     model = build(small_config(variant), dtype=torch.bfloat16)

@@ -129,6 +129,8 @@ class Stage:
         min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
         window, top_k: that the model's layers use in this stage; None: as in the model's config.
+        shared_memory: whether rows that a process takes together see each other's chunks too, as if they were earlier
+            text: so many more from which the right ones are to be told.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
         chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
         min_distance: between needles and questions; None: the window.
@@ -142,6 +144,7 @@ class Stage:
     batch_tokens: int
     window: int | None = None
     top_k: int | None = None
+    shared_memory: bool = False
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0

@@ -31,5 +31,6 @@ def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -
     longest: dict[Problem, Problem] = {}
     for length in lengths(stage):
         rows = max(1, stage.batch_tokens // length // world_size // run.train.accumulation)
-        longest |= {problem.bucketed(): problem for problem in problems(config, rows, length - 1, dtype)}
+        asked = problems(config, rows, length - 1, dtype, shared_memory=stage.shared_memory)
+        longest |= {problem.bucketed(): problem for problem in asked}
     return longest

@@ -22,12 +22,14 @@ class StepPlan:
         stage: its number.
         length: of the rows.
         num_rows: of all processes together.
+        shared_memory: whether each row also sees the chunks of the others that its process takes with it.
     """
 
     step: int
     stage: int
     length: int
     num_rows: int
+    shared_memory: bool = False
 
 
 def stage_at(run: RunConfig, step: int) -> int:
@@ -46,7 +48,13 @@ def plan_step(run: RunConfig, step: int) -> StepPlan:
     number = stage_at(run, step)
     stage = run.stages[number]
     length = random.Random(f"length {run.train.seed} {step}").choice(lengths(stage))
-    return StepPlan(step=step, stage=number, length=length, num_rows=max(1, stage.batch_tokens // length))
+    return StepPlan(
+        step=step,
+        stage=number,
+        length=length,
+        num_rows=max(1, stage.batch_tokens // length),
+        shared_memory=stage.shared_memory,
+    )
 
 
 def lengths(stage: Stage) -> list[int]:

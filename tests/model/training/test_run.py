@@ -69,6 +69,17 @@ def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Proc
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
+def test_rows_share_their_chunks_where_a_stage_says_so(tmp_path: Path, alone: Processes) -> None:
+    for name, shared in (("one by one", False), ("together", True), ("interrupted", True)):
+        stages = [{"seq_len": 64, "batch_tokens": 256, "shared_memory": shared}]
+        config = small_run(steps=3, stages=stages)
+        if name == "interrupted":
+            assert not train(config, tmp_path / name, alone, until=2)
+        assert train(config, tmp_path / name, alone, resume=name == "interrupted")
+    assert losses(tmp_path / "one by one")[0] != losses(tmp_path / "together")[0]
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "together")
+
+
 def test_it_learns(tmp_path: Path, alone: Processes) -> None:
     stages = [{"seq_len": 64, "batch_tokens": 256}]
     assert train(small_run(steps=40, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)

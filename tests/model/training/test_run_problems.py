@@ -25,6 +25,13 @@ def test_all_stages_and_lengths_are_in_it() -> None:
     assert {problem.op for problem in found} == ops
 
 
+def test_where_rows_share_their_chunks_there_are_more_of_them() -> None:
+    found = run_problems(
+        small_run(stages=[{"seq_len": 64, "batch_tokens": 256, "shared_memory": True}]), torch.device("cpu")
+    )
+    assert {problem.kv_len for problem in found} == {4 * (63 // 8) * 8}
+
+
 def test_a_baseline_asks_for_nothing() -> None:
     assert run_problems(small_run(model={"variant": "swa"}), torch.device("cpu")) == []
 
