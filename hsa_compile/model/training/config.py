@@ -128,7 +128,7 @@ class Stage:
         seq_len: longest rows.
         min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
-        window, top_k: that the model's layers use in this stage; None: as in the model's config.
+        window, top_k, selection_noise: that the model has in this stage; None: as in the model's config.
         shared_memory: whether rows that a process takes together see each other's chunks too, as if they were earlier
             text: so many more from which the right ones are to be told.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
@@ -144,6 +144,7 @@ class Stage:
     batch_tokens: int
     window: int | None = None
     top_k: int | None = None
+    selection_noise: bool | None = None
     shared_memory: bool = False
     synthetic_share: float = 1.0
     chain_share: float = 0.0
@@ -225,9 +226,9 @@ class RunConfig:
                 )
 
     def model_in(self, stage: Stage) -> ModelConfig:
-        """The model's config with the stage's window and top-k in it."""
-        changes = {name: getattr(stage, name) for name in ("window", "top_k") if getattr(stage, name) is not None}
-        return replace(self.model, **changes)
+        """The model's config with what the stage says of it."""
+        said = {name: getattr(stage, name) for name in ("window", "top_k", "selection_noise")}
+        return replace(self.model, **{name: value for name, value in said.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `config_file.read_run_config` reads them."""

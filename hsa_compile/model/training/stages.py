@@ -8,6 +8,7 @@ from torch import nn
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.hs_attention import Retrieval
 from hsa_compile.model.training.config import RunConfig, Stage
+from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.model.window_attention import WindowAttention
 
 NUM_LENGTHS = 16  # of a stage
@@ -67,9 +68,11 @@ def lengths(stage: Stage) -> list[int]:
 
 
 def apply_stage(model: nn.Module, config: ModelConfig) -> None:
-    """Sets window and top-k of all layers as the config has them; layers read both when they are called."""
+    """Sets window and top-k of all layers, and the model's noise, as the config has them; they are read in each call."""
     for module in model.modules():
-        if isinstance(module, WindowAttention):
+        if isinstance(module, HSATransformer):
+            module.config = config
+        elif isinstance(module, WindowAttention):
             module.window = config.window
         elif isinstance(module, Retrieval):
             module.top_k = config.top_k

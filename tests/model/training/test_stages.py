@@ -39,8 +39,11 @@ def test_a_row_longer_than_the_batch_is_one_row() -> None:
     assert plan_step(run, 0).num_rows == 1
 
 
+NARROW = {"seq_len": 64, "batch_tokens": 128, "window": 12, "top_k": 2, "selection_noise": False}
+
+
 def test_window_and_top_k_of_the_stage_reach_the_layers_and_change_what_they_do() -> None:
-    run = small_run()
+    run = small_run(stages=[{"seq_len": 64, "batch_tokens": 128}, NARROW])
     torch.manual_seed(0)
     model = HSATransformer(run.model).eval()
     tokens = torch.randint(256, (1, 90))
@@ -49,5 +52,7 @@ def test_window_and_top_k_of_the_stage_reach_the_layers_and_change_what_they_do(
     assert {module.window for module in model.modules() if isinstance(module, WindowAttention)} == {12}
     assert {module.top_k for module in model.modules() if isinstance(module, Retrieval)} == {2}
     assert not torch.equal(model(tokens), before)
+    assert not model.config.selection_noise
     apply_stage(model, run.model)
+    assert model.config.selection_noise
     torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
