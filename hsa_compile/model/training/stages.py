@@ -68,7 +68,7 @@ def lengths(stage: Stage) -> list[int]:
 
 
 def apply_stage(model: nn.Module, config: ModelConfig) -> None:
-    """Sets window and top-k of all layers, and the model's noise, as the config has them; they are read in each call."""
+    """Sets window and top-k of all layers, and the model's noise, as the config has them; calls read them."""
     for module in model.modules():
         if isinstance(module, HSATransformer):
             module.config = config
