@@ -23,7 +23,6 @@ _TINY = ModelConfig(
     memory_kv_heads=1,
     memory_head_dim=32,
     retrieval_dim=128,
-    softmax_off_by_one=True,
     encoder_ffn_dim=256,
     num_experts=8,
     experts_per_token=2,
