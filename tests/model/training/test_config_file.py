@@ -108,4 +108,5 @@ def test_the_shipped_model_is_what_the_recipe_makes() -> None:
     recipe, run = resolve(preset_name="tiny"), from_dict(read_extra(shipped)["training"]["config"])
     saving = {name: getattr(recipe.train, name) for name in ("save_every", "keep_last", "probe_every")}
     assert replace(run, train=replace(run.train, **saving)) == recipe
-    assert read_config(shipped) == replace(recipe.model, retrieval_scale=recipe.train.sharpen_scores)
+    last = recipe.model_in(recipe.stages[-1])
+    assert read_config(shipped) == replace(last, retrieval_scale=recipe.train.sharpen_scores)
