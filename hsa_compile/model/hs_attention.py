@@ -50,14 +50,14 @@ class SequenceMemory:
 
     Args:
         chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
-        shared: whether each sequence also sees the chunks of all others, as if they were text before it: what is
+        in_batch: whether each sequence also sees the chunks of all others, as if they were text before it: what is
             found among B · N chunks is found in a longer text.
     """
 
-    def __init__(self, chunks: EncodedChunks, *, shared: bool = False) -> None:
+    def __init__(self, chunks: EncodedChunks, *, in_batch: bool = False) -> None:
         batch, num_chunks, self.chunk_size = chunks.k.shape[:3]
         k, v, landmarks = chunks.k, chunks.v, chunks.landmarks
-        self._num_others = (batch - 1) * num_chunks if shared else 0
+        self._num_others = (batch - 1) * num_chunks if in_batch else 0
         if self._num_others:
             k, v, landmarks = (
                 torch.cat([x.roll(shift, dims=0) for shift in range(batch - 1, -1, -1)], dim=1)

@@ -108,11 +108,11 @@ class HSATransformer(nn.Module):
         *,
         noise_seed: int | None = None,
         selections: list[Selection] | None = None,
-        shared_memory: bool = False,
+        in_batch_memory: bool = False,
     ) -> Tensor:
         """The normalised output of the last layer `[B, T, dim]`, from which `logits` are made; arguments as above.
 
-        With `shared_memory` each text also sees the chunks of all others: see `SequenceMemory`.
+        With `in_batch_memory` each text also sees the chunks of all others: see `SequenceMemory`.
         """
         x = self.embed(tokens)
         text = None
@@ -124,7 +124,7 @@ class HSATransformer(nn.Module):
         x, _ = self.run(self.lower, x, piece)
         memory = None
         if self.chunk_encoder is not None:
-            memory = SequenceMemory(self._encode_whole_chunks(x), shared=shared_memory)
+            memory = SequenceMemory(self._encode_whole_chunks(x), in_batch=in_batch_memory)
         upper = Piece(positions=piece.positions, rope=piece.rope, memory=memory, noise_seed=noise_seed)
         x, _ = self.run(self.upper, x, upper, selections=selections)
         return self.norm(x if text is None else x[:, text])

@@ -12,7 +12,7 @@ def problems(
     dtype: str = "float32",
     *,
     training: bool = True,
-    shared_memory: bool = False,
+    in_batch_memory: bool = False,
 ) -> list[Problem]:
     """The problems of a step of training, or of reading without gradients.
 
@@ -26,7 +26,7 @@ def problems(
         seq_len: tokens of a text.
         dtype: of the activations that reach the kernels: under autocast its dtype.
         training: which of the two.
-        shared_memory: whether, in training, each text also sees the chunks of all others.
+        in_batch_memory: whether, in training, each text also sees the chunks of all others.
 
     Returns:
         no problem twice; none for the baselines, which have no memory, or where no token sees a chunk.
@@ -44,7 +44,7 @@ def problems(
     positions = seq_len + (seq_len // (config.chunk_size - 1) if config.has_landmark_tokens else 0)
     if positions < config.chunk_size:
         return []
-    shared = batch if shared_memory else 1
+    shared = batch if in_batch_memory else 1
     attention = _attention(config, batch, positions, dtype, shared)
     select = _select(config, batch, positions, dtype, shared, noise=training and config.selection_noise)
     if not training:

@@ -51,10 +51,10 @@ def test_a_step_of_training_asks_for_these(variant: str, length: int, noise: boo
 
 
 @pytest.mark.parametrize("length", [3, 5, 7, 43])
-def test_a_step_with_shared_memory_asks_for_these(variant: str, length: int, asked: list[Problem]) -> None:
+def test_a_step_with_in_batch_memory_asks_for_these(variant: str, length: int, asked: list[Problem]) -> None:
     model = build(small_config(variant)).train()
-    model.hidden(tokens(3, length), shared_memory=True).sum().backward()
-    assert set(asked) == set(problems(model.config, 3, length, shared_memory=True))
+    model.hidden(tokens(3, length), in_batch_memory=True).sum().backward()
+    assert set(asked) == set(problems(model.config, 3, length, in_batch_memory=True))
 
 
 @pytest.mark.parametrize("length", [5, 43])

@@ -129,7 +129,7 @@ class Stage:
         min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
         batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
         window, top_k, selection_noise: that the model has in this stage; None: as in the model's config.
-        shared_memory: whether rows that a process takes together see each other's chunks too, as if they were earlier
+        in_batch_memory: whether rows that a process takes together see each other's chunks too, as if they were earlier
             text: so many more from which the right ones are to be told.
         synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
         chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
@@ -145,7 +145,7 @@ class Stage:
     window: int | None = None
     top_k: int | None = None
     selection_noise: bool | None = None
-    shared_memory: bool = False
+    in_batch_memory: bool = False
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0

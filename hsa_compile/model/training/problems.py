@@ -31,6 +31,6 @@ def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -
     longest: dict[Problem, Problem] = {}
     for length in lengths(stage):
         rows = max(1, stage.batch_tokens // length // world_size // run.train.accumulation)
-        asked = problems(config, rows, length - 1, dtype, shared_memory=stage.shared_memory)
+        asked = problems(config, rows, length - 1, dtype, in_batch_memory=stage.in_batch_memory)
         longest |= {problem.bucketed(): problem for problem in asked}
     return longest

@@ -23,14 +23,14 @@ class StepPlan:
         stage: its number.
         length: of the rows.
         num_rows: of all processes together.
-        shared_memory: whether each row also sees the chunks of the others that its process takes with it.
+        in_batch_memory: whether each row also sees the chunks of the others that its process takes with it.
     """
 
     step: int
     stage: int
     length: int
     num_rows: int
-    shared_memory: bool = False
+    in_batch_memory: bool = False
 
 
 def stage_at(run: RunConfig, step: int) -> int:
@@ -54,7 +54,7 @@ def plan_step(run: RunConfig, step: int) -> StepPlan:
         stage=number,
         length=length,
         num_rows=max(1, stage.batch_tokens // length),
-        shared_memory=stage.shared_memory,
+        in_batch_memory=stage.in_batch_memory,
     )
 
 

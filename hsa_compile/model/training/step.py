@@ -39,7 +39,7 @@ class LossModel(nn.Module):
         weights: Tensor,
         noise_seed: int | None,
         selections: list[Selection] | None = None,
-        shared_memory: bool = False,
+        in_batch_memory: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the cross entropy over all predictions.
 
@@ -48,7 +48,7 @@ class LossModel(nn.Module):
             weights: `[B, T]`, of the prediction of each token; the first is not predicted.
             noise_seed: of the selection noise, which there is in training if the model's config asks for it.
             selections: filled with what each retrieval chose.
-            shared_memory: whether each row also sees the chunks of all others.
+            in_batch_memory: whether each row also sees the chunks of all others.
 
         Returns:
             the sum; the cross entropy of the predictions, `[B, T − 1]`.
@@ -57,7 +57,7 @@ class LossModel(nn.Module):
         if not (self.training and config.selection_noise and config.has_memory):
             noise_seed = None
         hidden = self.model.hidden(
-            tokens[:, :-1], noise_seed=noise_seed, selections=selections, shared_memory=shared_memory
+            tokens[:, :-1], noise_seed=noise_seed, selections=selections, in_batch_memory=in_batch_memory
         )
         output = self.model.embedding if self.model.output is None else self.model.output
         total, losses = weighted_cross_entropy(
@@ -178,7 +178,7 @@ def run_step(
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.rank}").getrandbits(62)
         with autocast(config.precision, device):
             loss, losses = loss_model(
-                tokens, part, noise, selections if number == 0 else None, batch.plan.shared_memory
+                tokens, part, noise, selections if number == 0 else None, batch.plan.in_batch_memory
             )
         # FSDP takes the mean over processes; the loss is already divided by the counts of all.
         (loss * processes.world_size).backward()

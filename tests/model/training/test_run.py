@@ -71,7 +71,7 @@ def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Proc
 
 def test_rows_share_their_chunks_where_a_stage_says_so(tmp_path: Path, alone: Processes) -> None:
     for name, shared in (("one by one", False), ("together", True), ("interrupted", True)):
-        stages = [{"seq_len": 64, "batch_tokens": 256, "shared_memory": shared}]
+        stages = [{"seq_len": 64, "batch_tokens": 256, "in_batch_memory": shared}]
         config = small_run(steps=3, stages=stages)
         if name == "interrupted":
             assert not train(config, tmp_path / name, alone, until=2)

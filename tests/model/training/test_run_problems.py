@@ -27,7 +27,7 @@ def test_all_stages_and_lengths_are_in_it() -> None:
 
 def test_where_rows_share_their_chunks_there_are_more_of_them() -> None:
     found = run_problems(
-        small_run(stages=[{"seq_len": 64, "batch_tokens": 256, "shared_memory": True}]), torch.device("cpu")
+        small_run(stages=[{"seq_len": 64, "batch_tokens": 256, "in_batch_memory": True}]), torch.device("cpu")
     )
     assert {problem.kv_len for problem in found} == {4 * (63 // 8) * 8}
 

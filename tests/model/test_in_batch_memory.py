@@ -27,7 +27,7 @@ def test_the_chunks_of_others_stand_before_the_own(once_a_chunk: bool) -> None:
     """Each sequence as one that went on behind all others: the same picks, weights and outputs."""
     found, num_queries = chunks(3, 4), 4 if once_a_chunk else 23
     query, q = torch.randn(3, num_queries, 2, 10), torch.randn(3, num_queries, 4, 8)
-    shared = SequenceMemory(found, shared=True)
+    shared = SequenceMemory(found, in_batch=True)
     options = {"top_k": 6, "fusion": "softmax", "once_a_chunk": once_a_chunk}
     indices, weights = shared.select(query, [0], **options)  # type: ignore[arg-type]
     o = shared.attend(q, indices, weights, softmax_off_by_one=False, mask_last_token=False)
@@ -49,7 +49,7 @@ def test_the_chunks_of_others_stand_before_the_own(once_a_chunk: bool) -> None:
 
 def test_one_sequence_has_nobody_to_share_with() -> None:
     found = chunks(1, 4)
-    assert SequenceMemory(found, shared=True).landmarks is found.landmarks
+    assert SequenceMemory(found, in_batch=True).landmarks is found.landmarks
 
 
 @pytest.mark.parametrize("variant", ["hsa-ultralong", "ramba", "drt"])
@@ -59,6 +59,6 @@ def test_texts_reach_each_other_only_if_they_share(variant: str) -> None:
     other = tokens.clone()
     other[1] = (other[1] + 1) % 19
     with torch.no_grad():
-        for shared in (False, True):
-            before, after = (model.hidden(texts, shared_memory=shared)[0] for texts in (tokens, other))
-            assert torch.equal(before, after) != shared
+        for in_batch in (False, True):
+            before, after = (model.hidden(texts, in_batch_memory=in_batch)[0] for texts in (tokens, other))
+            assert torch.equal(before, after) != in_batch
