@@ -52,7 +52,7 @@ def main(length: int, questions: int) -> None:
             start = time.perf_counter()
             state = load_state(model, directory)  # the files stay as they are
             question = as_tokens(b" ?" + name + b"=")
-            (written,) = model.generate(question, max_new_tokens=5, stop=[b"."], state=state)
+            (written,) = model.generate(question, max_new_tokens=len(value), state=state)
             answer, right = bytes(written), right + (bytes(written) == value)
             verdict = "right" if answer == value else f"wrong, it is {value.decode()}"
             milliseconds = 1e3 * (time.perf_counter() - start)
