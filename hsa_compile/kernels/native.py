@@ -75,11 +75,13 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's elements begin; null for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def _sizes(*values: int) -> list[ctypes.c_int64]:
+def sizes(*values: int) -> list[ctypes.c_int64]:
+    """Integers as the emitted functions take them."""
     return [ctypes.c_int64(value) for value in values]
 
 
@@ -97,11 +99,11 @@ def _forward(
     num_chunks = kv_len // problem.chunk_size if chunk_starts is None else chunk_starts.numel()
     indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
     o = torch.zeros(batch, seq_len, num_heads, problem.value_dim, dtype=torch.float32)
-    pointers = [_pointer(x) for x in (q, k, v, indices, float_weights, chunk_starts, o)]
-    sizes = _sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
+    pointers = [pointer(x) for x in (q, k, v, indices, float_weights, chunk_starts, o)]
+    lengths = sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
 
     def attend(first: int, last: int) -> None:
-        library.hsa_forward(*pointers, *sizes, ctypes.c_double(scale), *_sizes(first, last))
+        library.hsa_forward(*pointers, *lengths, ctypes.c_double(scale), *sizes(first, last))
 
     run_on_workers(attend, batch * num_kv_heads * -(-seq_len // super_tile))
     return o.to(q.dtype)
@@ -123,15 +125,15 @@ def _backward(
     indices, float_weights = indices.to(torch.int32), weights.to(torch.float32)
     dq = torch.zeros(q.shape, dtype=torch.float32)
     dw = torch.zeros(weights.shape, dtype=torch.float32)
-    before = [_pointer(x) for x in (q, k, v, indices, float_weights, grad_o, chunk_starts, dq)]
-    sizes = _sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
+    before = [pointer(x) for x in (q, k, v, indices, float_weights, grad_o, chunk_starts, dq)]
+    lengths = sizes(num_chunks, seq_len, kv_len, num_kv_heads, num_slots)
 
     def differentiate(first: int, last: int) -> tuple[int, Tensor, Tensor]:
         first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
         dk = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.head_dim)
         dv = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.value_dim)
-        own = [_pointer(x) for x in (dk, dv, dw)]
-        library.hsa_backward(*before, *own, *sizes, ctypes.c_double(scale), *_sizes(first, last))
+        own = [pointer(x) for x in (dk, dv, dw)]
+        library.hsa_backward(*before, *own, *lengths, ctypes.c_double(scale), *sizes(first, last))
         return first_pair, dk, dv
 
     parts = [part for _, _, part in run_on_workers(differentiate, batch * num_kv_heads * num_super_tiles)]

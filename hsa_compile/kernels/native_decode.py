@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hsa_compile.kernels.native import pointer, sizes
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.hsa_decode import SHARED_BYTES
@@ -30,28 +31,23 @@ def decode_entry(library: ctypes.CDLL, problem: Problem, split: int) -> Callable
         num_pages, num_kv_heads = k_chunks.shape[:2]
         weights = chunk_weights.to(torch.float32)
         parts = torch.zeros(split, batch, seq_len, num_heads, value_dim, dtype=torch.float32)
-        arguments = (
-            *(_pointer(x) for x in (q, k_chunks, v_chunks, chunk_indices, weights, page_table, parts)),
-            *map(
-                ctypes.c_int64,
-                (
-                    num_pages,
-                    k_chunks.stride(0),
-                    v_chunks.stride(0),
-                    0 if page_table is None else page_table.shape[1],
-                    batch,
-                    seq_len,
-                    num_kv_heads,
-                    chunk_indices.shape[3],
-                    chunk_indices.dtype == torch.int64,
-                    page_table is not None and page_table.dtype == torch.int64,
-                ),
-            ),
-            ctypes.c_double(scale),
+        tensors = (q, k_chunks, v_chunks, chunk_indices, weights, page_table, parts)
+        lengths = sizes(
+            num_pages,
+            k_chunks.stride(0),
+            v_chunks.stride(0),
+            0 if page_table is None else page_table.shape[1],
+            batch,
+            seq_len,
+            num_kv_heads,
+            chunk_indices.shape[3],
+            chunk_indices.dtype == torch.int64,
+            page_table is not None and page_table.dtype == torch.int64,
         )
+        arguments = (*map(pointer, tensors), *lengths, ctypes.c_double(scale))
 
         def attend(first: int, last: int) -> None:
-            decode(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
+            decode(*arguments, *sizes(first, last))
 
         items = batch * seq_len * num_kv_heads * split
         if split == 1 and chunk_indices.numel() * pick_bytes < SHARED_BYTES:
@@ -61,7 +57,3 @@ def decode_entry(library: ctypes.CDLL, problem: Problem, split: int) -> Callable
         return (parts[0] if split == 1 else parts.sum(dim=0)).to(q.dtype)
 
     return entry
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())

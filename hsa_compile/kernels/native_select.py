@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsa_compile.kernels.native import pointer, sizes
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.problem import Problem
 
@@ -33,13 +34,13 @@ def _forward(
     batch, seq_len, num_heads, _ = query.shape
     indices = torch.empty(batch, seq_len, num_heads, top_k, dtype=torch.int32)
     weights = torch.empty(batch, seq_len, num_heads, top_k, dtype=torch.float32)
-    pointers = [_pointer(x) for x in (query, landmarks, noise_keys, indices, weights)]
-    sizes = _sizes(batch, seq_len, landmarks.shape[1], num_heads, top_k, offset)
+    pointers = [pointer(x) for x in (query, landmarks, noise_keys, indices, weights)]
+    lengths = sizes(batch, seq_len, landmarks.shape[1], num_heads, top_k, offset)
     num_workers = torch.get_num_threads()
 
     def select(first: int, last: int) -> None:
         for worker in range(first, last):
-            library.select_chunks(*pointers, *sizes, *_sizes(worker, num_workers))
+            library.select_chunks(*pointers, *lengths, *sizes(worker, num_workers))
 
     run_on_workers(select, num_workers)
     return indices, weights
@@ -52,13 +53,13 @@ def _backward(
     num_chunks, num_super_tiles = landmarks.shape[1], -(-seq_len // super_tile)
     dquery = torch.zeros(query.shape, dtype=torch.float32)
     chunk_indices, grad_weights = chunk_indices.to(torch.int32), grad_weights.to(torch.float32)
-    before = [_pointer(x) for x in (query, landmarks, chunk_indices, grad_weights, dquery)]
-    sizes = _sizes(seq_len, num_chunks, num_heads, chunk_indices.shape[3])
+    before = [pointer(x) for x in (query, landmarks, chunk_indices, grad_weights, dquery)]
+    lengths = sizes(seq_len, num_chunks, num_heads, chunk_indices.shape[3])
 
     def differentiate(first: int, last: int) -> tuple[int, Tensor]:
         first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
         own = torch.zeros(last_pair - first_pair + 1, num_chunks, dim)
-        library.select_chunks_backward(*before, _pointer(own), *sizes, *_sizes(first, last))
+        library.select_chunks_backward(*before, pointer(own), *lengths, *sizes(first, last))
         return first_pair, own
 
     # Each worker has landmark gradients of its own; they are summed in order, so that every run gives the same bits.
@@ -68,11 +69,3 @@ def _backward(
             b, h = divmod(pair, num_heads)
             dlandmarks[b, :, h] += part
     return dquery.to(query.dtype), dlandmarks.to(landmarks.dtype)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr() if x is not None else None)
-
-
-def _sizes(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]
