@@ -94,7 +94,7 @@ class SearchSpace:
 
     Attributes:
         op: the kernel.
-        template: `triton` or `torch`.
+        template: `triton`, `cpp` or `torch`.
         choices: dataflow → knob → allowed values, in a fixed order.
     """
 

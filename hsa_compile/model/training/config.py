@@ -212,7 +212,7 @@ class RunConfig:
         if self.data.corpus and not any(stage.needs_corpus for stage in self.stages):
             raise InvalidArgument(
                 f"data.corpus = {self.data.corpus!r} is used by no stage; allowed are a synthetic_share below 1, a "
-                "weight of haystacks.corpus, or no corpus"
+                "weight of haystacks.corpus or haystacks.assignments, or no corpus"
             )
         for number, stage in enumerate(self.stages):
             if stage.needs_corpus and not self.data.corpus:
