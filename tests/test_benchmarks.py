@@ -1,0 +1,24 @@
+"""What the scripts of `benchmarks/` compute beside timing."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, _BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tunes_agree_with_one_whose_tie_set_has_their_winner() -> None:
+    agreement = _script("ten_tunes").agreement
+    tunes = [("a", "a"), ("b", "bac"), ("c", "c"), ("d", "d")]
+    records = [SimpleNamespace(schedule=winner, tie_set=tuple(ties)) for winner, ties in tunes]
+    assert agreement(records) == ("b", 3)
+    assert agreement(records[2:]) == ("c", 1)
