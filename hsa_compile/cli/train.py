@@ -18,6 +18,7 @@ from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
+from hsa_compile.model.training.freed_memory import keep_freed_memory
 from hsa_compile.model.training.processes import Processes, join_processes, leave_processes
 from hsa_compile.model.training.run import MODEL, TrainingRun, saved_config
 
@@ -128,6 +129,8 @@ def _stop_signals(minutes: float | None) -> Iterator[_Stop]:
 
 def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop: _Stop) -> None:
     line = _Line(config.train.steps, config.train.log_every, shown=processes.is_first)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     run = TrainingRun(config, out, processes, resume=resume, on_record=line.show)
     try:
         if processes.is_first and not run.has_tensorboard:
