@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +20,7 @@ SEPARATOR = b"\0"
 # RULER (2404.06654), niah_single_1.
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _MAX_TEXT_BYTES = 64 * 2**20
-_PIECE_BYTES = 40
-_ASSIGNMENT = re.compile(rb"\w=(?=\w)")
+_PIECE_BYTES = 64
 _TILED = _SENTENCES * 256
 
 
@@ -80,7 +78,7 @@ class TextHaystack:
 
 
 class AssignmentHaystack:
-    """Short pieces of a text that hold `name=value` each, without a space: they look like needles and are none.
+    """Short pieces of a text that hold an `=` each: among them are all the ways to look like a needle and be none.
 
     In a row of training there is little of that, in a million bytes of source code thousands of times as much.
 
@@ -89,21 +87,21 @@ class AssignmentHaystack:
         text: contiguous bytes, never written to.
 
     Raises:
-        InvalidArgument: it has no `=` between letters or digits.
+        InvalidArgument: it has no `=`.
     """
 
     def __init__(self, name: str, text: bytes | memoryview) -> None:
         self.name, self._text = name, memoryview(text)
-        self._places = [match.end() for match in _ASSIGNMENT.finditer(text)]
-        if not self._places:
-            raise InvalidArgument(f"haystack {name} of assignments: the text has no '=' between letters or digits")
+        self._places = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("="))
+        if not len(self._places):
+            raise InvalidArgument(f"haystack {name} of assignments: the text has no '='")
 
     def fill(self, length: int, rng: random.Random) -> bytearray:
         """Pieces from random places, one after the other."""
         filled = bytearray()
         while len(filled) < length:
-            place = self._places[rng.randrange(len(self._places))]
-            start = max(0, place - rng.randint(_PIECE_BYTES // 4, 3 * _PIECE_BYTES // 4))
+            place = int(self._places[rng.randrange(len(self._places))])
+            start = max(0, place - rng.randrange(_PIECE_BYTES))
             filled += self._text[start : start + _PIECE_BYTES]
         return filled[:length]
 

@@ -46,7 +46,7 @@ class Mixture:
         min_distance: more than so many bytes lie between an episode's needles and its questions: the window.
         min_episode: shortest episode in bytes; None: one episode a row.
         text_weight: of a synthetic row's bytes in the loss.
-        answer_weight: of its answers, each with the full stop behind it.
+        answer_weight: of its answers.
         corpus_weight: of a plain row's tokens.
     """
 
@@ -117,7 +117,7 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
     loss_weights = np.full(length, mixture.text_weight, np.float32)
     loss_weights[0] = 0
     for start, end in spans:
-        loss_weights[start : end + 1] = mixture.answer_weight
+        loss_weights[start:end] = mixture.answer_weight
     return TrainingSample(tokens=np.frombuffer(text, np.uint8), loss_weights=loss_weights, answer_spans=tuple(spans))
 
 
