@@ -56,10 +56,10 @@ def shapes(target: Target, op: str) -> list[Problem]:
 
 def sample(problem: Problem, target: Target, count: int) -> list[Schedule]:
     """The default and a random sample of the other schedules: the same knobs for all shapes, so that few are built."""
-    everywhere = list(SearchSpace.of(problem, target).schedules(replace(problem, seq_len=1 << 20), target))
+    everywhere = list(SearchSpace.of(replace(problem, seq_len=1 << 20), target).schedules())
     random.Random(0).shuffle(everywhere)
     space = SearchSpace.of(problem, target)
-    valid = [schedule for schedule in everywhere if space.is_valid(problem, schedule, target)]
+    valid = [schedule for schedule in everywhere if space.is_valid(schedule)]
     return list(dict.fromkeys([default_schedule(problem, target), *valid[:count]]))
 
 
@@ -90,8 +90,8 @@ def pairs_of(
     problem: Problem, target: Target, device: torch.device, winners: dict[Problem, Schedule]
 ) -> Iterator[Pair]:
     space, key = SearchSpace.of(problem, target), ScheduleKey.of(problem, target)
-    fitted = {other: space.fit(problem, schedule) for other, schedule in winners.items() if other != problem}
-    usable = {other: s for other, s in fitted.items() if space.is_valid(problem, s, target)}
+    fitted = {other: space.fit(schedule) for other, schedule in winners.items() if other != problem}
+    usable = {other: s for other, s in fitted.items() if space.is_valid(s)}
     own, default = winners[problem], default_schedule(problem, target)
     contenders = list(dict.fromkeys([own, default, *usable.values()]))
     times = Timer(problem, target, device).times(contenders, FINAL_ROUNDS)

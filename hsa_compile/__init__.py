@@ -16,11 +16,10 @@ from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.log import set_up_logging
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache, tuned_for
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.lookup import Lookup
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.device_peaks import LIMITS
+from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.key import ScheduleKey
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 MAX_NEIGHBOURS = 3  # winners of other problems and devices
@@ -33,15 +33,15 @@ def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
     cache, space = default_cache(), SearchSpace.of(problem, target)
     if found := cache.lookup(problem, target):
         yield found.schedule
-    template, key = template_for(problem, target), ScheduleKey.of(problem, target)
+    template, key = backend_for(problem, target), ScheduleKey.of(problem, target)
     records = [
         record
         for _, record in cache.entries()
-        if record.problem.op == problem.op and template_for(record.problem, record.target) == template
+        if record.problem.op == problem.op and backend_for(record.problem, record.target) == template
     ]
     records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
-    fitting = (space.fit(problem, record.schedule) for record in records)
-    valid = dict.fromkeys(schedule for schedule in fitting if space.is_valid(problem, schedule, target))
+    fitting = (space.fit(record.schedule) for record in records)
+    valid = dict.fromkeys(schedule for schedule in fitting if space.is_valid(schedule))
     yield from list(valid)[:MAX_NEIGHBOURS]
 
 
@@ -51,6 +51,6 @@ def _far(key: ScheduleKey, other: ScheduleKey) -> tuple[int, float]:
 
 
 def _predicted_best(problem: Problem, target: Target) -> Iterator[Schedule]:
-    valid = list(SearchSpace.of(problem, target).schedules(problem, target))
+    valid = list(SearchSpace.of(problem, target).schedules())
     if (times := predicted_times(problem, valid, target)) is not None:
         yield valid[times.index(min(times))]

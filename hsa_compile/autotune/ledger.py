@@ -111,9 +111,7 @@ class ProblemLedger:
         return {
             schedule: outcome
             for schedule, (key, outcome) in found.items()
-            if outcome.failure not in _PASSING
-            and space.is_valid(self._problem, schedule, self._target)
-            and key == self._key(schedule)
+            if outcome.failure not in _PASSING and space.is_valid(schedule) and key == self._key(schedule)
         }
 
     def _key(self, schedule: Schedule) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hsa_compile.device_peaks import limits_of
 from hsa_compile.kernels.ahead_of_time import KernelResources
+from hsa_compile.peaks import limits_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.work import Work, clocks
 from hsa_compile.target import Target

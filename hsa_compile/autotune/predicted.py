@@ -10,16 +10,15 @@ from typing import Any
 
 from hsa_compile.autotune.isolation import CompilePool, Limits
 from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.device_peaks import limits_of
 from hsa_compile.errors import HSACompileError, InvalidArgument, InvalidTarget, OutOfResources
 from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.peaks import limits_of
 from hsa_compile.problem import OPS, Problem
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import PREDICTED, Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Knob, Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
@@ -154,7 +153,7 @@ def ranked_candidates(problem: Problem, target: Target) -> list[Schedule]:
     """The default, then what the model likes best; variants of one tile in warps and stages are spread out."""
     default = default_schedule(problem, target)
     tiles: dict[tuple[tuple[str, Knob], ...], list[Schedule]] = {}
-    for schedule in SearchSpace.of(problem, target).schedules(problem, target):
+    for schedule in SearchSpace.of(problem, target).schedules():
         tile = tuple(item for item in schedule.items() if item[0] not in _PIPELINE_KNOBS)
         tiles.setdefault(tile, []).append(schedule)
     times = {tile: min(estimate(problem, s, target) for s in variants) for tile, variants in tiles.items()}

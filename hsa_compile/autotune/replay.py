@@ -15,7 +15,7 @@ from hsa_compile.autotune.recorded_sweep import RecordedSweep
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 _MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn, as in a real search

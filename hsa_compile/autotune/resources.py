@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsa_compile.autotune.predict import occupancy
-from hsa_compile.device_peaks import LIMITS
 from hsa_compile.kernels.ahead_of_time import KernelResources
+from hsa_compile.peaks import LIMITS
 from hsa_compile.target import Target
 
 MAX_MORE_SPILLS = 128  # bytes of a thread, over what the default spills

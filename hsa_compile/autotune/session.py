@@ -24,7 +24,8 @@ from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.autotune.study_names import finish_study, open_study, question
 from hsa_compile.autotune.worker import by_name
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
 _MAX_COMPILERS = 16
@@ -162,7 +163,7 @@ class Session:
 
     def _make_pool(self, opening: contextlib.ExitStack) -> CompilePool | None:
         """Where compiling costs something, as many compilers as cores; elsewhere it is done on the bench."""
-        if not self.options.isolate or template_for(self.problem, self.target) == "torch":
+        if not self.options.isolate or backend_for(self.problem, self.target) == "torch":
             return None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         pool = CompilePool(
@@ -186,7 +187,7 @@ def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> Ma
     Some know nothing but the study's trials, and one serves all; Optuna's carry a random state from one trial to the
     next, so each trial has a new one with a seed of its own.
     """
-    valid = list(SearchSpace.of(problem, target).schedules(problem, target))
+    valid = list(SearchSpace.of(problem, target).schedules())
     points = [parameters_of(schedule) for schedule in valid]
     prior = predicted_times(problem, valid, target)
     if options.sampler in STATELESS:

@@ -98,7 +98,7 @@ class TuningStudy:
         self._adopting = adopting or contextlib.nullcontext()
         self._has_heartbeat = isinstance(storage, RDBStorage)
         self._next_look = 0.0  # for trials without a heartbeat
-        self._valid = list(self.space.schedules(problem, target))
+        self._valid = list(self.space.schedules())
         random.Random(seed).shuffle(self._valid)
         self._schedules: dict[int, Schedule | None] = {}  # of finished trials, which do not change
         self._finished: dict[int, Finished | None] = {}
@@ -228,7 +228,7 @@ class TuningStudy:
         As in a bakery: a trial waits until all with lower numbers have claimed their points, then yields to any of
         them with the same one. Of two that choose at once the later sees the earlier, whatever the storage.
         """
-        if not self.space.is_valid(self.problem, schedule, self.target):
+        if not self.space.is_valid(schedule):
             return "invalid", None
         give_up = time.monotonic() + CHOOSING_S
         trials = self._trials()

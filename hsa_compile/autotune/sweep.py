@@ -33,7 +33,7 @@ def sweep(
         on_outcome: called with how many are done, and of how many.
     """
     outcomes = ledger.known()
-    valid = list(SearchSpace.of(problem, target).schedules(problem, target))
+    valid = list(SearchSpace.of(problem, target).schedules())
     baseline = measure_default(default, bench)
     if default not in outcomes:
         ledger.add(default, baseline.outcome)

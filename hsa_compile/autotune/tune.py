@@ -152,7 +152,7 @@ def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
     bench = session.main_bench
     finalists = _ready(bench, (trial.schedule for trial in others), _num_finalists(typical_ms, deadline))
     space = SearchSpace.of(session.problem, session.target)
-    ordered = [schedule for schedule in space.schedules(session.problem, session.target) if schedule in finalists]
+    ordered = [schedule for schedule in space.schedules() if schedule in finalists]
     known = {trial.schedule: trial.resources for trial in result.trials}
     return play_off(
         default,

@@ -9,8 +9,8 @@ from hsa_compile.cli.options import SHAPE_FIELDS, op_option, shape_options
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.emit import emit as emit_source
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 

@@ -17,9 +17,9 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import count_work
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
 
 # What the default schedules are held to: nothing spilled at any of these points.

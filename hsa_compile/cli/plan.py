@@ -50,7 +50,7 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
 def _row(
     problem: Problem, target: Target, options: TuneOptions, past: Sequence[tuple[dict[str, Any], Outcome]]
 ) -> dict[str, Any]:
-    valid = sum(1 for _ in SearchSpace.of(problem, target).schedules(problem, target))
+    valid = sum(1 for _ in SearchSpace.of(problem, target).schedules())
     record = None if options.anew else default_cache().exact(problem, target)
     cached = record is not None and record.complete
     own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]

@@ -11,8 +11,8 @@ from hsa_compile.autotune.rank_correlation import MIN_SCHEDULES, prediction_corr
 from hsa_compile.cli.options import print_json, print_rows
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 

@@ -16,7 +16,7 @@ from hsa_compile.kernels.hsa_attention import hsa_attention
 from hsa_compile.kernels.hsa_decode import hsa_decode
 from hsa_compile.kernels.select_chunks import select_chunks
 from hsa_compile.schedules.cache import tuned_for
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 OURS = "hsa-compile"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hsa_compile.device_peaks import LIMITS, limits_of
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.peaks import LIMITS, limits_of
 from hsa_compile.target import Target
 
 _PRODUCTS = ((512, 20), (2048, 3))  # sizes of square matrices, and how many times each

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.paths import TEMPLATE_DIR
 from hsa_compile.problem import OPTIONS, Problem, next_power_of_2
-from hsa_compile.schedules.limits import vector_lanes
+from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.ops.limits import vector_lanes
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
     Raises:
         InvalidSchedule: the schedule is not in the search space of this problem and target; the message says why.
     """
-    if reason := SearchSpace.of(problem, target).why_invalid(problem, schedule, target):
+    if reason := SearchSpace.of(problem, target).why_invalid(schedule):
         raise InvalidSchedule(f"schedule '{schedule}' cannot run {problem.describe()} on {target.arch}: {reason}")
-    family = template_for(problem, target)
+    family = backend_for(problem, target)
     suffix = "cpp" if family == "cpp" else "py"
     template = _environment().get_template(f"{family}/{problem.op}_{schedule.dataflow}.{suffix}.jinja")
     header = _header(problem, schedule, target, comment=suffix == "cpp")

@@ -9,7 +9,7 @@ from torch import Tensor
 from hsa_compile.kernels.native import pointer, sizes
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.hsa_decode import SHARED_BYTES
+from hsa_compile.schedules.ops.hsa_decode import SHARED_BYTES
 
 
 def decode_entry(library: ctypes.CDLL, problem: Problem, split: int) -> Callable[..., Tensor]:

@@ -11,10 +11,10 @@ from hsa_compile.kernels.emit import emit
 from hsa_compile.log import logger
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.lookup import Lookup
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import template_for
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 OnMiss = Callable[[Problem, Target], None]
@@ -71,7 +71,7 @@ def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel
     try:
         return compile_kernel(emit(problem, schedule, target))
     except CompileError as error:
-        if template_for(problem, target) != "cpp":
+        if backend_for(problem, target) != "cpp":
             raise
         warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=5)
         # Whoever is asked on a miss knows the device as it is, not as it would be without its compiler.

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from hsa_compile.device_peaks import Limits, limits_of
 from hsa_compile.errors import InvalidTarget
+from hsa_compile.peaks import Limits, limits_of
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 NODE_DEVICES = 8  # HGX A100, H100, H200 and B200 boards, and the MI300X platform

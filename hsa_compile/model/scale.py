@@ -5,16 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hsa_compile.device_peaks import Limits, limits_of
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.cluster import NETWORK_GB_S, Cluster
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.info import ModelInfo
 from hsa_compile.model.workload import problems
+from hsa_compile.peaks import Limits, limits_of
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.work import Work, clocks, count_work
+from hsa_compile.schedules.work import Work, clocks
 from hsa_compile.target import Target
 
 DEFAULT_MFU = 0.4
@@ -158,7 +159,7 @@ class Paper:
 @functools.cache
 def _favoured(problem: Problem, target: Target) -> Schedule:
     """Of all valid schedules the one with the shortest time by the roofline."""
-    limits, valid = limits_of(target), SearchSpace.of(problem, target).schedules(problem, target)
+    limits, valid = limits_of(target), SearchSpace.of(problem, target).schedules()
     return min(
         valid, key=lambda schedule: max(clocks(count_work(problem, schedule), problem.itemsize, limits).values())
     )

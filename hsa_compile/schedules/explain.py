@@ -5,13 +5,12 @@ from typing import Any
 
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.lookup import Candidate, Lookup, fitted
 from hsa_compile.schedules.record import MEASURED
 from hsa_compile.schedules.regret import regret_table
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 
@@ -99,7 +98,7 @@ def _why_not(problem: Problem, target: Target, candidate: Candidate, used: Candi
     if candidate.mismatches:
         return f"must match: {', '.join(candidate.mismatches)}"
     schedule = fitted(problem, target, candidate.record, candidate.distance)
-    if reason := SearchSpace.of(problem, target).why_invalid(problem, schedule, target):
+    if reason := SearchSpace.of(problem, target).why_invalid(schedule):
         return f"its schedule cannot run this problem: {reason}"
     assert used is not None
     if candidate.record.kind != used.record.kind:

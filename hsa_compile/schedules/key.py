@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.source_version import source_version
-from hsa_compile.schedules.space import template_for
 from hsa_compile.target import Target
 
 
@@ -76,7 +76,7 @@ class ScheduleKey:
             op=bucket.op,
             kind=target.kind,
             arch=target.arch,
-            template=template_for(bucket, target),
+            template=backend_for(bucket, target),
             kernel_source=source_version(problem, target) if kernel_source is None else kernel_source,
             dtype=bucket.dtype,
             head_dim=bucket.head_dim,

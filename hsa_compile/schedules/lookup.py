@@ -86,7 +86,7 @@ def candidates(
 def use(problem: Problem, target: Target, candidate: Candidate) -> Lookup | None:
     """The answer that a candidate gives, or None if its schedule cannot run the problem."""
     schedule = fitted(problem, target, candidate.record, candidate.distance)
-    if not SearchSpace.of(problem, target).is_valid(problem, schedule, target):
+    if not SearchSpace.of(problem, target).is_valid(schedule):
         return None
     return Lookup(
         schedule=schedule,
@@ -99,7 +99,7 @@ def use(problem: Problem, target: Target, candidate: Candidate) -> Lookup | None
 
 def fitted(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule:
     """A record's schedule, cut to a problem of another size; not always valid."""
-    return SearchSpace.of(problem, target).fit(problem, record.schedule) if distance else record.schedule
+    return SearchSpace.of(problem, target).fit(record.schedule) if distance else record.schedule
 
 
 def regret_of(target: Target, candidate: Candidate) -> float | None:

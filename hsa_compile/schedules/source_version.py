@@ -5,13 +5,13 @@ import hashlib
 
 from hsa_compile.paths import TEMPLATE_DIR
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.space import template_for
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.target import Target
 
 
 def source_version(problem: Problem, target: Target) -> str:
     """12 hex digits of what the kernels of a problem's op are emitted from on a target."""
-    return _digest(template_for(problem, target), problem.op)
+    return _digest(backend_for(problem, target), problem.op)
 
 
 @functools.cache

@@ -20,9 +20,8 @@ from hsa_compile.errors import CompileError, NotFinite, WrongResult
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 LOG, SLEEP_S, BARRIER = "FAKE_BENCH_LOG", "FAKE_BENCH_SLEEP_S", "FAKE_BENCH_BARRIER"
@@ -81,7 +80,7 @@ HARM = ("segfault", "loop", "compile", "memory", "wrong", "nan", "exception")
 def harmful(problem: Problem, target: Target) -> dict[Schedule, str]:
     """The first seven schedules but the default, and what each does."""
     default = default_schedule(problem, target)
-    others = [s for s in SearchSpace.of(problem, target).schedules(problem, target) if s != default]
+    others = [s for s in SearchSpace.of(problem, target).schedules() if s != default]
     return dict(zip(others, HARM, strict=False))
 
 

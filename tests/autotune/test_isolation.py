@@ -23,8 +23,7 @@ from hsa_compile.errors import (
     WrongResult,
 )
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=1031, num_heads=2, num_kv_heads=1, head_dim=8, chunk_size=16, top_k=2)
@@ -35,7 +34,7 @@ MEMORY = 1 << 30
 def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_counts_them_by_kind() -> None:
     target = Target.parse("cpu")
     default = default_schedule(PROBLEM, target)
-    valid = list(SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target))
+    valid = list(SearchSpace.of(PROBLEM, target).schedules())
     assert len(harmful(PROBLEM, target)) == len(HARM) < len(valid) - 3
     record = tune(
         PROBLEM,

@@ -7,9 +7,9 @@ from hsa_compile.autotune.predict import predict
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import OPS, Problem
+from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.work import count_work
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 PROBLEM = Problem(
@@ -31,7 +31,7 @@ def chunk(**knobs: int | str) -> Schedule:
 @pytest.mark.parametrize("target", [*NAMED_TARGETS.values(), *PRODUCTS.values()], ids=lambda target: target.slug)
 def test_every_valid_schedule_has_a_time_above_the_lower_bound(target: Target, op: str) -> None:
     problem = PROBLEM.with_op(op)
-    schedules = list(SearchSpace.of(problem, target).schedules(problem, target))
+    schedules = list(SearchSpace.of(problem, target).schedules())
     assert schedules
     for schedule in schedules[:: max(1, len(schedules) // 60)]:
         work = count_work(problem, schedule)
@@ -80,7 +80,7 @@ def test_more_bandwidth_is_never_slower() -> None:
 
 def test_selection_and_decoding_have_the_plain_rooflines_time() -> None:
     problem = Problem(op="select_chunks", seq_len=4096, num_heads=2, num_kv_heads=2, head_dim=64, top_k=8)
-    schedule = next(SearchSpace.of(problem, H100).schedules(problem, H100))
+    schedule = next(SearchSpace.of(problem, H100).schedules())
     assert estimate(problem, schedule, H100) == predict(problem, count_work(problem, schedule), H100).time_ms
 
 

@@ -15,9 +15,8 @@ from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import CandidateCrashed, StorageError, WrongResult
 from hsa_compile.problem import Problem
 from hsa_compile.schedules import space as space_module
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
@@ -43,7 +42,7 @@ def of_problem(ledger: Ledger, problem: Problem = PROBLEM, inputs: str = "random
 
 
 def some_schedules() -> list[Schedule]:
-    return list(SearchSpace.of(PROBLEM, Target.parse("cpu")).schedules(PROBLEM, Target.parse("cpu")))
+    return list(SearchSpace.of(PROBLEM, Target.parse("cpu")).schedules())
 
 
 def test_lines_come_back_as_they_went_in_oldest_first(ledger: Ledger) -> None:

@@ -3,12 +3,12 @@ from dataclasses import replace
 import pytest
 
 from hsa_compile.autotune.predict import occupancy, predict
-from hsa_compile.device_peaks import LIMITS
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
+from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import count_work
 from hsa_compile.target import NAMED_TARGETS
 
 PROBLEM = Problem(

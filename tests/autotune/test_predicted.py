@@ -11,8 +11,8 @@ import pytest
 from hsa_compile.autotune.predicted import MAX_CANDIDATES, predict_schedule, ranked_candidates
 from hsa_compile.errors import CompileError, InvalidArgument, InvalidTarget
 from hsa_compile.problem import OPS, Problem
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import PREDICTED, TuningRecord
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 pytest.importorskip("triton")

@@ -3,7 +3,7 @@ import pytest
 from hsa_compile.autotune.problems import default_fields, expand
 from hsa_compile.errors import InvalidProblem
 from hsa_compile.problem import OPS, Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
 
 

@@ -22,7 +22,7 @@ def test_the_correlation_is_of_ranks() -> None:
 
 
 def test_times_that_the_model_gave_correlate_wholly() -> None:
-    schedules = list(SearchSpace.of(PROBLEM, H100).schedules(PROBLEM, H100))[::40]
+    schedules = list(SearchSpace.of(PROBLEM, H100).schedules())[::40]
     times = {schedule: estimate(PROBLEM, schedule, H100) for schedule in schedules}
     assert prediction_correlation(PROBLEM, H100, times) == pytest.approx(1.0)
     backwards = {schedule: 1 / time for schedule, time in times.items()}

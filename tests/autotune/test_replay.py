@@ -12,8 +12,7 @@ from hsa_compile.autotune.recorded_sweep import RecordedSweep
 from hsa_compile.autotune.replay import Replay, first_points, replay
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "sweeps"
@@ -69,7 +68,7 @@ def test_a_search_begins_with_the_points_that_it_is_given(sweep: RecordedSweep) 
 def test_only_a_sweep_of_our_own_has_a_default_to_begin_with(sweep: RecordedSweep, cpu: Target) -> None:
     assert first_points(sweep) == []
     problem = Problem(seq_len=4096, num_heads=16, num_kv_heads=1, head_dim=64, top_k=8)
-    schedules = list(SearchSpace.of(problem, cpu).schedules(problem, cpu))
+    schedules = list(SearchSpace.of(problem, cpu).schedules())
     own = RecordedSweep.of_schedules(dict.fromkeys(schedules, 1.0), problem=problem, target=cpu)
     assert first_points(own) == [parameters_of(default_schedule(problem, cpu))]
 

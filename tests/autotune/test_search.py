@@ -18,9 +18,8 @@ from hsa_compile.autotune.stages import CLEARLY_SLOWER, QUICK_ROUNDS
 from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
@@ -34,7 +33,7 @@ class Bench(FakeBench):
     def __init__(self, target: Target, problem: Problem = PROBLEM) -> None:
         super().__init__(problem, target)
         self.problem, self.target = problem, target
-        self.valid = list(SearchSpace.of(problem, target).schedules(problem, target))
+        self.valid = list(SearchSpace.of(problem, target).schedules())
         self.timed: Counter[Schedule] = Counter()
         self.after_prepare: Callable[[], None] = lambda: None
 

@@ -14,7 +14,7 @@ from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import SELECT_OPS, Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 CPU = replace(Target.parse("cpu"), has_compiler=False)

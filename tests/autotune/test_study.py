@@ -19,9 +19,8 @@ from hsa_compile.autotune.study import Proposal, TuningStudy
 from hsa_compile.autotune.trial_states import OUTCOME, OWNER, SKIPPED
 from hsa_compile.errors import WrongResult
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
@@ -75,7 +74,7 @@ def test_all_views_together_get_no_more_trials_than_the_study_may_have(storage: 
 
 def test_the_whole_space_is_given_out_and_then_nothing(storage: BaseStorage, cpu: Target) -> None:
     one = view(storage, cpu, make_sampler=Stubborn)
-    valid = set(SearchSpace.of(PROBLEM, cpu).schedules(PROBLEM, cpu))
+    valid = set(SearchSpace.of(PROBLEM, cpu).schedules())
     for _ in valid:
         proposal = one.propose()
         assert proposal is not None
@@ -132,7 +131,7 @@ def test_failures_are_kept_and_their_points_not_tried_again(storage: BaseStorage
 
 
 def test_what_the_ledger_knows_is_neither_tried_nor_counted(storage: BaseStorage, cpu: Target) -> None:
-    valid = list(SearchSpace.of(PROBLEM, cpu).schedules(PROBLEM, cpu))
+    valid = list(SearchSpace.of(PROBLEM, cpu).schedules())
     known = dict.fromkeys(valid[:20], TIMED)
     one = view(storage, cpu, max_trials=5)
     one.add_known(known)

@@ -12,9 +12,9 @@ from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
 
 PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
@@ -43,7 +43,7 @@ def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
     )
     target = Target.parse("cpu")
     assert (record.problem, record.target, record.inputs) == (problem, target, "local")
-    assert SearchSpace.of(problem, target).is_valid(problem, record.schedule, target)
+    assert SearchSpace.of(problem, target).is_valid(record.schedule)
     assert record.measurement.median_ms > 0
     assert record.default_measurement.median_ms > 0
     assert 1 <= record.trials <= 4
@@ -63,7 +63,7 @@ def test_a_tiny_problem_is_tuned_in_cpp_where_there_is_a_compiler(op: str) -> No
     problem = PROBLEM.with_op(op)
     record = tune(problem, trials=2, timeout=30.0, device="cpu")
     assert record.target.has_compiler
-    assert template_for(problem, record.target) == "cpp"
+    assert backend_for(problem, record.target) == "cpp"
     assert (record.trials, record.failures) == (2, {})
     default_cache().put(record)
     found = default_cache().lookup(problem, Target.parse("cpu"))
@@ -83,9 +83,7 @@ def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepar
     longer = replace(PROBLEM, seq_len=1000, kv_len=1000)
     target = Target.parse("cpu")
     default = default_schedule(PROBLEM, target)
-    nearest = next(
-        schedule for schedule in SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target) if schedule != default
-    )
+    nearest = next(schedule for schedule in SearchSpace.of(PROBLEM, target).schedules() if schedule != default)
     record = tune(longer, trials=1, timeout=5.0, device="cpu", isolate=False)
     default_cache().put(replace(record, schedule=nearest))
     prepared.clear()

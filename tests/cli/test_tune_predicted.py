@@ -38,7 +38,7 @@ def test_a_gpu_that_is_not_here_gets_predicted_entries_that_are_valid_and_cached
     assert again.stdout.count("cached (--force predicts again)") == 2
     target = Target.parse("sm_90")
     for _, record in ScheduleCache(schedule_dir()).entries():
-        assert SearchSpace.of(record.problem, target).is_valid(record.problem, record.schedule, target)
+        assert SearchSpace.of(record.problem, target).is_valid(record.schedule)
 
 
 def test_what_has_no_model_is_refused_before_anything_is_tuned(run: Shell) -> None:

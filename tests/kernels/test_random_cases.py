@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn, names: tuple[str, ...], most_tokens: int) -> Case:
     )
     if per_head and problem.group == 1:  # then the two shapes of weights are one
         problem = replace(problem, per_head_weights=False)
-    valid = list(SearchSpace.of(problem, TARGETS[name]).schedules(problem, TARGETS[name]))
+    valid = list(SearchSpace.of(problem, TARGETS[name]).schedules())
     schedule = draw(st.sampled_from(valid))
     return Case(name, problem.to_dict(), str(schedule), lengths, draw(st.integers(0, 999)))
 

@@ -17,10 +17,10 @@ from hsa_compile.kernels.resolve import resolve, set_on_miss
 from hsa_compile.problem import Problem
 from hsa_compile.schedules import cache as cache_module
 from hsa_compile.schedules.cache import default_cache, tuned_for
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.regret import RegretBin, RegretTable
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 # In float64, which is never built from C++.

@@ -16,7 +16,7 @@ from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 pytest.importorskip("triton")
@@ -52,7 +52,7 @@ from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 

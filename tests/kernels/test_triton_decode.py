@@ -104,8 +104,8 @@ from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
-from hsa_compile.schedules.limits import token_shared_memory
+from hsa_compile.schedules.space import default_schedule
+from hsa_compile.schedules.ops.limits import token_shared_memory
 from hsa_compile.target import Target
 
 rows = []

@@ -110,10 +110,10 @@ def test_large_scores_stay_finite(fusion: str) -> None:
 
 def test_a_deterministic_problem_rules_out_atomics_and_float64_has_no_schedule() -> None:
     wanted = problem("select_chunks_backward", T=64, N=64, D=64, K=8, deterministic=True)
-    assert {s.dataflow for s in SearchSpace.of(wanted, HOPPER).schedules(wanted, HOPPER)} == {"chunk"}
+    assert {s.dataflow for s in SearchSpace.of(wanted, HOPPER).schedules()} == {"chunk"}
     for op in ("select_chunks", "select_chunks_backward"):
         wanted = problem(op, T=64, N=64, D=64, K=8, dtype="float64")
-        assert not list(SearchSpace.of(wanted, HOPPER).schedules(wanted, HOPPER))
+        assert not list(SearchSpace.of(wanted, HOPPER).schedules())
 
 
 SCRIPT = """
@@ -123,7 +123,7 @@ from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 rows = []

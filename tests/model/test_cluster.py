@@ -1,8 +1,8 @@
 import pytest
 
-from hsa_compile.device_peaks import LIMITS
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.model.cluster import Cluster
+from hsa_compile.peaks import LIMITS
 from hsa_compile.target import PRODUCTS
 
 

@@ -19,8 +19,8 @@ from hsa_compile.model.scale_training import training_figures
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.workload import problems
+from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.work import count_work
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -49,7 +49,7 @@ def test_our_kernels_take_what_the_tuner_predicts_of_their_best_schedule(op: str
     target = one.cluster.target
     best = min(
         predict(problem, count_work(problem, schedule), target).time_ms
-        for schedule in SearchSpace.of(problem, target).schedules(problem, target)
+        for schedule in SearchSpace.of(problem, target).schedules()
     )
     assert one.kernels(op, training=True).peak == pytest.approx(2 * best / 1e3)
 

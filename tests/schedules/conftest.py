@@ -8,9 +8,9 @@ import pytest
 
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 MakeProblem = Callable[..., Problem]

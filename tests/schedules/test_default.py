@@ -4,8 +4,7 @@ import pytest
 
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.problem import DTYPES, OPS, Problem, next_power_of_2
-from hsa_compile.schedules.default import default_schedule
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
 
 
@@ -52,14 +51,14 @@ def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int)
         except InvalidSchedule as error:
             refusal = str(error)
         else:
-            reason = space.why_invalid(problem, schedule, target)
+            reason = space.why_invalid(schedule)
             assert reason is None, f"{problem.describe()}: {schedule}: {reason}"
             continue
         # Keys, values and their gradients of one such chunk are more than a program can hold.
         assert target.kind != "cpu"
         assert chunk_size * next_power_of_2(head_dim) * problem.itemsize >= 64 * 1024
         assert "bytes of shared memory" in refusal
-        assert next(space.schedules(problem, target), None) is None
+        assert next(space.schedules(), None) is None
 
 
 @pytest.mark.parametrize("kv_len", [1, 63, 1 << 20])
@@ -67,7 +66,7 @@ def test_the_default_is_valid(target: Target, op: str, seq_len: int, group: int)
 def test_the_default_is_valid_where_keys_and_queries_differ_in_number(target: Target, kv_len: int) -> None:
     for op, seq_len in itertools.product(OPS, (1, 129)):
         problem = Problem(op=op, seq_len=seq_len, kv_len=kv_len, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
-        assert SearchSpace.of(problem, target).is_valid(problem, default_schedule(problem, target), target)
+        assert SearchSpace.of(problem, target).is_valid(default_schedule(problem, target))
 
 
 @pytest.mark.parametrize("op", OPS)

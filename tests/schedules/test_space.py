@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from hsa_compile.problem import DTYPES, OPS, Problem
-from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.schedule import Knob, Schedule
-from hsa_compile.schedules.space import SearchSpace, template_for
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
 
 CPU = Target(kind="cpu", name="test", arch="avx2", num_cores=2)
@@ -33,9 +33,9 @@ def every_point(space: SearchSpace) -> list[Schedule]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_kind_of_device_has_its_template(dtype: str) -> None:
     problem = problem_of(dtype=dtype)
-    assert {template_for(problem, target) for target in NAMED_TARGETS.values()} == {"triton"}
-    assert template_for(problem, CPU) == "torch"
-    compiled = {template_for(problem, target) for target in COMPILED.values()}
+    assert {backend_for(problem, target) for target in NAMED_TARGETS.values()} == {"triton"}
+    assert backend_for(problem, CPU) == "torch"
+    compiled = {backend_for(problem, target) for target in COMPILED.values()}
     assert compiled == ({"cpp"} if dtype in ("float32", "bfloat16") else {"torch"})
 
 
@@ -49,11 +49,11 @@ def test_schedules_are_distinct_valid_and_all_that_are_valid(
 ) -> None:
     problem = problem_of(op, group=group, seq_len=seq_len, deterministic=deterministic)
     space = SearchSpace.of(problem, target)
-    listed = list(space.schedules(problem, target))
+    listed = list(space.schedules())
     assert listed
     assert len(set(listed)) == len(listed)
-    assert set(listed) == {point for point in every_point(space) if space.is_valid(problem, point, target)}
-    assert listed == list(space.schedules(problem, target))
+    assert set(listed) == {point for point in every_point(space) if space.is_valid(point)}
+    assert listed == list(space.schedules())
 
 
 @any_target
@@ -62,8 +62,8 @@ def test_validity_and_reason_agree(op: str, target: Target) -> None:
     problem = problem_of(op, group=16, seq_len=600, deterministic=True)
     space = SearchSpace.of(problem, target)
     for point in every_point(space):
-        reason = space.why_invalid(problem, point, target)
-        assert space.is_valid(problem, point, target) == (reason is None)
+        reason = space.why_invalid(point)
+        assert space.is_valid(point) == (reason is None)
         assert reason is None or (reason.strip() and "\n" not in reason)
 
 
@@ -86,7 +86,7 @@ def test_an_unknown_dataflow_knob_or_value_is_named(op: str, target: Target) -> 
     problem = problem_of(op)
     space = SearchSpace.of(problem, target)
     for schedule, named in unknown_schedules(default_schedule(problem, target)):
-        reason = space.why_invalid(problem, schedule, target)
+        reason = space.why_invalid(schedule)
         assert reason is not None
         assert named in reason
 
@@ -96,9 +96,9 @@ def test_blocks_and_super_tiles_larger_than_the_sequence_are_refused(op: str) ->
     problem = problem_of(op, seq_len=5)
     space = SearchSpace.of(problem, CPU)
     largest = Schedule.of("token", block_t=max(space.choices["token"]["block_t"]))
-    assert "5 tokens" in (space.why_invalid(problem, largest, CPU) or "")
+    assert "5 tokens" in (space.why_invalid(largest) or "")
     tile = Schedule.of("chunk", **{knob: max(values) for knob, values in space.choices["chunk"].items()})  # type: ignore[type-var]
-    assert "5 tokens" in (space.why_invalid(problem, tile, CPU) or "")
+    assert "5 tokens" in (space.why_invalid(tile) or "")
 
 
 @both_ops
@@ -107,9 +107,9 @@ def test_a_tile_holds_at_least_one_token_and_at_most_a_super_tile(op: str) -> No
     rows, tokens = space.choices["chunk"]["tile_rows"], space.choices["chunk"]["super_tile"]
     too_small = Schedule.of("chunk", super_tile=tokens[0], tile_rows=rows[0])
     wide = problem_of(op, group=2 * int(rows[0]))
-    assert str(wide.group) in (space.why_invalid(wide, too_small, CPU) or "")
+    assert str(wide.group) in (SearchSpace.of(wide, CPU).why_invalid(too_small) or "")
     too_large = Schedule.of("chunk", super_tile=tokens[0], tile_rows=rows[-1])
-    assert "tile_rows" in (space.why_invalid(problem_of(op, group=1), too_large, CPU) or "")
+    assert "tile_rows" in (SearchSpace.of(problem_of(op, group=1), CPU).why_invalid(too_large) or "")
 
 
 @both_ops
@@ -119,8 +119,8 @@ def test_a_register_tile_that_does_not_fit_the_registers_is_refused(op: str) -> 
     space = SearchSpace.of(problem, target)
     smallest, *_, largest = sorted(space.choices["chunk"]["rows"])
     knobs: dict[str, Knob] = {knob: values[0] for knob, values in space.choices["chunk"].items()}
-    assert space.is_valid(problem, Schedule.of("chunk", **{**knobs, "rows": smallest}), target)
-    reason = space.why_invalid(problem, Schedule.of("chunk", **{**knobs, "rows": largest}), target)
+    assert space.is_valid(Schedule.of("chunk", **{**knobs, "rows": smallest}))
+    reason = space.why_invalid(Schedule.of("chunk", **{**knobs, "rows": largest}))
     assert f"rows = {largest}" in (reason or "")
 
 
@@ -129,15 +129,15 @@ def test_a_block_that_gathers_too_many_bytes_is_refused_but_a_single_token_never
     problem = problem_of(op, top_k=64, chunk_size=1024, head_dim=256)
     space = SearchSpace.of(problem, CPU)
     blocks = space.choices["token"]["block_t"]
-    assert space.is_valid(problem, Schedule.of("token", block_t=1), CPU)
-    assert "gathers" in (space.why_invalid(problem, Schedule.of("token", block_t=blocks[-1]), CPU) or "")
+    assert space.is_valid(Schedule.of("token", block_t=1))
+    assert "gathers" in (space.why_invalid(Schedule.of("token", block_t=blocks[-1])) or "")
 
 
 @pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=NAMED_TARGETS)
 @both_ops
 def test_a_gpu_has_no_schedule_for_float64(op: str, target: Target) -> None:
     problem = problem_of(op, dtype="float64")
-    assert not list(SearchSpace.of(problem, target).schedules(problem, target))
+    assert not list(SearchSpace.of(problem, target).schedules())
 
 
 @pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=NAMED_TARGETS)
@@ -145,8 +145,8 @@ def test_a_gpu_has_no_schedule_for_float64(op: str, target: Target) -> None:
 def test_a_deterministic_problem_rules_out_atomics(op: str, target: Target) -> None:
     problem = problem_of(op, dtype="bfloat16")
     space = SearchSpace.of(problem, target)
-    free = list(space.schedules(problem, target))
-    strict = list(space.schedules(replace(problem, deterministic=True), target))
+    free = list(space.schedules())
+    strict = list(SearchSpace.of(replace(problem, deterministic=True), target).schedules())
     assert {schedule.dataflow for schedule in free} == set(space.choices)
     assert strict
     assert all("atomic" not in dict(schedule).values() for schedule in strict)
@@ -162,10 +162,10 @@ def test_fitting_a_schedule_of_a_longer_problem_gives_a_valid_one_on_a_cpu(
     for chunk_size, head_dim, seq_len in itertools.product((16, 128), (64, 256), (1, 7, 700, 16384)):
         long = problem_of(op, group=group, seq_len=1 << 20, top_k=1, chunk_size=chunk_size, head_dim=head_dim)
         short = replace(long, seq_len=seq_len, kv_len=0, top_k=top_k)
-        space = SearchSpace.of(long, target)
-        for schedule in space.schedules(long, target):
-            fitted = space.fit(short, schedule)
-            assert space.why_invalid(short, fitted, target) is None, (schedule, fitted)
+        space = SearchSpace.of(short, target)
+        for schedule in SearchSpace.of(long, target).schedules():
+            fitted = space.fit(schedule)
+            assert space.why_invalid(fitted) is None, (schedule, fitted)
             assert fitted.dataflow == schedule.dataflow
 
 
@@ -174,8 +174,8 @@ def test_fitting_a_schedule_of_a_longer_problem_gives_a_valid_one_on_a_cpu(
 def test_fitting_to_the_same_problem_changes_nothing(op: str, target: Target) -> None:
     problem = problem_of(op)
     space = SearchSpace.of(problem, target)
-    for schedule in space.schedules(problem, target):
-        assert space.fit(problem, schedule) == schedule
+    for schedule in space.schedules():
+        assert space.fit(schedule) == schedule
 
 
 @any_target
@@ -183,5 +183,5 @@ def test_fitting_a_schedule_that_this_version_does_not_know_leaves_it_to_be_refu
     problem = problem_of()
     space = SearchSpace.of(problem, target)
     for schedule, _ in unknown_schedules(default_schedule(problem, target)):
-        fitted = space.fit(problem, schedule)
-        assert not space.is_valid(problem, fitted, target)
+        fitted = space.fit(schedule)
+        assert not space.is_valid(fitted)

@@ -16,8 +16,8 @@ import hsa_compile
 from hsa_compile.errors import CacheError, CacheWarning, UntunedWarning
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
-from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.schedules.store import FORMAT, VERSION
 from hsa_compile.target import Target
 

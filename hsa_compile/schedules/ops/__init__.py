@@ -1,0 +1,52 @@
+"""The rooms of the ops: for each op and backend its knobs, constraints, defaults and cost."""
+
+from collections.abc import Mapping
+
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import hsa_decode, select_chunks
+from hsa_compile.schedules.ops.backend import OpBackend
+from hsa_compile.schedules.ops.hsa_attention import cpp, torch, triton
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.work import Work
+from hsa_compile.target import Target
+
+_CPP_DTYPES = ("float32", "bfloat16")
+
+OP_BACKENDS: Mapping[tuple[str, str], OpBackend] = {
+    ("hsa_forward", "torch"): torch.FORWARD,
+    ("hsa_forward", "cpp"): cpp.FORWARD,
+    ("hsa_forward", "triton"): triton.FORWARD,
+    ("hsa_backward", "torch"): torch.BACKWARD,
+    ("hsa_backward", "cpp"): cpp.BACKWARD,
+    ("hsa_backward", "triton"): triton.BACKWARD,
+    ("select_chunks", "torch"): select_chunks.TORCH,
+    ("select_chunks", "cpp"): select_chunks.CPP,
+    ("select_chunks", "triton"): select_chunks.TRITON,
+    ("select_chunks_backward", "torch"): select_chunks.TORCH_BACKWARD,
+    ("select_chunks_backward", "cpp"): select_chunks.CPP_BACKWARD,
+    ("select_chunks_backward", "triton"): select_chunks.TRITON_BACKWARD,
+    ("hsa_decode", "torch"): hsa_decode.TORCH,
+    ("hsa_decode", "cpp"): hsa_decode.CPP,
+    ("hsa_decode", "triton"): hsa_decode.TRITON,
+}
+
+
+def backend_for(problem: Problem, target: Target) -> str:
+    """The backend that serves a problem: `triton` on a GPU, `cpp` where C++ can be built, else `torch`."""
+    if target.kind != "cpu":
+        return "triton"
+    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
+
+
+def op_backend(problem: Problem, target: Target) -> OpBackend:
+    """What the problem's op has on the backend that serves it.
+
+    Raises:
+        KeyError: the op has no room on that backend, which is a fault of the table.
+    """
+    return OP_BACKENDS[problem.op, backend_for(problem, target)]
+
+
+def count_work(problem: Problem, schedule: Schedule) -> Work:
+    """FLOPs and bytes of a problem under a schedule when all slots are filled; they are the same on every backend."""
+    return OP_BACKENDS[problem.op, "torch"].work(problem, schedule)

@@ -1,0 +1,1 @@
+"""The schedules of `hsa_attention`, forward and backward, on each backend."""

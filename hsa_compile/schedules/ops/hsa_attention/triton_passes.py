@@ -1,0 +1,145 @@
+"""The kernels of `hsa_attention` in Triton one by one, with the padding of their tiles and the traffic they cause."""
+
+import math
+from dataclasses import dataclass
+
+from hsa_compile.peaks import Limits
+from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.ops.limits import MIN_ROWS, tile_rows
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.work import OVERLAP, Pass
+
+
+def attention_passes(problem: Problem, schedule: Schedule, limits: Limits) -> list[Pass]:
+    """The kernels of a schedule, in the order in which they run."""
+    if schedule.dataflow == "chunk":
+        return [_chunk_pass(problem, schedule, limits)]
+    passes = [_token_pass(problem, schedule, limits)]
+    if problem.op == "hsa_backward":
+        passes.append(_second_pass(problem, schedule, limits))
+    return passes
+
+
+def _token_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
+    """Programs that own one token (`token`) or several neighbours (`union`) and read the chunks that they picked."""
+    D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
+    tokens = schedule.number("block_m") if schedule.dataflow == "union" else 1
+    blocks = problem.batch * problem.num_kv_heads * math.ceil(problem.seq_len / tokens)
+    chunks = problem.top_k * (1 + (tokens - 1) * (1 - OVERLAP))
+    rows = max(MIN_ROWS, tile_rows(problem, tokens))
+    kv_bytes = problem.batch * problem.kv_len * problem.num_kv_heads * (D + Dv) * problem.itemsize
+    read = blocks * chunks * problem.chunk_size * (D + Dv) * problem.itemsize
+    own = problem.batch * problem.seq_len * problem.num_heads * (D + Dv * (2 if backward else 1)) * problem.itemsize
+    return Pass(
+        flops=2.0
+        * blocks
+        * chunks
+        * rows
+        * _padded(problem.chunk_size)
+        * _products(problem, (2, 1) if backward else (1, 1)),
+        cache_bytes=read + own,
+        memory_bytes=own + kv_bytes + read * _missed(kv_bytes, limits),
+        programs=blocks,
+        launches=1,
+        rows=rows,
+        warps=schedule.number("num_warps"),
+        stages=schedule.number("num_stages"),
+    )
+
+
+def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
+    """Programs that own a chunk, or a segment of its list: the forward, or the whole backward."""
+    D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
+    shape = _Lists.of(problem, schedule, schedule.number("segment"), schedule.number("super_tile"))
+    width = D if backward else Dv  # of a row that is added up over a token's picks
+    reduction = schedule["dq" if backward else "reduce"]
+    part_bytes = shape.rows * width * (2 if reduction == "slots16" else 4)
+    row_bytes = shape.rows * (D + Dv if backward else D) * problem.itemsize
+    kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * problem.itemsize
+    live = shape.live_tokens * problem.num_heads
+    memory = kv_bytes + row_bytes * _missed(live * D * problem.itemsize, limits)
+    if reduction == "atomic":
+        traffic = 3 * part_bytes  # read, added to, written
+        memory += 2 * part_bytes * _missed(live * width * 4, limits)
+    else:
+        traffic = 2 * part_bytes
+        memory += 2 * part_bytes * _missed(live * problem.top_k * width * 4, limits)
+    return Pass(
+        flops=2.0
+        * shape.padded_rows
+        * _padded(problem.chunk_size)
+        * _products(problem, (3, 2) if backward else (1, 1)),
+        cache_bytes=kv_bytes * (3 if backward else 1) + row_bytes + traffic,
+        memory_bytes=memory + problem.batch * problem.seq_len * problem.num_heads * (D + Dv) * problem.itemsize,
+        programs=shape.segments / shape.launches,
+        launches=shape.launches * (1 if reduction == "atomic" else 2),
+        rows=shape.tile,
+        warps=schedule.number("num_warps"),
+        stages=schedule.number("num_stages"),
+    )
+
+
+def _second_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
+    """dk and dv, chunk by chunk, after a first pass by tokens."""
+    D, Dv = problem.head_dim, problem.value_dim
+    shape = _Lists.of(problem, schedule, 0, 0)
+    apart = schedule["dk_dv"] == "apart"
+    row_bytes = shape.rows * (D + Dv) * problem.itemsize * (2 if apart else 1)
+    kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * problem.itemsize
+    live = shape.live_tokens * problem.num_heads * (D + Dv) * problem.itemsize
+    return Pass(
+        flops=2.0 * shape.padded_rows * _padded(problem.chunk_size) * _products(problem, (3, 2) if apart else (2, 2)),
+        cache_bytes=2 * kv_bytes + row_bytes,
+        memory_bytes=2 * kv_bytes + row_bytes * _missed(live, limits),
+        programs=shape.segments,
+        launches=2 if apart else 1,
+        rows=shape.tile,
+        warps=schedule.number("chunk_warps"),
+        stages=schedule.number("chunk_stages"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lists:
+    """The chunks' lists of picks, cut into segments and tiles."""
+
+    rows: float  # of all lists: a pick is a row for each head of its group
+    padded_rows: float  # of all tiles
+    segments: float  # programs, over all launches
+    launches: int  # super-tiles
+    live_tokens: int  # whose rows are in use at a time
+    tile: int  # rows of one
+
+    @staticmethod
+    def of(problem: Problem, schedule: Schedule, segment: int, super_tile: int) -> "_Lists":
+        launches = math.ceil(problem.seq_len / super_tile) if super_tile else 1
+        picks = problem.batch * problem.seq_len * problem.num_kv_heads * problem.top_k
+        num_lists = problem.batch * problem.num_kv_heads * max(1, problem.num_chunks) * launches
+        length = picks / num_lists
+        block_t = schedule.number("block_t")
+        tile = max(MIN_ROWS, tile_rows(problem, block_t))
+        segments = num_lists * max(1, math.ceil(length / segment) if segment else 1)
+        # The last tile of a list is half full on average.
+        tiles = picks / block_t + segments / 2
+        return _Lists(
+            rows=picks * problem.group,
+            padded_rows=tiles * tile,
+            segments=segments,
+            launches=launches,
+            live_tokens=problem.batch * min(super_tile or problem.seq_len, problem.seq_len),
+            tile=tile,
+        )
+
+
+def _products(problem: Problem, counts: tuple[int, int]) -> int:
+    """Depth of so many products over the head dim and over the value dim, for each row and key."""
+    return counts[0] * _padded(problem.head_dim) + counts[1] * _padded(problem.value_dim)
+
+
+def _padded(size: int) -> int:
+    return max(MIN_ROWS, next_power_of_2(size))
+
+
+def _missed(live_bytes: float, limits: Limits) -> float:
+    """Share of accesses to so many bytes, in no order, that the shared cache does not hold."""
+    return max(0.0, 1 - limits.cache_mb * 1e6 / live_bytes) if live_bytes else 0.0

@@ -1,0 +1,115 @@
+"""What a device can hold of a kernel: vector registers of a CPU, rows and shared memory of a Triton program."""
+
+from collections.abc import Sequence
+
+from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import Target
+
+MAX_GATHER_BYTES = 1 << 28  # of one batched product of PyTorch
+MIN_ROWS = 16  # what a matrix instruction needs
+MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
+NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
+
+_MAX_PANEL = 4  # vectors in a row of a C++ register tile
+
+# Floats of a vector register, and registers that a tile may fill: what is left holds a row and a broadcast.
+_VECTORS = {"avx512": (16, 28), "avx2": (8, 12)}
+_OTHER_VECTORS = (4, 24)  # of Arm's 32
+
+
+def vector_lanes(arch: str) -> int:
+    """Floats of a vector register of a CPU."""
+    return _VECTORS.get(arch, _OTHER_VECTORS)[0]
+
+
+def vector_columns(size: int, lanes: int) -> int:
+    """Vectors in a row of a register tile that covers `size` floats in panels of equal width, four at most."""
+    vectors = -(-size // lanes)
+    panels = -(-vectors // _MAX_PANEL)
+    return -(-vectors // panels)
+
+
+def gathered_bytes(problem: Problem) -> int:
+    """Bytes of keys and values that the PyTorch token dataflow gathers for one token."""
+    return problem.top_k * problem.chunk_size * (problem.head_dim + problem.value_dim) * max(problem.itemsize, 4)
+
+
+def why_not_rows(schedule: Schedule, target: Target, sizes: Sequence[int]) -> str | None:
+    """Whether a C++ register tile of `rows` rows of so many floats is too large."""
+    lanes, registers = _VECTORS.get(target.arch, _OTHER_VECTORS)
+    needed = schedule.number("rows") * max(vector_columns(size, lanes) for size in sizes)
+    if needed > registers:
+        return f"rows = {schedule['rows']} fill {needed} vector registers, {target.arch} has {registers} for them"
+    return None
+
+
+def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> str | None:
+    tokens = max(smallest, next_power_of_2(problem.seq_len))
+    if schedule.number("super_tile") > tokens:
+        return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
+    return None
+
+
+def why_not_warps(schedule: Schedule, target: Target) -> str | None:
+    """Whether a Triton program has more wavefronts than an AMD GPU has registers for."""
+    for knob in ("num_warps", "chunk_warps"):
+        if target.kind == "hip" and knob in schedule and schedule.number(knob) > MAX_HIP_WARPS:
+            return f"{knob} = {schedule[knob]} leaves a wavefront too few registers, at most {MAX_HIP_WARPS}"
+    return None
+
+
+def why_not_shared_memory(needed: int, target: Target) -> str | None:
+    """Whether a Triton program needs more bytes of shared memory than the target has."""
+    if needed > target.shared_memory:
+        return f"it needs at least {needed} bytes of shared memory, {target.name} has {target.shared_memory}"
+    return None
+
+
+def tile_rows(problem: Problem, tokens: int) -> int:
+    """Rows of a Triton tile of so many tokens or list entries: each is a group of heads, padded."""
+    return tokens * next_power_of_2(problem.group)
+
+
+def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: int) -> tuple[int, int]:
+    """Least and most bytes of a Triton kernel that owns so many tokens, by the buffers of its software pipeline."""
+    C, D, Dv = _padded_dims(problem)
+    rows = max(MIN_ROWS, tile_rows(problem, tokens))
+    tile = C * (D + Dv) * problem.itemsize
+    row_bytes = rows * (D + (Dv if problem.op == "hsa_backward" else 0)) * problem.itemsize
+    least = max(1, stages - 2) * tile if stages > 1 else C * max(D, Dv) * problem.itemsize
+    extra = row_bytes + 2 * rows * C * problem.itemsize + 512
+    if target.kind == "hip":
+        return least, least + extra
+    return least, _buffers(problem, target, rows, stages) * tile + extra
+
+
+def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int, atomics: bool) -> tuple[int, int]:
+    """Least and most bytes of a chunk-stationary Triton kernel, by the buffers of its software pipeline."""
+    C, D, Dv = _padded_dims(problem)
+    size, backward = problem.itemsize, problem.op == "hsa_backward"
+    if target.kind == "hip":
+        if backward:
+            return 0, max(C, rows) * max(D, Dv) * (4 if atomics else size)
+        return 0, rows * D * size + 4 * rows * Dv + C * max(D, Dv) * size
+    row_bytes = rows * (D + (Dv if backward else 0)) * size
+    chunk_bytes = C * (D + Dv) * size
+    most = chunk_bytes + _buffers(problem, target, rows, stages) * row_bytes + 512
+    most += (2 if backward else 1) * rows * C * size + (C * D * size if backward else 0)
+    if atomics:
+        most += 4 * rows * (D if backward else Dv)
+    return chunk_bytes + max(1, stages - 2) * row_bytes, most
+
+
+def _buffers(problem: Problem, target: Target, rows: int, stages: int) -> int:
+    """Copies of a streamed tile that the pipeliner keeps; asynchronous matrix instructions hold one longer."""
+    if stages == 1:
+        return 1
+    asynchronous = rows >= 64 and target.arch != "sm_80" and problem.itemsize == 2
+    return max(2, stages - 1) if asynchronous else max(1, stages - 2)
+
+
+def _padded_dims(problem: Problem) -> tuple[int, int, int]:
+    sizes = (problem.chunk_size, problem.head_dim, problem.value_dim)
+    C, D, Dv = (max(16, next_power_of_2(size)) for size in sizes)
+    return C, D, Dv

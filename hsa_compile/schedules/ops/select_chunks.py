@@ -1,0 +1,154 @@
+"""The schedules of `select_chunks` and its backward: knobs, constraints, defaults and cost on each backend."""
+
+from dataclasses import replace
+
+from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.ops.backend import OpBackend
+from hsa_compile.schedules.ops.limits import NO_FLOAT64, why_not_warps
+from hsa_compile.schedules.schedule import Knob, Schedule
+from hsa_compile.schedules.work import Work
+from hsa_compile.target import Target
+
+_TRITON_STREAM = {
+    "block_t": (16, 32, 64, 128),  # tokens of a program
+    "block_n": (16, 32, 64, 128, 256),  # landmarks of a step
+    "selection": ("insert", "merge"),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3),
+}
+_TRITON_TOKEN = {"block_t": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+
+# Of a Triton program, in elements: beyond, registers spill on every GPU.
+_MAX_SCORES = 64 * 128
+_MAX_KEPT = 64 * 64
+_MAX_GATHERED_ROWS = 256
+_FEW_PROGRAMS = 2  # a core, below which splitting the landmarks pays
+
+
+def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    if problem.dtype == "float64":
+        return NO_FLOAT64
+    if reason := why_not_warps(schedule, target):
+        return reason
+    tokens, kept = schedule.number("block_t"), next_power_of_2(problem.top_k)
+    if problem.op == "select_chunks_backward":
+        if problem.deterministic and schedule.dataflow == "token":
+            return "dataflow = 'token' adds with atomics; a deterministic schedule is asked for"
+        if tokens > 1 and tokens * kept > _MAX_GATHERED_ROWS:
+            return f"block_t = {tokens} gathers {tokens * kept} landmarks, at most {_MAX_GATHERED_ROWS}"
+        return None
+    landmarks = schedule.number("block_n")
+    if schedule["selection"] == "merge" and landmarks < kept:
+        return f"block_n = {landmarks} is less than the {kept} slots that a merge compares it with"
+    if tokens > 16 and tokens * kept > _MAX_KEPT:
+        return f"block_t = {tokens} keeps {tokens * kept} picks in registers, at most {_MAX_KEPT}"
+    if tokens * landmarks > _MAX_SCORES:
+        return f"block_t = {tokens} and block_n = {landmarks} make {tokens * landmarks} scores, at most {_MAX_SCORES}"
+    return None
+
+
+def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
+    """The largest tiles that compile without spills; where they are too few for the device, the landmarks are split."""
+    kept, sliced = next_power_of_2(problem.top_k), problem.head_dim > 128
+    wide, cuda = problem.itemsize == 4, target.kind == "cuda"
+    if problem.seq_len <= 16 or kept > 32 or (problem.noise and sliced):
+        block_t = 16
+    else:
+        block_t = 64 if cuda and not wide and not problem.noise else 32
+    block_n = 64 if not wide and not problem.noise and block_t > 16 else 32
+    one_stage = (wide and block_t == 32) or (kept > 64 and sliced)
+    knobs: dict[str, Knob] = {
+        "block_t": block_t,
+        "block_n": block_n,
+        "selection": "insert",
+        "num_warps": 8 if kept > 64 and cuda and not sliced else 4,
+        "num_stages": 1 if one_stage else 2,
+    }
+    programs = problem.batch * problem.num_kv_heads * -(-problem.seq_len // block_t)
+    tiles = -(-problem.num_chunks // block_n)
+    splits = min(tiles, _FEW_PROGRAMS * target.num_cores // programs, 64)
+    stream = Schedule.of("stream", **knobs)
+    if splits < 2:
+        return [stream]
+    return [Schedule.of("split", **knobs, num_splits=1 << (splits.bit_length() - 1)), stream]
+
+
+def _triton_backward(problem: Problem, target: Target) -> list[Schedule]:
+    """Landmark by landmark: fewer bytes than atomics move, and the same bits every time."""
+    kept = next_power_of_2(problem.top_k)
+    block_t = max(1, min(16, 64 // kept))
+    return [Schedule.of("chunk", block_t=block_t, num_warps=4, chunk_t=16, chunk_warps=4)]
+
+
+def _work(problem: Problem, schedule: Schedule) -> Work:
+    """Scores of all visible landmarks, read once a block of tokens; backward, K landmarks a token."""
+    tokens = problem.batch * problem.seq_len * problem.num_kv_heads
+    row = problem.head_dim * problem.itemsize
+    landmarks = problem.batch * problem.num_kv_heads * problem.num_chunks
+    results = tokens * problem.top_k * 8
+    if problem.op == "select_chunks_backward":
+        flops = 6.0 * tokens * problem.top_k * problem.head_dim  # the score again, and both gradients
+        memory = 2 * (tokens + landmarks) * row + results
+        return Work(flops=flops, memory_bytes=memory, cache_bytes=memory + 2 * tokens * problem.top_k * row)
+    visible = max(0.5, 1 - problem.seq_len / (2 * problem.kv_len)) * problem.num_chunks
+    block = schedule.number("block_t") if "block_t" in schedule else 1
+    memory = (tokens + landmarks) * row + results
+    return Work(
+        flops=2.0 * tokens * visible * problem.head_dim,
+        memory_bytes=memory,
+        cache_bytes=memory + tokens / block * visible * row,
+    )
+
+
+def _anything_goes(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    return None  # on a CPU each schedule runs every problem
+
+
+def _fit(problem: Problem, schedule: Schedule) -> Schedule:
+    return schedule
+
+
+TORCH = OpBackend(
+    name="torch",
+    choices={"stream": {"block_t": (16, 64, 256, 1024), "block_n": (64, 256, 1024, 4096)}},
+    why_not=_anything_goes,
+    fit=_fit,
+    defaults=lambda problem, target: [Schedule.of("stream", block_t=256, block_n=1024)],
+    work=_work,
+)
+TORCH_BACKWARD = replace(
+    TORCH,
+    choices={"token": {"block_t": (16, 64, 256, 1024)}},
+    defaults=lambda problem, target: [Schedule.of("token", block_t=256)],
+)
+CPP = OpBackend(
+    name="cpp",
+    choices={
+        "stream": {"super_tile": (64, 256, 512, 1024, 4096), "block_n": (64, 128, 256, 512), "rows": (2, 3, 4, 6)}
+    },
+    why_not=_anything_goes,
+    fit=_fit,
+    defaults=lambda problem, target: [Schedule.of("stream", super_tile=512, block_n=128, rows=6)],
+    work=_work,
+)
+CPP_BACKWARD = replace(
+    CPP,
+    choices={"token": {"super_tile": (64, 1024, 4096)}},
+    defaults=lambda problem, target: [Schedule.of("token", super_tile=1024)],
+)
+TRITON = OpBackend(
+    name="triton",
+    choices={"stream": _TRITON_STREAM, "split": {**_TRITON_STREAM, "num_splits": (2, 4, 8, 16, 32, 64)}},
+    why_not=_why_not,
+    fit=_fit,
+    defaults=_triton_forward,
+    work=_work,
+)
+TRITON_BACKWARD = replace(
+    TRITON,
+    choices={
+        "token": _TRITON_TOKEN,
+        "chunk": {**_TRITON_TOKEN, "chunk_t": (8, 16, 32, 64), "chunk_warps": (1, 2, 4)},
+    },
+    defaults=_triton_backward,
+)
