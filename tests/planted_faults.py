@@ -7,11 +7,13 @@ to pass without a fault: what fails anyway would be taken for a find.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,13 +104,18 @@ def run_tests(copy: Path, expression: str, tests: Sequence[str]) -> tuple[str, s
             "TMPDIR": caches,
             "COLUMNS": "400",
         }
-        try:
-            done = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return "", f"no end within {_TIMEOUT_S} s"
-    return _read(done.returncode, done.stdout)
+        # In a session of its own, so that what the tests started ends with them.
+        with subprocess.Popen(
+            command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return "", f"no end within {_TIMEOUT_S} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    return _read(process.returncode, output)
 
 
 def _read(code: int, output: str) -> tuple[str, str]:
@@ -178,6 +185,8 @@ def main() -> int:
     faults = [fault for fault in read_faults() if fnmatch.fnmatchcase(fault.name, chosen.glob)]
     if not faults:
         parser.error(f"no fault has a name like {chosen.glob!r}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     finds: list[Find] = []
     try:
         for find in try_faults(faults, only_fast=chosen.fast, whole=chosen.whole):

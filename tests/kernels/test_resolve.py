@@ -6,12 +6,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hsa_compile
 from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
+from hsa_compile.kernels import native
 from hsa_compile.kernels import resolve as resolve_module
 from hsa_compile.kernels.resolve import resolve, set_on_miss
 from hsa_compile.problem import Problem
@@ -179,3 +181,21 @@ def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cache_module.ScheduleCache, "candidates", again)
     assert tuned_for(PROBLEM, Target.parse("cpu")) is first
+
+
+def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def build(source: Path, library: Path, arch: str) -> None:
+        built.append(arch)
+        library.write_bytes(b"a library")
+
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(native.ctypes, "CDLL", Path)
+    source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    for content in (b"a libr", b"", b"a librarY"):
+        assert native.load_library(source, "avx2").read_bytes() == b"a library"
+        library.write_bytes(content)
+    assert native.load_library(source, "avx2").read_bytes() == b"a library"
+    assert native.load_library(source, "avx2").read_bytes() == b"a library"
+    assert len(built) == 4
