@@ -4,19 +4,21 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hsa_compile
 from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
-from hsa_compile.kernels import native
+from hsa_compile.kernels import native, select_ops, torch_ops
 from hsa_compile.kernels import resolve as resolve_module
+from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.resolve import resolve, set_on_miss
-from hsa_compile.problem import Problem
+from hsa_compile.problem import OPS, SELECT_OPS, Problem
 from hsa_compile.schedules import cache as cache_module
 from hsa_compile.schedules.cache import default_cache, tuned_for
 from hsa_compile.schedules.default import default_schedule
@@ -199,3 +201,26 @@ def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, monkeypatch:
     assert native.load_library(source, "avx2").read_bytes() == b"a library"
     assert native.load_library(source, "avx2").read_bytes() == b"a library"
     assert len(built) == 4
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_algorithms_of_pytorch_ask_for_deterministic_schedules(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, bool] = {}
+
+    def remembered(key: Any, target: Target, problem: Callable[[], Problem]) -> Kernel:
+        asked[problem().op] = problem().deterministic
+        return resolve_module.remembered(key, target, problem)
+
+    for module in (torch_ops, select_ops):
+        monkeypatch.setattr(module, "remembered", remembered)
+    x = torch.randn(1, 64, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        picks = hsa_compile.select_chunks(x, x[:, ::16], chunk_size=16, top_k=2)
+        hsa_compile.hsa_attention(x, x, x, *picks, chunk_size=16).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == dict.fromkeys((*OPS, *SELECT_OPS), wanted)
