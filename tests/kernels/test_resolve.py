@@ -224,3 +224,23 @@ def test_deterministic_algorithms_of_pytorch_ask_for_deterministic_schedules(
     finally:
         torch.use_deterministic_algorithms(False)
     assert asked == dict.fromkeys((*OPS, *SELECT_OPS), wanted)
+
+
+OPTIONS: list[dict[str, bool]] = [{}, {"softmax_off_by_one": True}, {"mask_last_token": True}]
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS[::-1]], ids=["plain first", "plain last"])
+def test_calls_that_differ_in_an_option_alone_get_kernels_of_their_own(options: list[dict[str, bool]]) -> None:
+    q, k, v = torch.randn(3, 1, 12, 2, 8, dtype=torch.float64)
+    picks, weights = torch.randint(-1, 3, (1, 12, 2, 2)), torch.rand(1, 12, 2, 2, dtype=torch.float64)
+    k_pages, v_pages = (x.unflatten(1, (3, 4)).transpose(2, 3)[0].contiguous() for x in (k, v))
+    for chosen in options:
+        o = hsa_compile.hsa_attention(q, k, v, picks, weights, chunk_size=4, **chosen)
+        torch.testing.assert_close(
+            o, hsa_compile.hsa_attention_reference(q, k, v, picks, weights, chunk_size=4, **chosen)
+        )
+        for table in (None, torch.tensor([[2, 0, 1]])):
+            args = (q, k_pages, v_pages, picks, weights)
+            o = hsa_compile.hsa_decode(*args, page_table=table, **chosen)
+            torch.testing.assert_close(o, hsa_compile.hsa_decode_reference(*args, page_table=table, **chosen))
