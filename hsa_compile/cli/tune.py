@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,15 +90,15 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     from hsa_compile.autotune.memory import check_memory
     from hsa_compile.autotune.predicted import check_predictable
     from hsa_compile.autotune.storage import default_storage
-    from hsa_compile.cli.preset_problems import preset_problems
-    from hsa_compile.cli.record import record_sweeps
-    from hsa_compile.cli.tune_predicted import report_predictions, tune_for_absent_target
 
     shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     if absent:
+        from hsa_compile.cli.tune_predicted import tune_for_absent_target
+
         named = Target.parse(absent)
-        problems = preset_problems(preset, named, shape) if preset else expand(named, shape, ops)
-        tune_for_absent_target(problems, named, budget_s=flags["timeout"], force=force, as_json=as_json)
+        tune_for_absent_target(
+            _problems(preset, named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
+        )
         return
     devices, target = _devices(device)
     if report_prediction:
@@ -109,11 +109,13 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         ledger=default_ledger(target),
         anew=force,
     )
-    problems = preset_problems(preset, target, shape) if preset else expand(target, shape, ops)
+    problems = _problems(preset, target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
     if record:
+        from hsa_compile.cli.record import record_sweeps
+
         record_sweeps(problems, target, devices, options, record)
         return
     outcomes = []
@@ -123,6 +125,8 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         if not outcomes[-1].record.complete:
             raise KeyboardInterrupt
     if report_prediction:
+        from hsa_compile.cli.tune_predicted import report_predictions
+
         report_predictions(problems, target, flags["inputs"])
     if as_json:
         print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
@@ -134,6 +138,16 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
     click.echo(f"\nstored in {default_cache().path(target)}")
+
+
+def _problems(
+    preset: str | None, target: Target, shape: Mapping[str, Sequence[Any]], ops: Sequence[str]
+) -> list[Problem]:
+    if not preset:
+        return expand(target, shape, ops)
+    from hsa_compile.cli.preset_problems import preset_problems
+
+    return preset_problems(preset, target, shape)
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
