@@ -1,4 +1,7 @@
-"""The device that a kernel is made for: the one at hand, or a named one that need not be there."""
+"""The device that a kernel is made for: the one at hand, or a named one that need not be there.
+
+Only who asks for the device at hand loads PyTorch: the command line reads names of devices before it runs anything.
+"""
 
 import functools
 import os
@@ -6,12 +9,13 @@ import platform
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("cuda", "hip", "cpu")
 
@@ -57,15 +61,19 @@ class Target:
     @staticmethod
     def current() -> "Target":
         """The first GPU if there is one, else this CPU. Called at use, never at import."""
+        import torch
+
         return Target.of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
     @staticmethod
-    def of(device: torch.device) -> "Target":
+    def of(device: "torch.device") -> "Target":
         """The target of a tensor's device.
 
         Raises:
             InvalidTarget: no kernels can be made for that type of device, or it is not present.
         """
+        import torch
+
         if device.type == "cpu":
             return this_cpu(torch.get_num_threads())
         if device.type == "cuda":
@@ -86,6 +94,8 @@ class Target:
         if named := NAMED_TARGETS.get(text) or PRODUCTS.get(text):
             return named
         if text == "cpu" or re.fullmatch(r"cuda(:\d+)?", text):
+            import torch
+
             return Target.of(torch.device(text))
         allowed = ", ".join(("auto", "cpu", "cuda", "cuda:N", *NAMED_TARGETS, *PRODUCTS))
         raise InvalidTarget(f"device {text!r} is not known; allowed are {allowed}")
@@ -120,6 +130,8 @@ PRODUCTS = {
 @functools.cache
 def this_cpu(num_threads: int) -> Target:
     """The CPU of this machine with so many threads; remembered, since a call of the op asks for it."""
+    import torch
+
     capability = torch.backends.cpu.get_cpu_capability().lower().replace("default", "scalar")
     return Target(
         kind="cpu",
@@ -139,6 +151,8 @@ def _cpu_name() -> str:
 
 @functools.cache
 def _gpu(index: int) -> Target:
+    import torch
+
     if not torch.cuda.is_available():
         raise InvalidTarget(f"device 'cuda:{index}' is not present: PyTorch finds no GPU; use cpu")
     if index >= torch.cuda.device_count():

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hsa_compile.autotune.choices import DISTRIBUTIONS
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 
-DISTRIBUTIONS = ("random", "local", "hot")
 LOCAL_OVERLAP = 0.8  # share of its picks that a token of `local` takes over from its block
 LOCAL_BLOCK = 64  # tokens
 

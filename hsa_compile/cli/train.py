@@ -1,26 +1,25 @@
 """`hsa-compile train`: a model of the family, from a recipe, in a folder that it can go on from."""
 
+from __future__ import annotations
+
 import contextlib
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import tqdm
 
-from hsa_compile.cli.train_tuning import tune_for_run
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.extras import install_command
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
-from hsa_compile.model.training.config import RunConfig
-from hsa_compile.model.training.config_file import resolve
-from hsa_compile.model.training.freed_memory import keep_freed_memory
-from hsa_compile.model.training.processes import Processes, join_processes, leave_processes
-from hsa_compile.model.training.run import MODEL, TrainingRun, saved_config
+
+if TYPE_CHECKING:
+    from hsa_compile.model.training.config import RunConfig
+    from hsa_compile.model.training.processes import Processes
 
 INTERRUPTED = 130
 
@@ -55,6 +54,9 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
       hsa-compile train --out runs/tiny --resume
       torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
     """
+    from hsa_compile.cli.train_tuning import tune_for_run
+    from hsa_compile.model.training.processes import join_processes, leave_processes
+
     flags = {"model.variant": variant, "data.corpus": corpus, "train.steps": steps, "train.seed": seed}
     settings = {name: value for name, value in flags.items() if value is not None}
     is_told = bool(preset or file or overrides or settings)
@@ -75,6 +77,9 @@ def _config(
     settings: Mapping[str, Any],
 ) -> RunConfig:  # fmt: skip
     """As told; of a run that goes on the saved one, which must be what is told, if anything is."""
+    from hsa_compile.model.training.config_file import resolve
+    from hsa_compile.model.training.run import saved_config
+
     saved = saved_config(out) if resume else None
     if saved is not None and not is_told:
         return saved
@@ -128,6 +133,9 @@ def _stop_signals(minutes: float | None) -> Iterator[_Stop]:
 
 
 def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop: _Stop) -> None:
+    from hsa_compile.model.training.freed_memory import keep_freed_memory
+    from hsa_compile.model.training.run import MODEL, TrainingRun
+
     line = _Line(config.train.steps, config.train.log_every, shown=processes.is_first)
     if processes.device.type == "cpu":
         keep_freed_memory()
@@ -161,6 +169,8 @@ class _Line:
 
     def begin(self, step: int) -> None:
         """The first steps were made before."""
+        import tqdm
+
         if self._shown:
             self._bar = tqdm.tqdm(total=self._steps, initial=step, desc="train", unit="step", disable=None)
 

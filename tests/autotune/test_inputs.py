@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.inputs import DISTRIBUTIONS, make_inputs, pick_chunks
+from hsa_compile.autotune.choices import DISTRIBUTIONS
+from hsa_compile.autotune.inputs import make_inputs, pick_chunks
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 

@@ -7,7 +7,8 @@ import sys
 import optuna
 import pytest
 
-from hsa_compile.autotune.samplers import SAMPLERS, make_sampler
+from hsa_compile.autotune.choices import SAMPLERS
+from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 
 POINTS = [{"a": a, "b": b} for a in (1, 2, 3, 4) for b in ("x", "y", "z")]

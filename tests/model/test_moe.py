@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.grouped_product import _Grouped, _Sliced, grouped_swiglu, sort_by_expert
-from hsa_compile.model.moe import MoE, _gathered, _pair_by_pair, moe_reference
+from hsa_compile.model.moe import MoE, _gathered, moe_reference, pair_by_pair
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -85,7 +85,7 @@ def test_all_tokens_at_one_expert() -> None:
     assert not moe.gate_up.grad[[0, 1, 2, 4]].any()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("few", [_pair_by_pair, _gathered])
+@pytest.mark.parametrize("few", [pair_by_pair, _gathered])
 def test_short_ways_of_decoding_equal_the_loop(few: object) -> None:
     moe = make_moe(torch.float64, num_shared_experts=0)
     x = torch.randn(3, 13, dtype=torch.float64)

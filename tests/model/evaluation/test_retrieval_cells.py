@@ -10,9 +10,9 @@ from oracle import Oracle
 from small_models import build, small_config
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import GREEDY, TEACHER_FORCED
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import retrieval
-from hsa_compile.model.evaluation.answers import GREEDY, TEACHER_FORCED
 from hsa_compile.model.evaluation.cells import Cell, retrieval_cells
 from hsa_compile.model.evaluation.jobs import run_jobs
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
