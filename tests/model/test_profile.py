@@ -71,7 +71,8 @@ def test_a_baseline_has_no_tuned_kernel() -> None:
     assert found.tuned_share == 0
 
 
-@pytest.mark.parametrize("name", ["step.json", "step.json.gz"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step.json.gz", pytest.param("step.json", marks=pytest.mark.exhaustive)])
 def test_a_trace_is_written_that_a_browser_reads(name: str, tmp_path: Path) -> None:
     profile_step(
         make_step(PREFILL, build(small_config("hsa-ultralong")), batch=1, seq_len=40), CPU, trace=tmp_path / name

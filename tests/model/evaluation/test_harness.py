@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Oracle
-from small_models import build, small_config
+from small_models import build, combinations, one_first, small_config
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer
 from hsa_compile.model.evaluation import continuations, generations
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
@@ -20,12 +21,9 @@ from lm_eval.api.instance import Instance
 from hsa_compile.model.evaluation import harness
 from hsa_compile.model.evaluation.harness import Generation, HarnessModel
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
-    pytest.mark.usefixtures("without_compiler"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
-LONG = "a context that is several windows long, é€😀 and all; " * 4
+LONG = "a context that is several windows long, é€😀 and all; " * 2
 PAIRS = [
     ("Who?", " me"),
     ("Who?", " you and I"),
@@ -74,7 +72,7 @@ def close(dtype: torch.dtype = torch.float64) -> dict[str, float]:
     return {"rel": 1e-9} if dtype == torch.float64 else {"rel": 1e-4}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("variant", "dtype"), combinations(VARIANTS, [torch.float64, torch.float32]))
 def test_log_likelihoods_are_those_of_one_forward_pass(variant: str, dtype: torch.dtype, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant, dtype)
     found = HarnessModel(subject, outcomes).loglikelihood(asked("loglikelihood", PAIRS))
@@ -92,6 +90,7 @@ def test_what_the_model_would_write_is_greedy(outcomes: OutcomeFile) -> None:
     assert found[-1] == (0.0, True)
 
 
+@pytest.mark.parametrize("variant", one_first("drt"))
 def test_rolling_takes_the_whole_text_however_long(variant: str, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant)
     texts = [LONG * 3, "é", LONG, ""]
@@ -120,6 +119,7 @@ def test_a_shared_context_is_read_once(outcomes: OutcomeFile, monkeypatch: pytes
     assert read == [len(LONG.rstrip().encode())]
 
 
+@pytest.mark.parametrize("variant", one_first("swa"))
 def test_alone_or_together_and_in_any_order_answers_are_the_same(variant: str, tmp_path: Path) -> None:
     subject = subject_of(variant)
     answers = {}
@@ -182,6 +182,7 @@ def test_what_was_finished_before_an_interruption_is_kept(
     assert calls == [1] * 6
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_greedy_generation_is_that_of_the_model(variant: str, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant, init_std=1.0)
     prompts = ["a", LONG, "", "and more"]
