@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import build, combinations, small_config
+from small_models import build, combinations, one_first, small_config
 
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
 from hsa_compile.model.config import VARIANTS
@@ -43,6 +43,7 @@ def test_greedy_is_the_most_likely_token_of_the_full_forward(variant: str) -> No
     assert model.generate(prompt, max_new_tokens=6) == [by_full_forward(model, prompt, 6)]
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_rows_of_a_batch_are_as_if_alone(variant: str) -> None:
     model = build(small_config(variant))
     lengths = [22, 4, 17]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import build, one_first, small_config
 
 from hsa_compile.errors import MissingDependency
 from hsa_compile.model.pretrained import from_pretrained, save_pretrained
@@ -34,6 +34,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_auto_classes_read_our_directory(variant: str, tmp_path: Path) -> None:
     ours = build(small_config(variant))
     save_pretrained(ours, tmp_path)

@@ -9,6 +9,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.inference import ModelState, extend, new_state, prefill, upper_reach
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.target import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -33,6 +34,25 @@ def test_pieces_then_tokens_give_the_logits_of_one_shot(variant: str, size: int)
     read = read_in_pieces(model, tokens[:, :50], state, size)
     decoded = read_in_pieces(model, tokens[:, 50:], state, 1)
     torch.testing.assert_close(torch.cat((read, decoded), dim=1), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_kernels_in_cpp_give_the_logits_of_pytorch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(small_config("hsa-ultralong"))
+    tokens = texts(1, 33)
+    read = read_in_pieces(model, tokens[:, :30], new_state(model), 30)
+    state = new_state(model)
+    built = torch.cat(
+        (prefill(model, tokens[:, :30], state)[:, None], read_in_pieces(model, tokens[:, 30:], state, 1)), 1
+    )
+    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
+    this_cpu.cache_clear()
+    with torch.no_grad():
+        whole = model(tokens)
+    this_cpu.cache_clear()
+    torch.testing.assert_close(read, whole[:, :30], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(built, whole[:, 29:], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["hsa-ultralong", "ramba"])

@@ -197,6 +197,7 @@ def test_prefill_runs_the_lower_half_over_all_and_the_rest_over_the_end() -> Non
     assert found["prefill, all devices"].value == pytest.approx(flops / 989e12 / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant"), combinations(list(PRESETS), VARIANTS))
 def test_every_preset_and_variant_has_figures(name: str, variant: str) -> None:
     info = model_info(preset(name, variant), context=4096)

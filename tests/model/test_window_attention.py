@@ -65,6 +65,7 @@ def test_blocks_give_output_and_gradients_of_the_dense_mask(shape: tuple[int, in
     ("T", "past", "window"),
     [(31, 20, 16), *(pytest.param(*s, marks=pytest.mark.exhaustive) for s in ((200, 0, 32), (200, 77, 32)))],
 )
+@pytest.mark.slow
 def test_flex_attention_gives_the_same(T: int, past: int, window: int, bias: str) -> None:
     q, k, v = (x.detach() for x in tensors(T, past))
     slopes = alibi_slopes(6, q.device) if bias == "alibi" else None

@@ -98,6 +98,7 @@ def test_rolling_takes_the_whole_text_however_long(variant: str, outcomes: Outco
     assert found == pytest.approx([plain(subject, b"\0", text.encode())[0] for text in texts], **close())
 
 
+@pytest.mark.slow
 def test_pieces_of_a_long_continuation_add_up(outcomes: OutcomeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuations, "LOGITS", 256 * 5)
     subject = subject_of("hsa-ultralong")
@@ -134,6 +135,7 @@ def test_alone_or_together_and_in_any_order_answers_are_the_same(variant: str, t
             assert answers[name][pair] == (pytest.approx(value, **close()), greedy)
 
 
+@pytest.mark.slow
 def test_small_batches_give_the_same(outcomes: OutcomeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuations, "MAX_ROWS", 2)
     subject = subject_of("hsa-ultralong")
@@ -204,6 +206,7 @@ def test_a_stop_string_ends_a_text_before_it(outcomes: OutcomeFile) -> None:
     assert found == [whole.split(whole[3:5])[0], whole.split(whole[5])[0]]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_differs_from_repeat_to_repeat_and_not_from_run_to_run(tmp_path: Path) -> None:
     subject = subject_of("swa")
     how = {"until": ["\n\n"], "max_gen_toks": 20, "temperature": 1.0, "top_p": 0.95}

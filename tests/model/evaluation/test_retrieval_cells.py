@@ -137,6 +137,7 @@ def spy_on_samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[bytes]]:
     return take
 
 
+@pytest.mark.slow
 def test_all_models_get_the_same_samples_whatever_else_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ print(given_back, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
 def test_what_was_freed_is_not_mapped_again() -> None:
     command = [sys.executable, "-c", _FAULTS_OF_TEN_BLOCKS]

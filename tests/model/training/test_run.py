@@ -62,6 +62,7 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
     assert read_extra(tmp_path / MODEL)["training"]["step"] == 6
 
 
+@pytest.mark.slow
 def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
     model = {"retrieval_scale": 0.5}
     for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
@@ -90,7 +91,10 @@ def test_it_learns(tmp_path: Path, alone: Processes) -> None:
     assert found[-1] < 0.75 * found[0]
 
 
-@pytest.mark.parametrize("variant", ["hsa-ultralong", "drt", "ramba", "swa", "full"])
+@pytest.mark.parametrize(
+    "variant",
+    ["hsa-ultralong", "ramba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("drt", "swa", "full"))],
+)
 def test_every_variant_stops_and_goes_on_bit_for_bit(variant: str, tmp_path: Path, alone: Processes) -> None:
     config = small_run(model={"variant": variant}, steps=4, probe_every=4, probe_samples=1)
     assert train(config, tmp_path / "whole", alone)
@@ -126,6 +130,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, alone: Pr
     assert losses(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_losses(tmp_path: Path, alone: Processes) -> None:
     train(small_run(model=PLAIN), tmp_path / "a", alone)
     train(small_run(model=PLAIN, seed=1), tmp_path / "b", alone)
