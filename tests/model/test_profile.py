@@ -25,7 +25,7 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", [TRAIN, *(pytest.param(k, marks=pytest.mark.exhaustive) for k in STEPS if k != TRAIN)])
 def test_the_shares_sum_to_the_whole_step(kind: str) -> None:
     model = build(small_config("hsa-ultralong"))
     found = profile_step(make_step(kind, model, batch=2, seq_len=40), CPU)
