@@ -125,7 +125,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_moves_weights(alone: Pr
     assert torch.equal(model.embedding.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the tracer's own
 def test_a_compiled_model_makes_the_same_step(alone: Processes) -> None:
     run = small_run(model=NO_NOISE)
