@@ -17,7 +17,7 @@ def start(work: Callable[[], object]) -> int:
         try:
             work()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (told, and the process ends)
             traceback.print_exc()
         finally:
             os._exit(code)
