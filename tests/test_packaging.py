@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 def checked(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -127,23 +127,26 @@ def test_the_new_environment_holds_the_wheel_and_not_this_checkout(elsewhere: Ru
 
 
 def test_it_tunes(elsewhere: Run) -> None:
-    words = ["tune", "--device", "cpu", *SHAPE, "--trials", "2", "--op", "forward", "--json"]
+    words = ["tune", "--device", "cpu", *SHAPE, "--trials", "2", "--op", "forward", "--in-process", "--json"]
     (record,) = json.loads(elsewhere("-m", "hsa_compile", *words))
     assert record["trials"] == 2
 
 
+@pytest.mark.exhaustive
 def test_it_is_compared(elsewhere: Run) -> None:
     words = ["bench", "--device", "cpu", *SHAPE, "--op", "forward", "--against", "gather", "--seconds", "2"]
     shown = elsewhere("-W", "ignore", "-m", "hsa_compile", *words)
     assert {"ours", "gather"} <= set(shown.split())
 
 
+@pytest.mark.exhaustive
 def test_it_evaluates_the_model_that_is_shipped(elsewhere: Run) -> None:
     words = ["eval", "--lengths", "4k", "--samples", "1", "--depths", "0.5", "--out", "evaluation", "--json"]
     results = json.loads(elsewhere("-W", "ignore", "-m", "hsa_compile", *words))
     assert results["retrieval"]
 
 
+@pytest.mark.exhaustive
 def test_it_answers(elsewhere: Run) -> None:
     words = ["generate", "--model", "tiny", "--prompt", NEEDLE, "--max-new-tokens", "4"]
     assert elsewhere("-W", "ignore", "-m", "hsa_compile", *words) == "1234\n"

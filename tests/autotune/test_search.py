@@ -112,6 +112,7 @@ def test_the_search_ends_when_the_space_is_exhausted(cpu: Target) -> None:
     assert result.best.ratio == pytest.approx(min(bench.time_of(schedule) for schedule in bench.valid))
 
 
+@pytest.mark.exhaustive
 def test_a_large_space_is_exhausted_too(bench: Bench) -> None:
     bench.run(max_trials=1000)
     assert Counter(bench.prepared) == Counter(bench.valid)
@@ -129,11 +130,10 @@ def test_failing_candidates_are_counted_by_kind_and_skipped(bench: Bench) -> Non
     errors = [CompileError("no"), OutOfResources("no"), OutOfResources("no"), WrongResult("no")]
     others = [schedule for schedule in bench.valid if schedule != bench.default]
     bench.failing = dict(zip(others, errors, strict=False))
-    result = bench.run(max_trials=1000)
+    result = bench.run(max_trials=9, first=[bench.default, *bench.failing])
     assert result.failures == {"CompileError": 1, "OutOfResources": 2, "WrongResult": 1}
     assert not {trial.schedule for trial in result.trials} & set(bench.failing)
-    assert result.num_tried == len(bench.valid)
-    assert Counter(bench.prepared) == Counter(bench.valid)
+    assert result.num_tried == len(set(bench.prepared)) == len(bench.prepared) == 9
 
 
 def test_failures_count_as_trials(bench: Bench) -> None:
@@ -184,6 +184,7 @@ def test_each_candidate_is_reported_once_failures_included(bench: Bench) -> None
     assert seen == list(range(1, 13))
 
 
+@pytest.mark.exhaustive
 def test_fast_regions_are_asked_for_more_often_than_their_share(cpu: Target) -> None:
     def is_fast(schedule: Schedule) -> bool:
         return schedule.get("tile_rows") == 1024
