@@ -14,6 +14,7 @@ from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
 
 KINDS = ("cuda", "hip", "cpu")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +150,7 @@ def _cpu_name() -> str:
 
 def _cpuinfo(field: str) -> str:
     """What Linux says of the first core; empty where it says nothing."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
     match = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
     return match.group(1).strip() if match else ""
 

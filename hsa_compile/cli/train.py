@@ -67,7 +67,7 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     try:
         if tune:
             tune_for_run(config, processes)
-        pace = Pace(config, processes.world_size)
+        pace = Pace(config, processes.world_size, time.monotonic)
         with _stop_signals(minutes, pace) as stop:
             _run(config, out, processes, resume, stop, pace)
         processes.wait()
@@ -112,8 +112,9 @@ class _Stop:
         self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def __call__(self, step: int) -> bool:
-        """Whether the step shall be the last: of all steps its end is the nearest to that of the time."""
-        return self.signal is not None or 1.5 * self._pace.seconds_a_step(step) >= self.seconds_left
+        """Whether that step shall be the last: of all steps its end is the nearest to that of the time."""
+        nearest = self._pace.seconds_of(step) + self._pace.seconds_of(step + 1) / 2
+        return self.signal is not None or nearest >= self.seconds_left
 
     @property
     def seconds_left(self) -> float:

@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ class Pace:
         clock: in seconds.
     """
 
-    def __init__(self, run: RunConfig, world_size: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run: RunConfig, world_size: int, clock: Callable[[], float]) -> None:
         self._run, self._world_size, self._clock = run, world_size, clock
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._before = 0.0  # when the record before this one came
@@ -52,18 +51,22 @@ class Pace:
         """Whether there were steps enough."""
         return bool(self._recent)
 
-    def seconds_a_step(self, step: int) -> float:
-        """What a step takes on average in the stage of this one; 0 before the pace is known."""
-        return next((seconds for _, seconds in self._stages(step)), 0.0) if self.is_known else 0.0
+    def seconds_of(self, step: int) -> float:
+        """What that step takes, with the probe behind it if there is one; 0 before the pace is known."""
+        seconds = next((seconds for _, seconds in self._stages(step)), 0.0) if self.is_known else 0.0
+        return seconds + self._probe_seconds * (self._probes_before(step + 1) - self._probes_before(step))
 
     def seconds_left(self, step: int) -> float:
-        """Until all steps from this one on are made, probes among them."""
-        return sum(steps * seconds for steps, seconds in self._stages(step))
+        """Until all steps from this one on are made, and all probes."""
+        probes = self._probes_before(self._run.train.steps) - self._probes_before(step)
+        return sum(steps * seconds for steps, seconds in self._stages(step)) + probes * self._probe_seconds
 
     def steps_within(self, step: int, seconds: float) -> int:
         """How many steps from this one on are made in so many seconds, to the nearest."""
-        made = 0
+        made, probe_every = 0, self._run.train.probe_every
         for steps, each in self._stages(step):
+            if probe_every:
+                each += self._probe_seconds / probe_every
             fitting = min(steps, max(0, round(seconds / each)))
             made += fitting
             if fitting < steps:
@@ -73,13 +76,19 @@ class Pace:
 
     def _stages(self, step: int) -> Iterator[tuple[int, float]]:
         """Steps that are left of each stage, and seconds of one: its rows are of any of the stage's lengths."""
-        pace, train = statistics.median(self._recent), self._run.train
-        probe = self._probe_seconds / train.probe_every if train.probe_every else 0.0
+        pace = statistics.median(self._recent)
         for number, end in enumerate(stage_ends(self._run)):
             if step < end:
                 flops = statistics.mean(self._flops(number, length) for length in lengths(self._run.stages[number]))
-                yield end - step, pace * flops + probe
+                yield end - step, pace * flops
                 step = end
+
+    def _probes_before(self, step: int) -> int:
+        """Those of the steps before this one; one more follows the last step of a run."""
+        train = self._run.train
+        if not train.probe_every:
+            return 0
+        return -(-train.steps // train.probe_every) if step >= train.steps else step // train.probe_every
 
     def _count_flops(self, number: int, length: int) -> float:
         """Of a step of that stage with rows of that length, all processes together."""
