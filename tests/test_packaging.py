@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hsa_compile
 
@@ -102,6 +103,23 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path,
         "kernels/templates/triton/hsa_forward_chunk.py.jinja",
     ):
         assert f"hsa_compile/{name}" in names
+
+
+def test_the_wheel_carries_the_licence_that_its_metadata_name(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        assert b"\nLicense-Expression: Apache-2.0\n" in archive.read(metadata)
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{citation["version"]}"\n' in project
+    assert f'\nlicense = "{citation["license"]}"\n' in project
+    assert citation["cff-version"] == "1.2.0"
+    assert all(reference["authors"] and reference["doi"] for reference in citation["references"])
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.run import CHECKPOINTS, MODEL, TrainingRun, saved_config
+from hsa_compile.model.training.step import chosen_precision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
@@ -48,7 +49,7 @@ def train(
 
 
 def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alone: Processes) -> None:
-    config = small_run(probe_every=3, probe_samples=2)
+    config = small_run(probe_every=3, probe_samples=2, precision="auto")
     assert train(config, tmp_path, alone)
     assert saved_config(tmp_path) == config
     found = records(tmp_path)
@@ -63,7 +64,10 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
 
     model = from_pretrained(tmp_path / MODEL)
     assert (model.config.window, model.config.top_k) == (12, 2)  # of the last stage
-    assert read_extra(tmp_path / MODEL)["training"]["step"] == 6
+    trained = read_extra(tmp_path / MODEL)["training"]
+    assert trained["step"] == 6
+    assert trained["config"]["train"]["precision"] == "auto"
+    assert trained["precision"] == chosen_precision("auto", alone.device)
 
 
 @pytest.mark.slow
