@@ -11,7 +11,7 @@ from hsa_compile.autotune.storage import check_address
 from hsa_compile.errors import InvalidArgument
 
 DEFAULT_TRIALS = 40
-DEFAULT_TIMEOUT_S = 45.0
+DEFAULT_TIMEOUT_S = 55.0
 DEFAULT_SAMPLER = SAMPLERS[0]
 MAX_SEED = 2**32 - 1  # of Optuna's samplers
 OPEN_BENCH = "hsa_compile.autotune.bench:open_bench"
@@ -23,7 +23,7 @@ class TuneOptions:
 
     Attributes:
         trials: candidates to try at most, the default included, by all workers of the study.
-        timeout: seconds for everything; the play-off gets a quarter.
+        timeout: seconds for everything; the play-off gets a fifth.
         seed: of the sampler and the inputs.
         distribution: of the picks, one of `inputs.DISTRIBUTIONS`.
         sampler: one of `samplers.SAMPLERS`.
