@@ -80,6 +80,7 @@ def tune(
         should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
             the record is marked incomplete.
         on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
+            Not called where the search was too small (`TuningRecord.shortfall`): its study waits to be gone on with.
         options: fields of `TuneOptions`, such as `trials`, `timeout`, `seed`, `distribution`, `sampler`, `storage`.
 
     Raises:
@@ -124,9 +125,10 @@ def tune(
             clocks_mhz=clocks_mhz(devices[0]),
             complete=not stopped,
         )
-        on_record(record)
-        if not stopped:
-            session.finish()
+        if record.shortfall is None:
+            on_record(record)
+            if not stopped:
+                session.finish()
     return record
 
 
