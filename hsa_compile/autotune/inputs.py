@@ -13,9 +13,9 @@ LOCAL_OVERLAP = 0.8  # share of its picks that a token of `local` takes over fro
 LOCAL_BLOCK = 64  # tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """Arguments of both kernels of one problem.
+    """Arguments of both kernels of one problem; equal to itself only.
 
     Attributes:
         q `[B, T, HQ, D]`, k `[B, S, H, D]`, v `[B, S, H, Dv]`, chunk_indices `[B, T, H, K]` int32,

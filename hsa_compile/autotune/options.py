@@ -25,7 +25,7 @@ class TuneOptions:
 
     Attributes:
         trials: candidates to try at most, the default included, by all workers of the study.
-        timeout: seconds for everything; the play-off gets a quarter.
+        timeout: seconds for everything; the play-off gets a fifth.
         seed: of the sampler and the inputs.
         distribution: of the picks, one of `choices.DISTRIBUTIONS`.
         sampler: one of `choices.SAMPLERS`.

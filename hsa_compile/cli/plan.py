@@ -13,6 +13,7 @@ from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_
 from hsa_compile.cli.search_options import search_options, tune_options
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.record import MIN_TIMED
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
@@ -50,6 +51,8 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
     print_rows(rows, as_json=as_json)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
+        if any(0 < row["trials"] < min(MIN_TIMED, row["candidates"]) for row in rows):
+            click.echo(f"nothing is stored: --trials {options.trials} is too few, {MIN_TIMED} are needed")
 
 
 def _row(

@@ -129,7 +129,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
 
         report_predictions(problems, target, flags["inputs"])
     if as_json:
-        print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
+        print_json([_values(outcome) for outcome in outcomes])
         return
     click.echo()
     one_shape = len(outcomes) == len(ops)
@@ -137,7 +137,8 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     in_rows = preset or (one_shape and len(ops) > 2)
     rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
-    click.echo(f"\nstored in {default_cache().path(target)}")
+    if any(outcome.record.shortfall is None for outcome in outcomes):
+        click.echo(f"\nstored in {default_cache().path(target)}")
 
 
 def _problems(
@@ -233,18 +234,38 @@ def _seconds_left(progress: Progress) -> float:
 
 def _verdict(outcome: Outcome) -> str:
     record = outcome.record
-    found = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default: {record.schedule}"
     how = "cached (--force tunes again)" if outcome.cached else _how(record)
     if record.problem != outcome.problem:
         how += f", tuned as {record.problem.describe()}"
-    return f"{outcome.problem.describe()}: {found} [{how}]"
+    return f"{outcome.problem.describe()}: {_found(record)} [{how}]"
+
+
+def _found(record: TuningRecord) -> str:
+    """What the search gained, or that there is nothing to gain."""
+    tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
+    time = f"{record.measurement.median_ms:.3g} ms"
+    if not record.is_default:
+        return f"{time}, {record.speedup:.2f}x faster than the default, the best of {tried}: {record.schedule}"
+    if record.trials == 1:
+        return f"{time}, the default, and nothing else was tried: {record.schedule}"
+    return f"{time}, the default is already within noise of the best of {tried}: {record.schedule}"
 
 
 def _how(record: TuningRecord) -> str:
-    """Trials, those of them that failed by kind, and what the play-off says."""
+    """Why nothing is stored, else what the play-off says; and the trials that failed, by kind."""
+    if record.shortfall:
+        how = f"nothing is stored: {record.shortfall}; with more --trials or --timeout the same command goes on"
+    else:
+        how = record.verdict if record.complete else "interrupted"
     failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
-    trials = counted(record.trials, "trial") + (f", of them {failed}" if failed else "")
-    return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
+    return f"{how}; failed: {failed}" if failed else how
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    """The record, ready for JSON, with what became of it."""
+    record = outcome.record
+    stored = record.shortfall is None
+    return {**record.to_dict(), "speedup": record.speedup, "cached": outcome.cached, "stored": stored}
 
 
 def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:

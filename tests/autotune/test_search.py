@@ -14,7 +14,7 @@ from hsa_compile.autotune import search as search_module
 from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.search import MODEL_PATIENCE, PATIENCE, SearchResult, Trial, search
-from hsa_compile.autotune.stages import CLEARLY_SLOWER, QUICK_ROUNDS
+from hsa_compile.autotune.stages import CLEARLY_SLOWER, FAR_SLOWER, QUICK_ROUNDS
 from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult
 from hsa_compile.problem import Problem
@@ -206,6 +206,15 @@ def test_a_candidate_that_is_clearly_slower_gets_the_quick_timings_only(bench: B
     bench.run(first=[bench.default, slow, good], max_trials=3)
     assert bench.timed[slow] == QUICK_ROUNDS
     assert bench.timed[good] > QUICK_ROUNDS
+
+
+def test_a_candidate_that_is_far_slower_than_a_long_kernel_is_timed_once(bench: Bench) -> None:
+    slow, good, *_ = (schedule for schedule in bench.valid if schedule != bench.default)
+    bench.time_of = lambda schedule: {slow: 200 * FAR_SLOWER}.get(schedule, 100.0)  # type: ignore[method-assign]
+    result = bench.run(first=[bench.default, slow, good], max_trials=3)
+    assert bench.timed[slow] == 1
+    assert bench.timed[good] >= QUICK_ROUNDS
+    assert [trial.ratio for trial in result.trials] == [1, 2 * FAR_SLOWER, 1]
 
 
 def test_a_search_that_is_asked_to_stop_does_and_gives_back_what_it_began(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
 
-TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "2", "--timeout", "600", "--in-process"]
+TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "5", "--timeout", "600", "--in-process"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 
 
