@@ -11,7 +11,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layer import Layer
 from hsa_compile.model.moe import MoE
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.transformer import HSATransformer, empty_model
 
 TRAINING_OVER_FORWARD = 3  # the backward pass has two products for each of the forward pass
 MAX_CONTEXT = 2**40
@@ -146,12 +146,6 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
         flops=flops,
         kernel_flops=kernel_flops,
     )
-
-
-def empty_model(config: ModelConfig) -> HSATransformer:
-    """The model on the meta device: shapes without values."""
-    with torch.device("meta"):
-        return HSATransformer(config)
 
 
 def _layers(model: HSATransformer) -> Iterator[tuple[Layer, LayerSpec]]:
