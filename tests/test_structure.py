@@ -70,12 +70,24 @@ def test_all_is_what_is_visible() -> None:
         hsa_compile.nonsense  # noqa: B018
 
 
-def test_importing_the_ops_opens_no_cuda_context_and_loads_no_heavy_library() -> None:
+def _run(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_import_loads_no_torch_and_an_op_brings_all_operators_and_the_cache_and_nothing_heavy() -> None:
     script = """
-import sys, torch
+import sys, hsa_compile
+print("torch" in sys.modules)
+import torch
 before = set(sys.modules)
 from hsa_compile import hsa_attention
-print(torch.cuda.is_initialized(), sorted({"optuna", "triton", "jinja2", "click"} & (set(sys.modules) - before)))
+print(torch.cuda.is_initialized())
+heavy = {"optuna", "triton", "jinja2", "click", "torch._dynamo"}
+print(sorted(heavy & (set(sys.modules) - before)))
+names = ("hsa_forward", "hsa_backward", "select_chunks", "select_chunks_backward", "hsa_decode")
+print([name for name in names if not hasattr(torch.ops.hsa_compile, name)])
+from hsa_compile.schedules import cache
+print(cache._cache_of.cache_info().currsize)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False []"
+    assert _run(script).splitlines() == ["False", "False", "[]", "[]", "1"]

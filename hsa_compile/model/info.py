@@ -11,7 +11,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layer import Layer
 from hsa_compile.model.moe import MoE
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.transformer import HSATransformer, empty_model
 
 TRAINING_OVER_FORWARD = 3  # the backward pass has two products for each of the forward pass
 MAX_CONTEXT = 2**40
@@ -157,12 +157,6 @@ def training_flops(model: HSATransformer, context: int, other_chunks: int = 0) -
         other_chunks: chunks that each token sees beside those of its own text.
     """
     return TRAINING_OVER_FORWARD * sum(_flops(model, context, other_chunks)[0].values())
-
-
-def empty_model(config: ModelConfig) -> HSATransformer:
-    """The model on the meta device: shapes without values."""
-    with torch.device("meta"):
-        return HSATransformer(config)
 
 
 def _layers(model: HSATransformer) -> Iterator[tuple[Layer, LayerSpec]]:

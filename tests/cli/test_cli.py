@@ -26,7 +26,7 @@ def no_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     def tune(*_: object, **__: object) -> TuningRecord:
         raise AssertionError("nothing may be tuned here")
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", tune)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", tune)
 
 
 # --- tune
@@ -67,7 +67,7 @@ def test_force_tunes_again(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(problem.op)
         return tune_problem(problem, *rest, **options)
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", spy)
     again = run(*TUNE, "--force")
     assert again.code == 0
     assert "cached" not in again.err
@@ -125,7 +125,7 @@ def test_ctrl_c_keeps_what_was_finished(run: Shell, monkeypatch: pytest.MonkeyPa
         return tune_problem(problem, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hsa_compile.cli.tune.tune_problem", interrupted)
+        patch.setattr("hsa_compile.autotune.tune.tune", interrupted)
         outcome = run(*TUNE)
     assert outcome.code == 130
     assert outcome.out == ""
@@ -335,7 +335,10 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(
 
 def all_commands(group: click.Group, *path: str) -> dict[tuple[str, ...], click.Command]:
     found: dict[tuple[str, ...], click.Command] = {}
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             found |= all_commands(command, *path, name)
         else:

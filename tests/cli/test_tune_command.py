@@ -50,7 +50,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return tune_problem(*arguments, on_progress=show, **options)
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", spy)
     return counts
 
 
@@ -67,7 +67,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return tune_problem(*arguments, on_progress=show, **options)
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", spy)
     return after
 
 

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.inference import extend, new_state
-from hsa_compile.model.info import empty_model, model_info
+from hsa_compile.model.info import model_info
 from hsa_compile.model.presets import PRESETS, preset
+from hsa_compile.model.transformer import empty_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
