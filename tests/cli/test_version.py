@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import click
+import pytest
 import torch
 from click.shell_completion import ShellComplete
 from shell import Shell

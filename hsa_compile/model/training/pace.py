@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hsa_compile.model.info import empty_model, training_flops
+from hsa_compile.model.info import training_flops
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, stage_ends
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.transformer import HSATransformer, empty_model
 
 LEFT_OUT = 2  # steps of a process, in which kernels are built and memory is touched for the first time
 RECENT = 50  # steps that the pace is that of
