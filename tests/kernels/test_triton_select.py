@@ -1,9 +1,11 @@
 """The emitted Triton kernels of chunk selection: interpreted against the reference, and compiled for absent GPUs."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.gumbel import noise_keys
 from hsa_compile.kernels.select_reference import select_chunks_reference, select_weights_reference
-from hsa_compile.problem import Problem
+from hsa_compile.problem import FUSIONS, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
@@ -55,12 +57,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("schedule", FORWARD, ids=str)
-@pytest.mark.parametrize(("fusion", "seed"), [("softmax", None), ("stick_breaking", 7)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
+def in_turns(*lists: Sequence[object]) -> list[object]:
+    """Half of all combinations, in which every pair of values occurs; the other half is for `make test-all`."""
+    combinations = []
+    for places in itertools.product(*(range(len(values)) for values in lists)):
+        chosen = [values[place] for values, place in zip(lists, places, strict=True)]
+        combinations.append(pytest.param(*chosen, marks=[pytest.mark.exhaustive] if sum(places) % 2 else []))
+    return combinations
+
+
+@pytest.mark.parametrize(
+    ("case", "way", "schedule"), in_turns(CASES, [("softmax", None), ("stick_breaking", 7)], FORWARD), ids=str
+)
 def test_picks_and_weights_equal_the_reference(
-    case: dict[str, int], fusion: str, seed: int | None, schedule: Schedule
+    case: dict[str, int], way: tuple[str, int | None], schedule: Schedule
 ) -> None:
+    fusion, seed = way
     T, N, D, K, C, offset = case.values()
     query, landmarks = tensors(T, N, D, torch.float32)
     keys = noise_keys(seed, 2, 2, torch.arange(T) + offset) if seed is not None else None
@@ -75,11 +87,15 @@ def test_picks_and_weights_equal_the_reference(
     assert relative_error(weights, expected_weights) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("fusion", ["softmax", "stick_breaking"])
-@pytest.mark.parametrize("schedule", BACKWARD, ids=str)
-@pytest.mark.parametrize(("D", "K"), [(16, 3), (200, 5)])
-def test_gradients_equal_the_reference(D: int, K: int, schedule: Schedule, fusion: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "schedule", "fusion", "dtype"),
+    in_turns([(16, 3), (200, 5)], BACKWARD, FUSIONS, [torch.float32, torch.bfloat16, torch.float16]),
+    ids=str,
+)
+def test_gradients_equal_the_reference(
+    sizes: tuple[int, int], schedule: Schedule, fusion: str, dtype: torch.dtype
+) -> None:
+    D, K = sizes
     query, landmarks = tensors(7, 6, D, dtype)
     leaves = [x.double().requires_grad_() for x in (query, landmarks)]
     indices, _ = select_chunks_reference(query, landmarks, chunk_size=1, top_k=K)
@@ -127,17 +143,16 @@ from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 rows = []
-for arch in json.loads(sys.argv[1]):
+for arch, (seq_len, head_dim, top_k, more) in json.loads(sys.argv[1]):
     target = Target.parse(arch)
     for op in ("select_chunks", "select_chunks_backward"):
-        for seq_len, head_dim, top_k, more in json.loads(sys.argv[2]):
-            problem = Problem(op=op, seq_len=seq_len, kv_len=65536, num_heads=2, num_kv_heads=2, head_dim=head_dim,
-                              top_k=top_k, **{"dtype": "bfloat16", **more})
-            source = emit(problem, default_schedule(problem, target), target)
-            for kernel in compile_launches(compile_kernel(source).module, target):
-                row = asdict(kernel)
-                row.pop("asm")
-                rows.append({"arch": arch, "shape": [seq_len, head_dim, top_k, more], **row})
+        problem = Problem(op=op, seq_len=seq_len, kv_len=65536, num_heads=2, num_kv_heads=2, head_dim=head_dim,
+                          top_k=top_k, **{"dtype": "bfloat16", **more})
+        source = emit(problem, default_schedule(problem, target), target)
+        for kernel in compile_launches(compile_kernel(source).module, target):
+            row = asdict(kernel)
+            row.pop("asm")
+            rows.append({"arch": arch, "shape": [seq_len, head_dim, top_k, more], **row})
 print(json.dumps(rows))
 """
 COMPILED_SHAPES = [
@@ -151,10 +166,13 @@ COMPILED_SHAPES = [
 
 
 @pytest.mark.slow
-def test_default_schedules_compile_for_four_gpus_without_spills() -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_default_schedules_compile_for_four_gpus_without_spills(every: bool) -> None:
+    in_turns = zip(itertools.cycle(TARGETS), COMPILED_SHAPES, strict=False)
+    points = list(itertools.product(TARGETS, COMPILED_SHAPES) if every else in_turns)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(TARGETS), json.dumps(COMPILED_SHAPES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", SCRIPT, json.dumps(points)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["name"] for row in rows} == {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import build, small_config
+from small_models import build, one_first, small_config
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
@@ -46,6 +46,7 @@ def measure(subject: Subject, texts: Texts, out: Path) -> list[Perplexity]:
         return perplexities(subject, texts, outcomes)
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_it_is_that_of_the_whole_forward(variant: str, corpus: str, tmp_path: Path) -> None:
     subject = subject_of(variant)
     texts = open_texts(subject, corpus, [40, 150], 3)
@@ -76,6 +77,12 @@ def test_the_last_tokens_are_those_of_every_context(corpus: str) -> None:
     assert {len(row) for row in texts.rows} == {400}
     ends = {path.read_bytes()[-400:] for path in (Path(corpus).parent / "text").iterdir()}
     assert all(row.tobytes() in ends for row in texts.rows)
+
+
+def test_the_standard_library_is_read_where_training_does_not(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "stdlib_corpus", lambda split: TokenCorpus(corpus, split=split))
+    found, expected = (open_texts(subject_of(), source, [64, 400], 2).rows for source in ("stdlib", corpus))
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_documents_are_joined_where_too_few_are_long_enough(corpus: str) -> None:
