@@ -1,7 +1,7 @@
 """The schedules of `hsa_attention` in PyTorch, which any CPU runs."""
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import OpBackend, largest_choice
+from hsa_compile.schedules.ops.backend import Choices, OpBackend, largest_choice
 from hsa_compile.schedules.ops.hsa_attention.work import attention_work
 from hsa_compile.schedules.ops.limits import MAX_GATHER_BYTES, gathered_bytes, why_not_super_tile
 from hsa_compile.schedules.schedule import Schedule
@@ -10,7 +10,7 @@ from hsa_compile.target import Target
 _SMALLEST_SUPER_TILE = 512  # tokens; each tile costs the calls of several operators
 _FEW_PICKS = 16  # picks a chunk, below which chunk-stationary tiles are nearly empty
 
-_CHOICES = {
+_CHOICES: Choices = {
     "chunk": {
         "super_tile": (_SMALLEST_SUPER_TILE, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         "tile_rows": (256, 512, 1024, 2048, 4096, 8192, 16384),
