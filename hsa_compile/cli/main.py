@@ -70,7 +70,7 @@ def cli() -> None:
     """Compiler-style autotuning for Hierarchical Sparse Attention (HSA).
 
     Emits attention kernels for the device at hand, searches their schedule, and keeps the winners in a cache that
-    hsa_attention reads when the package is imported.
+    hsa_attention reads when it is imported.
 
     \b
     Start with:
