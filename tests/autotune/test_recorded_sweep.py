@@ -71,8 +71,8 @@ def test_files_of_kernel_tuner_are_read_also_without_their_closing_braces(tmp_pa
 
 
 def test_compressed_files_of_kernel_tuner_are_read_whatever_their_name(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_bytes(gzip.compress(json.dumps(KERNEL_TUNER).encode()))
-    check_kernel_tuner(RecordedSweep.load(tmp_path / "cache"))
+    (tmp_path / "sweep").write_bytes(gzip.compress(json.dumps(KERNEL_TUNER).encode()))
+    check_kernel_tuner(RecordedSweep.load(tmp_path / "sweep"))
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_ctrl_c_keeps_what_was_finished(run: Shell, monkeypatch: pytest.MonkeyPa
 def test_a_cache_that_cannot_be_written_fails_in_one_line(
     run: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "schedules").write_text("a file where the directory should be")
     outcome = run(*TUNE)
     assert outcome.code == 1
