@@ -1,14 +1,17 @@
 """The op against the float64 reference on this CPU: outputs and all four gradients."""
 
+import itertools
 import subprocess
 import sys
 import threading
 import warnings
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from corners import corners
 from torch import Tensor
 
 import hsa_compile
@@ -18,6 +21,8 @@ from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.packing import global_indices
+from hsa_compile.paths import cxx_compiler
+from hsa_compile.problem import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -45,18 +50,25 @@ class Shape:
         return text + "-off_by_one" * self.off_by_one + "-per_head" * self.per_head + f"-x{self.logits:g}"
 
 
+ODD = Shape(T=613, S=613, HQ=4, H=1, C=7, K=5, D=20, Dv=12)
+WIDE = Shape(HQ=48, H=3, D=16, Dv=40, C=19, S=133, off_by_one=True, per_head=True)  # G = 16, D ≠ Dv
+OPTIONS = Shape(HQ=8, H=2, off_by_one=True, per_head=True)
 SHAPES = [
+    # One C++ kernel serves these …
     Shape(),
+    Shape(T=1, S=517, K=8),
+    Shape(T=101, S=33, K=7),  # K beyond the chunks, T > S
+    Shape(logits=1e4),
+    # … one these …
+    WIDE,
+    replace(WIDE, logits=1e4),
+    # … and each of these has one of its own.
+    ODD,
     Shape(HQ=3, H=3, per_head=True),  # G = 1
     Shape(HQ=16, H=1, D=64, Dv=64, C=64, S=300),
-    Shape(HQ=48, H=3, D=16, Dv=40, C=32, S=133, per_head=True),  # D ≠ Dv
-    Shape(T=1, S=517, K=8),
     Shape(B=1, T=1, S=16, HQ=1, H=1, K=1),
-    Shape(T=101, S=33, K=7),  # K beyond the chunks, T > S
-    Shape(T=613, S=613, HQ=4, H=1, C=7, K=5, D=20, Dv=12),
     Shape(off_by_one=True),
-    Shape(off_by_one=True, per_head=True, HQ=8, H=2),
-    Shape(logits=1e4),
+    OPTIONS,
     Shape(logits=1e4, off_by_one=True),
 ]
 
@@ -114,15 +126,21 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
         assert relative_error(one, other) <= tolerance, name
 
 
-FAMILIES = [
-    ("cpp", torch.float32),
-    pytest.param("cpp", torch.bfloat16, marks=pytest.mark.slow),  # building takes a second a shape
-    *(("torch", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
-]
+def family_cases() -> list[Any]:
+    """PyTorch in every dtype and shape, C++ in every shape and vector extension: to build that takes a second each."""
+    slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+    cases = [(shape, "torch", getattr(torch, dtype)) for shape in SHAPES for dtype in DTYPES]
+    for number, shape in enumerate(SHAPES):
+        marks = [] if number < 6 else [slow] if number < 8 else [exhaustive]
+        cases.append(pytest.param(shape, "cpp", torch.float32, marks=marks))
+        marks = [] if number in (0, 3) else [slow] if number in (4, 6) else [exhaustive]
+        cases.append(pytest.param(shape, "cpp-avx2", torch.float32, marks=marks))
+        marks = [slow] if number < 3 else [exhaustive]
+        cases.append(pytest.param(shape, "cpp", torch.bfloat16, marks=marks))
+    return cases
 
 
-@pytest.mark.parametrize(("family", "dtype"), FAMILIES, indirect=["family"], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "family", "dtype"), family_cases(), indirect=["family"], ids=str)
 def test_output_and_gradients_equal_the_reference(shape: Shape, family: str, dtype: torch.dtype) -> None:
     given = arguments(shape, dtype)
     expected = given.run(hsa_attention_reference, torch.float64)
@@ -131,21 +149,28 @@ def test_output_and_gradients_equal_the_reference(shape: Shape, family: str, dty
     assert_close(given.run(hsa_attention), expected, dtype, loosened)
 
 
-# Schedules that cut the work into one tile, and into many.
-CORNERS = [
-    *((WITHOUT_COMPILER, Schedule.of("chunk", super_tile=512, tile_rows=rows)) for rows in (256, 1024)),
-    *((WITHOUT_COMPILER, Schedule.of("token", block_t=block)) for block in (1, 64)),
-    *((CPU, Schedule.of("chunk", super_tile=128, rows=rows, tile_rows=48)) for rows in (2, 6)),
-    (replace(CPU, arch="avx2"), Schedule.of("chunk", super_tile=128, rows=3, tile_rows=96)),
-    (replace(CPU, arch="scalar"), Schedule.of("chunk", super_tile=128, rows=4, tile_rows=384)),
-]
+TARGETS = {
+    "torch": WITHOUT_COMPILER,
+    "cpp": CPU,
+    "avx2": replace(CPU, arch="avx2"),
+    "scalar": replace(CPU, arch="scalar"),
+}
 
 
-@pytest.mark.parametrize(("target", "schedule"), CORNERS, ids=lambda x: x.arch if isinstance(x, Target) else str(x))
-@pytest.mark.parametrize("shape", [SHAPES[7], SHAPES[9], Shape(T=500, S=1300, HQ=4, H=2, K=6)], ids=str)
-def test_every_schedule_gives_the_same_answer_forward_and_backward(
-    shape: Shape, target: Target, schedule: Schedule
-) -> None:
+def schedule_cases() -> list[Any]:
+    shapes = [ODD, OPTIONS, Shape(T=500, S=1300, HQ=4, H=2, K=6)]
+    by_default = {"cpp": ODD, "avx2": OPTIONS}
+    cases = [(shape, "torch") for shape in shapes]
+    for shape, name in itertools.product(shapes, ("cpp", "avx2", "scalar")):
+        mark = pytest.mark.slow if shape == by_default.get(name) else pytest.mark.exhaustive
+        cases.append(pytest.param(shape, name, marks=mark))
+    return cases
+
+
+@pytest.mark.parametrize(("shape", "name"), schedule_cases(), ids=str)
+def test_every_schedule_gives_the_same_answer_forward_and_backward(shape: Shape, name: str) -> None:
+    if name != "torch" and cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
     given = arguments(shape, torch.float32)
     o, *gradients = given.run(hsa_attention_reference, torch.float64)
     scale = shape.D**-0.5
@@ -155,20 +180,18 @@ def test_every_schedule_gives_the_same_answer_forward_and_backward(
             head_dim=shape.D, value_dim=shape.Dv, chunk_size=shape.C, top_k=shape.K,
             softmax_off_by_one=shape.off_by_one, per_head_weights=shape.per_head,
         )  # fmt: skip
-        knobs = dict(schedule)
-        if op == "hsa_forward" and "rows" in knobs:
-            del knobs["tile_rows"]  # a knob of the backward kernel
-        entry = compile_kernel(emit(problem, Schedule.from_dict(knobs), target)).entry
-        inputs = [given.q, given.k, given.v, given.indices, given.weights]
-        if op == "hsa_backward":
-            inputs.append(given.grad_o)
-        results = entry(*inputs, scale=scale)
-        for actual, wanted in zip(results if op == "hsa_backward" else [results], expected, strict=True):
-            assert relative_error(actual, wanted) <= 1e-5
+        for schedule in corners(problem, TARGETS[name]):
+            entry = compile_kernel(emit(problem, schedule, TARGETS[name])).entry
+            inputs = [given.q, given.k, given.v, given.indices, given.weights]
+            if op == "hsa_backward":
+                inputs.append(given.grad_o)
+            results = entry(*inputs, scale=scale)
+            for actual, wanted in zip(results if op == "hsa_backward" else [results], expected, strict=True):
+                assert relative_error(actual, wanted) <= 1e-5, schedule
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(B=1, T=5, S=20, D=3, Dv=4, C=4), Shape(B=1, T=3, S=9, HQ=2, C=3, off_by_one=True)]
+    "shape", [Shape(B=1, T=4, S=8, HQ=2, H=1, D=3, Dv=4, C=4), Shape(B=1, T=3, S=9, HQ=2, D=2, Dv=2, C=3, off_by_one=True)]
 )
 def test_gradcheck(shape: Shape) -> None:
     given = arguments(shape, torch.float64)
