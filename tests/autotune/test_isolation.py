@@ -192,3 +192,9 @@ def test_an_outcome_is_times_or_a_failure() -> None:
         Outcome(stage="full", times_ms=(1.0,), default_times_ms=(1.0, 2.0))
     with pytest.raises(InvalidArgument, match="must be positive"):
         Outcome(stage="full", times_ms=(float("nan"),), default_times_ms=(1.0,))
+
+
+def test_a_ratio_is_the_median_over_rounds() -> None:
+    outcome = Outcome(stage="full", times_ms=(2.0, 3.0, 9.0), default_times_ms=(2.0, 2.0, 3.0))
+    assert outcome.ratio == 1.5
+    assert outcome.median_ms == 3.0

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from hsa_compile.autotune.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.outcome import Outcome
 from hsa_compile.autotune.resources import Resources
 from hsa_compile.autotune.tune import tune
-from hsa_compile.errors import CandidateCrashed, StorageError, WrongResult
+from hsa_compile.errors import (
+    CandidateCrashed,
+    CompileTimedOut,
+    HSACompileError,
+    StorageError,
+    TimedOut,
+    WrongResult,
+)
 from hsa_compile.problem import Problem
 from hsa_compile.schedules import space as space_module
 from hsa_compile.schedules.default import default_schedule
@@ -112,9 +120,20 @@ def test_another_problem_input_default_or_version_is_another_timing(
     assert of_problem(ledger).known() == {}
 
 
-def test_a_failure_that_another_day_may_not_repeat_is_not_known(ledger: Ledger) -> None:
+def test_a_timing_of_another_source_is_not_known(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, schedule = of_problem(ledger), some_schedules()[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("hsa_compile.autotune.ledger.emit", lambda *_: SimpleNamespace(fingerprint="0123456789abcdef"))
+        view.add(schedule, TIMED)
+    assert view.known() == {}
+    view.add(schedule, TIMED)
+    assert view.known() == {schedule: TIMED}
+
+
+@pytest.mark.parametrize("passing", [CandidateCrashed, CompileTimedOut, TimedOut])
+def test_a_failure_that_another_day_may_not_repeat_is_not_known(passing: type[HSACompileError], ledger: Ledger) -> None:
     crashed, wrong, *_ = some_schedules()
-    of_problem(ledger).add(crashed, Outcome.failed("prepare", CandidateCrashed("SIGSEGV")))
+    of_problem(ledger).add(crashed, Outcome.failed("prepare", passing("SIGSEGV, or killed after 20 s")))
     of_problem(ledger).add(wrong, Outcome.failed("prepare", WrongResult("o is off")))
     assert set(of_problem(ledger).known()) == {wrong}
 

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from hsa_compile.autotune import predicted
 from hsa_compile.autotune.predicted import MAX_CANDIDATES, predict_schedule, ranked_candidates
-from hsa_compile.errors import CompileError, InvalidArgument, InvalidTarget
+from hsa_compile.errors import CompileError, InvalidArgument, InvalidTarget, OutOfResources
+from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.record import PREDICTED, TuningRecord
+from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 pytest.importorskip("triton")
@@ -87,6 +91,42 @@ def test_candidates_begin_with_the_default_and_are_of_several_kinds(target: Targ
     assert 20 < len(candidates) <= MAX_CANDIDATES
     assert len(set(candidates)) == len(candidates)
     assert len({(s["num_warps"], s["num_stages"]) for s in candidates[:30]}) > 1
+
+
+class SpillingPool:
+    """Takes the place of the compilers: whatever is no default spills, or does not fit."""
+
+    size = 2
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.num_submitted = 0
+
+    def __enter__(self) -> "SpillingPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, schedule: Schedule) -> "Future[tuple[KernelResources, ...]]":
+        done: Future[tuple[KernelResources, ...]] = Future()
+        self.num_submitted += 1
+        if self.num_submitted == 2:
+            done.set_exception(OutOfResources("too much shared memory"))
+            return done
+        spills = 0 if self.num_submitted == 1 else 8
+        kernel = KernelResources(
+            name="a kernel", registers=64, spills=spills, shared_memory=1024, num_warps=4, matrix_instruction="HGMMA"
+        )
+        done.set_result((kernel,))
+        return done
+
+
+def test_candidates_that_spill_or_do_not_fit_are_counted_and_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predicted, "CompilePool", SpillingPool)
+    monkeypatch.setattr(predicted, "MAX_CANDIDATES", 9)
+    record = predict_schedule(PROBLEM, PRODUCTS["h100"])
+    assert record.schedule == default_schedule(PROBLEM, PRODUCTS["h100"])
+    assert (record.trials, record.failures) == (9, {"OutOfResources": 1, "spills": 7})
 
 
 def test_what_has_no_model_and_a_budget_of_nothing_are_refused() -> None:

@@ -100,12 +100,15 @@ def test_one_trial_is_the_default_alone(prepared: list[Schedule]) -> None:
     assert record.speedup == 1.0
 
 
-def test_the_same_seed_tries_the_same_schedules(prepared: list[Schedule], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampler", ["ours", "random"])
+def test_the_same_seed_tries_the_same_schedules(
+    sampler: str, prepared: list[Schedule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_module, "measure", lambda calls, device, rounds: [[1.0] * rounds for _ in calls])
     orders = []
     for seed in (7, 7, 8):
         prepared.clear()
-        tune(PROBLEM, **{**QUICK, "trials": 5, "timeout": 60.0, "seed": seed})
+        tune(PROBLEM, **{**QUICK, "trials": 5, "timeout": 60.0, "seed": seed, "sampler": sampler})
         orders.append(list(prepared))
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]

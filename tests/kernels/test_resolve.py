@@ -4,17 +4,21 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hsa_compile
 from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
+from hsa_compile.kernels import native, select_ops, torch_ops
 from hsa_compile.kernels import resolve as resolve_module
+from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.resolve import resolve, set_on_miss
-from hsa_compile.problem import Problem
+from hsa_compile.problem import OPS, SELECT_OPS, Problem
 from hsa_compile.schedules import cache as cache_module
 from hsa_compile.schedules.cache import default_cache, tuned_for
 from hsa_compile.schedules.default import default_schedule
@@ -179,3 +183,64 @@ def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cache_module.ScheduleCache, "candidates", again)
     assert tuned_for(PROBLEM, Target.parse("cpu")) is first
+
+
+def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def build(source: Path, library: Path, arch: str) -> None:
+        built.append(arch)
+        library.write_bytes(b"a library")
+
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(native.ctypes, "CDLL", Path)
+    source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    for content in (b"a libr", b"", b"a librarY"):
+        assert native.load_library(source, "avx2").read_bytes() == b"a library"
+        library.write_bytes(content)
+    assert native.load_library(source, "avx2").read_bytes() == b"a library"
+    assert native.load_library(source, "avx2").read_bytes() == b"a library"
+    assert len(built) == 4
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_algorithms_of_pytorch_ask_for_deterministic_schedules(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, bool] = {}
+
+    def remembered(key: Any, target: Target, problem: Callable[[], Problem]) -> Kernel:
+        asked[problem().op] = problem().deterministic
+        return resolve_module.remembered(key, target, problem)
+
+    for module in (torch_ops, select_ops):
+        monkeypatch.setattr(module, "remembered", remembered)
+    x = torch.randn(1, 64, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        picks = hsa_compile.select_chunks(x, x[:, ::16], chunk_size=16, top_k=2)
+        hsa_compile.hsa_attention(x, x, x, *picks, chunk_size=16).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == dict.fromkeys((*OPS, *SELECT_OPS), wanted)
+
+
+OPTIONS: list[dict[str, bool]] = [{}, {"softmax_off_by_one": True}, {"mask_last_token": True}]
+
+
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS[::-1]], ids=["plain first", "plain last"])
+def test_calls_that_differ_in_an_option_alone_get_kernels_of_their_own(options: list[dict[str, bool]]) -> None:
+    q, k, v = torch.randn(3, 1, 12, 2, 8, dtype=torch.float64)
+    picks, weights = torch.randint(-1, 3, (1, 12, 2, 2)), torch.rand(1, 12, 2, 2, dtype=torch.float64)
+    k_pages, v_pages = (x.unflatten(1, (3, 4)).transpose(2, 3)[0].contiguous() for x in (k, v))
+    for chosen in options:
+        o = hsa_compile.hsa_attention(q, k, v, picks, weights, chunk_size=4, **chosen)
+        torch.testing.assert_close(
+            o, hsa_compile.hsa_attention_reference(q, k, v, picks, weights, chunk_size=4, **chosen)
+        )
+        for table in (None, torch.tensor([[2, 0, 1]])):
+            args = (q, k_pages, v_pages, picks, weights)
+            o = hsa_compile.hsa_decode(*args, page_table=table, **chosen)
+            torch.testing.assert_close(o, hsa_compile.hsa_decode_reference(*args, page_table=table, **chosen))

@@ -260,14 +260,21 @@ def test_strided_inputs_and_one_gradient_alone_are_fine() -> None:
 
 
 @both_families
-def test_same_bits_twice(family: str) -> None:
+def test_several_threads_give_what_one_does_and_the_same_bits_twice(family: str) -> None:
     shape = Shape(T=2500, N=300, C=5)
+    before = torch.get_num_threads()
     results = []
-    for _ in range(2):
-        leaves = [x.requires_grad_() for x in normal(shape)]
-        weights = select_chunks(*leaves, **shape.options(), deterministic=True)[1]
-        results.append([weights, *torch.autograd.grad(weights.sin().sum(), leaves)])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    try:
+        for threads in (3, 3, 1):
+            torch.set_num_threads(threads)
+            leaves = [x.requires_grad_() for x in normal(shape)]
+            weights = select_chunks(*leaves, **shape.options(), deterministic=True)[1]
+            results.append([weights.detach(), *torch.autograd.grad(weights.sin().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for one, again, alone in zip(*results, strict=True):
+        assert torch.equal(one, again)
+        assert relative_error(one, alone) <= 1e-5
 
 
 class LargestTensor(TorchDispatchMode):

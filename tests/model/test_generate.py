@@ -60,6 +60,13 @@ def test_rows_of_a_batch_are_as_if_alone(variant: str) -> None:
         assert len(together[0]) <= 2
 
 
+def test_of_stop_sequences_that_end_together_the_longest_is_left_out() -> None:
+    model, prompt = build(small_config("swa")), text(12)
+    options = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
+    free = generate(model, prompt, **options)[0]
+    assert generate(model, prompt, stop=[free[2:4], free[1:4], free[3:5]], **options) == [free[:1]]
+
+
 def test_sampling_repeats_with_its_seed_and_only_then() -> None:
     model, prompt = build(small_config("swa")), text(12)
     drawn = [generate(model, prompt, max_new_tokens=30, temperature=1.5, seed=seed) for seed in (3, 3, 4)]

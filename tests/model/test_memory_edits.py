@@ -68,15 +68,17 @@ def test_dropped_chunks_make_room_for_others(placement: str, tmp_path: Path) -> 
     assert memory.pages.num_pages == pages
 
 
-def test_rows_drop_as_many_as_they_are_told() -> None:
+@pytest.mark.parametrize("kept", [(4, 1), (1, 4)], ids=["of the newest pages", "of older ones"])
+def test_rows_drop_as_many_as_they_are_told(kept: tuple[int, int]) -> None:
     memory = empty(batch=2)
     first, more = chunks(4, 0, batch=2), chunks(3, 1, batch=2)
     memory.append(*first)
-    memory.truncate([4, 1])
+    memory.truncate(kept)
     memory.append(*more)
-    assert memory.num_chunks == [7, 4]
-    assert_holds(memory, 0, 0, tuple(torch.cat((a[0], b[0])) for a, b in zip(first, more, strict=True)))
-    assert_holds(memory, 1, 0, tuple(torch.cat((a[1, :1], b[1])) for a, b in zip(first, more, strict=True)))
+    assert memory.num_chunks == [count + 3 for count in kept]
+    for row, count in enumerate(kept):
+        parts = zip(first, more, strict=True)
+        assert_holds(memory, row, 0, tuple(torch.cat((a[row, :count], b[row])) for a, b in parts))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -58,6 +58,10 @@ def test_a_damaged_file_is_refused(exported: Path) -> None:
     exported.write_text(text.replace('"trials": 12', '"trials": 13', 1))
     with pytest.raises(InvalidArgument, match="its checksum does not fit"):
         import_records(exported)
+    content = json.loads(text)
+    exported.write_text(json.dumps({**content, "entries": content["entries"][:1]}))
+    with pytest.raises(InvalidArgument, match="its checksum does not fit"):
+        import_records(exported)
     exported.write_text(text[: len(text) // 2])
     with pytest.raises(InvalidArgument, match="is no whole JSON file"):
         import_records(exported)

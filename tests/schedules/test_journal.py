@@ -134,6 +134,15 @@ def test_lines_come_back_as_they_were_added(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.json") == []
 
 
+def test_a_line_takes_the_place_of_what_a_killed_writer_left(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    append_line(path, b"one")
+    with journal_path(path).open("ab") as file:
+        file.write(b"torn")
+    append_line(path, b"two")
+    assert read_lines(path) == [b"one", b"two"]
+
+
 PUT_MANY = """
 import json, sys, time
 from dataclasses import replace

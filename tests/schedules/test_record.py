@@ -1,11 +1,17 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hsa_compile import paths
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules import source_version
 from hsa_compile.schedules.record import Measurement, TuningRecord
+from hsa_compile.target import Target
 
 MakeRecord = Callable[..., TuningRecord]
 TIMES: dict[str, Any] = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1, "repeats": 3}
@@ -45,6 +51,22 @@ def test_a_record_knows_the_templates_of_its_op(make_record: MakeRecord) -> None
     sources = {make_record(op=op, deterministic=False).kernel_source for op in ("hsa_forward", "hsa_backward")}
     assert len(sources) == 2
     assert all(len(source) == 12 for source in sources)
+
+
+def test_another_text_of_a_template_is_another_kernel_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_problem: Callable[..., Problem], gpu: Target
+) -> None:
+    copy = tmp_path / "templates"
+    shutil.copytree(paths.TEMPLATE_DIR, copy)
+    monkeypatch.setattr(source_version, "TEMPLATE_DIR", copy)
+    monkeypatch.setattr(source_version, "_digest", source_version._digest.__wrapped__)  # which is not remembered
+    versions = [source_version.source_version(make_problem(), gpu)]
+    for name in ("hsa_forward_chunk.py.jinja", "_rows.py.jinja", "hsa_backward_chunk.py.jinja"):
+        with (copy / "triton" / name).open("a") as file:
+            file.write("# another text\n")
+        versions.append(source_version.source_version(make_problem(), gpu))
+    assert len(set(versions)) == 3
+    assert versions[2] == versions[3]  # the text of another op
 
 
 def test_a_dict_gives_back_the_same_record(make_record: MakeRecord) -> None:

@@ -133,6 +133,16 @@ def test_a_block_that_gathers_too_many_bytes_is_refused_but_a_single_token_never
     assert "gathers" in (space.why_invalid(problem, Schedule.of("token", block_t=blocks[-1]), CPU) or "")
 
 
+@both_ops
+def test_what_does_not_fit_in_shared_memory_is_refused(op: str) -> None:
+    problem, gpu = problem_of(op), NAMED_TARGETS["sm_90"]
+    schedule = default_schedule(problem, gpu)
+    small = replace(gpu, shared_memory=1024)
+    reason = SearchSpace.of(problem, small).why_invalid(problem, schedule, small)
+    assert reason is not None
+    assert "bytes of shared memory" in reason
+
+
 @pytest.mark.parametrize("target", NAMED_TARGETS.values(), ids=NAMED_TARGETS)
 @both_ops
 def test_a_gpu_has_no_schedule_for_float64(op: str, target: Target) -> None:

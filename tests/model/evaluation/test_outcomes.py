@@ -58,12 +58,13 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: int, data: bytes) -> int:
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_a_full_disk_is_one_error(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     with OutcomeFile(tmp_path) as outcomes:
-        monkeypatch.setattr("hsa_compile.model.evaluation.outcomes.os.write", full)
+        monkeypatch.setattr(f"hsa_compile.model.evaluation.outcomes.os.{step}", full)
         with pytest.raises(SaveError, match="No space left on device; what was finished is kept"):
             outcomes.add([({"index": 0}, {"correct": True})])
         assert outcomes.get({"index": 0}) is None

@@ -78,6 +78,12 @@ def test_the_last_tokens_are_those_of_every_context(corpus: str) -> None:
     assert all(row.tobytes() in ends for row in texts.rows)
 
 
+def test_the_standard_library_is_read_where_training_does_not(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "stdlib_corpus", lambda split: TokenCorpus(corpus, split=split))
+    found, expected = (open_texts(subject_of(), source, [64, 400], 2).rows for source in ("stdlib", corpus))
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_documents_are_joined_where_too_few_are_long_enough(corpus: str) -> None:
     texts = open_texts(subject_of(), corpus, [40, 2000], 3)
     assert not texts.are_documents

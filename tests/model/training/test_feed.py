@@ -1,17 +1,22 @@
 """Batches are functions of (seed, step, rank), made ahead in order."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from small_runs import small_run
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.manifest import TRAIN, VALIDATION
+from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
+from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.feed import AHEAD, Feed, make_batch
 from hsa_compile.model.training.stages import StepPlan, plan_step
-from hsa_compile.model.training.text import check_rows, held_out_mixture, mixtures
+from hsa_compile.model.training.text import check_rows, held_out_mixture, mixtures, open_corpus
 
 
 def test_a_feed_that_begins_later_gives_the_same_batches() -> None:
@@ -86,3 +91,16 @@ def test_held_out_rows_come_from_the_last_stage() -> None:
     run = small_run()
     assert isinstance(held_out_mixture(run, None), Mixture)
     assert held_out_mixture(run, None).min_distance == 12
+
+
+def test_held_out_rows_come_from_the_validation_split_where_it_is_long_enough(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " * 40)
+    prepare(find_sources(sorted(tmp_path.glob("*.txt"))), tmp_path / "corpus", validation=0.5)
+    for length, split in ((64, VALIDATION), (10_000, TRAIN)):
+        stage = {"seq_len": length, "batch_tokens": length, "synthetic_share": 0.0}
+        values = {**small_run().to_dict(), "stages": [stage]}
+        run = from_dict({**values, "data": {"corpus": str(tmp_path / "corpus")}})
+        held_out = held_out_mixture(run, open_corpus(run)).corpus
+        assert held_out is not None
+        assert held_out.split == split

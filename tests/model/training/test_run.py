@@ -1,5 +1,6 @@
 """A run in its directory: what it leaves, that it learns, and that it goes on bit for bit."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
     assert [record["step"] for record in found if "loss" in record] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in found if "probe" in record] == [3, 6]
     assert [record["stage"] for record in found if "loss" in record] == [0, 0, 0, 1, 1, 1]
+    lengths = [record["seq_len"] for record in found if "loss" in record]
+    whole_rows = itertools.accumulate(300 // length * length for length in lengths)  # of the 300 tokens of a step
+    assert [record["tokens"] for record in found if "loss" in record] == list(whole_rows)
     assert all("retrieval_entropy" in record for record in found if "loss" in record and record["step"] % 3 == 0)
     assert [read_state(path).step for path in checkpoints(tmp_path / CHECKPOINTS)] == [4, 6]
 

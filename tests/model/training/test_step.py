@@ -17,26 +17,28 @@ pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarni
 NO_NOISE = {"selection_noise": False}
 
 
-def batch(rows: int = 4, length: int = 40) -> StepBatch:
+def batch(rows: int = 4, length: int = 40, step: int = 5) -> StepBatch:
     generator = torch.Generator().manual_seed(1)
     is_answer = torch.zeros(rows, length, dtype=torch.bool)
     is_answer[:-1, -4:] = True  # the last row has none
     weights = torch.full((rows, length), 0.2).masked_fill(is_answer, 1.0)
     weights[:, 0] = 0
     return StepBatch(
-        plan=StepPlan(step=5, stage=0, length=length, num_rows=rows),
+        plan=StepPlan(step=step, stage=0, length=length, num_rows=rows),
         tokens=torch.randint(256, (rows, length), generator=generator),
         weights=weights,
         is_answer=is_answer,
     )
 
 
-def after_step(run: RunConfig, alone: Processes, *, checkpoint: bool = False) -> tuple[LossModel, StepResult]:
+def after_step(
+    run: RunConfig, alone: Processes, *, checkpoint: bool = False, step: int = 5
+) -> tuple[LossModel, StepResult]:
     torch.manual_seed(0)
     model = HSATransformer(run.model).train()
     model.checkpoint_activations = checkpoint
     loss_model = LossModel(model, run.train.loss_chunk)
-    result = run_step(loss_model, make_optimizer(model, run.train), batch(), run.train, alone)
+    result = run_step(loss_model, make_optimizer(model, run.train), batch(step=step), run.train, alone)
     return loss_model, result
 
 
@@ -83,8 +85,24 @@ def test_activation_checkpointing_makes_the_same_step_bit_for_bit(alone: Process
 
 
 def test_noise_depends_on_the_step_and_the_seed(alone: Processes) -> None:
-    assert after_step(small_run(), alone)[1].loss == after_step(small_run(), alone)[1].loss
-    assert after_step(small_run(), alone)[1].loss != after_step(small_run(model=NO_NOISE), alone)[1].loss
+    def loss(run: RunConfig, step: int = 5) -> float:
+        return after_step(run, alone, step=step)[1].loss
+
+    assert loss(small_run()) == loss(small_run())
+    assert len({loss(small_run()), loss(small_run(), step=6), loss(small_run(seed=1))}) == 3
+    assert loss(small_run(model=NO_NOISE)) == loss(small_run(model=NO_NOISE, seed=1), step=6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_the_gradient_is_clipped_to_its_norm(clip: float, alone: Processes) -> None:
+    run = small_run(model=NO_NOISE, clip=clip)
+    torch.manual_seed(0)
+    loss_model = LossModel(HSATransformer(run.model).train(), run.train.loss_chunk)
+    before = [weight.detach().clone() for weight in loss_model.parameters()]
+    result = run_step(loss_model, torch.optim.SGD(loss_model.parameters()), batch(), run.train, alone)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(loss_model.parameters(), before, strict=True)]).norm().item()
+    assert result.grad_norm > 0.02
+    assert moved == pytest.approx(result.lr * (clip or result.grad_norm), rel=1e-2)
 
 
 def test_balancing_biases_move_by_the_configured_rate(alone: Processes) -> None:
