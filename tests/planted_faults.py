@@ -32,7 +32,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).with_suffix(".toml")
 
-FAST, DEFAULT = "not slow", ""  # what `pytest -m` takes for the two suites
+FAST, DEFAULT = "not slow and not exhaustive", "not exhaustive"  # what `pytest -m` takes for the two suites
 
 _TIMEOUT_S = 1200  # of one run of pytest; a fault may make a loop endless
 _FAILED, _NONE_CHOSEN = 1, 5  # exit codes of pytest
