@@ -6,26 +6,38 @@ TUNE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help install tune test test-fast lint bench docs clean
+.PHONY: help install tune test test-fast test-all lint bench docs clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: $(VENV)/.installed  ## the package and what its tests need, in .venv
+# Two steps, so that who tunes does not wait for what only the tests import.
+install: $(VENV)/.tests  ## the package and what its tests need, in .venv
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@echo "Installing hsa-compile, PyTorch and what else it runs on into $(VENV). This happens once and takes minutes."
+	$(PIP_INSTALL) .
 	touch $@
 
-tune: install  ## detect the device, tune the default problem, print the result
+$(VENV)/.tests: $(VENV)/.runtime
+	@echo "Installing what the tests, the linters and the documentation need into $(VENV). This happens once."
+	$(PIP_INSTALL) '.[test]'
+	touch $@
+
+tune: $(VENV)/.runtime  ## detect the device, tune the default problem, print the result
 	$(BIN)/hsa-compile tune $(TUNE_ARGS)
 
-test: install lint  ## lint, types, and every test
+test: install lint  ## lint, types, and the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: install  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not exhaustive' $(PYTEST_ARGS)
+
+test-all: install lint  ## the same as test, and the exhaustive tests
+	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

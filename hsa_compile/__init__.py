@@ -3,25 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hsa_compile.errors import HSACompileError
-from hsa_compile.kernels.compile import Kernel, compile_kernel
-from hsa_compile.kernels.decode_reference import hsa_decode_reference
-from hsa_compile.kernels.emit import KernelSource, emit
-from hsa_compile.kernels.hsa_attention import hsa_attention
-from hsa_compile.kernels.hsa_decode import hsa_decode
-from hsa_compile.kernels.reference import hsa_attention_reference
-from hsa_compile.kernels.resolve import resolve
-from hsa_compile.kernels.select_chunks import select_chunks
-from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.log import set_up_logging
-from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import ScheduleCache, default_cache, tuned_for
-from hsa_compile.schedules.default import default_schedule
-from hsa_compile.schedules.lookup import Lookup
-from hsa_compile.schedules.record import Measurement, TuningRecord
-from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.target import Target
 
 if TYPE_CHECKING:
     from hsa_compile.autotune.check import check
@@ -29,6 +11,24 @@ if TYPE_CHECKING:
     from hsa_compile.autotune.on_miss import set_autotune
     from hsa_compile.autotune.predicted import predict_schedule
     from hsa_compile.autotune.tune import tune
+    from hsa_compile.errors import HSACompileError
+    from hsa_compile.kernels.compile import Kernel, compile_kernel
+    from hsa_compile.kernels.decode_reference import hsa_decode_reference
+    from hsa_compile.kernels.emit import KernelSource, emit
+    from hsa_compile.kernels.hsa_attention import hsa_attention
+    from hsa_compile.kernels.hsa_decode import hsa_decode
+    from hsa_compile.kernels.reference import hsa_attention_reference
+    from hsa_compile.kernels.resolve import resolve
+    from hsa_compile.kernels.select_chunks import select_chunks
+    from hsa_compile.kernels.select_reference import select_chunks_reference
+    from hsa_compile.problem import Problem
+    from hsa_compile.schedules.cache import ScheduleCache, default_cache, tuned_for
+    from hsa_compile.schedules.default import default_schedule
+    from hsa_compile.schedules.lookup import Lookup
+    from hsa_compile.schedules.record import Measurement, TuningRecord
+    from hsa_compile.schedules.schedule import Schedule
+    from hsa_compile.schedules.space import SearchSpace
+    from hsa_compile.target import Target
 
 __version__ = "0.1.0"
 
@@ -63,25 +63,54 @@ __all__ = [
     "tuned_for",
 ]
 
-# Tuning needs Optuna, which takes longer to import than all of the rest: a process that only runs never pays.
-_LAZY = {
+# Where each name is defined. A name is imported when it is first asked for, so that the command line answers --help
+# without PyTorch, and a process that only runs kernels never loads Optuna.
+_HOMES = {
+    "HSACompileError": "hsa_compile.errors",
+    "Kernel": "hsa_compile.kernels.compile",
+    "KernelSource": "hsa_compile.kernels.emit",
+    "Lookup": "hsa_compile.schedules.lookup",
+    "Measurement": "hsa_compile.schedules.record",
+    "Problem": "hsa_compile.problem",
+    "Schedule": "hsa_compile.schedules.schedule",
+    "ScheduleCache": "hsa_compile.schedules.cache",
+    "SearchSpace": "hsa_compile.schedules.space",
+    "Target": "hsa_compile.target",
+    "TuningRecord": "hsa_compile.schedules.record",
     "check": "hsa_compile.autotune.check",
+    "compile_kernel": "hsa_compile.kernels.compile",
+    "default_cache": "hsa_compile.schedules.cache",
+    "default_schedule": "hsa_compile.schedules.default",
+    "emit": "hsa_compile.kernels.emit",
+    "hsa_attention": "hsa_compile.kernels.hsa_attention",
+    "hsa_attention_reference": "hsa_compile.kernels.reference",
+    "hsa_decode": "hsa_compile.kernels.hsa_decode",
+    "hsa_decode_reference": "hsa_compile.kernels.decode_reference",
     "measure": "hsa_compile.autotune.measure",
     "predict_schedule": "hsa_compile.autotune.predicted",
+    "resolve": "hsa_compile.kernels.resolve",
+    "select_chunks": "hsa_compile.kernels.select_chunks",
+    "select_chunks_reference": "hsa_compile.kernels.select_reference",
     "set_autotune": "hsa_compile.autotune.on_miss",
     "tune": "hsa_compile.autotune.tune",
+    "tuned_for": "hsa_compile.schedules.cache",
 }
+_OPS = ("hsa_attention", "select_chunks", "hsa_decode")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # The ops come together, so that whoever imports one finds all of torch.ops.hsa_compile.
+    for each in _OPS if name in _OPS else (name,):
+        globals()[each] = getattr(importlib.import_module(_HOMES[each]), each)
+    if name in _OPS:  # the cache is read now, not by the first call of an op
+        importlib.import_module("hsa_compile.schedules.cache").default_cache()
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})
 
 
 set_up_logging()
-default_cache()

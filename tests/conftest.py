@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hsa_compile.kernels import compile as compile_module
+from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.target import this_cpu
 
 # What `--cpu` may be → what PyTorch calls it in ATEN_CPU_CAPABILITY; each executes what stands before it, too.
@@ -56,14 +57,14 @@ def why_not_executed(arch: str) -> str | None:
 @pytest.fixture(autouse=True)
 def _executed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips a test when it comes to run C++ for a vector extension that this CPU, or that of `--cpu`, has not."""
-    load = compile_module.load_library
+    compile_native = compile_module._compile_native
 
-    def load_if_executed(source: Path, arch: str) -> object:
-        if reason := why_not_executed(arch):
+    def compile_if_executed(source: KernelSource) -> object:
+        if reason := why_not_executed(source.target.arch):
             pytest.skip(reason)
-        return load(source, arch)
+        return compile_native(source)
 
-    monkeypatch.setattr(compile_module, "load_library", load_if_executed)
+    monkeypatch.setattr(compile_module, "_compile_native", compile_if_executed)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,15 @@
 """What the README prints, runs."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from shown_commands import check_shown_commands
+
+from hsa_compile.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 CLAIMS = {  # by the name that a block binds last
@@ -19,12 +19,13 @@ CLAIMS = {  # by the name that a block binds last
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.HSACompileWarning")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_python_example_runs_as_printed(block: str) -> None:
     claims = [claim for name, claim in CLAIMS.items() if f"{name} = " in block]
     assert claims, "a block that nothing is claimed of"
-    script = block + "\n" + "\n".join(claims)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+    exec(compile(block + "\n" + "\n".join(claims), "README.md", "exec"), {"__name__": "__readme__"})
 
 
 def test_there_is_an_example() -> None:
@@ -32,22 +33,32 @@ def test_there_is_an_example() -> None:
 
 
 @pytest.mark.slow
-def test_the_way_from_tuning_to_answers_runs_as_printed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.HSACompileWarning")
+@pytest.mark.parametrize(
+    "small", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["small", "as-printed"]
+)
+def test_the_way_from_tuning_to_answers_runs_as_printed(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     fenced = re.findall(r"^```\w*\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     (lines,) = (block for block in fenced if "\nhsa-compile train" in block)
-    environment = {**os.environ, "HSA_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     for line in lines.splitlines():
         words = shlex.split(line, comments=True)
-        assert words.pop(0) == "hsa-compile"
-        if words[0] == "tune":
-            words += ["--trials", "1", "--timeout", "1"]
+        if words[1] == "tune":
+            words += ["--trials", "1", "--timeout", "1", "--in-process"]
         if "--minutes" in words:
-            words[words.index("--minutes") + 1] = "0.1"
-        done = subprocess.run(
-            [sys.executable, "-m", "hsa_compile", *words],
-            capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+            words[words.index("--minutes") + 1] = "0.001" if small else "0.1"
+        if small and "--preset" in words:
+            words += ["--seq-len", "256"] if words[1] == "tune" else ["--steps", "1"]
+        if small and "--lengths" in words:
+            words[words.index("--lengths") + 1] = "256"
+            words[words.index("--samples") + 1] = "1"
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, line
     assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["retrieval"]
 
 

@@ -32,15 +32,18 @@ def imports_of(path: Path) -> list[str]:
     return [name for name in names if name.split(".")[0] == "hsa_compile"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down_only(path: Path) -> None:
-    parts = path.relative_to(PACKAGE).parts
-    if len(parts) == 1 and parts[0] in DOORS:
-        return
-    room = room_of(parts)
-    for name in imports_of(path):
-        other = room_of(tuple(name.split(".")[1:]))
-        assert other == room or RANKS.get(other, 0) < RANKS.get(room, 0), f"{path} imports {name}"
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in MODULES:
+        parts = path.relative_to(PACKAGE).parts
+        if len(parts) == 1 and parts[0] in DOORS:
+            continue
+        room = room_of(parts)
+        for name in imports_of(path):
+            other = room_of(tuple(name.split(".")[1:]))
+            if other != room and RANKS.get(other, 0) >= RANKS.get(room, 0):
+                wrong.append(f"{path} imports {name}")
+    assert not wrong
 
 
 def test_every_folder_has_a_rank() -> None:
@@ -48,11 +51,10 @@ def test_every_folder_has_a_rank() -> None:
     assert folders <= set(RANKS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_is_a_room(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    assert not text or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+def test_a_file_is_a_room() -> None:
+    texts = {path: path.read_text() for path in MODULES}
+    assert not [path for path, text in texts.items() if len(text.splitlines()) > 400]
+    assert not [path for path, text in texts.items() if text and not ast.get_docstring(ast.parse(text))]
 
 
 def test_the_environment_is_read_in_one_place() -> None:
@@ -69,26 +71,23 @@ def test_all_is_what_is_visible() -> None:
 
 
 def _run(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def test_import_is_cheap_beyond_torch() -> None:
+def test_import_loads_no_torch_and_an_op_brings_all_operators_and_the_cache_and_nothing_heavy() -> None:
     script = """
-import torch, time
-start = time.process_time()
-import hsa_compile
-print(time.process_time() - start)
-"""
-    # Processor time, and the least of several: what else runs on the machine can only add.
-    assert min(float(_run(script)) for _ in range(7)) <= 0.060
-
-
-def test_import_opens_no_cuda_context_and_loads_no_heavy_library() -> None:
-    script = """
-import sys, torch
+import sys, hsa_compile
+print("torch" in sys.modules)
+import torch
 before = set(sys.modules)
-import hsa_compile
-print(torch.cuda.is_initialized(), sorted({"optuna", "triton", "jinja2", "click"} & (set(sys.modules) - before)))
+from hsa_compile import hsa_attention
+print(torch.cuda.is_initialized())
+heavy = {"optuna", "triton", "jinja2", "click", "torch._dynamo"}
+print(sorted(heavy & (set(sys.modules) - before)))
+names = ("hsa_forward", "hsa_backward", "select_chunks", "select_chunks_backward", "hsa_decode")
+print([name for name in names if not hasattr(torch.ops.hsa_compile, name)])
+from hsa_compile.schedules import cache
+print(cache._cache_of.cache_info().currsize)
 """
-    assert _run(script).strip() == "False []"
+    assert _run(script).splitlines() == ["False", "False", "[]", "[]", "1"]

@@ -1,12 +1,14 @@
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hsa_compile import target as target_module
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
-from hsa_compile.target import KINDS, NAMED_TARGETS, Target
+from hsa_compile.target import KINDS, NAMED_TARGETS, Target, cpu_multiplies_bfloat16
 
 FIELDS: dict[str, Any] = {"kind": "cpu", "name": "Some CPU @ 3.0GHz", "arch": "avx512", "num_cores": 4}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
@@ -101,3 +103,27 @@ def test_a_product_can_be_named_without_being_there(name: str, arch: str) -> Non
     assert target.name != arch
     assert target.num_cores == NAMED_TARGETS[arch].num_cores
     assert target.slug not in {named.slug for named in NAMED_TARGETS.values()}
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "capability", "answer"),
+    [
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_bf16 vaes", "AVX512", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile", "AVX512", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_bf16 vaes", "AVX2", False),  # PyTorch was told so
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", "AVX512", False),
+        ("x86_64", "flags\t\t: fpu avx2 vaes", "AVX2", False),
+        ("aarch64", "Features\t: fp asimd sve i8mm bf16", "SVE256", True),
+        ("aarch64", "Features\t: fp asimd asimddp", "DEFAULT", False),
+        ("x86_64", "", "AVX512", False),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_have_units_for_it(
+    machine: str, cpuinfo: str, capability: str, answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nvmx flags\t: bf16\n{cpuinfo}\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(target_module, "CPUINFO", file)
+    monkeypatch.setattr(target_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu_multiplies_bfloat16.__wrapped__() == answer

@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hsa_compile.autotune.choices import DISTRIBUTIONS
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 
-DISTRIBUTIONS = ("random", "local", "hot")
 LOCAL_OVERLAP = 0.8  # share of its picks that a token of `local` takes over from its block
 LOCAL_BLOCK = 64  # tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """Arguments of both kernels of one problem.
+    """Arguments of both kernels of one problem; equal to itself only.
 
     Attributes:
         q `[B, T, HQ, D]`, k `[B, S, H, D]`, v `[B, S, H, Dv]`, chunk_indices `[B, T, H, K]` int32,

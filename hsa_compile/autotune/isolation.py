@@ -7,12 +7,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from hsa_compile.autotune.resources import Resources
 from hsa_compile.autotune.worker_process import WorkerProcess
 from hsa_compile.errors import CompileTimedOut, InvalidArgument, TimedOut
+from hsa_compile.kernels.compile import build_native
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,38 +126,65 @@ class IsolatedBench:
         return self._worker.call(verb, *arguments, timeout_s=timeout_s)
 
 
-class CompilePool:
-    """Compiles several candidates at once, ahead of their turn, each in a worker process.
+class Compiler(Protocol):
+    """What a `CompilePool` compiles with: an `IsolatedBench` or a `LibraryBuilder`."""
+
+    def compile(self, schedule: Schedule) -> Resources | None:
+        """Compiles a candidate; what it uses, where the compiler says so."""
+
+    def close(self) -> None:
+        """Ends what it started."""
+
+
+class LibraryBuilder:
+    """Builds C++ candidates without loading them. The C++ compiler is a process of its own and needs no other.
 
     Args:
-        factory, arguments, limits: as for `IsolatedBench`.
-        size: how many at once.
+        problem, target: what candidates are emitted for.
     """
 
-    def __init__(self, factory: str, arguments: tuple[Any, ...], *, limits: Limits, size: int) -> None:
-        self.size = size
-        self._benches = [IsolatedBench(factory, arguments, limits=limits) for _ in range(size)]
-        self._idle: SimpleQueue[IsolatedBench] = SimpleQueue()
-        for bench in self._benches:
-            self._idle.put(bench)
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="compile")
+    def __init__(self, problem: Problem, target: Target) -> None:
+        self._problem, self._target = problem, target
+
+    def compile(self, schedule: Schedule) -> None:
+        """Builds a candidate's library, unless it is there."""
+        build_native(emit(self._problem, schedule, self._target))
+
+    def close(self) -> None:
+        """Does nothing: a build takes seconds and ends by itself."""
+
+
+class CompilePool:
+    """Compiles several candidates at once, ahead of their turn.
+
+    Args:
+        compilers: one for each candidate that is compiled at the same time.
+    """
+
+    def __init__(self, compilers: Sequence[Compiler]) -> None:
+        self.size = len(compilers)
+        self._compilers = list(compilers)
+        self._idle: SimpleQueue[Compiler] = SimpleQueue()
+        for compiler in self._compilers:
+            self._idle.put(compiler)
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="compile")
 
     def __enter__(self) -> "CompilePool":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for bench in self._benches:  # whose threads then see their worker die
-            bench.close()
+        for compiler in self._compilers:  # whose threads then see their worker die
+            compiler.close()
         self._threads.shutdown(wait=True)
 
     def submit(self, schedule: Schedule) -> "Future[Resources | None]":
-        """Starts to compile a candidate as soon as a worker is free."""
+        """Starts to compile a candidate as soon as a compiler is free."""
         return self._threads.submit(self._compile, schedule)
 
     def _compile(self, schedule: Schedule) -> Resources | None:
-        bench = self._idle.get()
+        compiler = self._idle.get()
         try:
-            return bench.compile(schedule)
+            return compiler.compile(schedule)
         finally:
-            self._idle.put(bench)
+            self._idle.put(compiler)

@@ -5,6 +5,7 @@ from hsa_compile.autotune.storage import default_storage
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.resolve import set_on_miss
+from hsa_compile.log import logger
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
@@ -31,13 +32,17 @@ def set_autotune(mode: str) -> None:
 def tune_and_store(problem: Problem, target: Target) -> None:
     """Tunes with the defaults of `hsa-compile tune`, and goes on with its study where there is one.
 
+    Stores nothing where there was time for too few candidates; the log says so.
+
     Raises:
         HSACompileError: as `tune`.
     """
-    tune(
+    record = tune(
         problem,
         target,
         storage=default_storage(target),
         ledger=default_ledger(target),
         on_record=default_cache().put,
     )
+    if record.shortfall:
+        logger.info("%s: nothing is stored: %s", problem.describe(), record.shortfall)

@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsa_compile.autotune.inputs import DISTRIBUTIONS
+from hsa_compile.autotune.choices import (
+    DEFAULT_SAMPLER,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_TRIALS,
+    DISTRIBUTIONS,
+    MAX_SEED,
+    SAMPLERS,
+)
 from hsa_compile.autotune.isolation import Limits
-from hsa_compile.autotune.samplers import SAMPLERS
 from hsa_compile.autotune.storage import check_address
 from hsa_compile.errors import InvalidArgument
 
-DEFAULT_TRIALS = 40
-DEFAULT_TIMEOUT_S = 45.0
-DEFAULT_SAMPLER = SAMPLERS[0]
-MAX_SEED = 2**32 - 1  # of Optuna's samplers
 OPEN_BENCH = "hsa_compile.autotune.bench:open_bench"
 
 
@@ -23,10 +25,10 @@ class TuneOptions:
 
     Attributes:
         trials: candidates to try at most, the default included, by all workers of the study.
-        timeout: seconds for everything; the play-off gets a quarter.
+        timeout: seconds for everything; the play-off gets a fifth.
         seed: of the sampler and the inputs.
-        distribution: of the picks, one of `inputs.DISTRIBUTIONS`.
-        sampler: one of `samplers.SAMPLERS`.
+        distribution: of the picks, one of `choices.DISTRIBUTIONS`.
+        sampler: one of `choices.SAMPLERS`.
         until_within: ends the search early when no more than this share of the best time is expected to be left to
             gain; for samplers without a model, when the last candidates gained no more.
         storage: where the study is kept, so that a killed search goes on (`storage.open_storage`); None for memory.

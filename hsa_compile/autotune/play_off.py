@@ -119,7 +119,7 @@ def _median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 def _text(beaten: bool, num_challengers: int, num_ties: int, rounds: int) -> str:
     if not num_challengers:
-        return "the default stays: nothing else was timed"
+        return "the default stays: nothing else came near it"
     if not beaten:
         return (
             f"the default stays: none of {num_challengers} beats it at {CONFIDENCE:.0%} confidence in {rounds} rounds"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from hsa_compile.autotune.isolation import CompilePool, Limits
+from hsa_compile.autotune.isolation import CompilePool, IsolatedBench, Limits
 from hsa_compile.autotune.kernel_model import estimate
 from hsa_compile.device_peaks import limits_of
 from hsa_compile.errors import HSACompileError, InvalidArgument, InvalidTarget, OutOfResources
@@ -180,7 +180,9 @@ def _compile_all(
 ) -> _Found:
     found, start = _Found(), time.monotonic()
     factory = f"{__name__}:{Compiler.__name__}"
-    with CompilePool(factory, (problem, target), limits=Limits(compile_s=_COMPILE_S), size=_NUM_WORKERS) as pool:
+    limits = Limits(compile_s=_COMPILE_S)
+    compilers = [IsolatedBench(factory, (problem, target), limits=limits) for _ in range(_NUM_WORKERS)]
+    with CompilePool(compilers) as pool:
         for schedule, done in _as_compiled(pool, candidates, start + budget_s):
             _judge(problem, target, schedule, done, found, is_default=schedule == candidates[0])
             on_progress(

@@ -91,7 +91,7 @@ def replay(sweep: RecordedSweep, sampler_name: str, seed: int, evaluations: int)
 
     Args:
         sweep: what stands in for the device.
-        sampler_name: one of `samplers.SAMPLERS`.
+        sampler_name: one of `choices.SAMPLERS`.
         seed: of the sampler.
         evaluations: how many; fewer come back where the sweep has fewer points.
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import optuna
 
+from hsa_compile.autotune.choices import SAMPLERS
 from hsa_compile.autotune.point_sampler import GridSampler
 from hsa_compile.autotune.point_table import Point, PointTable
 from hsa_compile.autotune.surrogate_sampler import Known, SurrogateSampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 
-SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
 STATELESS = ("ours", "grid")  # one object serves all trials, and proposes the same in any process
 
 _TPE_STARTUP_TRIALS = 8

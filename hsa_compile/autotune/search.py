@@ -115,7 +115,9 @@ def search(
     Raises:
         HSACompileError: the default schedule itself fails.
     """
-    baseline = measure_default(study.first[0], bench)
+    default = study.first[0]
+    compiled = pool.submit(default).result if pool else None  # while the bench still opens
+    baseline = measure_default(default, bench, compiled=compiled)
     window = _Window(study, pool, pause_to_time)
 
     result = SearchResult.of(study.finished())

@@ -12,10 +12,10 @@ import torch
 from hsa_compile.autotune.bench import Bench
 from hsa_compile.autotune.device_lock import device_lock
 from hsa_compile.autotune.first import first_schedules, predicted_times
-from hsa_compile.autotune.isolation import CompilePool, IsolatedBench, Limits
+from hsa_compile.autotune.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder, Limits
 from hsa_compile.autotune.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.memory import free_bytes
-from hsa_compile.autotune.options import TuneOptions
+from hsa_compile.autotune.options import OPEN_BENCH, TuneOptions
 from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
@@ -162,16 +162,19 @@ class Session:
 
     def _make_pool(self, opening: contextlib.ExitStack) -> CompilePool | None:
         """Where compiling costs something, as many compilers as cores; elsewhere it is done on the bench."""
-        if not self.options.isolate or template_for(self.problem, self.target) == "torch":
+        template = template_for(self.problem, self.target)
+        if not self.options.isolate or template == "torch":
             return None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        pool = CompilePool(
-            self.options.bench,
-            self._bench_arguments(self.devices[0]),
-            limits=self._limits(),
-            size=min(cores, _MAX_COMPILERS),
-        )
-        return opening.enter_context(pool)
+        size = min(cores, _MAX_COMPILERS)
+        compilers: list[Compiler]
+        if template == "cpp" and self.options.bench == OPEN_BENCH:
+            compilers = [LibraryBuilder(self.problem, self.target) for _ in range(size)]
+        else:
+            arguments = self._bench_arguments(self.devices[0])
+            limits = self._limits()
+            compilers = [IsolatedBench(self.options.bench, arguments, limits=limits) for _ in range(size)]
+        return opening.enter_context(CompilePool(compilers))
 
     def _open_ledger(self) -> ProblemLedger | None:
         if self.options.ledger is None:

@@ -12,9 +12,11 @@ from hsa_compile.schedules.schedule import Schedule
 
 QUICK_ROUNDS = 3
 MAX_MORE_ROUNDS = 4
-CLEARLY_SLOWER = 1.5  # times the best so far: not worth more than the quick timings
+CLEARLY_SLOWER = 1.25  # times the best so far: not worth more than the quick timings, nor a place in the play-off
+FAR_SLOWER = 3.0  # times the best so far: not worth more than one round, where the default takes long
 
-_MS_A_ROUND = 250.0  # that a further round may take; of slower candidates there are fewer
+_LONG_MS = 10.0  # of the default: long enough that no hiccup makes a good candidate look that slow
+_MS_A_ROUND = 100.0  # that a further round may take; of slower candidates there are fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +38,19 @@ class Baseline:
         return self.outcome.median_ms
 
 
-def measure_default(schedule: Schedule, bench: Bench) -> Baseline:
+def measure_default(
+    schedule: Schedule, bench: Bench, *, compiled: Callable[[], Resources | None] | None = None
+) -> Baseline:
     """Prepares the default and times it.
+
+    Args:
+        compiled: as for `evaluate`.
 
     Raises:
         HSACompileError: it fails; without it there is nothing to compare with.
     """
     start = time.monotonic()
-    resources = bench.compile(schedule)
+    resources = compiled() if compiled else bench.compile(schedule)
     fingerprint = bench.prepare(schedule)
     first, second = bench.time([schedule, schedule], QUICK_ROUNDS)
     times = (*first, *second)
@@ -70,8 +77,9 @@ def evaluate(
     """What becomes of one candidate.
 
     Args:
-        best_ratio: of those timed so far; whoever is `CLEARLY_SLOWER` than that gets the quick timings only.
-        compiled: waits for what the candidate uses, if it is compiled ahead; by default the bench compiles it.
+        best_ratio: of those timed so far; whoever is `CLEARLY_SLOWER` than that gets the quick timings only, and
+            whoever is `FAR_SLOWER` one round only, if the default takes long enough for one to tell.
+        compiled: waits for what the candidate uses, if it is compiled elsewhere; by default the bench compiles it.
         more_rounds: at most, after the quick timings.
     """
     start = time.monotonic()
@@ -83,14 +91,19 @@ def evaluate(
         stage = "prepare"
         fingerprint = bench.prepare(schedule)
         stage = "quick"
-        times, default_times = bench.time([schedule, baseline.schedule], QUICK_ROUNDS)
+        pair = [schedule, baseline.schedule]
+        first_rounds = 1 if baseline.median_ms >= _LONG_MS else QUICK_ROUNDS
+        times, default_times = bench.time(pair, first_rounds)
+        if first_rounds < QUICK_ROUNDS and times[0] <= FAR_SLOWER * best_ratio * default_times[0]:
+            more_times, more_default_times = bench.time(pair, QUICK_ROUNDS - first_rounds)
+            times, default_times = [*times, *more_times], [*default_times, *more_default_times]
         outcome = _timed(stage, times, default_times, fingerprint, resources, start)
         assert outcome.ratio is not None
         more = min(more_rounds, int(more_rounds * _MS_A_ROUND / (2 * baseline.median_ms)))
         if outcome.ratio > CLEARLY_SLOWER * best_ratio or more < 1:
             return outcome
         stage = "full"
-        more_times, more_default_times = bench.time([schedule, baseline.schedule], more)
+        more_times, more_default_times = bench.time(pair, more)
         return _timed(
             stage, [*times, *more_times], [*default_times, *more_default_times], fingerprint, resources, start
         )

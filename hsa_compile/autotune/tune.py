@@ -16,6 +16,7 @@ from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
 from hsa_compile.autotune.search import SearchResult
 from hsa_compile.autotune.session import Session
+from hsa_compile.autotune.stages import CLEARLY_SLOWER
 from hsa_compile.autotune.storage import answering
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
@@ -28,7 +29,7 @@ from hsa_compile.versions import installed_versions
 
 _MAX_FINALISTS = 8
 _PLAY_OFF_ROUNDS = 15
-_PLAY_OFF_SHARE = 0.25  # of the time
+_PLAY_OFF_SHARE = 0.2  # of the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ def tune(
         should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
             the record is marked incomplete.
         on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
+            Not called where the search was too small (`TuningRecord.shortfall`): its study waits to be gone on with.
         options: fields of `TuneOptions`, such as `trials`, `timeout`, `seed`, `distribution`, `sampler`, `storage`.
 
     Raises:
@@ -123,9 +125,10 @@ def tune(
             clocks_mhz=clocks_mhz(devices[0]),
             complete=not stopped,
         )
-        on_record(record)
-        if not stopped:
-            session.finish()
+        if record.shortfall is None:
+            on_record(record)
+            if not stopped:
+                session.finish()
     return record
 
 
@@ -148,7 +151,11 @@ def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
     """The play-off of the best few, in the order of the space, which no clock has a say in."""
     default = session.first[0]
     typical_ms = result.trials[0].median_ms if result.trials else 1.0
-    others = sorted((trial for trial in result.trials if trial.schedule != default), key=lambda trial: trial.ratio)
+    slowest = CLEARLY_SLOWER * result.best.ratio if result.trials else 0.0
+    others = sorted(
+        (trial for trial in result.trials if trial.schedule != default and trial.ratio <= slowest),
+        key=lambda trial: trial.ratio,
+    )
     bench = session.main_bench
     finalists = _ready(bench, (trial.schedule for trial in others), _num_finalists(typical_ms, deadline))
     space = SearchSpace.of(session.problem, session.target)

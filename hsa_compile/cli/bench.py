@@ -1,36 +1,32 @@
 """`hsa-compile bench`: the ops against what one would run instead, on this device and one's own shapes."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import tqdm
 
-from hsa_compile.autotune.inputs import DISTRIBUTIONS
-from hsa_compile.autotune.memory import check_memory
-from hsa_compile.autotune.options import MAX_SEED
+from hsa_compile.autotune.choices import DISTRIBUTIONS, MAX_SEED
 from hsa_compile.autotune.problems import expand
-from hsa_compile.cli.model_argument import device_of
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, print_rows, shape_options
-from hsa_compile.comparison.case import BOTH, KINDS, check_length
-from hsa_compile.comparison.contender_file import load_contender
-from hsa_compile.comparison.contenders import FAMILIES, contenders_for
-from hsa_compile.comparison.peaks import Peaks, peaks_of
-from hsa_compile.comparison.pictures import draw
-from hsa_compile.comparison.race import Race
-from hsa_compile.comparison.result import Comparison, Result
-from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of
+from hsa_compile.comparison.choices import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.extras import require
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import tuned_for
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
+
+if TYPE_CHECKING:
+    from hsa_compile.comparison.peaks import Peaks
+    from hsa_compile.comparison.race import Race
+    from hsa_compile.comparison.result import Comparison, Result
 
 ALL = "all"
 FAILURE, INTERRUPTED = 1, 130
@@ -39,7 +35,7 @@ _LENGTHS = {"cpu": [1024, 4096, 16384], "cuda": [4096, 16384, 65536]}
 Entry = tuple[str, Problem]
 
 
-@click.command(short_help="Time the ops against what one would run instead.")
+@click.command()
 @click.option("--op", "kind", type=click.Choice([*KINDS, ALL]), default=ALL, show_default=True,
               help="hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
 @shape_options
@@ -80,6 +76,15 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
       hsa-compile bench --op forward --seq-len 4k,64k --heads 16 --kv-heads 1,16 --against sdpa
       hsa-compile bench --op both --contender mine.py:attention --json bench.json --plots pictures
     """
+    from hsa_compile.autotune.memory import check_memory
+    from hsa_compile.cli.model_argument import device_of
+    from hsa_compile.comparison.case import check_length
+    from hsa_compile.comparison.contender_file import load_contender
+    from hsa_compile.comparison.contenders import contenders_for
+    from hsa_compile.comparison.peaks import peaks_of
+    from hsa_compile.comparison.race import Race
+    from hsa_compile.comparison.result import Comparison
+
     place = device_of(device)
     target = Target.of(place)
     chosen = {name: values for name, values in shape.items() if name in SHAPE_FIELDS and values}
@@ -123,6 +128,10 @@ def _run(
 
     Peaks that are measured are measured again after each shape, and the best is kept.
     """
+    import tqdm
+
+    from hsa_compile.comparison.peaks import peaks_of
+
     results: list[Result] = []
     with tqdm.tqdm(
         total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None
@@ -188,6 +197,9 @@ def _device_name(target: Target) -> str:
 
 
 def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None:
+    from hsa_compile.comparison.pictures import draw
+    from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of
+
     results = comparison.results
     click.echo("\n".join(["", *shapes_of(results), ""]))
     print_rows(rows_of(comparison), as_json=False, empty="nothing was timed")

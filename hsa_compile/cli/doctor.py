@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import click
-import torch
 
 from hsa_compile.cli.options import counted, json_option, print_json
 from hsa_compile.paths import cache_dir, cxx_compiler
@@ -63,6 +62,8 @@ def _compiler() -> Finding:
 
 
 def _gpu() -> Finding:
+    import torch
+
     if not torch.cuda.is_available():
         return Finding(name="gpu", ok=False, text="PyTorch finds none: GPU kernels cannot be tuned or run here")
     gpu = Target.parse("cuda")

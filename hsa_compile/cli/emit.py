@@ -14,7 +14,7 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
 
-@click.command(short_help="Print the kernel that would run, here or on a named GPU.")
+@click.command()
 @click.option("--target", "target_name", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_80, sm_90, …")
 @op_option("forward")
 @shape_options

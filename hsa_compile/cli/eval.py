@@ -1,35 +1,27 @@
 """`hsa-compile eval`: accuracy by length and depth, and perplexity by context length."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-import tqdm
 
-from hsa_compile.cli.model_argument import device_of, load_model
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument, MissingDependency
-from hsa_compile.model.data.manifest import VALIDATION
-from hsa_compile.model.evaluation.answers import PROTOCOLS, TEACHER_FORCED
-from hsa_compile.model.evaluation.cells import retrieval_cells
-from hsa_compile.model.evaluation.heat_map import draw
-from hsa_compile.model.evaluation.jobs import run_jobs
-from hsa_compile.model.evaluation.outcomes import OutcomeFile
-from hsa_compile.model.evaluation.perplexity import PERPLEXITY, Texts, open_texts, perplexities, perplexity_jobs
-from hsa_compile.model.evaluation.results import Results
-from hsa_compile.model.evaluation.retrieval import retrieval_jobs
-from hsa_compile.model.evaluation.settings import RetrievalSettings
-from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.model.memory_segments import PLACEMENTS
-from hsa_compile.model.tasks.haystack import Haystack, load_haystack
+from hsa_compile.model.choices import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.tasks.retrieval import TASKS
-from hsa_compile.model.training.stages import apply_stage
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
     from hsa_compile.model.evaluation.harness_tasks import HarnessResults, HarnessRun
+    from hsa_compile.model.evaluation.outcomes import OutcomeFile
+    from hsa_compile.model.evaluation.perplexity import Texts
+    from hsa_compile.model.evaluation.results import Results
+    from hsa_compile.model.evaluation.settings import RetrievalSettings
+    from hsa_compile.model.evaluation.subject import Subject
+    from hsa_compile.model.tasks.haystack import Haystack
 
 ALL, BOTH, DEFAULT = "all", "both", "s-niah"
 
@@ -55,7 +47,7 @@ class Depths(click.ParamType):
         return tuple(dict.fromkeys(depths))
 
 
-@click.command("eval", short_help="Needles in haystacks by length and depth, and perplexity.")
+@click.command("eval")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="A saved model; tiny is shipped trained.")  # fmt: skip
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
@@ -123,6 +115,17 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
       hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
       hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
     """
+    import torch
+
+    from hsa_compile.cli.model_argument import device_of, load_model
+    from hsa_compile.model.data.manifest import VALIDATION
+    from hsa_compile.model.evaluation.outcomes import OutcomeFile
+    from hsa_compile.model.evaluation.perplexity import open_texts
+    from hsa_compile.model.evaluation.settings import RetrievalSettings
+    from hsa_compile.model.evaluation.subject import Subject
+    from hsa_compile.model.tasks.haystack import load_haystack
+    from hsa_compile.model.training.stages import apply_stage
+
     run = _open_harness(harness, harness_path, harness_limit, seed)
     tasks = tasks or (() if run is not None else (DEFAULT,))
     chosen = (*TASKS, PERPLEXITY) if ALL in tasks else tuple(dict.fromkeys(tasks))
@@ -157,7 +160,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     _show(results, answers, out, as_json)
 
 
-def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> "HarnessRun | None":
+def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> HarnessRun | None:
     if words is None:
         if path is not None or limit is not None:
             given = "--harness-limit" if path is None else "--harness-path"
@@ -178,6 +181,14 @@ def _run(
     *,
     quiet: bool,
 ) -> Results:
+    import tqdm
+
+    from hsa_compile.model.evaluation.cells import retrieval_cells
+    from hsa_compile.model.evaluation.jobs import run_jobs
+    from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
+    from hsa_compile.model.evaluation.results import Results
+    from hsa_compile.model.evaluation.retrieval import retrieval_jobs
+
     jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
@@ -200,7 +211,9 @@ def _run(
     )
 
 
-def _show(results: Results | None, answers: "HarnessResults | None", out: Path, as_json: bool) -> None:
+def _show(results: Results | None, answers: HarnessResults | None, out: Path, as_json: bool) -> None:
+    from hsa_compile.model.evaluation.heat_map import draw
+
     paths: list[Path] = []
     if results is not None:
         paths += results.write(out)

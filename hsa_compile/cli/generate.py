@@ -1,34 +1,33 @@
 """`hsa-compile generate`: continue a text, which may be as long as a book that was read before."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
-import numpy as np
-import torch
-import tqdm
-from torch import Tensor, nn
 
-from hsa_compile.cli.model_argument import device_of, load_model
 from hsa_compile.cli.options import DTYPE_ALIASES
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import MAX_SEED, PLACEMENTS
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.data.tokenizer import Tokenizer
-from hsa_compile.model.generate import stream
-from hsa_compile.model.inference import PIECE, ModelState, new_state
-from hsa_compile.model.memory_segments import PLACEMENTS
-from hsa_compile.model.reading import load_state, save_state
-from hsa_compile.model.sampling import MAX_SEED, Sampling
-from hsa_compile.model.text_stream import TextStream
-from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.problem import DTYPES
 
-_PROGRESS_FROM = 4 * PIECE  # tokens; what is shorter is read at once
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hsa_compile.model.data.tokenizer import Tokenizer
+    from hsa_compile.model.inference import ModelState
+    from hsa_compile.model.sampling import Sampling
+    from hsa_compile.model.text_stream import TextStream
+    from hsa_compile.model.transformer import HSATransformer
+
+_PROGRESS_FROM = 4  # pieces; what is shorter is read at once
 
 
-@click.command(short_help="Continue a text with a model.")
+@click.command()
 @click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model; tiny is shipped trained.")
 @click.option("--random-weights", is_flag=True, help="A preset whose weights are drawn with --seed: noise.")
 @click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
@@ -69,6 +68,12 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
       hsa-compile generate --model tiny --prompt 'The grass is green. abc=1234. The sky is blue. ?abc='
       hsa-compile generate --model small --random-weights --prompt hello
     """
+    from hsa_compile.cli.model_argument import device_of, load_model
+    from hsa_compile.model.inference import new_state
+    from hsa_compile.model.reading import load_state
+    from hsa_compile.model.sampling import Sampling
+    from hsa_compile.model.text_stream import TextStream
+
     drawn = Sampling(**sampling)
     if (prompt is None) == (prompt_file is None):
         raise InvalidArgument("one of --prompt and --prompt-file is needed")
@@ -98,6 +103,9 @@ def _write(
     sampling: Sampling,
     save_memory: Path | None,
 ) -> None:
+    from hsa_compile.model.generate import stream
+    from hsa_compile.model.reading import save_state
+
     steps = stream(model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, state=state)
     with _progress(model, len(tokens)):
         step = next(steps, None)  # reads the prompt, and nothing more
@@ -118,6 +126,9 @@ def _show(text: str) -> None:
 
 
 def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
+    import numpy as np
+    import torch
+
     try:
         tokens = tokenizer.encode_batch([raw])[0]
     except UnicodeDecodeError as error:
@@ -131,6 +142,10 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
 @contextlib.contextmanager
 def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
     """A bar on standard error while a long prompt runs through the first layer."""
+    import tqdm
+
+    from hsa_compile.model.inference import PIECE
+
     first = next(iter([*model.lower, *model.upper]))
     with tqdm.tqdm(
         total=num_tokens,
@@ -138,7 +153,7 @@ def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
         unit="tok",
         unit_scale=True,
         leave=False,  # the text follows
-        disable=num_tokens < _PROGRESS_FROM,
+        disable=num_tokens < _PROGRESS_FROM * PIECE,
     ) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

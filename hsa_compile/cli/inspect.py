@@ -1,19 +1,18 @@
 """`hsa-compile inspect`: compile kernels for a GPU that need not be there, and show what they use."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import tqdm
 
 from hsa_compile.autotune.predict import occupancy, predict
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_rows, shape_options
 from hsa_compile.errors import CacheError, InvalidArgument
-from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
-from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -22,13 +21,16 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.work import count_work
 from hsa_compile.target import NAMED_TARGETS, Target
 
+if TYPE_CHECKING:
+    from hsa_compile.kernels.ahead_of_time import KernelResources
+
 # What the default schedules are held to: nothing spilled at any of these points.
 _MATRIX_DTYPES, _MATRIX_HEAD_DIMS = ("bfloat16", "float16"), (64, 128)
 _MATRIX_GROUPS, _MATRIX_CHUNKS = (1, 4, 16), (32, 64, 128)
 _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 
 
-@click.command(short_help="Compile kernels for a named GPU: registers, spills, bounds.")
+@click.command()
 @click.option(
     "--target",
     "target_name",
@@ -61,6 +63,11 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
       hsa-compile inspect --target sm_80 --op forward --schedule 'token num_warps=4 num_stages=2' --sass
       hsa-compile inspect --target sm_100 --matrix
     """
+    import tqdm
+
+    from hsa_compile.kernels.ahead_of_time import compile_launches
+    from hsa_compile.kernels.compile import compile_kernel
+
     target = Target.parse(target_name)
     chosen = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     texts = [name for name in _TEXTS if flags[name]]

@@ -1,21 +1,20 @@
 """`hsa-compile model info`: what a model costs, before it exists."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import tabulate
-import torch
 
-from hsa_compile.cli.model_argument import config_of
-from hsa_compile.cli.model_scale import print_scale, scale_to_dict
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.cluster import Cluster
+from hsa_compile.model.choices import DEFAULT_MFU
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.info import LayerInfo, ModelInfo, model_info
-from hsa_compile.model.scale import DEFAULT_MFU, Paper
 from hsa_compile.problem import DTYPES
+
+if TYPE_CHECKING:
+    from hsa_compile.model.info import LayerInfo, ModelInfo
 
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _COUNTS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -61,6 +60,15 @@ def info(
       hsa-compile model info 8b-a1b --context 16m --json
       hsa-compile model info 8b-a1b --context 16m --devices 64xh100
     """
+    import tabulate
+    import torch
+
+    from hsa_compile.cli.model_argument import config_of
+    from hsa_compile.cli.model_scale import print_scale, scale_to_dict
+    from hsa_compile.model.cluster import Cluster
+    from hsa_compile.model.info import model_info
+    from hsa_compile.model.scale import Paper
+
     for flag, values in (("--context", context), ("--batch-tokens", batch_tokens)):
         if len(values) != 1:
             raise InvalidArgument(f"{flag} names {len(values)} numbers; one is needed")

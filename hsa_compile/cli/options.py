@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
-import tabulate
 
 from hsa_compile.problem import DECODE_OPS, DTYPES, OPS, SELECT_OPS
 
@@ -112,6 +111,8 @@ def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numb
     Args:
         numbers: aligns what looks like a number to the right.
     """
+    import tabulate
+
     options: dict[str, Any] = {"headers": headers, "disable_numparse": not numbers}
     table = tabulate.tabulate(cells, **options)
     terminal = shutil.get_terminal_size().columns

@@ -1,26 +1,30 @@
 """`hsa-compile plan`: what a tune would do, before it does it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.autotune.ledger import Ledger, default_ledger
-from hsa_compile.autotune.options import TuneOptions
-from hsa_compile.autotune.outcome import Outcome
 from hsa_compile.autotune.problems import expand
 from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_rows, shape_options
 from hsa_compile.cli.search_options import search_options, tune_options
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.record import MIN_TIMED
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.outcome import Outcome
 
 _START_S, _TRIAL_S = 4.0, 2.0  # of a search, and of a candidate where none was timed yet
 
 
-@click.command(short_help="Show what `tune` with the same flags would do.")
+@click.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or an architecture.")
 @op_option("all")
 @shape_options
@@ -37,6 +41,8 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
       hsa-compile plan --seq-len 4k,16k --top-k 8,16
       hsa-compile plan --trials 200 --timeout 600
     """
+    from hsa_compile.autotune.ledger import Ledger, default_ledger
+
     options = replace(tune_options(flags), anew=force)
     target = Target.parse(device.split(",")[0])
     problems = expand(target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]}, ops)
@@ -45,6 +51,8 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
     print_rows(rows, as_json=as_json)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
+        if any(0 < row["trials"] < min(MIN_TIMED, row["candidates"]) for row in rows):
+            click.echo(f"nothing is stored: --trials {options.trials} is too few, {MIN_TIMED} are needed")
 
 
 def _row(

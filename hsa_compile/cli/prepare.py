@@ -5,12 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-import tqdm
 
 from hsa_compile.cli.options import json_option
 from hsa_compile.model.data.manifest import SPLITS, Manifest
-from hsa_compile.model.data.prepare import prepare as prepare_corpus
-from hsa_compile.model.data.sources import find_sources, stdlib_sources
 
 _MAX_NAMED = 10
 
@@ -50,6 +47,11 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
       hsa-compile prepare --corpus stdlib --out corpus
       hsa-compile prepare books/ pages.jsonl.zst --out corpus --tokenizer tokenizer.json
     """
+    import tqdm
+
+    from hsa_compile.model.data.prepare import prepare as prepare_corpus
+    from hsa_compile.model.data.sources import find_sources, stdlib_sources
+
     found = find_sources(sources, without=out) + (stdlib_sources() if corpus else [])
     with tqdm.tqdm(
         total=sum(source.size for source in found),

@@ -1,21 +1,23 @@
 """`hsa-compile profile`: one step of a model, op by op."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import tabulate
 
-from hsa_compile.cli.model_argument import device_of, load_model
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import STEPS, TRAIN
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
-from hsa_compile.model.profile import StepProfile, profile_step
-from hsa_compile.model.profiled_steps import STEPS, TRAIN, make_step
 from hsa_compile.problem import DTYPES
 from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    from hsa_compile.model.profile import StepProfile
 
 
 @click.command()
@@ -46,6 +48,12 @@ def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch
       hsa-compile profile --model small --step prefill --seq-len 16k --trace step.json.gz
       hsa-compile profile --model runs/tiny/model --step decode --seq-len 64k --top 30
     """
+    import tabulate
+
+    from hsa_compile.cli.model_argument import device_of, load_model
+    from hsa_compile.model.profile import profile_step
+    from hsa_compile.model.profiled_steps import make_step
+
     if len(seq_len) != 1:
         raise InvalidArgument(f"--seq-len names {len(seq_len)} lengths; one is needed")
     place = device_of(device)

@@ -1,26 +1,27 @@
 """`hsa-compile report`: a study as one page that needs nothing but itself, and as pictures."""
 
+from __future__ import annotations
+
 import html
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import optuna
-from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
-from hsa_compile.autotune.storage import default_storage, open_storage
-from hsa_compile.autotune.trial_states import SKIPPED
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.extras import require
 from hsa_compile.target import Target
 
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import BaseStorage
+
 LATEST = "latest"
 
 
-@click.command(short_help="Write a search as HTML and PNG.")
+@click.command()
 @click.option("--study", "name", default=LATEST, show_default=True, help="Name of the study; a wrong one lists all.")
 @click.option("--storage", "address", help="As for tune; this device's journal if left out.")
 @click.option("--device", default="auto", show_default=True, help="Whose journal: auto, cpu, cuda:0, …")
@@ -37,6 +38,10 @@ def report(name: str, address: str | None, device: str, out: Path) -> None:
       hsa-compile report --out report
       hsa-compile report --study hsa_forward-0123456789abcdef.1 --storage postgresql://user@host/tuning
     """
+    import optuna
+
+    from hsa_compile.autotune.storage import default_storage, open_storage
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     address = address or default_storage(Target.parse(device))
     if address.endswith(".journal") and not Path(address).exists():
@@ -56,6 +61,8 @@ def report(name: str, address: str | None, device: str, out: Path) -> None:
 
 
 def _load(storage: BaseStorage, name: str) -> optuna.Study:
+    import optuna
+
     names = [study.study_name for study in storage.get_all_studies()]
     if name == LATEST and names:
         name = names[-1]
@@ -66,6 +73,11 @@ def _load(storage: BaseStorage, name: str) -> optuna.Study:
 
 def _timed_only(study: optuna.Study) -> optuna.Study:
     """A copy in memory without the points that went straight back to the sampler."""
+    import optuna
+    from optuna.trial import TrialState
+
+    from hsa_compile.autotune.trial_states import SKIPPED
+
     copy = optuna.create_study(study_name=study.study_name, direction="minimize")
     for key, value in study.user_attrs.items():
         copy.set_user_attr(key, value)
@@ -77,7 +89,7 @@ def _timed_only(study: optuna.Study) -> optuna.Study:
     return copy
 
 
-def _plots(study: optuna.Study, module: Any) -> "list[tuple[str, Callable[[], Any]]]":
+def _plots(study: optuna.Study, module: Any) -> list[tuple[str, Callable[[], Any]]]:
     """What is drawn, by the module of Optuna's that draws it."""
     best = study.best_trial.params
     knobs = [name for name in best if len({trial.params.get(name) for trial in study.trials} - {None}) > 1]
@@ -92,6 +104,8 @@ def _plots(study: optuna.Study, module: Any) -> "list[tuple[str, Callable[[], An
 
 
 def _page(study: optuna.Study) -> str:
+    import optuna
+
     to_html = require("plotly.io", "a report").to_html
     script: bool = True  # the first figure brings plotly along, so that the page needs no network
     figures = []
@@ -106,6 +120,8 @@ def _page(study: optuna.Study) -> str:
 
 
 def _facts(study: optuna.Study) -> str:
+    from optuna.trial import TrialState
+
     problem, target = study.user_attrs.get("problem", {}), study.user_attrs.get("target", {})
     timed = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     rows = [
@@ -127,6 +143,8 @@ def _best(study: optuna.Study) -> str:
 
 
 def _pictures(study: optuna.Study, out: Path) -> Sequence[Path]:
+    import optuna
+
     require("matplotlib", "a report").use("Agg")
     from matplotlib import pyplot
 

@@ -48,7 +48,8 @@ def list_(as_json: bool) -> None:
             "schedule": str(record.schedule),
             "ms": f"{record.measurement.median_ms:.3g}",
             "gain": f"{record.speedup:.2f}x",
-            "tuned": record.date[:10],
+            "tried": record.trials,
+            "tuned": record.date[:10] + ("" if record.complete else ", interrupted"),
             "kernels": "these" if record.kernel_source == source_version(record.problem, record.target) else "others",
         }
         for number, (origin, record) in enumerate(entries, start=1)

@@ -1,13 +1,21 @@
 """Flags of a search, which `tune` and `plan` share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from hsa_compile.autotune.inputs import DISTRIBUTIONS
-from hsa_compile.autotune.options import DEFAULT_SAMPLER, DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, MAX_SEED, TuneOptions
-from hsa_compile.autotune.samplers import SAMPLERS
+from hsa_compile.autotune.choices import (
+    DEFAULT_SAMPLER,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_TRIALS,
+    DISTRIBUTIONS,
+    MAX_SEED,
+    SAMPLERS,
+)
+
+if TYPE_CHECKING:
+    from hsa_compile.autotune.options import TuneOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,12 +27,14 @@ def search_options(command: F) -> F:
     return command
 
 
-def tune_options(flags: Mapping[str, Any]) -> TuneOptions:
+def tune_options(flags: Mapping[str, Any]) -> "TuneOptions":
     """The options that the flags stand for, storage and ledger aside.
 
     Raises:
         InvalidArgument: one is out of range.
     """
+    from hsa_compile.autotune.options import TuneOptions
+
     within = flags["until_within"]
     return TuneOptions(
         trials=flags["trials"],

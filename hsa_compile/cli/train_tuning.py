@@ -37,8 +37,9 @@ def tune_for_run(run: RunConfig, processes: Processes) -> None:
                 ledger=default_ledger(target),
                 on_record=cache.put,
             )
+            kept = f"; nothing is stored: {record.shortfall}" if record.shortfall else ""
             took = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default"
-            click.echo(f"{problem.describe()}: {took}", err=True)
+            click.echo(f"{problem.describe()}: {took}{kept}", err=True)
     processes.wait()
 
 

@@ -1,22 +1,15 @@
 """`hsa-compile tune`: search the schedules of one or several problems and store the winners."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-import tqdm
 
-from hsa_compile.autotune.ledger import default_ledger
-from hsa_compile.autotune.memory import check_memory
-from hsa_compile.autotune.options import TuneOptions
-from hsa_compile.autotune.predicted import check_predictable
 from hsa_compile.autotune.problems import expand
-from hsa_compile.autotune.storage import default_storage
-from hsa_compile.autotune.tune import Progress
-from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.interrupt import stop_on_ctrl_c
 from hsa_compile.cli.options import (
     SHAPE_FIELDS,
@@ -27,15 +20,18 @@ from hsa_compile.cli.options import (
     print_rows,
     shape_options,
 )
-from hsa_compile.cli.preset_problems import preset_problems
-from hsa_compile.cli.record import record_sweeps
 from hsa_compile.cli.search_options import search_options, tune_options
-from hsa_compile.cli.tune_predicted import report_predictions, tune_for_absent_target
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
+
+if TYPE_CHECKING:
+    import tqdm
+
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.tune import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +43,7 @@ class Outcome:
     cached: bool
 
 
-@click.command(short_help="Find the fastest schedule on this machine, and store it.")
+@click.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 at once.")
 @op_option("all")
 @shape_options
@@ -88,11 +84,21 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
       hsa-compile tune --target h100                             # without one
       hsa-compile tune --preset tiny --seq-len 2k --batch 4
     """
+    import torch
+
+    from hsa_compile.autotune.ledger import default_ledger
+    from hsa_compile.autotune.memory import check_memory
+    from hsa_compile.autotune.predicted import check_predictable
+    from hsa_compile.autotune.storage import default_storage
+
     shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     if absent:
+        from hsa_compile.cli.tune_predicted import tune_for_absent_target
+
         named = Target.parse(absent)
-        problems = preset_problems(preset, named, shape) if preset else expand(named, shape, ops)
-        tune_for_absent_target(problems, named, budget_s=flags["timeout"], force=force, as_json=as_json)
+        tune_for_absent_target(
+            _problems(preset, named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
+        )
         return
     devices, target = _devices(device)
     if report_prediction:
@@ -103,11 +109,13 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         ledger=default_ledger(target),
         anew=force,
     )
-    problems = preset_problems(preset, target, shape) if preset else expand(target, shape, ops)
+    problems = _problems(preset, target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
     if record:
+        from hsa_compile.cli.record import record_sweeps
+
         record_sweeps(problems, target, devices, options, record)
         return
     outcomes = []
@@ -117,9 +125,11 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         if not outcomes[-1].record.complete:
             raise KeyboardInterrupt
     if report_prediction:
+        from hsa_compile.cli.tune_predicted import report_predictions
+
         report_predictions(problems, target, flags["inputs"])
     if as_json:
-        print_json([{**o.record.to_dict(), "speedup": o.record.speedup, "cached": o.cached} for o in outcomes])
+        print_json([_values(outcome) for outcome in outcomes])
         return
     click.echo()
     one_shape = len(outcomes) == len(ops)
@@ -127,7 +137,18 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     in_rows = preset or (one_shape and len(ops) > 2)
     rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
-    click.echo(f"\nstored in {default_cache().path(target)}")
+    if any(outcome.record.shortfall is None for outcome in outcomes):
+        click.echo(f"\nstored in {default_cache().path(target)}")
+
+
+def _problems(
+    preset: str | None, target: Target, shape: Mapping[str, Sequence[Any]], ops: Sequence[str]
+) -> list[Problem]:
+    if not preset:
+        return expand(target, shape, ops)
+    from hsa_compile.cli.preset_problems import preset_problems
+
+    return preset_problems(preset, target, shape)
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
@@ -160,6 +181,11 @@ def _finished(cache: ScheduleCache, problem: Problem, target: Target) -> TuningR
 
 
 def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache: ScheduleCache) -> TuningRecord:
+    import tqdm
+
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.tune import tune as tune_problem
+
     def store(record: TuningRecord) -> None:
         # What an interrupted --force found does not push out what a whole search did.
         if record.complete or _finished(cache, problem, record.target) is None:
@@ -186,7 +212,7 @@ def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache:
         )
 
 
-def _shower(bar: "tqdm.tqdm[Any]") -> Callable[[Progress], None]:
+def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
         bar.set_postfix_str(
@@ -208,18 +234,38 @@ def _seconds_left(progress: Progress) -> float:
 
 def _verdict(outcome: Outcome) -> str:
     record = outcome.record
-    found = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default: {record.schedule}"
     how = "cached (--force tunes again)" if outcome.cached else _how(record)
     if record.problem != outcome.problem:
         how += f", tuned as {record.problem.describe()}"
-    return f"{outcome.problem.describe()}: {found} [{how}]"
+    return f"{outcome.problem.describe()}: {_found(record)} [{how}]"
+
+
+def _found(record: TuningRecord) -> str:
+    """What the search gained, or that there is nothing to gain."""
+    tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
+    time = f"{record.measurement.median_ms:.3g} ms"
+    if not record.is_default:
+        return f"{time}, {record.speedup:.2f}x faster than the default, the best of {tried}: {record.schedule}"
+    if record.trials == 1:
+        return f"{time}, the default, and nothing else was tried: {record.schedule}"
+    return f"{time}, the default is already within noise of the best of {tried}: {record.schedule}"
 
 
 def _how(record: TuningRecord) -> str:
-    """Trials, those of them that failed by kind, and what the play-off says."""
+    """Why nothing is stored, else what the play-off says; and the trials that failed, by kind."""
+    if record.shortfall:
+        how = f"nothing is stored: {record.shortfall}; with more --trials or --timeout the same command goes on"
+    else:
+        how = record.verdict if record.complete else "interrupted"
     failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
-    trials = counted(record.trials, "trial") + (f", of them {failed}" if failed else "")
-    return f"{trials}; {record.verdict}" if record.complete else f"{trials}; interrupted"
+    return f"{how}; failed: {failed}" if failed else how
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    """The record, ready for JSON, with what became of it."""
+    record = outcome.record
+    stored = record.shortfall is None
+    return {**record.to_dict(), "speedup": record.speedup, "cached": outcome.cached, "stored": stored}
 
 
 def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:

@@ -3,7 +3,6 @@
 import sys
 
 import click
-import tqdm
 
 from hsa_compile.errors import DistantWarning, UntunedWarning
 
@@ -22,6 +21,8 @@ def show_warning(message: Warning | str, category: type[Warning], *_: object, **
             return
         _advised.add(advice)
         text = f"{text.partition(';')[0]}; {advice}"
+    import tqdm
+
     tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

@@ -9,13 +9,11 @@ from torch import Tensor
 from hsa_compile.autotune.decode_inputs import DecodeInputs
 from hsa_compile.autotune.inputs import Inputs
 from hsa_compile.autotune.select_inputs import SelectInputs, inputs_of
+from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
 from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.work import Work, count_work
-
-FORWARD, BOTH, SELECT, DECODE = "forward", "both", "select", "decode"
-KINDS = {FORWARD: "hsa_forward", BOTH: "hsa_forward", SELECT: "select_chunks", DECODE: "hsa_decode"}
 
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]

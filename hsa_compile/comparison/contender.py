@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hsa_compile.comparison.case import KINDS, Call, Case, sparse_work
+from hsa_compile.comparison.case import Call, Case, sparse_work
+from hsa_compile.comparison.choices import KINDS
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.schedules.work import Work
 

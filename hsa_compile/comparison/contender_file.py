@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import Contender
 from hsa_compile.comparison.foreign import FOREIGN_ERRORS, one_line
 from hsa_compile.comparison.same_function import Function, same_function

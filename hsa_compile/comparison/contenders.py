@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from hsa_compile.comparison.case import DECODE, SELECT, Case
+from hsa_compile.comparison.case import Case
+from hsa_compile.comparison.choices import DECODE, FAMILIES, SELECT
 from hsa_compile.comparison.contender import Contender
 from hsa_compile.comparison.dense import dense_contenders
 from hsa_compile.comparison.flex import flex_contenders
@@ -20,7 +21,6 @@ from hsa_compile.schedules.default import default_schedule
 from hsa_compile.target import Target
 
 OURS = "hsa-compile"
-FAMILIES = ("sdpa", "flex", "gather", "nsa")  # by which a person names them
 
 
 def contenders_for(device: torch.device, families: Sequence[str] = FAMILIES) -> list[Contender]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, Call, Case, dense_work
+from hsa_compile.comparison.case import Call, Case, dense_work
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD
 from hsa_compile.comparison.contender import DENSE, Contender, available
 from hsa_compile.comparison.gather import too_large
 from hsa_compile.comparison.other_functions import check_other, pages_in_order

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hsa_compile.comparison.case import BOTH, FORWARD, Call, Case, dense_work
+from hsa_compile.comparison.case import Call, Case, dense_work
+from hsa_compile.comparison.choices import BOTH, FORWARD
 from hsa_compile.comparison.contender import SPARSE, Contender
 from hsa_compile.comparison.dense import call_of
 from hsa_compile.comparison.gather import too_large

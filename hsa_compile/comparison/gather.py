@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hsa_compile.autotune.memory import free_bytes
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT, Case
+from hsa_compile.comparison.case import Case
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import Contender
 from hsa_compile.comparison.same_function import Function, same_function
 

@@ -6,7 +6,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hsa_compile.comparison.case import BOTH, FORWARD, Call, Case
+from hsa_compile.comparison.case import Call, Case
+from hsa_compile.comparison.choices import BOTH, FORWARD
 from hsa_compile.comparison.contender import SPARSE, Contender
 from hsa_compile.comparison.other_functions import check_other
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hsa_compile.autotune.check import TOLERANCES, relative_error
-from hsa_compile.comparison.case import BOTH, DECODE, Call, Case
+from hsa_compile.comparison.case import Call, Case
+from hsa_compile.comparison.choices import BOTH, DECODE
 from hsa_compile.comparison.contender import DENSE
 from hsa_compile.errors import NotFinite, WrongResult
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from hsa_compile.autotune.measure import measure, quantile, summarize
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT, Call, Case
+from hsa_compile.comparison.case import Call, Case
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import SAME, Contender
 from hsa_compile.comparison.foreign import FOREIGN_ERRORS, one_line
 from hsa_compile.comparison.peaks import Peaks

@@ -11,7 +11,8 @@ from torch import Tensor
 from hsa_compile.autotune.check import check
 from hsa_compile.autotune.decode_check import check_decode
 from hsa_compile.autotune.select_check import check_select
-from hsa_compile.comparison.case import BOTH, DECODE, KINDS, SELECT, Call, Case
+from hsa_compile.comparison.case import Call, Case
+from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
 from hsa_compile.comparison.contender import SAME, Contender, available
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, SELECT
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.result import LEFT_OUT, TIMED, Comparison, Result
 from hsa_compile.problem import Problem
 

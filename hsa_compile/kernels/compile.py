@@ -12,7 +12,7 @@ from typing import Any
 
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
-from hsa_compile.kernels.native import load_library, native_entry
+from hsa_compile.kernels.native import build_library, native_entry
 from hsa_compile.kernels.native_decode import decode_entry
 from hsa_compile.kernels.native_select import select_entry
 from hsa_compile.paths import source_dir
@@ -60,15 +60,27 @@ def compile_kernel(source: KernelSource) -> Kernel:
     return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
 
 
+def build_native(source: KernelSource) -> Path:
+    """Builds emitted C++ without loading it into this process; returns the library's file.
+
+    Raises:
+        CompileError, CacheError: as `compile_kernel`.
+    """
+    path = _write(source)
+    try:
+        return build_library(path, source.target.arch)
+    except OSError as error:
+        raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
+
+
 def _compile_native(source: KernelSource) -> Kernel:
     path = _write(source)
     library = _modules.get(source.fingerprint)
     if library is None:
         try:
-            library = load_library(path, source.target.arch)
+            library = _modules[source.fingerprint] = ctypes.CDLL(str(build_native(source)))
         except OSError as error:
-            raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
-        _modules[source.fingerprint] = library
+            raise CacheError(f"cannot load the library of {path}: {error}") from error
     entry = _native_entry(library, source)
     return Kernel(source=source, path=path, entry=entry, module=library)
 

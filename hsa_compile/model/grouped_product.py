@@ -1,5 +1,6 @@
 """The SwiGLU experts of a MoE on tokens sorted by expert: one product a group, nothing padded, nothing dropped."""
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -55,11 +56,15 @@ def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tens
     rows_of_16_bytes = x.shape[1] % 8 == 0 and down.shape[1] % 8 == 0
     if x.is_cuda and x.dtype == torch.bfloat16 and rows_of_16_bytes:
         return _Grouped.apply(x, weights, pairs.order, pairs.inverse, pairs.ends, gate_up, down)
-    return _sliced(x, weights, pairs, gate_up, down)
+    if "torch._dynamo" in sys.modules:
+        from hsa_compile.model import uncompiled
+
+        return uncompiled.sliced(x, weights, pairs, gate_up, down)
+    return sliced(x, weights, pairs, gate_up, down)
 
 
-@torch.compiler.disable
-def _sliced(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down: Tensor) -> Tensor:
+def sliced(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`grouped_swiglu` as one product an expert. It reads the counts, which differ from call to call, on the host."""
     bounds = [0, *pairs.ends.tolist()]
     slices = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
     return _Sliced.apply(x, weights, pairs.order, pairs.inverse, slices, gate_up, down)

@@ -11,7 +11,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layer import Layer
 from hsa_compile.model.moe import MoE
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.transformer import HSATransformer, empty_model
 
 TRAINING_OVER_FORWARD = 3  # the backward pass has two products for each of the forward pass
 MAX_CONTEXT = 2**40
@@ -148,10 +148,15 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
     )
 
 
-def empty_model(config: ModelConfig) -> HSATransformer:
-    """The model on the meta device: shapes without values."""
-    with torch.device("meta"):
-        return HSATransformer(config)
+def training_flops(model: HSATransformer, context: int, other_chunks: int = 0) -> float:
+    """FLOPs of training, forward and backward, a token of text: `ModelInfo.training_flops` of a model that is there.
+
+    Args:
+        model: on any device; its config's window and top-k count, as a stage of training has set them.
+        context: tokens of a text.
+        other_chunks: chunks that each token sees beside those of its own text.
+    """
+    return TRAINING_OVER_FORWARD * sum(_flops(model, context, other_chunks)[0].values())
 
 
 def _layers(model: HSATransformer) -> Iterator[tuple[Layer, LayerSpec]]:
@@ -209,7 +214,9 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
     )
 
 
-def _flops(model: HSATransformer, context: int) -> tuple[dict[str, float], dict[str, float]]:
+def _flops(
+    model: HSATransformer, context: int, other_chunks: int = 0
+) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
     """All parts, and what our kernels do of them.
 
     Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out.
@@ -223,8 +230,9 @@ def _flops(model: HSATransformer, context: int) -> tuple[dict[str, float], dict[
     # DRT retrieves once a chunk, and a chunk does not see the one right before it.
     skipped, queries = (1, 1 / config.chunk_size) if config.has_landmark_tokens else (0, 1.0)
     seen = max(0, T - skipped * config.chunk_size)
-    visible = _sum_of_chunks(seen, config.chunk_size, seen) / T
-    read = _sum_of_chunks(seen, config.chunk_size, config.top_k) / T
+    visible = other_chunks + _sum_of_chunks(seen, config.chunk_size, seen) / T
+    others_read = min(other_chunks, config.top_k)
+    read = others_read + _sum_of_chunks(seen, config.chunk_size, config.top_k - others_read) / T
     keys = read * (config.chunk_size - config.has_landmark_tokens)
     for layer, spec in _layers(model):
         half = "lower layers" if layer.index < config.num_lower_layers else "upper layers"

@@ -101,6 +101,8 @@ class Mamba2(nn.Module):
         self.conv1d.reset_parameters()
         nn.init.ones_(self.D)
         nn.init.ones_(self.norm.weight)
+        if self.A_log.is_meta:
+            return  # there is nothing to draw, and to take a logarithm there imports torch._dynamo
         with torch.no_grad():
             self.A_log.uniform_(*DECAY_RANGE).log_()
             dt = torch.empty_like(self.dt_bias).uniform_(*map(math.log, STEP_RANGE)).exp()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import PLACEMENTS
 from hsa_compile.model.memory_attend import AttendOptions, attend
 from hsa_compile.model.memory_files import read_manifest, write_save
 from hsa_compile.model.memory_landmarks import LandmarkStore
 from hsa_compile.model.memory_pages import PagePool
-from hsa_compile.model.memory_segments import PLACEMENTS
 from hsa_compile.model.memory_shape import MemoryShape
 from hsa_compile.model.memory_shards import restore, shards_of
 from hsa_compile.model.memory_table import PageTable

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from hsa_compile.model.memory_shape import MemoryShape
 
-PLACEMENTS = ("device", "host", "disk")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

@@ -3,6 +3,7 @@
 As in Ling-2.0 and DeepSeek-V3; the balancing is arXiv 2408.15664.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -94,28 +95,21 @@ class MoE(nn.Module):
         dtype = tokens.dtype if tokens.device.type == "cpu" else compute_dtype(tokens)
         tokens, weights = tokens.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        few, count = pair_by_pair, count_in_backward
+        if "torch._dynamo" in sys.modules:
+            from hsa_compile.model import uncompiled
+
+            few, count = uncompiled.pair_by_pair, uncompiled.count_in_backward
         with no_autocast(tokens.device):
             # Shapes without values cannot be sorted; gathered weights also show the right number of FLOPs.
             if tokens.is_meta or (chosen.numel() <= FEW_PAIRS and not torch.is_grad_enabled()):
-                few = _pair_by_pair if tokens.device.type == "cpu" else _gathered
+                few = few if tokens.device.type == "cpu" else _gathered
                 return few(tokens, chosen, weights, gate_up, down)
             pairs = sort_by_expert(chosen, self.num_experts)
             out = grouped_swiglu(tokens, weights, pairs, gate_up, down)
         if self.training and out.requires_grad:
-            self._count_in_backward(out, pairs)
+            count(self, out, pairs)
         return out
-
-    @torch.compiler.disable
-    def _count_in_backward(self, out: Tensor, pairs: ExpertOrder) -> None:
-        """Counts when the gradient comes by.
-
-        Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
-        counts each token once with or without it; a forward pass that trains nothing is not counted.
-        """
-        out.register_hook(lambda _: self._count(pairs.counts))
-
-    def _count(self, counts: Tensor) -> None:
-        self.load.add_(counts)
 
     @property
     def max_over_mean_load(self) -> float:
@@ -167,8 +161,20 @@ def moe_reference(moe: MoE, x: Tensor) -> Tensor:
     return out if moe.shared is None else out + moe.shared(x)
 
 
-@torch.compiler.disable
-def _pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def count_in_backward(moe: MoE, out: Tensor, pairs: ExpertOrder) -> None:
+    """Adds to the load when the gradient comes by.
+
+    Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
+    counts each token once with or without it; a forward pass that trains nothing is not counted.
+    """
+
+    def add(_: Tensor) -> None:
+        moe.load.add_(pairs.counts)
+
+    out.register_hook(add)
+
+
+def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """A few tokens on the CPU: the experts' weights are read where they are."""
     out = torch.zeros_like(tokens)
     scales = weights.tolist()

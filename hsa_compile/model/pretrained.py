@@ -19,7 +19,7 @@ from hsa_compile.model.safe_files import (
     write_json,
     write_tensors,
 )
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
@@ -91,8 +91,7 @@ def from_pretrained(
         raise InvalidArgument(f"dtype = {dtype} is not allowed; weights are float32, bfloat16, float16 or float64")
     directory = Path(directory)
     config = read_config(directory)
-    with torch.device("meta"):
-        model = HSATransformer(config)
+    model = empty_model(config)
     weights = read_tensors(directory / WEIGHTS_FILE)
     _check_weights(weights, model, directory / WEIGHTS_FILE)
     parameters = dict(model.named_parameters())

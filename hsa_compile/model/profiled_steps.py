@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import PREFILL, STEPS, TRAIN
 from hsa_compile.model.generate import evaluating
 from hsa_compile.model.inference import extend, new_state, prefill
 from hsa_compile.model.training.config import TrainConfig
@@ -14,9 +15,6 @@ from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.stages import StepPlan
 from hsa_compile.model.training.step import LossModel, run_step
 from hsa_compile.model.transformer import HSATransformer
-
-TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
-STEPS = (TRAIN, PREFILL, DECODE)
 
 Step = Callable[[], object]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-
-MAX_SEED = 2**63 - 1
+from hsa_compile.model.choices import MAX_SEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hsa_compile.device_peaks import Limits, limits_of
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import DEFAULT_MFU
 from hsa_compile.model.cluster import NETWORK_GB_S, Cluster
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.info import ModelInfo
@@ -17,7 +18,6 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.schedules.work import Work, clocks, count_work
 from hsa_compile.target import Target
 
-DEFAULT_MFU = 0.4
 USABLE_MEMORY = 0.9  # of a device's memory; the rest is the runtime's, and what an allocator loses
 DTYPE, ITEMSIZE = "bfloat16", 2  # of everything but the optimizer's state
 

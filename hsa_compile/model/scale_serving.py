@@ -1,8 +1,8 @@
 """Reading and answering on many devices, on paper: how many texts fit, how long a prompt and a token take."""
 
 from hsa_compile.model.inference import upper_reach
-from hsa_compile.model.info import empty_model
 from hsa_compile.model.scale import ITEMSIZE, USABLE_MEMORY, Figure, Paper, Times, longest, memory_seconds
+from hsa_compile.model.transformer import empty_model
 
 
 def serving_figures(paper: Paper) -> list[Figure]:

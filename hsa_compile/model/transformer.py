@@ -1,11 +1,12 @@
 """The language model: embedding, lower half, chunk encoder, upper half, output; the whole family through one config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
@@ -206,3 +207,20 @@ class HSATransformer(nn.Module):
         C = self.config.chunk_size
         num_chunks = x.shape[1] // C
         return self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
+
+
+def empty_model(config: ModelConfig) -> HSATransformer:
+    """The model on the meta device: shapes without values, for counting or for weights from a file."""
+    with torch.device("meta"), _WithoutInitialization():
+        return HSATransformer(config)
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Leaves tensors as `torch.nn.init` finds them: to draw numbers on the meta device imports `torch._dynamo`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.default import default_schedule
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.lookup import Candidate, Lookup, fitted
-from hsa_compile.schedules.record import MEASURED
+from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.schedules.regret import regret_table
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -118,11 +118,20 @@ def _differences(problem: Problem, target: Target, candidate: Candidate) -> tupl
     )
 
 
+def _exact_loss(record: TuningRecord) -> str:
+    """What the winner of a search for this very shape is expected to lose."""
+    if record.shortfall:
+        return f"not known: {record.shortfall}"
+    if not record.complete:
+        return f"not known: its search was interrupted after {record.trials} candidates"
+    return f"none: it is the best of {record.trials} candidates that were tried for this shape"
+
+
 def _loss(target: Target, found: Lookup | None, used: Candidate | None) -> str:
     if found is None or used is None:
         return "not known: nothing was measured for the default schedule"
     if found.distance == 0:
-        return "by what the model is wrong" if found.is_predicted else "none: it was tuned for this shape"
+        return "by what the model is wrong" if found.is_predicted else _exact_loss(found.record)
     model = ", and by what the model is wrong" if found.is_predicted else ""
     if "device" in used.distances and used.record.kind == MEASURED:
         return f"not known: it was measured on {found.record.target.name}"

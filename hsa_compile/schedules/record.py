@@ -9,10 +9,12 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.source_version import source_version
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
 MEASURED, PREDICTED = "measured", "predicted"
 KINDS = (MEASURED, PREDICTED)
+MIN_TIMED = 5  # candidates, the default included: after fewer a search has found out nothing worth keeping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,26 @@ class TuningRecord:
         """Time of the default schedule over time of this one."""
         return self.default_measurement.median_ms / self.measurement.median_ms
 
+    @property
+    def is_default(self) -> bool:
+        """Whether the default schedule won: both measurements are then one."""
+        return self.measurement == self.default_measurement
+
+    @property
+    def tried_all(self) -> bool:
+        """Whether the search tried every candidate that there is."""
+        return self.trials >= _num_candidates(self.problem, self.target)
+
+    @property
+    def shortfall(self) -> str | None:
+        """Why the search was too small for its winner to be kept, or None: fewer than `MIN_TIMED` candidates were
+        timed, and there are others."""
+        timed = self.trials - sum(self.failures.values())
+        if self.kind == PREDICTED or timed >= MIN_TIMED or self.tried_all:
+            return None
+        count = _num_candidates(self.problem, self.target)
+        return f"only {timed} of {count} candidates {'was' if timed == 1 else 'were'} timed, {MIN_TIMED} are needed"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
@@ -149,6 +171,10 @@ class TuningRecord:
             clocks_mhz=values.get("clocks_mhz"),
             complete=bool(values.get("complete", True)),
         )
+
+
+def _num_candidates(problem: Problem, target: Target) -> int:
+    return sum(1 for _ in SearchSpace.of(problem, target).schedules(problem, target))
 
 
 def _build(cls: type, values: Any) -> Any:

@@ -43,8 +43,7 @@ class FakeBench:
         self.prepared: list[Schedule] = []
 
     def compile(self, schedule: Schedule) -> Resources | None:
-        if schedule == self.default:
-            meet_the_others()
+        meet_the_others("default" if schedule == self.default else "others")
         if path := os.environ.get(LOG):
             with Path(path).open("a") as file:
                 file.write(f"{schedule}\n")
@@ -65,13 +64,15 @@ class FakeBench:
         return fake_time(schedule, self.default)
 
 
-def meet_the_others() -> None:
-    """Waits until as many processes are here as `BARRIER` says: `COUNT DIRECTORY`."""
+def meet_the_others(place: str) -> None:
+    """Waits until as many processes are, or were, in this place as `BARRIER` says: `COUNT DIRECTORY`."""
     if BARRIER not in os.environ:
         return
     count, directory = os.environ[BARRIER].split(" ", 1)
-    (Path(directory) / str(os.getpid())).touch()
-    while len(list(Path(directory).iterdir())) < int(count):
+    met = Path(directory) / place
+    met.mkdir(exist_ok=True)
+    (met / str(os.getpid())).touch()
+    while len(list(met.iterdir())) < int(count):
         time.sleep(0.01)
 
 
@@ -128,7 +129,7 @@ class HostileBench(LocalBench):
 
 def spin() -> None:
     while True:
-        pass
+        time.sleep(60)
 
 
 class DyingBench:

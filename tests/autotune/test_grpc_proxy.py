@@ -56,6 +56,7 @@ def search(address: str, *, stop_after: int = 1000, trials: int = 8) -> TuningRe
     )  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_search_goes_on_and_tries_nothing_twice(server: Server) -> None:
     _, address = server
     assert not search(address, stop_after=3).complete
@@ -68,6 +69,7 @@ def test_a_stopped_search_goes_on_and_tries_nothing_twice(server: Server) -> Non
     assert len(tried) == len(set(tried)) == 8
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_dies_in_the_middle_is_one_line(server: Server) -> None:
     process, address = server
 

@@ -31,7 +31,7 @@ PROBLEM = Problem(seq_len=1031, num_heads=2, num_kv_heads=1, head_dim=8, chunk_s
 MEMORY = 1 << 30
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_counts_them_by_kind() -> None:
     target = Target.parse("cpu")
     default = default_schedule(PROBLEM, target)
@@ -44,7 +44,7 @@ def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_count
         timeout=600.0,
         sampler="random",
         bench="fake_benches:HostileBench",
-        limits=Limits(compile_s=6.0, run_s=6.0, memory_bytes=MEMORY),
+        limits=Limits(compile_s=30.0, run_s=30.0, memory_bytes=MEMORY),
     )
     assert record.trials == len(valid)
     assert record.failures == {
@@ -106,10 +106,10 @@ def test_an_error_with_a_name_here_comes_back_by_it_and_the_worker_lives(
 @pytest.mark.parametrize(
     ("verb", "arguments", "error", "text"),
     [
-        ("crash", (), CandidateCrashed, "died of SIGSEGV"),
-        ("leave", (3,), CandidateCrashed, "left with code 3"),
+        pytest.param("crash", (), CandidateCrashed, "died of SIGSEGV", marks=pytest.mark.exhaustive),  # also below
+        pytest.param("leave", (3,), CandidateCrashed, "left with code 3", marks=pytest.mark.exhaustive),
         ("fail", ("bug",), CandidateError, "KeyError: 'a bug'"),
-        ("spin", (), TimedOut, "killed after 2 s"),
+        ("spin", (), TimedOut, "killed after 1 s"),
     ],
 )
 def test_a_death_is_told_by_its_cause(
@@ -118,7 +118,7 @@ def test_a_death_is_told_by_its_cause(
     worker = WorkerProcess("fake_benches:DyingBench", ("hello",))
     worker.wait_until_open()
     with pytest.raises(HSACompileError, match=text) as raised:
-        worker.call(verb, *arguments, timeout_s=2 if verb == "spin" else 60)
+        worker.call(verb, *arguments, timeout_s=1 if verb == "spin" else 60)
     assert type(raised.value) is error
     assert not worker.alive
     worker.close()  # again, to no harm
@@ -151,10 +151,8 @@ time.sleep(600)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    give_up = time.monotonic() + 60
-    while is_running(pid) and time.monotonic() < give_up:
-        time.sleep(0.05)
-    assert not is_running(pid)
+    while is_running(pid):  # for ever, if it does not die
+        time.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
@@ -174,7 +172,7 @@ def test_a_replaced_worker_has_what_it_needs_prepared_again(monkeypatch: pytest.
     arguments = (PROBLEM, target, "cpu", "random", 0)
     with IsolatedBench("fake_benches:HostileBench", arguments, limits=Limits(memory_bytes=MEMORY)) as bench:
         bench.prepare(default)
-        with pytest.raises(CandidateCrashed):
+        with pytest.raises(CandidateCrashed, match="died of SIGSEGV"):
             bench.prepare(crashing)
         assert bench.time([default, default], 2) == [[1.0, 1.0], [1.0, 1.0]]  # it asserts that they are prepared
 

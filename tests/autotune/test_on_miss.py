@@ -23,7 +23,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TuningRecord]]:
     records: list[TuningRecord] = []
 
     def short(problem: Problem, target: Target, **options: Any) -> TuningRecord:
-        records.append(tune(problem, target, **{**options, "trials": 2, "timeout": 5.0, "isolate": False}))
+        records.append(tune(problem, target, **{**options, "trials": 5, "timeout": 600.0, "isolate": False}))
         return records[-1]
 
     monkeypatch.setattr(on_miss_module, "tune", short)

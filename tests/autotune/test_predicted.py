@@ -45,15 +45,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["h100", "gfx942"])
-def test_the_stored_schedule_compiles_does_not_spill_and_is_no_worse_than_the_default(name: str, op: str) -> None:
-    arguments = [json.dumps(PROBLEM.with_op(op).to_dict()), name, "6"]
+@pytest.mark.parametrize(
+    ("name", "op", "budget_s"),
+    [
+        pytest.param("h100", "hsa_forward", "0.1", marks=pytest.mark.slow),  # the default and a few
+        *(pytest.param(name, op, "6", marks=pytest.mark.exhaustive) for name in ("h100", "gfx942") for op in OPS),
+    ],
+)
+def test_the_stored_schedule_compiles_does_not_spill_and_is_no_worse_than_the_default(
+    name: str, op: str, budget_s: str
+) -> None:
+    arguments = [json.dumps(PROBLEM.with_op(op).to_dict()), name, budget_s]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     record = TuningRecord.from_dict(result["record"])
@@ -67,15 +71,13 @@ def test_the_stored_schedule_compiles_does_not_spill_and_is_no_worse_than_the_de
     assert times == sorted(times, reverse=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_op_that_the_model_cannot_rank_keeps_its_default() -> None:
     problem = Problem(op="select_chunks", seq_len=2048, num_heads=2, num_kv_heads=2, head_dim=64, top_k=4,
                       dtype="bfloat16")  # fmt: skip
     arguments = [json.dumps(problem.to_dict()), "h100", "6"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", PREDICT, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     record = TuningRecord.from_dict(json.loads(done.stdout)["record"])
     assert record.schedule == default_schedule(problem, PRODUCTS["h100"])

@@ -14,7 +14,7 @@ from hsa_compile.autotune import search as search_module
 from hsa_compile.autotune.points import parameters_of
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.search import MODEL_PATIENCE, PATIENCE, SearchResult, Trial, search
-from hsa_compile.autotune.stages import CLEARLY_SLOWER, QUICK_ROUNDS
+from hsa_compile.autotune.stages import CLEARLY_SLOWER, FAR_SLOWER, QUICK_ROUNDS
 from hsa_compile.autotune.study import MakeSampler, TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult
 from hsa_compile.problem import Problem
@@ -112,6 +112,7 @@ def test_the_search_ends_when_the_space_is_exhausted(cpu: Target) -> None:
     assert result.best.ratio == pytest.approx(min(bench.time_of(schedule) for schedule in bench.valid))
 
 
+@pytest.mark.exhaustive
 def test_a_large_space_is_exhausted_too(bench: Bench) -> None:
     bench.run(max_trials=1000)
     assert Counter(bench.prepared) == Counter(bench.valid)
@@ -129,11 +130,10 @@ def test_failing_candidates_are_counted_by_kind_and_skipped(bench: Bench) -> Non
     errors = [CompileError("no"), OutOfResources("no"), OutOfResources("no"), WrongResult("no")]
     others = [schedule for schedule in bench.valid if schedule != bench.default]
     bench.failing = dict(zip(others, errors, strict=False))
-    result = bench.run(max_trials=1000)
+    result = bench.run(max_trials=9, first=[bench.default, *bench.failing])
     assert result.failures == {"CompileError": 1, "OutOfResources": 2, "WrongResult": 1}
     assert not {trial.schedule for trial in result.trials} & set(bench.failing)
-    assert result.num_tried == len(bench.valid)
-    assert Counter(bench.prepared) == Counter(bench.valid)
+    assert result.num_tried == len(set(bench.prepared)) == len(bench.prepared) == 9
 
 
 def test_failures_count_as_trials(bench: Bench) -> None:
@@ -184,6 +184,7 @@ def test_each_candidate_is_reported_once_failures_included(bench: Bench) -> None
     assert seen == list(range(1, 13))
 
 
+@pytest.mark.exhaustive
 def test_fast_regions_are_asked_for_more_often_than_their_share(cpu: Target) -> None:
     def is_fast(schedule: Schedule) -> bool:
         return schedule.get("tile_rows") == 1024
@@ -205,6 +206,15 @@ def test_a_candidate_that_is_clearly_slower_gets_the_quick_timings_only(bench: B
     bench.run(first=[bench.default, slow, good], max_trials=3)
     assert bench.timed[slow] == QUICK_ROUNDS
     assert bench.timed[good] > QUICK_ROUNDS
+
+
+def test_a_candidate_that_is_far_slower_than_a_long_kernel_is_timed_once(bench: Bench) -> None:
+    slow, good, *_ = (schedule for schedule in bench.valid if schedule != bench.default)
+    bench.time_of = lambda schedule: {slow: 200 * FAR_SLOWER}.get(schedule, 100.0)  # type: ignore[method-assign]
+    result = bench.run(first=[bench.default, slow, good], max_trials=3)
+    assert bench.timed[slow] == 1
+    assert bench.timed[good] >= QUICK_ROUNDS
+    assert [trial.ratio for trial in result.trials] == [1, 2 * FAR_SLOWER, 1]
 
 
 def test_a_search_that_is_asked_to_stop_does_and_gives_back_what_it_began(bench: Bench) -> None:

@@ -81,7 +81,7 @@ def test_a_wrong_gradient_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("op", SELECT_OPS)
 def test_a_short_search_gives_a_record(op: str) -> None:
-    record = tune(FORWARD.with_op(op), trials=2, timeout=20)
+    record = tune(FORWARD.with_op(op), trials=2, timeout=600, isolate=False)
     assert record.trials == 2
     assert not record.failures
     assert record.schedule.dataflow in ("stream", "token")

@@ -1,4 +1,4 @@
-"""A search that is killed goes on as if it had not been: whole processes, killed at random moments, with fake times."""
+"""A search that is killed goes on as if it had not been: at each kind of moment, and whole processes at random ones."""
 
 import os
 import random
@@ -9,17 +9,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import optuna
 import pytest
-from fake_benches import SLEEP_S
+from fake_benches import SLEEP_S, FakeBench
+from optuna.trial import Trial
 
 from hsa_compile.autotune.storage import open_storage
 from hsa_compile.autotune.study_names import FINISHED
 from hsa_compile.autotune.trial_states import OUTCOME
+from hsa_compile.autotune.tune import Progress, tune
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 
 KILLS, TRIALS = 20, 24
+PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
 
 SCRIPT = f"""
 import sys
@@ -70,7 +76,7 @@ class Run:
         assert process.stdout is not None
         process.stdout.readline()
         start = time.monotonic()
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate()
         assert process.returncode == 0, err
         return time.monotonic() - start
 
@@ -108,6 +114,68 @@ class Run:
         return [damage for path in files for damage in read_records(path)[1]]
 
 
+def search_here(directory: Path, sampler: str) -> None:
+    """The same in this process, with fewer trials."""
+    tune(
+        PROBLEM, device="cpu", trials=9, timeout=3000.0, seed=5, sampler=sampler, isolate=False,
+        storage=str(directory / "study.journal"), ledger=directory / "ledger.jsonl", bench="fake_benches:open_fake",
+        on_record=ScheduleCache(directory / "cache" / "schedules").put, on_progress=lambda progress: told(progress),
+    )  # fmt: skip
+
+
+def told(progress: Progress) -> None:
+    """A moment to be killed at: right after a candidate was told."""
+
+
+def dying_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, call: int, after: bool) -> None:
+    """Lets this process die in a call of a method or function, by number; before what it does or after."""
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            forked.die()
+        result = original(*arguments, **options)
+        if calls == call:
+            forked.die()
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+@pytest.mark.parametrize("sampler", ["ours", "tpe", "random"])
+def test_killed_at_each_kind_of_moment_it_tells_the_same_trials_and_stores_the_same_schedule(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (Run(tmp_path / name, False, sampler) for name in ("whole", "killed"))
+    for run in (whole, killed):
+        run.directory.mkdir()
+    search_here(whole.directory, sampler)
+    before: list[tuple[int, dict[str, object], float | None]] = []
+    for owner, name, call, after in (
+        (FakeBench, "compile", 1, False),  # nothing is timed yet
+        (FakeBench, "prepare", 4, True),  # half a candidate; the default is measured anew by each process
+        (Trial, "set_user_attr", 5, True),  # its outcome may be stored and not told
+        (sys.modules[__name__], "told", 2, False),
+        (ScheduleCache, "put", 1, False),  # all is tried, nothing stored
+        (ScheduleCache, "put", 1, True),  # all is stored, and the study is not marked as done
+    ):
+        with monkeypatch.context() as patch:
+            dying_in(patch, owner, name, call=call, after=after)
+            assert forked.wait(forked.start(lambda: search_here(killed.directory, sampler))) == -signal.SIGKILL, name
+        after_kill = killed.trials()
+        assert after_kill[: len(before)] == before, "a finished trial is lost or changed"
+        assert killed.damages() == []
+        before = after_kill
+    assert not killed.has_ended()
+    search_here(killed.directory, sampler)
+    assert killed.has_ended()
+    assert len(whole.trials()) == 9
+    assert killed.trials() == whole.trials()
+    assert killed.winner() == whole.winner()
+
+
 def kill_at_random(run: Run, generator: random.Random, longest_s: float) -> bool:
     """Starts a search and kills it after a while; whether it was still running then."""
     process = run.start()
@@ -127,7 +195,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return run, run.finish()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_after_any_kill_no_trial_is_lost_or_repeated_and_the_same_schedule_wins(
     whole: tuple[Run, float], tmp_path: Path
 ) -> None:
@@ -154,7 +222,7 @@ def test_after_any_kill_no_trial_is_lost_or_repeated_and_the_same_schedule_wins(
         searches += 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_sampler_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     for sampler in ("tpe", "random"):
         whole, killed = (Run(tmp_path / f"{sampler}-{name}", False, sampler) for name in ("whole", "killed"))

@@ -1,18 +1,16 @@
 """Several views of one study: nobody gets a point that another has, and what a dead process left is taken up."""
 
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import BaseStorage, InMemoryStorage
+import sqlalchemy
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
-from hsa_compile.autotune import storage as storage_module
-from hsa_compile.autotune import study as study_module
 from hsa_compile.autotune.outcome import Outcome
 from hsa_compile.autotune.storage import MAX_RETRIES, close_storage, open_storage
 from hsa_compile.autotune.study import Proposal, TuningStudy
@@ -73,6 +71,7 @@ def test_all_views_together_get_no_more_trials_than_the_study_may_have(storage: 
     assert sum(proposal is not None for proposal in given) == 7
 
 
+@pytest.mark.slow
 def test_the_whole_space_is_given_out_and_then_nothing(storage: BaseStorage, cpu: Target) -> None:
     one = view(storage, cpu, make_sampler=Stubborn)
     valid = set(SearchSpace.of(PROBLEM, cpu).schedules(PROBLEM, cpu))
@@ -144,24 +143,26 @@ def test_what_the_ledger_knows_is_neither_tried_nor_counted(storage: BaseStorage
     assert not any(finished.counted for finished in one.finished())
 
 
-@pytest.mark.slow
 def test_in_a_database_a_silent_trial_is_retried_by_optuna_and_given_up_after_a_few(
-    cpu: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cpu: Target, tmp_path: Path
 ) -> None:
-    for module in (storage_module, study_module):
-        monkeypatch.setattr(module, "HEARTBEAT_S", 1)
-    monkeypatch.setattr(storage_module, "GRACE_S", 1)
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    assert isinstance(storage, RDBStorage)
+
+    def all_are_silent() -> None:
+        with storage.engine.begin() as connection:
+            connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'"))
+
     try:
         first = view(storage, cpu).propose()
         assert first is not None
         for _ in range(MAX_RETRIES):
-            time.sleep(2.5)  # the database counts whole seconds
+            all_are_silent()
             retried = view(storage, cpu).propose()
             assert retried is not None
             assert retried.schedule == first.schedule
             assert retried.trial.number > first.trial.number
-        time.sleep(2.5)
+        all_are_silent()
         other = view(storage, cpu)
         given = other.propose()
         assert given is not None

@@ -7,7 +7,7 @@ import torch
 import hsa_compile
 from hsa_compile.autotune import bench as bench_module
 from hsa_compile.autotune.candidate import Candidate, prepare
-from hsa_compile.autotune.options import MAX_SEED
+from hsa_compile.autotune.choices import MAX_SEED
 from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem
@@ -18,7 +18,7 @@ from hsa_compile.schedules.space import SearchSpace, template_for
 from hsa_compile.target import NAMED_TARGETS, Target
 
 PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
-QUICK: dict[str, Any] = {"device": "cpu", "trials": 3, "timeout": 5.0, "isolate": False}
+QUICK: dict[str, Any] = {"device": "cpu", "trials": 3, "timeout": 600.0, "isolate": False}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
     problem = PROBLEM.with_op(op)
     seen: list[Progress] = []
     record = tune(
-        problem, trials=4, timeout=5.0, device="cpu", isolate=False, distribution="local", on_progress=seen.append
+        problem, trials=4, timeout=600.0, device="cpu", isolate=False, distribution="local", on_progress=seen.append
     )
     target = Target.parse("cpu")
     assert (record.problem, record.target, record.inputs) == (problem, target, "local")
@@ -58,10 +58,10 @@ def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [OPS[0], pytest.param(OPS[1], marks=pytest.mark.exhaustive)])
 def test_a_tiny_problem_is_tuned_in_cpp_where_there_is_a_compiler(op: str) -> None:
     problem = PROBLEM.with_op(op)
-    record = tune(problem, trials=2, timeout=30.0, device="cpu")
+    record = tune(problem, trials=2, timeout=600.0, device="cpu", isolate=False)
     assert record.target.has_compiler
     assert template_for(problem, record.target) == "cpp"
     assert (record.trials, record.failures) == (2, {})
@@ -86,10 +86,10 @@ def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepar
     nearest = next(
         schedule for schedule in SearchSpace.of(PROBLEM, target).schedules(PROBLEM, target) if schedule != default
     )
-    record = tune(longer, trials=1, timeout=5.0, device="cpu", isolate=False)
+    record = tune(longer, trials=1, timeout=600.0, device="cpu", isolate=False)
     default_cache().put(replace(record, schedule=nearest))
     prepared.clear()
-    tune(PROBLEM, trials=2, timeout=5.0, device="cpu", isolate=False)
+    tune(PROBLEM, trials=2, timeout=600.0, device="cpu", isolate=False)
     assert prepared == [default, nearest]
 
 

@@ -1,7 +1,6 @@
 """The command line as a person meets it: exit code, standard output, standard error."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
 
-TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "2", "--timeout", "5", "--in-process"]
+TUNE = ["tune", *SHAPE, "--device", "cpu", "--trials", "5", "--timeout", "600", "--in-process"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 
 
@@ -27,7 +26,7 @@ def no_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     def tune(*_: object, **__: object) -> TuningRecord:
         raise AssertionError("nothing may be tuned here")
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", tune)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", tune)
 
 
 # --- tune
@@ -68,7 +67,7 @@ def test_force_tunes_again(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(problem.op)
         return tune_problem(problem, *rest, **options)
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", spy)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", spy)
     again = run(*TUNE, "--force")
     assert again.code == 0
     assert "cached" not in again.err
@@ -126,7 +125,7 @@ def test_ctrl_c_keeps_what_was_finished(run: Shell, monkeypatch: pytest.MonkeyPa
         return tune_problem(problem, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hsa_compile.cli.tune.tune_problem", interrupted)
+        patch.setattr("hsa_compile.autotune.tune.tune", interrupted)
         outcome = run(*TUNE)
     assert outcome.code == 130
     assert outcome.out == ""
@@ -336,7 +335,10 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(
 
 def all_commands(group: click.Group, *path: str) -> dict[tuple[str, ...], click.Command]:
     found: dict[tuple[str, ...], click.Command] = {}
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             found |= all_commands(command, *path, name)
         else:
@@ -379,8 +381,6 @@ def test_a_group_lists_its_commands_in_its_help(path: tuple[str, ...], run: Shel
 
 @pytest.mark.slow
 def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
-    for flag, expected in (("--help", "hsa-compile tune"), ("--version", "hsa-compile, version ")):
-        command = [sys.executable, "-m", "hsa_compile", flag]
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-        assert (result.returncode, result.stderr) == (0, "")
-        assert expected in result.stdout
+    result = subprocess.run([sys.executable, "-m", "hsa_compile", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "hsa-compile, version " in result.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from shell import Shell
 
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.evaluation.subject import Subject
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
@@ -165,7 +166,7 @@ def test_the_seed_is_the_harness_s_own_unless_given(run: Shell, directory: Path,
     assert seeds == [1234, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_groups_and_patterns_are_found_among_all_tasks(
     run: Shell, directory: Path, tasks: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +176,14 @@ def test_groups_and_patterns_are_found_among_all_tasks(
     assert "|our_group" in shown.out
     assert "|our_text" in shown.out
     assert "Groups" in shown.out
+
+
+def test_a_group_a_pattern_and_what_is_near_a_name_that_stands_for_nothing(tasks: Path) -> None:
+    (tasks / "our_group.yaml").write_text(GROUP)
+    few = harness_tasks.Tasks(tasks, with_own=False)
+    assert few.named(["our_group", "our_t*"]) == ["our_group", "our_text"]
+    with pytest.raises(InvalidArgument, match="--harness our_txt: no such task; near it are our_text"):
+        few.named(["our_txt"])
 
 
 def assert_refused(run: Shell, message: str, out: Path, *words: str) -> None:
@@ -187,7 +196,7 @@ def assert_refused(run: Shell, message: str, out: Path, *words: str) -> None:
     assert not (out / "harness.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_unknown_task_is_one_line_with_those_near_it(
     run: Shell, directory: Path, tasks: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,6 @@ def test_tune_preset_begins_with_the_first_of_those(run: Shell, monkeypatch: pyt
         asked.append(problem)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hsa_compile.cli.tune.tune_problem", tune)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", tune)
     assert run("tune", "--device", "cpu", "--preset", "tiny", "--seq-len", "512", "--batch", "2").code == 130
     assert asked == preset_problems("tiny", Target.parse("cpu"), {"batch": [2], "seq_len": [512]})[:1]

@@ -44,6 +44,7 @@ def test_json_is_the_manifest(run, texts: Path, tmp_path: Path) -> None:  # type
     assert json.loads(out) == json.loads((tmp_path / "out" / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_standard_library_becomes_a_corpus(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = run("--corpus", "stdlib", "--out", tmp_path / "out", "--validation", "0.05")
     assert code == 0

@@ -5,13 +5,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from shell import Shell
 
+from hsa_compile.cli import train as train_module
 from hsa_compile.cli import train_tuning
 from hsa_compile.model.training import metrics
+from hsa_compile.model.training import run as run_module
 from hsa_compile.schedules.record import TuningRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
@@ -32,6 +36,7 @@ num_experts = 0
 
 [train]
 steps = 4
+precision = "float32"
 save_every = 2
 probe_every = 4
 probe_samples = 1
@@ -66,6 +71,7 @@ def test_it_trains_and_says_where_the_model_is(run: Shell, config: str, tmp_path
     out = tmp_path / "run"
     done = run("train", "--config", config, "--out", str(out), "train.lr=3e-4", "--seed", "7")
     assert done.code == 0, done.err
+    assert done.out.startswith("computing in float32\n")
     assert "step 4/4  loss " in done.out
     assert "step 4: held_out_loss " in done.out
     assert f"model in {out}/model, after 4 steps" in done.out
@@ -85,6 +91,40 @@ def test_it_stops_after_some_minutes_and_goes_on(run: Shell, config: str, tmp_pa
     assert "after 4 steps" in done.out
     same = run("train", "--config", config, "--out", str(out), "--resume")
     assert same.code == 0
+
+
+@pytest.fixture
+def a_step_takes_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that nothing else moves."""
+    now = [0.0]
+    real = run_module.run_step
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        now[0] += 10.0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(run_module, "run_step", slow)
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+
+@pytest.mark.usefixtures("a_step_takes_ten_seconds")
+@pytest.mark.parametrize(("minutes", "made"), [("2.1", 13), ("2.05", 12)])
+def test_it_stops_at_the_step_that_ends_nearest_to_the_time(
+    minutes: str, made: int, run: Shell, config: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "run")
+    stopped = run(
+        "train", "--config", config, "--out", out, "--steps", "30", "--minutes", minutes, "train.save_every=0"
+    )
+    assert f"stopped and saved after step {made} of 30" in stopped.out
+    assert f"{minutes} minutes are enough for about {made} of 30 steps at the rate of the first 10" in stopped.out
+
+
+@pytest.mark.usefixtures("a_step_takes_ten_seconds")
+def test_it_says_how_long_the_run_will_take(run: Shell, config: str, tmp_path: Path) -> None:
+    done = run("train", "--config", config, "--out", str(tmp_path / "run"), "--steps", "23", "train.save_every=0")
+    assert "the 13 steps that are left will take about 2.2 minutes at the rate of the first 10" in done.out
+    assert ", 90 s left" in done.out
 
 
 def test_signals_are_as_before_once_it_is_done(run: Shell, config: str, tmp_path: Path) -> None:

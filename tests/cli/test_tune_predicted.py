@@ -9,7 +9,10 @@ import pytest
 from shell import Shell
 
 from hsa_compile.paths import schedule_dir
+from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import ScheduleCache
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.record import PREDICTED, Measurement, TuningRecord
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
@@ -20,10 +23,10 @@ SHAPE = ["--head-dim", "64", "--heads", "8", "--kv-heads", "2", "--chunk-size", 
 def hsa_compile(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hsa_compile", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gpu_that_is_not_here_gets_predicted_entries_that_are_valid_and_cached() -> None:
     tune = ["tune", "--target", "sm_90", "--timeout", "5", *SHAPE]
     done = hsa_compile(*tune)
@@ -39,6 +42,31 @@ def test_a_gpu_that_is_not_here_gets_predicted_entries_that_are_valid_and_cached
     target = Target.parse("sm_90")
     for _, record in ScheduleCache(schedule_dir()).entries():
         assert SearchSpace.of(record.problem, target).is_valid(record.problem, record.schedule, target)
+
+
+def test_a_prediction_is_stored_shown_and_cached(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def predict(problem: Problem, target: Target, **_: object) -> TuningRecord:
+        asked.append(problem.op)
+        schedule = default_schedule(problem, target)
+        ms = Measurement.predicted(2.0)
+        return TuningRecord(
+            problem=problem, target=target, schedule=schedule, measurement=ms, default_measurement=ms, trials=3,
+            failures={}, inputs="none", fingerprint="0" * 16, versions={}, date="2026-02-03T04:05:06+00:00",
+            kind=PREDICTED,
+        )  # fmt: skip
+
+    monkeypatch.setattr("hsa_compile.cli.tune_predicted.predict_schedule", predict)
+    done = run("tune", "--target", "sm_90", *SHAPE)
+    assert done.code == 0, done.err
+    assert done.out.count("predicted") == 2
+    listed = run("schedules", "list", "--json").json
+    assert [(entry["kind"], entry["target"]["arch"]) for entry in listed] == [("predicted", "sm_90")] * 2
+    assert run("tune", "--target", "sm_90", *SHAPE).out.count("cached (--force predicts again)") == 2
+    assert asked == list(OPS)
+    run("tune", "--target", "sm_90", "--force", *SHAPE)
+    assert asked == 2 * list(OPS)
 
 
 def test_what_has_no_model_is_refused_before_anything_is_tuned(run: Shell) -> None:

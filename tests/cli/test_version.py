@@ -4,37 +4,25 @@ import os
 import subprocess
 import sys
 
+import click
 import pytest
 import torch
 from click.shell_completion import ShellComplete
 from shell import Shell
 
 from hsa_compile import __version__
-from hsa_compile.cli import version
 from hsa_compile.cli.main import cli
-from hsa_compile.cli.options import counted
-from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
 
-def test_the_version_names_torch_triton_and_the_device(run: Shell) -> None:
+def test_the_version_names_torch_triton_and_python(run: Shell) -> None:
     outcome = run("--version")
-    target = Target.current()
     assert (outcome.code, outcome.err) == (0, "")
-    first, second, third = outcome.out.splitlines()
+    first, second = outcome.out.splitlines()
     assert first == f"hsa-compile, version {__version__}"
     release = torch.__version__.split("+")[0]  # a wheel from PyPI leaves out what it was built for
     assert second.startswith(f"torch {release}")
     assert f", Triton {installed_versions()['triton']}, Python 3." in second
-    assert third == f"device {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})"
-
-
-def test_help_does_not_look_for_a_device(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look() -> Target:
-        raise AssertionError("nobody asked")
-
-    monkeypatch.setattr(version.Target, "current", look)
-    assert run("--help").code == 0
 
 
 def completed(words: str) -> list[str]:
@@ -45,16 +33,17 @@ def completed(words: str) -> list[str]:
 
 
 def test_a_shell_completes_commands_flags_and_choices() -> None:
-    assert completed("hsa-compile ") == sorted(cli.commands)
+    assert completed("hsa-compile ") == sorted(cli.list_commands(click.Context(cli)))
     assert completed("hsa-compile sche") == ["schedules"]
     assert "--seq-len" in completed("hsa-compile tune --se")
     assert completed("hsa-compile tune --op for") == ["forward"]
 
 
+@pytest.mark.slow
 def test_the_script_for_bash_is_printed() -> None:
     environment = {**os.environ, "_HSA_COMPILE_COMPLETE": "bash_source"}
     script = "import sys; sys.argv[0] = 'hsa-compile'; from hsa_compile.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0
     assert "complete -o nosort -F" in done.stdout
     assert "hsa-compile" in done.stdout

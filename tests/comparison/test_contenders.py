@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from hsa_compile.autotune.memory import free_bytes
-from hsa_compile.comparison.case import BOTH, DECODE, FORWARD, KINDS, SELECT, Case, dense_work, sparse_work
+from hsa_compile.comparison.case import Case, dense_work, sparse_work
+from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
 from hsa_compile.comparison.contenders import OURS, contenders_for
 from hsa_compile.comparison.dense import dense_contenders

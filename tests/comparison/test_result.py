@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.comparison.case import FORWARD
+from hsa_compile.comparison.choices import FORWARD
 from hsa_compile.comparison.contender import DENSE, SAME
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.pictures import draw

@@ -49,14 +49,12 @@ needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), rea
 
 
 def peak_extra_bytes(seq_len: int) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK_SCRIPT, str(seq_len)], capture_output=True, text=True, timeout=300, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT, str(seq_len)], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 @needs_linux
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_peak_is_linear_in_the_length() -> None:
     outputs = 2 * 16384 * 16 * 64 * 4  # o and dq, which are never freed in between
     shorter = peak_extra_bytes(16384)
@@ -79,14 +77,14 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 def test_no_tensor_has_tokens_times_chunks_elements() -> None:
-    problem = Problem(seq_len=16384, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=32, top_k=4)
+    problem = Problem(seq_len=4096, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=8, top_k=4)
     inputs = make_inputs(problem, torch.device("cpu"))
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # then all operators run on this thread, where the mode sees them
     try:
         with LargestTensor() as largest:
-            o = hsa_attention(*leaves[:3], inputs.chunk_indices, leaves[3], chunk_size=32)
+            o = hsa_attention(*leaves[:3], inputs.chunk_indices, leaves[3], chunk_size=8)
             torch.autograd.grad(o, leaves, inputs.grad_o)
     finally:
         torch.set_num_threads(threads)
@@ -118,10 +116,10 @@ print(extra, tensors, new)
 
 
 @needs_linux
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_and_selection_of_131072_tokens_need_little_beyond_their_results() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LONG_SCRIPT], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", LONG_SCRIPT], capture_output=True, text=True, check=True
     )  # fmt: skip
     extra, tensors, new = (int(word) for word in done.stdout.split())
     assert extra >= new * 0.9

@@ -14,6 +14,7 @@ from hsa_compile.autotune.check import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.packing import global_indices
+from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import NAMED_TARGETS
 
 OPS = ("hsa_forward", "hsa_backward")
@@ -21,8 +22,8 @@ OPS = ("hsa_forward", "hsa_backward")
 TOLERANCES = {"float32": 3e-5, "bfloat16": 3e-2, "float16": 1e-2, "float64": 1e-9}
 CPU = Target.parse("cpu")
 TARGETS = {
-    "cpp": CPU,
     "cpp-avx2": replace(CPU, arch="avx2"),
+    "cpp-avx512": replace(CPU, arch="avx512"),
     "torch": replace(CPU, has_compiler=False),
     **{name: NAMED_TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")},
 }
@@ -128,6 +129,7 @@ def _picks(problem: Problem, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor |
     return indices, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), {}
 
 
+HOW_MANY = [12, pytest.param(150, marks=pytest.mark.exhaustive)]
 ANY_SPEED = settings(
     deadline=None,
     derandomize=True,
@@ -136,25 +138,29 @@ ANY_SPEED = settings(
 )
 
 
-@pytest.mark.slow
-@settings(ANY_SPEED, max_examples=80)
-@given(case=cases(("cpp", "cpp-avx2"), 60))
-def test_any_cpp_schedule_is_right(case: Case) -> None:
-    run(case)
+def draw_and_run(names: tuple[str, ...], most_tokens: int, count: int) -> None:
+    settings(ANY_SPEED, max_examples=count)(given(case=cases(names, most_tokens))(run))()
 
 
 @pytest.mark.slow
-@settings(ANY_SPEED, max_examples=100)
-@given(case=cases(("torch",), 60))
-def test_any_torch_schedule_is_right(case: Case) -> None:
-    run(case)
+@pytest.mark.parametrize("count", HOW_MANY)
+@pytest.mark.parametrize("arch", ["avx2", "avx512"])
+def test_any_cpp_schedule_is_right(arch: str, count: int) -> None:
+    if cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    draw_and_run((f"cpp-{arch}",), 60, count // 2)
 
 
 @pytest.mark.slow
-@settings(ANY_SPEED, max_examples=140)
-@given(case=cases(GPUS, 9))
-def test_any_triton_schedule_is_right(case: Case) -> None:
-    run(case)
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_any_torch_schedule_is_right(count: int) -> None:
+    draw_and_run(("torch",), 60, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_any_triton_schedule_is_right(count: int) -> None:
+    draw_and_run(GPUS, 9, count)
 
 
 def test_given_case(request: pytest.FixtureRequest) -> None:

@@ -1,6 +1,11 @@
 """The emitted Triton kernels of decoding: interpreted against the reference, and compiled for absent GPUs."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +96,67 @@ def test_pages_of_an_interleaved_pool_are_found(monkeypatch: pytest.MonkeyPatch)
 def test_one_module_serves_all_lengths() -> None:
     small, large = Shape(K=8), Shape(B=7, T=3, HQ=9, H=3, P=50, K=40)
     assert len({emit(Case(shape).problem(), split_schedule(8), HOPPER).text for shape in (small, large)}) == 1
+
+
+SCRIPT = """
+import itertools, json, sys
+from dataclasses import asdict
+from types import SimpleNamespace
+from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.schedules.limits import token_shared_memory
+from hsa_compile.target import Target
+
+rows = []
+archs, every = json.loads(sys.argv[1])
+for turn, arch in enumerate(archs):
+    target = Target.parse(arch)
+    # One sequence is split over programs, many are not; a slice of dtype x D x C.
+    points = itertools.product((1, 4, 16), ((1, 2, False), (64, 8, True)),
+                               (("bfloat16", 64, 64), ("float16", 128, 128), ("bfloat16", 128, 32)))
+    for number, (group, (batch, heads, paged), (dtype, dim, chunk)) in enumerate(points):
+        if not every and number % 8 != turn:
+            continue
+        problem = Problem(op="hsa_decode", batch=batch, seq_len=1, kv_len=65536, num_heads=heads * group,
+                          num_kv_heads=heads, head_dim=dim, chunk_size=chunk, top_k=16, dtype=dtype, paged=paged)
+        schedule = default_schedule(problem, target)
+        module = compile_kernel(emit(problem, schedule, target)).module
+        for kernel in compile_launches(module, target):
+            row = asdict(kernel)
+            row.pop("asm")
+            rows.append({"arch": arch, "problem": problem.describe(), "schedule": str(schedule), **row,
+                         "least": token_shared_memory(problem, target, 1, min(schedule.number("num_stages"), 2))[0]})
+
+# Sizes of one, which Triton makes constants.
+ones = {name: "constexpr" for name in ("T", "H", "K", "N", "P")}
+launch = {**module.LAUNCHES[0], "constants": dict.fromkeys(ones, 1)}
+launch["signature"] = {**launch["signature"], **ones}
+compile_launches(SimpleNamespace(LAUNCHES=[launch]), target)
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module", params=["in turns", pytest.param("every point", marks=pytest.mark.exhaustive)])
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """All compiling is in one other process: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps([TARGETS, request.param == "every point"])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_default_schedules_fit_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
+    assert {row["name"] for row in compiled} == {"_hsa_decode_split", "_sum_parts"}
+    assert {row["arch"] for row in compiled} == set(TARGETS)
+    for row in compiled:
+        arch = row["arch"]
+        assert row["spills"] == 0, row
+        assert row["shared_memory"] <= Target.parse(arch).shared_memory, row
+        if row["name"] == "_hsa_decode_split":
+            assert row["matrix_instruction"] == ("MFMA" if arch == "gfx942" else "HMMA"), row
+            assert row["shared_memory"] >= row["least"], row

@@ -1,5 +1,10 @@
 """The emitted Triton kernels of chunk selection: interpreted against the reference, and compiled for absent GPUs."""
 
+import itertools
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -115,3 +120,58 @@ def test_a_deterministic_problem_rules_out_atomics_and_float64_has_no_schedule()
     for op in ("select_chunks", "select_chunks_backward"):
         wanted = problem(op, T=64, N=64, D=64, K=8, dtype="float64")
         assert not list(SearchSpace.of(wanted, HOPPER).schedules(wanted, HOPPER))
+
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.default import default_schedule
+from hsa_compile.target import Target
+
+rows = []
+for arch, (seq_len, head_dim, top_k, more) in json.loads(sys.argv[1]):
+    target = Target.parse(arch)
+    for op in ("select_chunks", "select_chunks_backward"):
+        problem = Problem(op=op, seq_len=seq_len, kv_len=65536, num_heads=2, num_kv_heads=2, head_dim=head_dim,
+                          top_k=top_k, **{"dtype": "bfloat16", **more})
+        source = emit(problem, default_schedule(problem, target), target)
+        for kernel in compile_launches(compile_kernel(source).module, target):
+            row = asdict(kernel)
+            row.pop("asm")
+            rows.append({"arch": arch, "shape": [seq_len, head_dim, top_k, more], **row})
+print(json.dumps(rows))
+"""
+COMPILED_SHAPES = [
+    (65536, 64, 8, {}),
+    (65536, 128, 16, {"fusion": "stick_breaking"}),
+    (65536, 128, 32, {"noise": True}),
+    (65536, 1024, 64, {"fusion": "stick_breaking", "noise": True}),
+    (65536, 64, 8, {"dtype": "float32"}),
+    (1, 128, 16, {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_default_schedules_compile_for_four_gpus_without_spills(every: bool) -> None:
+    in_turns = zip(itertools.cycle(TARGETS), COMPILED_SHAPES, strict=False)
+    points = list(itertools.product(TARGETS, COMPILED_SHAPES) if every else in_turns)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(points)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {row["name"] for row in rows} == {
+        "_select_chunks_stream", "_select_chunks_part", "_select_chunks_merge", "_select_chunks_dquery",
+        "_select_chunks_dlandmarks",
+    }  # fmt: skip
+    assert {row["arch"] for row in rows} == set(TARGETS)
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared_memory"] <= Target.parse(row["arch"]).shared_memory, row
+        if row["name"] in ("_select_chunks_stream", "_select_chunks_part") and "dtype" not in row["shape"][3]:
+            assert row["matrix_instruction"] != "none", row

@@ -1,10 +1,14 @@
 """Models small enough that a test takes milliseconds, of every variant."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
+import pytest
 import torch
 
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.transformer import HSATransformer
 
 SMALL = ModelConfig(
@@ -44,3 +48,20 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0
     """A model with reproducible weights, in evaluation mode."""
     torch.manual_seed(seed)
     return HSATransformer(config).to(dtype).eval()
+
+
+def combinations(*axes: Sequence[Any]) -> list[Any]:
+    """Cases for `parametrize`: each value of each axis once; all other combinations are marked exhaustive."""
+    once = {tuple(i % len(axis) for axis in axes) for i in range(max(map(len, axes)))}
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, place, strict=True)),
+            marks=[] if place in once else [pytest.mark.exhaustive],
+        )
+        for place in product(*(range(len(axis)) for axis in axes))
+    ]
+
+
+def one_first(variant: str) -> list[Any]:
+    """All variants for `parametrize`, where the given one stands for the others, which are marked exhaustive."""
+    return [variant, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in VARIANTS if other != variant)]

@@ -13,7 +13,7 @@ from hsa_compile.model.training.step import update_routers
 from hsa_compile.model.transformer import HSATransformer
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 def test_tiny_is_balanced_after_300_steps_from_an_unbalanced_start() -> None:
     torch.manual_seed(0)

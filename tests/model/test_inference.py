@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import build, combinations, small_config
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.inference import ModelState, extend, new_state, prefill, upper_reach
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.target import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -22,21 +24,40 @@ def read_in_pieces(model: HSATransformer, tokens: Tensor, state: ModelState, siz
     return torch.cat([extend(model, piece, state) for piece in tokens.split(size, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+@pytest.mark.parametrize(("variant", "size"), combinations(VARIANTS, [7, 30, 1, 1000]))
 def test_pieces_then_tokens_give_the_logits_of_one_shot(variant: str, size: int) -> None:
     model = build(small_config(variant))
-    tokens = texts(2, 103)
+    tokens = texts(2, 58)
     with torch.no_grad():
         whole = model(tokens)
     state = new_state(model, batch=2)
-    read = read_in_pieces(model, tokens[:, :90], state, size)
-    decoded = read_in_pieces(model, tokens[:, 90:], state, 1)
+    read = read_in_pieces(model, tokens[:, :50], state, size)
+    decoded = read_in_pieces(model, tokens[:, 50:], state, 1)
     torch.testing.assert_close(torch.cat((read, decoded), dim=1), whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_kernels_in_cpp_give_the_logits_of_pytorch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(small_config("hsa-ultralong"))
+    tokens = texts(1, 33)
+    read = read_in_pieces(model, tokens[:, :30], new_state(model), 30)
+    state = new_state(model)
+    built = torch.cat(
+        (prefill(model, tokens[:, :30], state)[:, None], read_in_pieces(model, tokens[:, 30:], state, 1)), 1
+    )
+    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
+    this_cpu.cache_clear()
+    with torch.no_grad():
+        whole = model(tokens)
+    this_cpu.cache_clear()
+    torch.testing.assert_close(read, whole[:, :30], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(built, whole[:, 29:], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["hsa-ultralong", "ramba"])
 def test_a_softmax_off_by_one_is_that_of_training_and_of_decoding(variant: str) -> None:
-    tokens = texts(1, 103)
+    tokens = texts(1, 41)
     model, without = (build(small_config(variant, softmax_off_by_one=chosen)) for chosen in (True, False))
     with torch.no_grad():
         whole, other = model(tokens), without(tokens)
@@ -45,7 +66,7 @@ def test_a_softmax_off_by_one_is_that_of_training_and_of_decoding(variant: str) 
     assert (whole - other).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 6, 29, 30, 31, 88])
+@pytest.mark.parametrize(("variant", "length"), combinations(VARIANTS, [61, 30, 5, 29, 31, 1, 4, 6]))
 def test_fast_prefill_is_the_full_forward_at_the_last_token(variant: str, length: int) -> None:
     model = build(small_config(variant))
     tokens = texts(2, length + 9)
@@ -58,10 +79,10 @@ def test_fast_prefill_is_the_full_forward_at_the_last_token(variant: str, length
     torch.testing.assert_close(decoded, whole[:, length:], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("first", [3, 60])
-@pytest.mark.parametrize("second", [2, 50])
-def test_prefill_goes_on_where_an_earlier_one_ended(variant: str, first: int, second: int) -> None:
+@pytest.mark.parametrize(("variant", "parts"), combinations(VARIANTS, [(60, 50), (3, 2), (60, 2), (3, 50)]))
+def test_prefill_goes_on_where_an_earlier_one_ended(variant: str, parts: tuple[int, int]) -> None:
     model = build(small_config(variant))
+    first, second = parts
     tokens = texts(1, first + second + 4)
     with torch.no_grad():
         whole = model(tokens)
@@ -75,8 +96,8 @@ def test_prefill_goes_on_where_an_earlier_one_ended(variant: str, first: int, se
 
 def test_rows_of_unequal_length_are_as_if_alone(variant: str) -> None:
     model = build(small_config(variant))
-    lengths = [61, 1, 34, 5]
-    more = 7
+    lengths = [41, 1, 34, 5]
+    more = 6
     tokens = [texts(1, n + more, seed=n) for n in lengths]
     padded = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for b, (row, n) in enumerate(zip(tokens, lengths, strict=True)):

@@ -173,7 +173,7 @@ def test_a_kill_at_any_moment_leaves_the_old_save_or_the_new(tmp_path: Path) -> 
     saves = tmp_path / "saves"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _KILLED_SAVE, str(saves), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     moments = int(done.stdout)

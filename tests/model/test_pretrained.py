@@ -144,7 +144,7 @@ for step in range(1_000_000):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path) -> None:
     save_pretrained(build(small_config("swa")), tmp_path)
     for attempt in range(3):

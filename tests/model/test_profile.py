@@ -14,8 +14,9 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
+from hsa_compile.model.choices import DECODE, PREFILL, STEPS, TRAIN
 from hsa_compile.model.profile import BETWEEN, IDLE, OTHER, _table, profile_step
-from hsa_compile.model.profiled_steps import DECODE, PREFILL, STEPS, TRAIN, make_step
+from hsa_compile.model.profiled_steps import make_step
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", [TRAIN, *(pytest.param(k, marks=pytest.mark.exhaustive) for k in STEPS if k != TRAIN)])
 def test_the_shares_sum_to_the_whole_step(kind: str) -> None:
     model = build(small_config("hsa-ultralong"))
     found = profile_step(make_step(kind, model, batch=2, seq_len=40), CPU)
@@ -71,7 +72,8 @@ def test_a_baseline_has_no_tuned_kernel() -> None:
     assert found.tuned_share == 0
 
 
-@pytest.mark.parametrize("name", ["step.json", "step.json.gz"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step.json.gz", pytest.param("step.json", marks=pytest.mark.exhaustive)])
 def test_a_trace_is_written_that_a_browser_reads(name: str, tmp_path: Path) -> None:
     profile_step(
         make_step(PREFILL, build(small_config("hsa-ultralong")), batch=1, seq_len=40), CPU, trace=tmp_path / name

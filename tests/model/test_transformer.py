@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import build, combinations, small_config
 
 from hsa_compile.kernels.reference import hsa_attention_reference
 from hsa_compile.kernels.select_reference import select_chunks_reference
 from hsa_compile.model import hs_attention
+from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import preset
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
 
-@pytest.mark.parametrize("place", [0, 4, 5, 23, 36])
+@pytest.mark.parametrize(("variant", "place"), combinations(VARIANTS, [5, 4, 23, 0, 36]))
 def test_a_changed_token_changes_no_logit_before_it(variant: str, place: int) -> None:
     model = build(small_config(variant))
     tokens = torch.randint(19, (2, 37))
@@ -98,7 +99,7 @@ def test_half_precision_runs_forward_and_backward(variant: str) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 9])
+@pytest.mark.parametrize(("variant", "length"), combinations(VARIANTS, [5, 4, 9, 1]))
 def test_short_texts_train(variant: str, length: int) -> None:
     model = build(small_config(variant)).train()
     model(torch.randint(19, (2, length))).logsumexp(-1).mean().backward()

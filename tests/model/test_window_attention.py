@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import combinations
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,9 +43,9 @@ def tensors(T: int, past: int, dtype: torch.dtype = torch.float32) -> list[Tenso
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("bias", ["none", "alibi"])
-@pytest.mark.parametrize(("T", "past", "window"), SHAPES)
-def test_blocks_give_output_and_gradients_of_the_dense_mask(T: int, past: int, window: int, bias: str) -> None:
+@pytest.mark.parametrize(("shape", "bias"), combinations(SHAPES, ["none", "alibi"]))
+def test_blocks_give_output_and_gradients_of_the_dense_mask(shape: tuple[int, int, int], bias: str) -> None:
+    T, past, window = shape
     q, k, v = tensors(T, past)
     slopes = alibi_slopes(6, q.device) if bias == "alibi" else None
     for num_past in (None, torch.tensor([past // 2, past])):
@@ -59,8 +60,12 @@ def test_blocks_give_output_and_gradients_of_the_dense_mask(T: int, past: int, w
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("bias", ["none", "alibi"])
-@pytest.mark.parametrize(("T", "past", "window"), [(64, 31, 32), (200, 0, 32), (200, 77, 32)])
+@pytest.mark.parametrize("bias", ["alibi", pytest.param("none", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("T", "past", "window"),
+    [(31, 20, 16), *(pytest.param(*s, marks=pytest.mark.exhaustive) for s in ((200, 0, 32), (200, 77, 32)))],
+)
+@pytest.mark.slow
 def test_flex_attention_gives_the_same(T: int, past: int, window: int, bias: str) -> None:
     q, k, v = (x.detach() for x in tensors(T, past))
     slopes = alibi_slopes(6, q.device) if bias == "alibi" else None

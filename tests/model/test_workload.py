@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import build, combinations, small_config
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels import resolve as resolve_module
@@ -39,9 +39,8 @@ def tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(19, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("length", [3, 5, 7, 9, 10, 43])
-@pytest.mark.parametrize("noise", [True, False], ids=["noise", "softmax off by one"])
-def test_a_step_of_training_asks_for_these(variant: str, length: int, noise: bool, asked: list[Problem]) -> None:
+@pytest.mark.parametrize(("variant", "noise", "length"), combinations(VARIANTS, [True, False], [43, 10, 9, 7, 5, 3]))
+def test_a_step_of_training_asks_for_these(variant: str, noise: bool, length: int, asked: list[Problem]) -> None:
     model = build(small_config(variant, selection_noise=noise, softmax_off_by_one=not noise)).train()
     model(tokens(2, length)).sum().backward()
     said = problems(model.config, 2, length)
@@ -50,7 +49,7 @@ def test_a_step_of_training_asks_for_these(variant: str, length: int, noise: boo
     assert len(said) == len(set(said))
 
 
-@pytest.mark.parametrize("length", [3, 5, 7, 43])
+@pytest.mark.parametrize(("variant", "length"), combinations(VARIANTS, [43, 7, 5, 3]))
 def test_a_step_with_in_batch_memory_asks_for_these(variant: str, length: int, asked: list[Problem]) -> None:
     model = build(small_config(variant)).train()
     model.hidden(tokens(3, length), in_batch_memory=True).sum().backward()
@@ -66,8 +65,7 @@ def test_a_forward_pass_without_gradients_asks_for_these(variant: str, length: i
     assert set(asked) == {problem for problem in said if not problem.decodes}
 
 
-@pytest.mark.parametrize("variant", MEMORIES)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("variant", "batch"), combinations(MEMORIES, [1, 2]))
 def test_decoding_asks_for_this(variant: str, batch: int, asked: list[Problem]) -> None:
     model = build(small_config(variant))
     state = new_state(model, batch)

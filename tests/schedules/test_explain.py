@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,22 @@ def test_an_exact_entry_loses_nothing_and_the_others_are_farther_away(
     assert (told.how, told.schedule, told.differences) == ("exact", TOKEN_4, ())
     assert told.loss.startswith("none")
     assert [rival.why for rival in told.rivals] == ["farther away, 1.50 rather than 0.00"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "loss"),
+    [
+        ({"trials": 3, "failures": {"WrongResult": 1}}, "not known: only 2 of"),
+        ({"complete": False}, "not known: its search was interrupted after 12 candidates"),
+    ],
+)
+def test_an_exact_entry_of_half_a_search_promises_nothing(
+    open_cache: OpenCache, make_problem: MakeProblem, make_record: MakeRecord, cpu: Target,
+    fields: dict[str, Any], loss: str,
+) -> None:  # fmt: skip
+    cache = open_cache()
+    cache.put(replace(make_record(schedule=TOKEN_4), **fields))
+    assert explain(cache, make_problem(), cpu).loss.startswith(loss)
 
 
 def test_the_nearest_entry_tells_each_difference_and_the_measured_loss(

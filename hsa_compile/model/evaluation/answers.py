@@ -7,18 +7,11 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.choices import GREEDY, PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.inference import ModelState, extend, prefill
 from hsa_compile.model.rewinding import rewind, snapshot
 from hsa_compile.model.tasks.sample import ByteArray, TaskSample
 from hsa_compile.model.transformer import HSATransformer
-
-TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
-PROTOCOLS = {
-    TEACHER_FORCED: "the authors' protocol: arg-max at each byte of an answer given the true bytes before it; "
-    "every byte of every answer must be right",
-    GREEDY: "greedy generation, byte by byte, from each question, with the true answers to earlier questions; "
-    "the text up to the first full stop must be the answer",
-}
 
 
 def answered(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.model.choices import PERPLEXITY
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
 from hsa_compile.model.data.stdlib import stdlib_corpus
@@ -27,7 +28,6 @@ from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
 from hsa_compile.model.inference import extend, prefill
 from hsa_compile.model.tasks.haystack import NOISE, STDLIB
 
-PERPLEXITY = "ppl"
 SCORED = 512  # last tokens of each text, fewer where half the shortest context is less
 LOGITS = 2**24  # at once
 

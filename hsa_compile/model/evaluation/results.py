@@ -8,10 +8,10 @@ from typing import Any
 
 import tabulate
 
-from hsa_compile.model.evaluation.answers import PROTOCOLS
+from hsa_compile.model.choices import PERPLEXITY, PROTOCOLS
 from hsa_compile.model.evaluation.cells import Cell
 from hsa_compile.model.evaluation.lengths import length_label
-from hsa_compile.model.evaluation.perplexity import PERPLEXITY, Perplexity
+from hsa_compile.model.evaluation.perplexity import Perplexity
 from hsa_compile.model.safe_files import replace_file, write_json
 
 JSON_FILE, CSV_FILE = "results.json", "results.csv"

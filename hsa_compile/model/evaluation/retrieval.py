@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa_compile.model.evaluation.answers import PROTOCOLS, answered
+from hsa_compile.model.choices import PROTOCOLS
+from hsa_compile.model.evaluation.answers import answered
 from hsa_compile.model.evaluation.edited_reading import EditedReading, num_reread, resume_position
 from hsa_compile.model.evaluation.jobs import Job
 from hsa_compile.model.evaluation.lengths import length_label

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.evaluation.answers import PROTOCOLS
+from hsa_compile.model.choices import PROTOCOLS
 from hsa_compile.model.tasks.facts import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY_BYTES
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS

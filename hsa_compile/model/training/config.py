@@ -31,7 +31,8 @@ class TrainConfig:
         final_lr: as a share of `lr`.
         clip: largest norm of the gradient; 0 for no clipping.
         accumulation: parts that a process computes its rows in, one after the other; the sum is the same.
-        precision: of products; `auto` is bfloat16 autocast on CUDA and float32 elsewhere.
+        precision: of products; `auto` is bfloat16 autocast on CUDA and on CPUs with units for it (AVX-512 BF16, AMX,
+            BF16 of Arm), and float32 elsewhere.
         checkpoint_activations: compute activations again in the backward pass instead of keeping them.
         compile: run the model through `torch.compile`.
         loss_chunk: tokens whose logits exist at a time.

@@ -4,7 +4,7 @@ import torch
 
 from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.training.stages import lengths
-from hsa_compile.model.training.step import is_bfloat16
+from hsa_compile.model.training.step import chosen_precision
 from hsa_compile.model.workload import problems
 from hsa_compile.problem import Problem
 
@@ -17,8 +17,8 @@ def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> l
         device: that it computes on, which decides the dtype.
         world_size: processes that share a step's rows.
     """
-    halves = is_bfloat16(run.train.precision, device) and device.type != "cpu"  # `precision.without_cpu_autocast`
-    dtype = "bfloat16" if halves else "float32"
+    # On a CPU the kernels are for float32: `precision.without_cpu_autocast`.
+    dtype = "float32" if device.type == "cpu" else chosen_precision(run.train.precision, device)
     found: dict[Problem, Problem] = {}
     for stage in run.stages:
         found = {**_stage_problems(run, stage, dtype, world_size), **found}

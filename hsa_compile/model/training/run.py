@@ -35,7 +35,7 @@ from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.probe import Probe
 from hsa_compile.model.training.processes import Processes, shard
 from hsa_compile.model.training.stages import apply_stage, stage_at
-from hsa_compile.model.training.step import LossModel, StepResult, compiled, run_step
+from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, run_step
 from hsa_compile.model.training.text import check_rows, digest, held_out_mixture, mixtures, open_corpus
 from hsa_compile.model.transformer import HSATransformer
 
@@ -235,7 +235,12 @@ class TrainingRun:
         with torch.device("meta"):
             model = HSATransformer(replace(config, retrieval_scale=scale))
         model.load_state_dict(weights, assign=True)
-        trained = {"step": self.state.step, "tokens": self.state.tokens, "config": self.config.to_dict()}
+        trained = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "precision": chosen_precision(self.config.train.precision, self.processes.device),
+            "config": self.config.to_dict(),
+        }
         save_pretrained(model, self.directory / MODEL, extra={"training": trained})
 
     def _model_config(self, stage: int) -> ModelConfig:

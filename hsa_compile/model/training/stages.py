@@ -1,5 +1,6 @@
 """Which stage a step belongs to, what the step's rows look like, and how the model is set for it."""
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -35,13 +36,13 @@ class StepPlan:
 
 def stage_at(run: RunConfig, step: int) -> int:
     """The number of the stage that a step belongs to."""
-    whole = sum(stage.share for stage in run.stages)
-    end = 0.0
-    for number, stage in enumerate(run.stages):
-        end += stage.share
-        if step < round(run.train.steps * end / whole):
-            return number
-    return len(run.stages) - 1
+    return next((number for number, end in enumerate(stage_ends(run)) if step < end), len(run.stages) - 1)
+
+
+def stage_ends(run: RunConfig) -> list[int]:
+    """How many steps have been made when each stage is over."""
+    shares = list(itertools.accumulate(stage.share for stage in run.stages))
+    return [round(run.train.steps * share / shares[-1]) for share in shares]
 
 
 def plan_step(run: RunConfig, step: int) -> StepPlan:

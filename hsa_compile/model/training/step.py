@@ -19,6 +19,7 @@ from hsa_compile.model.training.loss import weighted_cross_entropy
 from hsa_compile.model.training.optimizer import learning_rate
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.target import cpu_multiplies_bfloat16
 
 
 class LossModel(nn.Module):
@@ -117,12 +118,15 @@ class StepResult:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The precision of products that a config asks for."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16(precision, device) else nullcontext()
+    is_bfloat16 = chosen_precision(precision, device) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
-def is_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether that precision is bfloat16 autocast on the device."""
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+def chosen_precision(precision: str, device: torch.device) -> str:
+    """`bfloat16` or `float32`: what `auto` means on the device; another precision is that which it is."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device.type == "cuda" or cpu_multiplies_bfloat16() else "float32"
 
 
 def normalized_weights(batch: StepBatch, processes: Processes) -> tuple[Tensor, Tensor]:

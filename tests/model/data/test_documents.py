@@ -133,6 +133,7 @@ def test_zstandard_is_unpacked_and_a_damaged_one_is_not_used(tmp_path: Path) -> 
         read(written(tmp_path / "b.jsonl.zst", b"no frame at all"))
 
 
+@pytest.mark.slow
 def test_parquet_gives_a_document_a_row(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

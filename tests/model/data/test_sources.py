@@ -66,6 +66,7 @@ def test_a_written_file_is_another_source(folder: Path) -> None:
     assert find_sources([folder / "b.txt"]) != before
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_there_without_its_tests() -> None:
     paths = [Path(source.path) for source in stdlib_sources()]
     assert {"os.py", "argparse.py"} <= {path.name for path in paths}

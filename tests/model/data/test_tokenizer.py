@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.data.tokenizer import BytesTokenizer, load_tokenizer, token_dtype
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.text())
 def test_bytes_come_back_as_the_same_text(text: str) -> None:
     tokenizer = load_tokenizer("bytes")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import build, combinations, small_config
 
 from hsa_compile.model.evaluation.edited_reading import (
     EditedReading,
@@ -60,8 +60,7 @@ def read(model: HSATransformer, haystack: ByteArray, plan: TaskPlan, **memory: o
     return EditedReading(model, haystack, plan.answer_spans[0][0], new_state(model, **memory))
 
 
-@pytest.mark.parametrize("length", [140, 240, 403])
-@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize(("name", "length"), combinations(FINITE, [240, 140, 403]))
 def test_edits_give_the_logits_of_the_whole_sample(name: str, length: int) -> None:
     model = bytes_model(name)
     depths = [0.0, 0.21, 0.5, 0.83, 1.0]
@@ -74,12 +73,14 @@ def test_edits_give_the_logits_of_the_whole_sample(name: str, length: int) -> No
         )
 
 
-@pytest.mark.parametrize("name", FINITE)
 @pytest.mark.parametrize(
-    "starts",
-    [
-        [0, 10], [1, 40], [3, 100], [7, 18], [100, 111], [100, 125], [5, 250], [240, 252], [255, 265], [268, 278],
-    ],
+    ("name", "starts"),
+    combinations(
+        FINITE,
+        [
+            [0, 10], [1, 40], [3, 100], [7, 18], [100, 111], [100, 125], [5, 250], [240, 252], [255, 265], [268, 278],
+        ],
+    ),
     ids=str,
 )  # fmt: skip
 def test_needles_anywhere_over_borders_of_chunks_and_side_by_side(name: str, starts: list[int]) -> None:
@@ -94,8 +95,11 @@ def test_needles_anywhere_over_borders_of_chunks_and_side_by_side(name: str, sta
     )
 
 
-@pytest.mark.parametrize("changes", [{"num_lower_layers": 0}, {"window": 1}, {"num_lower_layers": 5}], ids=str)
-@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    combinations(FINITE, [{"num_lower_layers": 5}, {"num_lower_layers": 0}, {"window": 1}]),
+    ids=str,
+)
 def test_other_sizes_of_the_lower_half(name: str, changes: dict[str, int]) -> None:
     model = bytes_model(name, **changes)
     haystack, plans = make_edits("s-niah", length=257, seed=2, haystack=NoiseHaystack(), depths=[0.02, 0.4, 0.97])

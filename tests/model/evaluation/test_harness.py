@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Oracle
-from small_models import build, small_config
+from small_models import build, combinations, one_first, small_config
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer
 from hsa_compile.model.evaluation import continuations, generations
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
@@ -20,12 +21,9 @@ from lm_eval.api.instance import Instance
 from hsa_compile.model.evaluation import harness
 from hsa_compile.model.evaluation.harness import Generation, HarnessModel
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
-    pytest.mark.usefixtures("without_compiler"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
-LONG = "a context that is several windows long, é€😀 and all; " * 4
+LONG = "a context that is several windows long, é€😀 and all; " * 2
 PAIRS = [
     ("Who?", " me"),
     ("Who?", " you and I"),
@@ -74,7 +72,7 @@ def close(dtype: torch.dtype = torch.float64) -> dict[str, float]:
     return {"rel": 1e-9} if dtype == torch.float64 else {"rel": 1e-4}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("variant", "dtype"), combinations(VARIANTS, [torch.float64, torch.float32]))
 def test_log_likelihoods_are_those_of_one_forward_pass(variant: str, dtype: torch.dtype, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant, dtype)
     found = HarnessModel(subject, outcomes).loglikelihood(asked("loglikelihood", PAIRS))
@@ -92,6 +90,7 @@ def test_what_the_model_would_write_is_greedy(outcomes: OutcomeFile) -> None:
     assert found[-1] == (0.0, True)
 
 
+@pytest.mark.parametrize("variant", one_first("drt"))
 def test_rolling_takes_the_whole_text_however_long(variant: str, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant)
     texts = [LONG * 3, "é", LONG, ""]
@@ -99,6 +98,7 @@ def test_rolling_takes_the_whole_text_however_long(variant: str, outcomes: Outco
     assert found == pytest.approx([plain(subject, b"\0", text.encode())[0] for text in texts], **close())
 
 
+@pytest.mark.slow
 def test_pieces_of_a_long_continuation_add_up(outcomes: OutcomeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuations, "LOGITS", 256 * 5)
     subject = subject_of("hsa-ultralong")
@@ -120,6 +120,7 @@ def test_a_shared_context_is_read_once(outcomes: OutcomeFile, monkeypatch: pytes
     assert read == [len(LONG.rstrip().encode())]
 
 
+@pytest.mark.parametrize("variant", one_first("swa"))
 def test_alone_or_together_and_in_any_order_answers_are_the_same(variant: str, tmp_path: Path) -> None:
     subject = subject_of(variant)
     answers = {}
@@ -134,6 +135,7 @@ def test_alone_or_together_and_in_any_order_answers_are_the_same(variant: str, t
             assert answers[name][pair] == (pytest.approx(value, **close()), greedy)
 
 
+@pytest.mark.slow
 def test_small_batches_give_the_same(outcomes: OutcomeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuations, "MAX_ROWS", 2)
     subject = subject_of("hsa-ultralong")
@@ -182,6 +184,7 @@ def test_what_was_finished_before_an_interruption_is_kept(
     assert calls == [1] * 6
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_greedy_generation_is_that_of_the_model(variant: str, outcomes: OutcomeFile) -> None:
     subject = subject_of(variant, init_std=1.0)
     prompts = ["a", LONG, "", "and more"]
@@ -203,6 +206,7 @@ def test_a_stop_string_ends_a_text_before_it(outcomes: OutcomeFile) -> None:
     assert found == [whole.split(whole[3:5])[0], whole.split(whole[5])[0]]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_differs_from_repeat_to_repeat_and_not_from_run_to_run(tmp_path: Path) -> None:
     subject = subject_of("swa")
     how = {"until": ["\n\n"], "max_gen_toks": 20, "temperature": 1.0, "top_p": 0.95}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import build, small_config
+from small_models import build, one_first, small_config
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
@@ -46,6 +46,7 @@ def measure(subject: Subject, texts: Texts, out: Path) -> list[Perplexity]:
         return perplexities(subject, texts, outcomes)
 
 
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
 def test_it_is_that_of_the_whole_forward(variant: str, corpus: str, tmp_path: Path) -> None:
     subject = subject_of(variant)
     texts = open_texts(subject, corpus, [40, 150], 3)

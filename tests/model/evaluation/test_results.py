@@ -87,6 +87,7 @@ def test_tables_name_task_haystack_and_protocol() -> None:
     assert third.splitlines()[-1].split() == ["64K", "3", "1.6000", "-7.70", "%", "1"]
 
 
+@pytest.mark.slow
 def test_pictures_are_written(tmp_path: Path) -> None:
     paths = draw(RESULTS, tmp_path)
     assert [path.name for path in paths] == ["vt-my_text.png", "ppl.png"]

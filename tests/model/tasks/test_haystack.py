@@ -62,6 +62,7 @@ def test_no_text_is_refused() -> None:
         AssignmentHaystack("prose", b"There and back again.")
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_a_haystack() -> None:
     haystack = load_haystack("stdlib")
     assert haystack.name == "stdlib"

@@ -17,7 +17,15 @@ SECTIONS: dict[str, Any] = {
         "window": 16,
         "init_std": 0.1,
     },
-    "train": {"steps": 6, "lr": 1e-3, "warmup_steps": 2, "save_every": 2, "probe_every": 0, "log_every": 3},
+    "train": {
+        "steps": 6,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "precision": "float32",  # on any CPU
+        "save_every": 2,
+        "probe_every": 0,
+        "log_every": 3,
+    },
     "stages": [
         {"share": 0.5, "min_seq_len": 50, "seq_len": 70, "batch_tokens": 300},
         {"share": 0.5, "min_seq_len": 60, "seq_len": 90, "batch_tokens": 300, "window": 12, "top_k": 2},

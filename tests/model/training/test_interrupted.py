@@ -14,7 +14,7 @@ from hsa_compile.model.pretrained import from_pretrained
 from hsa_compile.model.training.run import MODEL
 
 pytestmark = pytest.mark.slow
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def config(tmp_path: Path) -> str:
     return str(write_toml(tmp_path / "run.toml", small_run(steps=STEPS, save_every=3)))
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_again_and_again_has_the_same_losses(config: str, tmp_path: Path) -> None:
     finish(start(tmp_path / "whole", "--config", config))
     for lines in (1, 12, 25):
@@ -33,7 +34,9 @@ def test_a_run_killed_again_and_again_has_the_same_losses(config: str, tmp_path:
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.exhaustive), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int, config: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(out, "--config", config, "train.save_every=0", "train.steps=100000")
@@ -46,6 +49,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int, config: st
     from_pretrained(out / MODEL)
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_is_named_and_the_checkpoint_before_goes_on(config: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(out, "--config", config, "train.save_every=3", "--minutes", "0.001")

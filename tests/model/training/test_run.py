@@ -19,10 +19,14 @@ from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.run import CHECKPOINTS, MODEL, TrainingRun, saved_config
+from hsa_compile.model.training.step import chosen_precision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
 ]
+
+
+PLAIN = {"variant": "swa"}  # where the kind of the model does not matter
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -45,7 +49,7 @@ def train(
 
 
 def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alone: Processes) -> None:
-    config = small_run(probe_every=3, probe_samples=2)
+    config = small_run(probe_every=3, probe_samples=2, precision="auto")
     assert train(config, tmp_path, alone)
     assert saved_config(tmp_path) == config
     found = records(tmp_path)
@@ -60,13 +64,17 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
 
     model = from_pretrained(tmp_path / MODEL)
     assert (model.config.window, model.config.top_k) == (12, 2)  # of the last stage
-    assert read_extra(tmp_path / MODEL)["training"]["step"] == 6
+    trained = read_extra(tmp_path / MODEL)["training"]
+    assert trained["step"] == 6
+    assert trained["config"]["train"]["precision"] == "auto"
+    assert trained["precision"] == chosen_precision("auto", alone.device)
 
 
+@pytest.mark.slow
 def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
     model = {"retrieval_scale": 0.5}
     for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
-        assert train(small_run(model=model, sharpen_scores=sharpen), tmp_path / name, alone)
+        assert train(small_run(model=model, sharpen_scores=sharpen, steps=2), tmp_path / name, alone)
     assert losses(tmp_path / "as it is") == losses(tmp_path / "sharper")
     one, two = (from_pretrained(tmp_path / name / MODEL) for name in ("as it is", "sharper"))
     assert (one.config.retrieval_scale, two.config.retrieval_scale) == (0.5, 2.0)
@@ -86,14 +94,17 @@ def test_rows_share_their_chunks_where_a_stage_says_so(tmp_path: Path, alone: Pr
 
 def test_it_learns(tmp_path: Path, alone: Processes) -> None:
     stages = [{"seq_len": 64, "batch_tokens": 256}]
-    assert train(small_run(steps=40, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)
+    assert train(small_run(model=PLAIN, steps=30, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)
     found = [loss for _, loss in losses(tmp_path)]
     assert found[-1] < 0.75 * found[0]
 
 
-@pytest.mark.parametrize("variant", ["hsa-ultralong", "drt", "ramba", "swa", "full"])
+@pytest.mark.parametrize(
+    "variant",
+    ["hsa-ultralong", "ramba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("drt", "swa", "full"))],
+)
 def test_every_variant_stops_and_goes_on_bit_for_bit(variant: str, tmp_path: Path, alone: Processes) -> None:
-    config = small_run(model={"variant": variant}, probe_every=4, probe_samples=1)
+    config = small_run(model={"variant": variant}, steps=4, probe_every=4, probe_samples=1)
     assert train(config, tmp_path / "whole", alone)
     assert not train(config, tmp_path / "parts", alone, until=3)
     assert train(config, tmp_path / "parts", alone, resume=True)
@@ -103,7 +114,7 @@ def test_every_variant_stops_and_goes_on_bit_for_bit(variant: str, tmp_path: Pat
 
 
 def test_steps_after_the_last_checkpoint_are_run_and_recorded_again(tmp_path: Path, alone: Processes) -> None:
-    config = small_run(save_every=4)
+    config = small_run(model=PLAIN, save_every=4)
     assert train(config, tmp_path / "whole", alone)
     run = TrainingRun(config, tmp_path / "killed", alone)
 
@@ -121,34 +132,35 @@ def test_steps_after_the_last_checkpoint_are_run_and_recorded_again(tmp_path: Pa
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, alone: Processes) -> None:
-    train(small_run(), tmp_path, alone)
+    train(small_run(model=PLAIN), tmp_path, alone)
     before = losses(tmp_path)
-    assert train(small_run(), tmp_path, alone, resume=True)
+    assert train(small_run(model=PLAIN), tmp_path, alone, resume=True)
     assert losses(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_losses(tmp_path: Path, alone: Processes) -> None:
-    train(small_run(), tmp_path / "a", alone)
-    train(small_run(seed=1), tmp_path / "b", alone)
+    train(small_run(model=PLAIN), tmp_path / "a", alone)
+    train(small_run(model=PLAIN, seed=1), tmp_path / "b", alone)
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
 
 
 def test_a_directory_that_holds_a_run_is_not_begun_anew(tmp_path: Path, alone: Processes) -> None:
-    train(small_run(), tmp_path, alone)
+    train(small_run(model=PLAIN), tmp_path, alone)
     with pytest.raises(InvalidArgument, match="holds a run; --resume goes on with it"):
-        TrainingRun(small_run(), tmp_path, alone)
+        TrainingRun(small_run(model=PLAIN), tmp_path, alone)
 
 
 def test_resume_without_a_checkpoint_begins(tmp_path: Path, alone: Processes) -> None:
-    TrainingRun(small_run(), tmp_path, alone).close()
-    assert train(small_run(), tmp_path, alone, resume=True)
+    TrainingRun(small_run(model=PLAIN), tmp_path, alone).close()
+    assert train(small_run(model=PLAIN), tmp_path, alone, resume=True)
     assert len(losses(tmp_path)) == 6
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(
     tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_run()
+    config = small_run(model=PLAIN)
     train(config, tmp_path / "whole", alone)
     saves = []
     real = run_module.save_checkpoint
@@ -179,7 +191,7 @@ def on_text(directory: Path, synthetic_share: float, haystack: str = "corpus", *
     return from_dict({**values, "data": {"corpus": str(directory)}, "stages": [stage]})
 
 
-@pytest.mark.parametrize("haystack", ["corpus", "assignments"])
+@pytest.mark.parametrize("haystack", ["corpus", pytest.param("assignments", marks=pytest.mark.slow)])
 def test_plain_text_and_needles_in_text_are_trained_on(haystack: str, tmp_path: Path, alone: Processes) -> None:
     directory = corpus(tmp_path, "What is written = here is learnt by heart. " * 20)
     config = on_text(directory, 0.5, haystack, probe_every=3, probe_samples=2)

@@ -5,12 +5,21 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.errors import TrainingError
+from hsa_compile.model.training import step as step_module
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.feed import StepBatch
 from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.stages import StepPlan
-from hsa_compile.model.training.step import LossModel, StepResult, compiled, normalized_weights, run_step
+from hsa_compile.model.training.step import (
+    LossModel,
+    StepResult,
+    autocast,
+    chosen_precision,
+    compiled,
+    normalized_weights,
+    run_step,
+)
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
@@ -125,7 +134,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_moves_weights(alone: Pr
     assert torch.equal(model.embedding.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the tracer's own
 def test_a_compiled_model_makes_the_same_step(alone: Processes) -> None:
     run = small_run(model=NO_NOISE)
@@ -136,3 +145,23 @@ def test_a_compiled_model_makes_the_same_step(alone: Processes) -> None:
     result = run_step(compiled(loss_model), make_optimizer(model, run.train), batch(), run.train, alone)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_units", "chosen"),
+    [
+        ("auto", "cuda", False, "bfloat16"),
+        ("auto", "cpu", True, "bfloat16"),
+        ("auto", "cpu", False, "float32"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("float32", "cuda", True, "float32"),
+    ],
+)
+def test_auto_is_the_precision_that_the_device_has_units_for(
+    precision: str, device: str, has_units: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "cpu_multiplies_bfloat16", lambda: has_units)
+    assert chosen_precision(precision, torch.device(device)) == chosen
+    if device == "cpu":
+        with autocast(precision, torch.device(device)):
+            assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{chosen}"

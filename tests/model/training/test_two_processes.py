@@ -11,13 +11,13 @@ from hsa_compile.model.pretrained import from_pretrained
 from hsa_compile.model.training.run import MODEL
 
 pytestmark = pytest.mark.slow
-STEPS = 20
+STEPS = 6
 
 
 def config(tmp_path: Path) -> str:
     """Noise is drawn by row of a process, so that equality needs a run without."""
     model = {"selection_noise": False}
-    run = small_run(model=model, steps=STEPS, save_every=5, probe_every=10, probe_samples=2)
+    run = small_run(model=model, steps=STEPS, save_every=2, probe_every=3, probe_samples=2)
     return str(write_toml(tmp_path / "run.toml", run))
 
 
@@ -36,6 +36,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on(before: int, after: int, tmp_path: Path) -> None:
     file = config(tmp_path)

@@ -1,0 +1,104 @@
+"""How fast a run goes, and from that how long what is left of it will take."""
+
+import functools
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hsa_compile.model.info import training_flops
+from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, stage_ends
+from hsa_compile.model.transformer import HSATransformer, empty_model
+
+LEFT_OUT = 2  # steps of a process, in which kernels are built and memory is touched for the first time
+RECENT = 50  # steps that the pace is that of
+
+
+class Pace:
+    """Seconds per FLOP of the latest steps; what is left is counted in FLOPs, since the stages of a run differ in them.
+
+    Of the steps it takes the median: now and then one has a kernel built or follows a checkpoint.
+
+    Args:
+        run: of the run.
+        world_size: processes that share a step's rows.
+        clock: in seconds.
+    """
+
+    def __init__(self, run: RunConfig, world_size: int, clock: Callable[[], float]) -> None:
+        self._run, self._world_size, self._clock = run, world_size, clock
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._before = 0.0  # when the record before this one came
+        self._probe_seconds = 0.0
+        self._flops = functools.cache(self._count_flops)
+        self.num_steps = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes the time since the record before; to be called with each record of this process as it comes."""
+        now = self._clock()
+        if record.get("probe"):
+            self._probe_seconds = now - self._before
+        else:
+            self.num_steps += 1
+            if self.num_steps > LEFT_OUT:
+                plan = plan_step(self._run, record["step"] - 1)
+                self._recent.append((now - self._before) / self._flops(plan.stage, plan.length))
+        self._before = now
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there were steps enough."""
+        return bool(self._recent)
+
+    def seconds_of(self, step: int) -> float:
+        """What that step takes, with the probe behind it if there is one; 0 before the pace is known."""
+        seconds = next((seconds for _, seconds in self._stages(step)), 0.0) if self.is_known else 0.0
+        return seconds + self._probe_seconds * (self._probes_before(step + 1) - self._probes_before(step))
+
+    def seconds_left(self, step: int) -> float:
+        """Until all steps from this one on are made, and all probes."""
+        probes = self._probes_before(self._run.train.steps) - self._probes_before(step)
+        return sum(steps * seconds for steps, seconds in self._stages(step)) + probes * self._probe_seconds
+
+    def steps_within(self, step: int, seconds: float) -> int:
+        """How many steps from this one on are made in so many seconds, to the nearest."""
+        made, probe_every = 0, self._run.train.probe_every
+        for steps, each in self._stages(step):
+            if probe_every:
+                each += self._probe_seconds / probe_every
+            fitting = min(steps, max(0, round(seconds / each)))
+            made += fitting
+            if fitting < steps:
+                break
+            seconds -= steps * each
+        return made
+
+    def _stages(self, step: int) -> Iterator[tuple[int, float]]:
+        """Steps that are left of each stage, and seconds of one: its rows are of any of the stage's lengths."""
+        pace = statistics.median(self._recent)
+        for number, end in enumerate(stage_ends(self._run)):
+            if step < end:
+                flops = statistics.mean(self._flops(number, length) for length in lengths(self._run.stages[number]))
+                yield end - step, pace * flops
+                step = end
+
+    def _probes_before(self, step: int) -> int:
+        """Those of the steps before this one; one more follows the last step of a run."""
+        train = self._run.train
+        if not train.probe_every:
+            return 0
+        return -(-train.steps // train.probe_every) if step >= train.steps else step // train.probe_every
+
+    def _count_flops(self, number: int, length: int) -> float:
+        """Of a step of that stage with rows of that length, all processes together."""
+        stage = self._run.stages[number]
+        rows = max(1, stage.batch_tokens // length)
+        apply_stage(self._model, self._run.model_in(stage))
+        together = max(1, rows // self._world_size // self._run.train.accumulation)
+        others = (together - 1) * (length // self._run.model.chunk_size) if stage.in_batch_memory else 0
+        return rows * length * training_flops(self._model, length, others)
+
+    @functools.cached_property
+    def _model(self) -> HSATransformer:
+        return empty_model(self._run.model)
