@@ -1,6 +1,7 @@
 """Which schedule a call runs on, what it says about it, and what a hook may do before."""
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import hsa_compile
+from hsa_compile import log
 from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
 from hsa_compile.kernels import native, select_ops, torch_ops
 from hsa_compile.kernels import resolve as resolve_module
@@ -63,6 +65,7 @@ def warned(problem: Problem = PROBLEM) -> list[str]:
 def test_an_untuned_problem_runs_on_the_default_and_says_once_how_to_tune_it() -> None:
     (message,) = warned()
     assert "the default runs; tune it with: hsa-compile tune --device cpu" in message
+    assert "--head-dim 8" in message
     assert warned() == []
 
 
@@ -164,14 +167,23 @@ def test_debug_messages_tell_the_schedule_and_why(caplog: pytest.LogCaptureFixtu
 
 
 def test_the_environment_turns_the_messages_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "import hsa_compile, logging; logging.getLogger('hsa_compile').debug('hello')"
-    for level, expected in (("debug", "hsa-compile DEBUG: hello\n"), ("info", "")):
+    for level, enabled in (("debug", logging.DEBUG), ("info", logging.INFO)):
+        monkeypatch.setattr(log, "logger", logging.Logger("new"))
         monkeypatch.setenv("HSA_COMPILE_LOG", level)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        assert done.stderr == expected
+        log.set_up_logging()
+        assert log.logger.level == enabled
+    monkeypatch.setattr(log, "logger", logging.Logger("new"))
     monkeypatch.setenv("HSA_COMPILE_LOG", "loud")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "HSA_COMPILE_LOG = 'loud' is not one of debug, info, warning, error" in done.stderr
+    with pytest.warns(HSACompileWarning, match="HSA_COMPILE_LOG = 'loud' is not one of debug, info, warning, error"):
+        log.set_up_logging()
+    assert not log.logger.handlers
+
+
+def test_importing_the_package_turns_the_messages_on() -> None:
+    script = "import hsa_compile, logging; logging.getLogger('hsa_compile').debug('hello')"
+    environment = {**os.environ, "HSA_COMPILE_LOG": "debug"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == "hsa-compile DEBUG: hello\n"
 
 
 def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:

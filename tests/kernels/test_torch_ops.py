@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from hsa_compile import hsa_attention, select_chunks
 from hsa_compile.kernels import select_ops, torch_ops
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::hsa_compile.errors.UntunedWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::hsa_compile.errors.UntunedWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+    pytest.mark.usefixtures("without_compiler"),
+]
 C, K = 8, 3
 
 
@@ -37,7 +40,7 @@ def test_opcheck_of_forward_and_backward() -> None:
     torch.library.opcheck(torch_ops.hsa_backward, (*plain, None, torch.randn(q.shape), *options))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compiles_whole_forward_and_backward_for_any_length(backend: str) -> None:
     torch._dynamo.reset()
     graphs = []

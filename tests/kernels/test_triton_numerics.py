@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor
 
 from hsa_compile.autotune.check import TOLERANCES, relative_error
@@ -74,7 +75,7 @@ SHAPES = [
     Shape(B=2, HQ=2, T=5),  # G = 1
     Shape(HQ=32, T=5, K=2, D=16, Dv=16, index_dtype=torch.int64),  # G = 16
     Shape(D=20, Dv=40, C=19),
-    Shape(T=1, S=517, K=8),
+    Shape(T=1, S=133, K=8),
     Shape(T=1, S=16, HQ=1, H=1, K=1),
     Shape(T=11, S=33, HQ=4, H=1, K=7),  # K beyond the chunks: duplicates and many empty slots
     Shape(off_by_one=True),
@@ -235,33 +236,24 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def in_turns() -> Iterator[object]:
-    """Each shape by three variants, which take turns; `make test-all` has all."""
-    for i, shape in enumerate(SHAPES):
-        for j, variant in enumerate(VARIANTS):
-            left_out = (i + j) % len(VARIANTS) > 2
-            yield pytest.param(shape, variant, marks=[pytest.mark.exhaustive] if left_out else [])
-
-
-@pytest.mark.parametrize(("shape", "variant"), list(in_turns()), ids=str)
+@pytest.mark.parametrize(("shape", "variant"), in_turn(SHAPES, VARIANTS, 2), ids=str)
 def test_output_and_gradients_equal_the_reference(shape: Shape, variant: str) -> None:
     case = Case(shape)
     assert_close(case.actual(variant), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "chunk-slots16"])
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, SHAPES[9]), (torch.float16, SHAPES[0])], ids=str)
-def test_half_precision_is_close_and_results_have_the_dtypes_of_the_inputs(
-    dtype: torch.dtype, shape: Shape, variant: str
-) -> None:
-    case = Case(shape, dtype)
+HALVES = [Case(SHAPES[9], torch.bfloat16), Case(SHAPES[0], torch.float16)]
+
+
+@pytest.mark.parametrize(("case", "variant"), in_turn(HALVES, ("chunk-slots16", "token", *VARIANTS[1:]), 3))
+def test_half_precision_is_close_and_results_have_the_dtypes_of_the_inputs(case: Case, variant: str) -> None:
+    dtype = case.dtype
     actual = case.actual(variant)
     assert [x.dtype for x in actual] == [dtype, dtype, dtype, dtype, torch.float32]
     assert_close(actual, case.expected(), TOLERANCES["bfloat16"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("off_by_one", [False, True])
+@pytest.mark.parametrize(("off_by_one", "variant"), in_turn([False, True], VARIANTS, 3))
 def test_large_logits_stay_finite_and_right(off_by_one: bool, variant: str) -> None:
     case = Case(Shape(logits=1e4, off_by_one=off_by_one))
     (o, dq, dk, dv, dw), (o_expected, _, _, dv_expected, dw_expected) = case.actual(variant), case.expected()
@@ -272,27 +264,36 @@ def test_large_logits_stay_finite_and_right(off_by_one: bool, variant: str) -> N
     assert torch.isfinite(dk).all()
 
 
-@pytest.mark.parametrize("shape", [Shape(T=300, S=40, HQ=2, K=2), Shape(T=300, S=40, HQ=3, H=1, K=1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(T=300, S=40, HQ=2, K=2), pytest.param(Shape(T=300, S=40, HQ=3, H=1, K=1), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_hot_chunk_is_split_over_several_programs(shape: Shape) -> None:
     case = Case(shape)
     assert_close(case.actual("chunk-slots"), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("variant", ["chunk", "chunk-slots", "chunk-whole"])
+@pytest.mark.parametrize(
+    "variant", ["chunk-slots", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chunk", "chunk-whole"))]
+)
 def test_super_tiles_add_up(variant: str) -> None:
     case = Case(Shape(B=2, T=1030, S=20, HQ=1, H=1, D=16, Dv=16, K=1))
     assert_close(case.actual(variant, super_tile=1024), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("shape", [Shape(T=70, S=20, K=2), Shape(T=9, S=20, K=9, per_head=True)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(Shape(T=70, S=20, K=2), marks=pytest.mark.slow), Shape(T=9, S=20, K=9, per_head=True)],
+    ids=str,
+)
 def test_a_block_that_picks_a_chunk_more_often_than_it_has_tokens_visits_it_again(shape: Shape) -> None:
     case = Case(shape)
     assert_close(case.actual("union-apart"), case.expected(), TOLERANCES["float32"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "shape", [Shape(T=0), Shape(K=0), Shape(S=15), Shape(S=0), Shape(B=0)], ids=["T0", "K0", "N0", "S0", "B0"]
+    ("shape", "variant"), in_turn([Shape(T=0), Shape(K=0), Shape(S=15), Shape(S=0), Shape(B=0)], VARIANTS, 2), ids=str
 )
 def test_nothing_to_attend_to_gives_zeros(shape: Shape, variant: str) -> None:
     case = Case(shape)
@@ -320,9 +321,10 @@ def test_one_module_serves_all_lengths() -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", DETERMINISTIC)
 def test_same_bits_twice(variant: str) -> None:
-    case = Case(Shape(T=11, S=40))
+    case = Case(Shape(T=7, S=40))
     first, second = case.actual(variant), case.actual(variant)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     strict = replace(case.problem(), deterministic=True)

@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor
 
 from hsa_compile.autotune.check import relative_error
@@ -17,7 +17,7 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.gumbel import noise_keys
 from hsa_compile.kernels.select_reference import select_chunks_reference, select_weights_reference
-from hsa_compile.problem import FUSIONS, Problem
+from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
@@ -52,28 +52,20 @@ def tensors(T: int, N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 CASES = [
     {"T": 21, "N": 19, "D": 16, "K": 3, "C": 1, "offset": 0},
-    {"T": 1, "N": 70, "D": 20, "K": 5, "C": 2, "offset": 101},
+    {"T": 1, "N": 39, "D": 20, "K": 5, "C": 2, "offset": 101},
     {"T": 3, "N": 4, "D": 200, "K": 8, "C": 2, "offset": 2**33},  # K > N, several slices of D, large positions
 ]
 
 
-def in_turns(*lists: Sequence[object]) -> list[object]:
-    """Half of all combinations, in which every pair of values occurs; the other half is for `make test-all`."""
-    combinations = []
-    for places in itertools.product(*(range(len(values)) for values in lists)):
-        chosen = [values[place] for values, place in zip(lists, places, strict=True)]
-        combinations.append(pytest.param(*chosen, marks=[pytest.mark.exhaustive] if sum(places) % 2 else []))
-    return combinations
+WEIGHTED = [(case, *how) for case in CASES for how in (("softmax", None), ("stick_breaking", 7))]
 
 
-@pytest.mark.parametrize(
-    ("case", "way", "schedule"), in_turns(CASES, [("softmax", None), ("stick_breaking", 7)], FORWARD), ids=str
-)
+@pytest.mark.parametrize(("case", "schedule"), in_turn(WEIGHTED, FORWARD, 2), ids=str)
 def test_picks_and_weights_equal_the_reference(
-    case: dict[str, int], way: tuple[str, int | None], schedule: Schedule
+    case: tuple[dict[str, int], str, int | None], schedule: Schedule
 ) -> None:
-    fusion, seed = way
-    T, N, D, K, C, offset = case.values()
+    sizes, fusion, seed = case
+    T, N, D, K, C, offset = sizes.values()
     query, landmarks = tensors(T, N, D, torch.float32)
     keys = noise_keys(seed, 2, 2, torch.arange(T) + offset) if seed is not None else None
     wanted = problem("select_chunks", T=T, N=N, D=D, K=K, C=C, fusion=fusion, noise=seed is not None)
@@ -87,15 +79,13 @@ def test_picks_and_weights_equal_the_reference(
     assert relative_error(weights, expected_weights) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("sizes", "schedule", "fusion", "dtype"),
-    in_turns([(16, 3), (200, 5)], BACKWARD, FUSIONS, [torch.float32, torch.bfloat16, torch.float16]),
-    ids=str,
-)
-def test_gradients_equal_the_reference(
-    sizes: tuple[int, int], schedule: Schedule, fusion: str, dtype: torch.dtype
-) -> None:
-    D, K = sizes
+KINDS = [(schedule, fusion) for fusion in ("softmax", "stick_breaking") for schedule in BACKWARD]
+SIZES = [(16, 3, torch.float32), (200, 5, torch.float32), (16, 3, torch.bfloat16), (200, 5, torch.float16)]
+
+
+@pytest.mark.parametrize(("sizes", "kind"), in_turn(SIZES, KINDS, 2), ids=str)
+def test_gradients_equal_the_reference(sizes: tuple[int, int, torch.dtype], kind: tuple[Schedule, str]) -> None:
+    (D, K, dtype), (schedule, fusion) = sizes, kind
     query, landmarks = tensors(7, 6, D, dtype)
     leaves = [x.double().requires_grad_() for x in (query, landmarks)]
     indices, _ = select_chunks_reference(query, landmarks, chunk_size=1, top_k=K)
