@@ -22,7 +22,7 @@ from hsa_compile.errors import (
     WrongResult,
 )
 from hsa_compile.problem import Problem
-from hsa_compile.schedules import space as space_module
+from hsa_compile.schedules import ops as ops_module
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
@@ -151,16 +151,17 @@ def test_a_new_value_of_a_knob_times_only_what_is_new(tmp_path: Path, monkeypatc
         "ledger": tmp_path / "ledger.jsonl",
     }
     kind = ("hsa_forward", "torch")
-    whole = space_module._CHOICES[kind]
+    own = ops_module.OP_BACKENDS[kind]
+    whole = own.choices
     small = {"chunk": {**whole["chunk"], "tile_rows": (1024, 2048, 4096)}, "token": whole["token"]}
-    monkeypatch.setattr(space_module, "_CHOICES", {**space_module._CHOICES, kind: small})
+    monkeypatch.setitem(ops_module.OP_BACKENDS, kind, replace(own, choices=small))
     before = set(some_schedules())
     assert tune(PROBLEM, **options).trials == len(before)
     assert len(log.read_text().splitlines()) == len(before)
     log.unlink()
 
     larger = {"chunk": {**whole["chunk"], "tile_rows": (512, 1024, 2048, 4096)}, "token": whole["token"]}
-    monkeypatch.setattr(space_module, "_CHOICES", {**space_module._CHOICES, kind: larger})
+    monkeypatch.setitem(ops_module.OP_BACKENDS, kind, replace(own, choices=larger))
     new = set(some_schedules()) - before
     assert new
     record = tune(PROBLEM, **options)

@@ -14,7 +14,7 @@ from hsa_compile.autotune.storage import default_storage, open_storage
 from hsa_compile.autotune.study_names import finish_study, open_study, question
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.problem import Problem
-from hsa_compile.schedules import space as space_module
+from hsa_compile.schedules import ops as ops_module
 from hsa_compile.target import Target
 
 PROBLEM = Problem(seq_len=131, num_heads=4, num_kv_heads=1, head_dim=16, chunk_size=16, top_k=2)
@@ -99,8 +99,9 @@ def test_another_question_has_another_study(monkeypatch: pytest.MonkeyPatch) -> 
     storage = InMemoryStorage()
     questions = [asked(), asked(replace(PROBLEM, top_k=3)), asked(inputs="local"), asked(seed=1)]
     kind = ("hsa_forward", "torch")
-    fewer = {**space_module._CHOICES[kind], "token": {"block_t": (1, 4)}}
-    monkeypatch.setattr(space_module, "_CHOICES", {**space_module._CHOICES, kind: fewer})
+    own = ops_module.OP_BACKENDS[kind]
+    fewer = {**own.choices, "token": {"block_t": (1, 4)}}
+    monkeypatch.setitem(ops_module.OP_BACKENDS, kind, replace(own, choices=fewer))
     questions.append(asked())
     names = {open_study(storage, one, anew=False).study_name for one in questions}
     assert len(names) == len(questions)
