@@ -41,6 +41,11 @@ class OpBackend:
     passes: Callable[[Problem, Schedule, Limits], list[Pass]] | None = None
 
 
+def keep(problem: Problem, schedule: Schedule) -> Schedule:
+    """The `fit` of schedules whose knobs do not depend on a problem's size."""
+    return schedule
+
+
 def largest_choice(choices: tuple[Knob, ...], wanted: int, limit: int) -> int:
     """`wanted`, or the largest choice that is within the limit, or the smallest choice there is."""
     numbers = [int(choice) for choice in choices]

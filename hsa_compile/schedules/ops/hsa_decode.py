@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import OpBackend
+from hsa_compile.schedules.ops.backend import OpBackend, keep
 from hsa_compile.schedules.ops.limits import (
     MAX_GATHER_BYTES,
     NO_FLOAT64,
@@ -50,10 +50,6 @@ def _why_not_split(problem: Problem, schedule: Schedule) -> str | None:
     if schedule.number("split") > next_power_of_2(problem.top_k):
         return f"split = {schedule['split']} is more than the {problem.top_k} slots there are"
     return None
-
-
-def _keep(problem: Problem, schedule: Schedule) -> Schedule:
-    return schedule
 
 
 def _fit_split(problem: Problem, schedule: Schedule) -> Schedule:
@@ -114,7 +110,7 @@ TORCH = OpBackend(
     name="torch",
     choices={"split": {"block": _BLOCKS}},  # picks of one batched product
     why_not=_why_not_torch,
-    fit=_keep,
+    fit=keep,
     defaults=_torch_defaults,
     work=_work,
 )

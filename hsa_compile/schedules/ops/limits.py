@@ -45,6 +45,7 @@ def why_not_rows(schedule: Schedule, target: Target, sizes: Sequence[int]) -> st
 
 
 def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> str | None:
+    """Whether a super-tile holds more tokens than the problem has, and more than the smallest choice."""
     tokens = max(smallest, next_power_of_2(problem.seq_len))
     if schedule.number("super_tile") > tokens:
         return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"

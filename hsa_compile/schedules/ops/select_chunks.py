@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import OpBackend
+from hsa_compile.schedules.ops.backend import OpBackend, keep
 from hsa_compile.schedules.ops.limits import NO_FLOAT64, why_not_warps
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.schedules.work import Work
@@ -104,15 +104,11 @@ def _anything_goes(problem: Problem, schedule: Schedule, target: Target) -> str 
     return None  # on a CPU each schedule runs every problem
 
 
-def _fit(problem: Problem, schedule: Schedule) -> Schedule:
-    return schedule
-
-
 TORCH = OpBackend(
     name="torch",
     choices={"stream": {"block_t": (16, 64, 256, 1024), "block_n": (64, 256, 1024, 4096)}},
     why_not=_anything_goes,
-    fit=_fit,
+    fit=keep,
     defaults=lambda problem, target: [Schedule.of("stream", block_t=256, block_n=1024)],
     work=_work,
 )
@@ -127,7 +123,7 @@ CPP = OpBackend(
         "stream": {"super_tile": (64, 256, 512, 1024, 4096), "block_n": (64, 128, 256, 512), "rows": (2, 3, 4, 6)}
     },
     why_not=_anything_goes,
-    fit=_fit,
+    fit=keep,
     defaults=lambda problem, target: [Schedule.of("stream", super_tile=512, block_n=128, rows=6)],
     work=_work,
 )
@@ -140,7 +136,7 @@ TRITON = OpBackend(
     name="triton",
     choices={"stream": _TRITON_STREAM, "split": {**_TRITON_STREAM, "num_splits": (2, 4, 8, 16, 32, 64)}},
     why_not=_why_not,
-    fit=_fit,
+    fit=keep,
     defaults=_triton_forward,
     work=_work,
 )

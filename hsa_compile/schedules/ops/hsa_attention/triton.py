@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend
+from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend, keep
 from hsa_compile.schedules.ops.hsa_attention.triton_passes import attention_passes
 from hsa_compile.schedules.ops.hsa_attention.work import attention_work
 from hsa_compile.schedules.ops.limits import (
@@ -241,15 +241,11 @@ def _chunk_elements(problem: Problem) -> int:
     return problem.chunk_size * (problem.head_dim + problem.value_dim)
 
 
-def _fit(problem: Problem, schedule: Schedule) -> Schedule:
-    return schedule
-
-
 FORWARD = OpBackend(
     name="triton",
     choices=_FORWARD,
     why_not=_why_not,
-    fit=_fit,
+    fit=keep,
     defaults=_defaults,
     work=attention_work,
     passes=attention_passes,
