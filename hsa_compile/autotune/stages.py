@@ -10,10 +10,10 @@ from hsa_compile.autotune.resources import Resources
 from hsa_compile.errors import OutOfResources
 from hsa_compile.schedules.schedule import Schedule
 
-QUICK_ROUNDS = 3
+QUICK_ROUNDS = 3  # where the default does not take long; else two calls around one of the default
 MAX_MORE_ROUNDS = 4
 CLEARLY_SLOWER = 1.25  # times the best so far: not worth more than the quick timings, nor a place in the play-off
-FAR_SLOWER = 3.0  # times the best so far: not worth more than one round, where the default takes long
+FAR_SLOWER = 3.0  # times the best so far: not worth more than one call, where the default takes long
 
 _LONG_MS = 10.0  # of the default: long enough that no hiccup makes a good candidate look that slow
 _MS_A_ROUND = 100.0  # that a further round may take; of slower candidates there are fewer
@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         best_ratio: of those timed so far; whoever is `CLEARLY_SLOWER` than that gets the quick timings only, and
-            whoever is `FAR_SLOWER` one round only, if the default takes long enough for one to tell.
+            whoever is `FAR_SLOWER` one call only, if the default takes long enough for one to tell.
         compiled: waits for what the candidate uses, if it is compiled elsewhere; by default the bench compiles it.
         more_rounds: at most, after the quick timings.
     """
@@ -92,11 +92,12 @@ def evaluate(
         fingerprint = bench.prepare(schedule)
         stage = "quick"
         pair = [schedule, baseline.schedule]
-        first_rounds = 1 if baseline.median_ms >= _LONG_MS else QUICK_ROUNDS
-        times, default_times = bench.time(pair, first_rounds)
-        if first_rounds < QUICK_ROUNDS and times[0] <= FAR_SLOWER * best_ratio * default_times[0]:
-            more_times, more_default_times = bench.time(pair, QUICK_ROUNDS - first_rounds)
-            times, default_times = [*times, *more_times], [*default_times, *more_default_times]
+        is_long = baseline.median_ms >= _LONG_MS
+        times, default_times = bench.time(pair, 1 if is_long else QUICK_ROUNDS)
+        if is_long and times[0] <= FAR_SLOWER * best_ratio * default_times[0]:
+            # Before and after the default: both are compared with its one call, which drift takes from neither.
+            (again,) = bench.time([schedule], 1)
+            times, default_times = [*times, *again], default_times * 2
         outcome = _timed(stage, times, default_times, fingerprint, resources, start)
         assert outcome.ratio is not None
         more = min(more_rounds, int(more_rounds * _MS_A_ROUND / (2 * baseline.median_ms)))

@@ -9,7 +9,6 @@ import sys
 import warnings
 
 import click
-from click.shell_completion import CompletionItem
 
 from hsa_compile import __version__
 from hsa_compile.cli.warning_lines import show_warning
@@ -22,45 +21,34 @@ INTERRUPTED = 130
 
 # Name of a command → where it is defined, and the line that `hsa-compile --help` shows for it.
 _COMMANDS = {
-    "bench": ("bench:bench", "Time the ops against what one would run instead."),
-    "doctor": ("doctor:doctor", "Device, versions, cache, and what will work here; a line each."),
-    "emit": ("emit:emit", "Print the kernel that would run, here or on a named GPU."),
-    "eval": ("eval:evaluate", "Needles in haystacks by length and depth, and perplexity."),
-    "generate": ("generate:generate", "Continue a text with a model."),
-    "inspect": ("inspect:inspect", "Compile kernels for a named GPU: registers, spills, bounds."),
-    "model": ("model:model", "The bundled language model."),
-    "plan": ("plan:plan", "Show what `tune` with the same flags would do."),
-    "prepare": ("prepare:prepare", "Turn text into a corpus that training maps into memory."),
-    "profile": ("profile:profile", "Show where the time of one warmed-up step goes."),
-    "report": ("report:report", "Write a search as HTML and PNG."),
-    "schedules": ("schedules:schedules", "List, show, explain, compare, move or remove tuned schedules."),
-    "train": ("train:train", "Train a model."),
-    "tune": ("tune:tune", "Find the fastest schedule on this machine, and store it."),
+    "tune": ("hsa_compile.cli.tune:tune", "Find the fastest schedule on this machine, and store it."),
+    "plan": ("hsa_compile.cli.plan:plan", "Show what `tune` with the same flags would do."),
+    "report": ("hsa_compile.cli.report:report", "Write a search as HTML and PNG."),
+    "schedules": ("hsa_compile.cli.schedules:schedules", "List, show, explain, compare, move or remove schedules."),
+    "emit": ("hsa_compile.cli.emit:emit", "Print the kernel that would run, here or on a named GPU."),
+    "inspect": ("hsa_compile.cli.inspect:inspect", "Compile kernels for a named GPU: registers, spills, bounds."),
+    "prepare": ("hsa_compile.cli.prepare:prepare", "Turn text into a corpus that training maps into memory."),
+    "model": ("hsa_compile.cli.model:model", "Show what a model costs."),
+    "train": ("hsa_compile.cli.train:train", "Train a model."),
+    "eval": ("hsa_compile.cli.eval:evaluate", "Needles in haystacks by length and depth, and perplexity."),
+    "generate": ("hsa_compile.cli.generate:generate", "Continue a text with a model."),
+    "bench": ("hsa_compile.cli.bench:bench", "Time the ops against what one would run instead."),
+    "profile": ("hsa_compile.cli.profile:profile", "Show where the time of one warmed-up step goes."),
+    "doctor": ("hsa_compile.cli.doctor:doctor", "Show the device, versions, cache, and what will work here."),
 }
 
 
-class Commands(click.Group):
-    """The group of `_COMMANDS`; to name them, it imports none."""
+class LazyGroup(click.Group):
+    """A group whose commands have a name and a short help; the real command is imported when it is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, function = _COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(f"hsa_compile.cli.{module}"), function)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        commands = [
-            CompletionItem(name, help=line) for name, (_, line) in _COMMANDS.items() if name.startswith(incomplete)
-        ]
-        return commands + click.Command.shell_complete(self, ctx, incomplete)
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            module, _, attribute = _COMMANDS[name][0].partition(":")
+            command = getattr(importlib.import_module(module), attribute)
+        return name, command, rest
 
 
 def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -75,14 +63,14 @@ def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> N
     context.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
               help="Show the versions of hsa-compile, PyTorch, Triton and Python.")  # fmt: skip
 def cli() -> None:
     """Compiler-style autotuning for Hierarchical Sparse Attention (HSA).
 
     Emits attention kernels for the device at hand, searches their schedule, and keeps the winners in a cache that
-    hsa_attention reads when the package is imported.
+    hsa_attention reads when it is imported.
 
     \b
     Start with:
@@ -90,6 +78,10 @@ def cli() -> None:
       hsa-compile tune           tune the default problem
       hsa-compile schedules list see what was found
     """
+
+
+for _name, (_, _line) in _COMMANDS.items():
+    cli.add_command(click.Command(_name, short_help=_line))
 
 
 def main() -> None:
@@ -124,7 +116,7 @@ def _with_allowed(error: click.UsageError) -> str:
         return message
     command = error.ctx.command
     flags = [flag for option in command.get_params(error.ctx) for flag in option.opts if flag.startswith("--")]
-    commands = command.list_commands(error.ctx) if isinstance(command, click.Group) else []
+    commands = list(command.commands) if isinstance(command, click.Group) else []
     return f"{message.rstrip('.')}; allowed are {', '.join([*commands, *flags])}"
 
 

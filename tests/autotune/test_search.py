@@ -213,7 +213,7 @@ def test_a_candidate_that_is_far_slower_than_a_long_kernel_is_timed_once(bench: 
     bench.time_of = lambda schedule: {slow: 200 * FAR_SLOWER}.get(schedule, 100.0)  # type: ignore[method-assign]
     result = bench.run(first=[bench.default, slow, good], max_trials=3)
     assert bench.timed[slow] == 1
-    assert bench.timed[good] >= QUICK_ROUNDS
+    assert bench.timed[good] > 1
     assert [trial.ratio for trial in result.trials] == [1, 2 * FAR_SLOWER, 1]
 
 

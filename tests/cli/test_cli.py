@@ -336,8 +336,8 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(
 def all_commands(group: click.Group, *path: str) -> dict[tuple[str, ...], click.Command]:
     found: dict[tuple[str, ...], click.Command] = {}
     context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
+    for name in group.commands:
+        _, command, _ = group.resolve_command(context, [name])
         assert command is not None
         if isinstance(command, click.Group):
             found |= all_commands(command, *path, name)
