@@ -151,6 +151,8 @@ def cpu_multiplies_bfloat16() -> bool:
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "bf16" in _cpuinfo("Features").split()
+    import torch
+
     # `ATEN_CPU_CAPABILITY=avx2` makes PyTorch leave AVX-512 alone, and AMX is beyond that.
     flags = {"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split())
     return bool(flags) and torch.backends.cpu.get_cpu_capability() == "AVX512"

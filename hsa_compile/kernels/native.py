@@ -23,9 +23,7 @@ _VECTOR_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
 }
-# C++14, since the headers of newer standards take a fifth of the time to build; yet containers of vectors need the
-# aligned allocation of C++17.
-_FLAGS = ("-O3", "-std=c++14", "-faligned-new", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _BUILD_TIMEOUT_S = 300
 
 
