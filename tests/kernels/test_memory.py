@@ -76,7 +76,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
-def test_no_tensor_has_tokens_times_chunks_elements() -> None:
+@pytest.mark.parametrize("family", ["torch", pytest.param("cpp", marks=pytest.mark.slow)], indirect=True)
+def test_no_tensor_has_tokens_times_chunks_elements(family: str) -> None:
     problem = Problem(seq_len=4096, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=8, top_k=4)
     inputs = make_inputs(problem, torch.device("cpu"))
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]

@@ -79,11 +79,13 @@ def failure(module, target):
 
 result = {"rows": []}
 pairs, all_schedules, exhaustive = map(json.loads, sys.argv[1:])
-for arch, group in pairs:
+for place, (arch, group) in enumerate(pairs):
     target = Target.parse(arch)
     # Few tokens make the token dataflow the default; determinism, slots or two passes.
-    for op, options in itertools.product(("hsa_forward", "hsa_backward"),
-                                         ({}, {"deterministic": True}, {"seq_len": 8})):
+    ways = itertools.product(("hsa_forward", "hsa_backward"), ({}, {"deterministic": True}, {"seq_len": 8}))
+    for turn, (op, options) in enumerate(ways):
+        if not exhaustive and turn % 3 != (0, 1, 2, 1)[place]:
+            continue
         for kernel in compile_launches(module(target, op=op, group=group, **options), target):
             row = asdict(kernel)
             result["texts"] = sorted(row.pop("asm"))
@@ -94,7 +96,7 @@ names = ("T", "S", "H", "K", "N", "num_blocks", "num_tiles", "num_rows")
 ones = {name: "constexpr" for name in names}
 variants = ({"packed": True, "mask_last_token": True}, {"per_head_weights": True}, {})
 for op, schedules in all_schedules.items():
-    for number, schedule in enumerate(schedules):
+    for number, schedule in enumerate(schedules if exhaustive else schedules[::2]):
         for options in variants if exhaustive else [variants[number % len(variants)]]:
             one = module(hopper, op=op, group=3, head_dim=20, schedule=schedule, **options)
             # Sizes of one, which Triton makes constants.
@@ -109,7 +111,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module", params=["a group each", pytest.param("every group", marks=pytest.mark.exhaustive)])
 def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     every = request.param == "every group"
-    pairs = list(itertools.product(TARGETS, GROUPS)) if every else list(zip(TARGETS, (4, 16, 1, 16), strict=True))
+    pairs = list(itertools.product(TARGETS, GROUPS)) if every else list(zip(TARGETS, (4, 1, 16, 16), strict=True))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT, *map(json.dumps, (pairs, SCHEDULES, every))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

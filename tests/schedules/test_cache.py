@@ -1,14 +1,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import forked
 import pytest
 
 from hsa_compile.errors import CacheError
@@ -316,59 +315,38 @@ def test_a_lock_that_is_never_released_is_a_cache_error(
     assert path.read_bytes() == before
 
 
-PUT_SOME = """
-import json, os, signal, sys, time
-from dataclasses import replace
-from pathlib import Path
-from hsa_compile.schedules.cache import ScheduleCache
-from hsa_compile.schedules.record import TuningRecord
-
-directory, first, count, killed_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-record = TuningRecord.from_dict(json.loads(sys.stdin.read()))
-cache = ScheduleCache(directory, pretuned=directory / "none")
-if killed_at != "never":
-    setattr(os, killed_at, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-(directory / f"ready-{first}").touch()
-while not (directory / "go").exists():
-    time.sleep(0.001)
-for head_dim in range(first, first + count):
-    cache.put(replace(record, problem=replace(record.problem, head_dim=head_dim, value_dim=head_dim)))
-"""
-
-
-def start_putting(directory: Path, record: TuningRecord, first: int, count: int, killed_at: str) -> subprocess.Popen:
-    arguments = [str(directory), str(first), str(count), killed_at]
-    process = subprocess.Popen([sys.executable, "-c", PUT_SOME, *arguments], stdin=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(record.to_dict()))
-    process.stdin.close()
-    return process
-
-
-@pytest.mark.slow
-def test_two_processes_that_put_at_once_lose_nothing(make_record: MakeRecord, open_cache: OpenCache) -> None:
+def test_two_processes_that_put_at_once_lose_nothing(
+    make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache
+) -> None:
     directory = open_cache().directory
     directory.mkdir()
-    writers = [start_putting(directory, make_record(), first, 25, "never") for first in (1, 101)]
-    while not all((directory / f"ready-{first}").exists() for first in (1, 101)):
-        time.sleep(0.01)
-        assert all(writer.poll() is None for writer in writers)
+
+    def put_some(first: int) -> None:
+        cache = open_cache()
+        while not (directory / "go").exists():
+            time.sleep(0.001)
+        for head_dim in range(first, first + 25):
+            cache.put(make_record(head_dim=head_dim))
+
+    writers = [forked.start(lambda first=first: put_some(first)) for first in (1, 101)]
     (directory / "go").touch()
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert [forked.wait(writer) for writer in writers] == [0, 0]
     stored = {record.problem.head_dim for _, record in open_cache().entries()}
     assert stored == {*range(1, 26), *range(101, 126)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_process_killed_in_the_middle_of_a_put_leaves_a_whole_file(
     step: str, make_record: MakeRecord, open_cache: OpenCache
 ) -> None:
     path = open_cache().put(make_record())
     before = path.read_bytes()
-    (path.parent / "go").touch()
-    writer = start_putting(path.parent, make_record(), 1, 1, step)
-    assert writer.wait(timeout=60) == -signal.SIGKILL
+
+    def put_and_die() -> None:
+        setattr(os, step, lambda *_: forked.die())
+        open_cache().put(make_record(head_dim=1))
+
+    assert forked.wait(forked.start(put_and_die)) == -signal.SIGKILL
     assert path.read_bytes() == before
     cache = open_cache()
     cache.put(make_record(head_dim=128))

@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 
 from hsa_compile.errors import CacheError
@@ -143,39 +142,18 @@ def test_a_line_takes_the_place_of_what_a_killed_writer_left(tmp_path: Path) -> 
     assert read_lines(path) == [b"one", b"two"]
 
 
-PUT_MANY = """
-import json, sys, time
-from dataclasses import replace
-from pathlib import Path
-from hsa_compile.schedules.cache import ScheduleCache
-from hsa_compile.schedules.record import TuningRecord
-
-directory, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-record = TuningRecord.from_dict(json.loads(sys.stdin.read()))
-cache = ScheduleCache(directory, pretuned=directory / "none")
-(directory / f"ready-{first}").touch()
-while not (directory / "go").exists():
-    time.sleep(0.001)
-for top_k in range(first, first + count):
-    cache.put(replace(record, problem=replace(record.problem, top_k=top_k)))
-"""
-
-
-def start_writers(directory: Path, record: TuningRecord, writers: int, puts: int) -> list[subprocess.Popen]:
+def start_writers(directory: Path, record: TuningRecord, writers: int, puts: int) -> list[int]:
     """Processes that put `puts` entries each, all at once; entry numbers begin with 1."""
     directory.mkdir(exist_ok=True)
-    processes = []
-    firsts = [1 + number * puts for number in range(writers)]
-    for first in firsts:
-        command = [sys.executable, "-c", PUT_MANY, str(directory), str(first), str(puts)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(record.to_dict()))
-        process.stdin.close()
-        processes.append(process)
-    while not all((directory / f"ready-{first}").exists() for first in firsts):
-        time.sleep(0.01)
-        assert all(process.poll() is None for process in processes)
+
+    def put_many(first: int) -> None:
+        cache = ScheduleCache(directory, pretuned=directory / "none")
+        while not (directory / "go").exists():
+            time.sleep(0.001)
+        for top_k in range(first, first + puts):
+            cache.put(replace(record, problem=replace(record.problem, top_k=top_k)))
+
+    processes = [forked.start(lambda first=1 + number * puts: put_many(first)) for number in range(writers)]
     (directory / "go").touch()
     return processes
 
@@ -187,38 +165,38 @@ def top_ks(path: Path) -> set[int]:
     return {record.problem.top_k for record in records.values()}
 
 
-@pytest.mark.slow
-def test_eight_processes_with_a_thousand_puts_each_lose_nothing_and_leave_a_whole_file_at_every_moment(
-    make_record: MakeRecord, open_cache: OpenCache
+@pytest.mark.parametrize(("writers", "puts"), [(3, 40), pytest.param(8, 1000, marks=pytest.mark.exhaustive)])
+def test_processes_that_put_at_once_lose_nothing_and_leave_a_whole_file_at_every_moment(
+    writers: int, puts: int, short_files: None, make_record: MakeRecord, open_cache: OpenCache
 ) -> None:
     record = make_record()
     path = open_cache().path(record.target)
-    writers = start_writers(open_cache().directory, record, writers=8, puts=1000)
-    seen, looks = 0, 0
-    while any(writer.poll() is None for writer in writers):
-        now = len(top_ks(path))
-        assert now >= seen, "an entry was there and is gone"
-        seen, looks = now, looks + 1
-        time.sleep(0.2)
-    assert [writer.returncode for writer in writers] == [0] * 8
-    assert looks > 5
-    assert top_ks(path) == set(range(1, 8001))
+    seen = 0
+    for process in start_writers(open_cache().directory, record, writers, puts):
+        while not forked.has_ended(process):
+            now = len(top_ks(path))
+            assert now >= seen, "an entry was there and is gone"
+            seen = now
+            time.sleep(0.05)
+        assert forked.wait(process) == 0
+    assert top_ks(path) == set(range(1, writers * puts + 1))
 
 
-@pytest.mark.slow
-def test_writers_killed_at_random_moments_leave_a_whole_file_with_all_that_others_put(
-    make_record: MakeRecord, open_cache: OpenCache
+@pytest.mark.parametrize("puts", [30, pytest.param(400, marks=pytest.mark.exhaustive)])
+def test_a_writer_killed_at_a_random_moment_leaves_a_whole_file_with_all_that_others_put(
+    puts: int, short_files: None, make_record: MakeRecord, open_cache: OpenCache
 ) -> None:
     record = make_record()
     path = open_cache().path(record.target)
-    victim, survivor = start_writers(open_cache().directory, record, writers=2, puts=400)
-    time.sleep(0.5)
-    os.kill(victim.pid, signal.SIGKILL)
-    assert survivor.wait(timeout=120) == 0
-    victim.wait(timeout=10)
+    victim, survivor = start_writers(open_cache().directory, record, 2, puts)
+    while len(top_ks(path)) < puts // 2:
+        time.sleep(0.001)
+    os.kill(victim, signal.SIGKILL)
+    assert forked.wait(survivor) == 0
+    forked.wait(victim)
     kept = top_ks(path)
-    assert set(range(401, 801)) <= kept
-    of_victim = kept - set(range(401, 801))
+    assert set(range(puts + 1, 2 * puts + 1)) <= kept
+    of_victim = {number for number in kept if number <= puts}
     assert of_victim == set(range(1, 1 + len(of_victim)))  # every put that ended, and no other
-    open_cache().put(replace(record, problem=replace(record.problem, top_k=900)))
-    assert top_ks(path) == {*kept, 900}
+    open_cache().put(replace(record, problem=replace(record.problem, top_k=9000)))
+    assert top_ks(path) == {*kept, 9000}
