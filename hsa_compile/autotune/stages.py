@@ -15,7 +15,7 @@ MAX_MORE_ROUNDS = 4
 CLEARLY_SLOWER = 1.25  # times the best so far: not worth more than the quick timings, nor a place in the play-off
 FAR_SLOWER = 3.0  # times the best so far: not worth more than one call, where the default takes long
 
-_LONG_MS = 10.0  # of the default: long enough that no hiccup makes a good candidate look that slow
+_LONG_MS = 10.0  # a default that takes longer shows in one call whether a candidate is far slower
 _MS_A_ROUND = 100.0  # that a further round may take; of slower candidates there are fewer
 
 

@@ -109,7 +109,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, A
 
 
 class _Stop:
-    """Why the run shall end early: a signal, or the time."""
+    """Says when the run shall end early: after a signal, or when its time is up."""
 
     def __init__(self, minutes: float | None, pace: Pace) -> None:
         self.signal: int | None = None
@@ -117,13 +117,13 @@ class _Stop:
         self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def __call__(self, step: int) -> bool:
-        """Whether that step shall be the last: of all steps its end is the nearest to that of the time."""
+        """Whether that step shall be the last: it is, if no other step ends nearer to the time that was given."""
         nearest = self._pace.seconds_of(step) + self._pace.seconds_of(step + 1) / 2
         return self.signal is not None or nearest >= self.seconds_left
 
     @property
     def seconds_left(self) -> float:
-        """Of the time that was given."""
+        """What is left until the time that was given is up; infinity if none was given."""
         return self._end - time.monotonic()
 
 

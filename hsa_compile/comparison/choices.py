@@ -2,4 +2,4 @@
 
 FORWARD, BOTH, SELECT, DECODE = "forward", "both", "select", "decode"
 KINDS = {FORWARD: "hsa_forward", BOTH: "hsa_forward", SELECT: "select_chunks", DECODE: "hsa_decode"}
-FAMILIES = ("sdpa", "flex", "gather", "nsa")  # of contenders
+FAMILIES = ("sdpa", "flex", "gather", "nsa")  # the contenders that come along

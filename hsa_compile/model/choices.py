@@ -1,7 +1,7 @@
 """What a model can be asked for: names, defaults and bounds. The command line reads them before it loads a model."""
 
-PLACEMENTS = ("device", "host", "disk")  # of a memory's keys and values
-MAX_SEED = 2**63 - 1  # of what is drawn when a text is continued
+PLACEMENTS = ("device", "host", "disk")  # where a memory keeps its keys and values
+MAX_SEED = 2**63 - 1  # the largest seed of a text that is continued
 
 TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
 PROTOCOLS = {

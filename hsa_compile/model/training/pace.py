@@ -12,18 +12,18 @@ from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, s
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 LEFT_OUT = 2  # steps of a process, in which kernels are built and memory is touched for the first time
-RECENT = 50  # steps that the pace is that of
+RECENT = 50  # latest steps whose pace counts
 
 
 class Pace:
     """Seconds per FLOP of the latest steps; what is left is counted in FLOPs, since the stages of a run differ in them.
 
-    Of the steps it takes the median: now and then one has a kernel built or follows a checkpoint.
+    The pace is the median of those steps, since now and then one builds a kernel or follows a checkpoint.
 
     Args:
-        run: of the run.
-        world_size: processes that share a step's rows.
-        clock: in seconds.
+        run: the config of the run.
+        world_size: how many processes share a step's rows.
+        clock: gives the time in seconds.
     """
 
     def __init__(self, run: RunConfig, world_size: int, clock: Callable[[], float]) -> None:
@@ -57,7 +57,7 @@ class Pace:
         return seconds + self._probe_seconds * (self._probes_before(step + 1) - self._probes_before(step))
 
     def seconds_left(self, step: int) -> float:
-        """Until all steps from this one on are made, and all probes."""
+        """Seconds until all steps from this one on, and all probes, are made."""
         probes = self._probes_before(self._run.train.steps) - self._probes_before(step)
         return sum(steps * seconds for steps, seconds in self._stages(step)) + probes * self._probe_seconds
 
@@ -84,14 +84,14 @@ class Pace:
                 step = end
 
     def _probes_before(self, step: int) -> int:
-        """Those of the steps before this one; one more follows the last step of a run."""
+        """Probes that come before this step; one more follows the last step of a run."""
         train = self._run.train
         if not train.probe_every:
             return 0
         return -(-train.steps // train.probe_every) if step >= train.steps else step // train.probe_every
 
     def _count_flops(self, number: int, length: int) -> float:
-        """Of a step of that stage with rows of that length, all processes together."""
+        """FLOPs that all processes together make in a step of that stage with rows of that length."""
         stage = self._run.stages[number]
         rows = max(1, stage.batch_tokens // length)
         apply_stage(self._model, self._run.model_in(stage))

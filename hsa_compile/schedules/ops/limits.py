@@ -6,7 +6,7 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-MAX_GATHER_BYTES = 1 << 28  # of one batched product of PyTorch
+MAX_GATHER_BYTES = 1 << 28  # that one batched product in PyTorch may gather
 MIN_ROWS = 16  # what a matrix instruction needs
 MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"

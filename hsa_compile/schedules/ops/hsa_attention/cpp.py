@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops.backend import Knobs, OpBackend, largest_choice
-from hsa_compile.schedules.ops.hsa_attention.work import attention_work
+from hsa_compile.schedules.ops.hsa_attention.cost import attention_work
 from hsa_compile.schedules.ops.limits import why_not_rows, why_not_super_tile
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target

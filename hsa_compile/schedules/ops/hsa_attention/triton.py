@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend, keep
-from hsa_compile.schedules.ops.hsa_attention.triton_passes import attention_passes
-from hsa_compile.schedules.ops.hsa_attention.work import attention_work
+from hsa_compile.schedules.ops.hsa_attention.cost import attention_passes, attention_work
 from hsa_compile.schedules.ops.limits import (
     MIN_ROWS,
     NO_FLOAT64,
@@ -18,7 +17,7 @@ from hsa_compile.schedules.ops.limits import (
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
 
-_MAX_ROWS = 256  # of a tile; beyond, the accumulators spill on every GPU
+_MAX_ROWS = 256  # in a tile with more, the accumulators spill on every GPU
 _SMALL_CHUNK, _FULL_CHUNK = 32 * 128, 64 * 256  # elements of keys and values
 _LARGE_GROUP = 64  # heads of a group that fill a matrix instruction without other tokens
 _SLOT_BYTES = 1 << 29  # of the slots of one super-tile
