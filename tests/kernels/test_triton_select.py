@@ -79,6 +79,16 @@ def test_picks_and_weights_equal_the_reference(
     assert relative_error(weights, expected_weights) <= 1e-5
 
 
+@pytest.mark.parametrize("schedule", FORWARD[2:], ids=str)
+def test_a_pick_is_found_in_each_part_of_the_landmarks(schedule: Schedule) -> None:
+    best = [13, 29, 45, 61]  # one of each part of 16
+    query, landmarks = torch.ones(2, 1, 2, 16), torch.zeros(2, 64, 2, 16)
+    landmarks[:, best] = 1.0
+    entry = compile_kernel(emit(problem("select_chunks", T=1, N=64, D=16, K=4), schedule, HOPPER)).entry
+    indices, _ = entry(query, landmarks, None, top_k=4, offset=64)
+    assert indices.sort(dim=-1).values.flatten().tolist() == best * 4
+
+
 KINDS = [(schedule, fusion) for fusion in ("softmax", "stick_breaking") for schedule in BACKWARD]
 SIZES = [(16, 3, torch.float32), (200, 5, torch.float32), (16, 3, torch.bfloat16), (200, 5, torch.float16)]
 

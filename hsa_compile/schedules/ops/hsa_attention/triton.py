@@ -110,8 +110,8 @@ def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) ->
 
 
 def _defaults(problem: Problem, target: Target) -> list[Schedule]:
-    """By the model of `kernels.md`: a large group fills tiles alone, a middle one with its neighbours, a small one
-    only with all that picked a chunk. Where bits must repeat, parts go through slots."""
+    """A large group fills tiles alone, a middle one together with its neighbours, and a small one only with all tokens
+    that picked a chunk. Where bits must repeat, partial sums go through slots."""
     token = _token(problem, target)
     chunk = _chunk(problem, target)
     if problem.group >= _LARGE_GROUP or problem.seq_len < _FEW_PICKS:
