@@ -34,7 +34,7 @@ def _contender(name: str, backend: str | None) -> Contender:
     return Contender(
         name=name,
         computes=DENSE,
-        make=functools.partial(_make, backend),
+        make=functools.partial(_make_dense, backend),
         check=check_other(DENSE),
         why_not=_scores_too_large if backend == "math" else available,
         kinds=(FORWARD, BOTH, DECODE),
@@ -42,7 +42,7 @@ def _contender(name: str, backend: str | None) -> Contender:
     )
 
 
-def _make(backend: str | None, case: Case) -> Call:
+def _make_dense(backend: str | None, case: Case) -> Call:
     """A call on tensors that lie as `[B, HQ, T, D]`; its results lie as ours do."""
     if case.kind == DECODE:
         inputs = case.decoding

@@ -24,9 +24,9 @@ def flex_contenders() -> list[Contender]:
         Contender(
             name="FlexAttention",
             computes=SPARSE,
-            make=_make,
+            make=_make_flex,
             check=check_other(SPARSE),
-            why_not=_why_not,
+            why_not=_why_not_flex,
             kinds=(FORWARD, BOTH),
             effort=lambda case: dense_work(case).flops,  # among 128 tokens' picks are most of the chunks
         )
@@ -69,7 +69,7 @@ def _visited(picked: Tensor, chunk_size: int, kv_len: int) -> Tensor:
     return torch.nn.functional.pad(keys, (0, -kv_len % _BLOCK)).unflatten(3, (-1, _BLOCK)).any(4)
 
 
-def _make(case: Case) -> Call:
+def _make_flex(case: Case) -> Call:
     inputs, mask = case.attention, block_mask(case)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
     torch.compiler.reset()  # a mask is code to PyTorch, which after some kinds of it would compile no more
@@ -82,7 +82,7 @@ def _make(case: Case) -> Call:
     return call_of(forward, q, k, v, case)
 
 
-def _why_not(case: Case) -> str | None:
+def _why_not_flex(case: Case) -> str | None:
     problem = case.problem
     if case.device.type == "cpu":
         if case.kind == BOTH:

@@ -20,15 +20,15 @@ def nsa_contenders() -> list[Contender]:
         Contender(
             name="fla NSA",
             computes=SPARSE,
-            make=_make,
+            make=_make_nsa,
             check=check_other(SPARSE),
-            why_not=_why_not,
+            why_not=_why_not_nsa,
             kinds=(FORWARD, BOTH),
         )
     ]
 
 
-def _make(case: Case) -> Call:
+def _make_nsa(case: Case) -> Call:
     nsa = importlib.import_module("fla.ops.nsa")
     inputs, problem = case.attention, case.problem
     indices = inputs.chunk_indices.long()
@@ -52,7 +52,7 @@ def _make(case: Case) -> Call:
     return with_gradients if case.kind == BOTH else without_gradients
 
 
-def _why_not(case: Case) -> str | None:
+def _why_not_nsa(case: Case) -> str | None:
     if case.device.type != "cuda":
         return "its kernels need a GPU"
     if importlib.util.find_spec("fla") is None:

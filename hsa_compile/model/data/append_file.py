@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hsa_compile.errors import CorpusError
 
-_BLOCK = 4 * 2**20
+_READ_BLOCK = 4 * 2**20
 
 
 class AppendFile:
@@ -37,7 +37,7 @@ class AppendFile:
         self._pending += data
         self.crc = zlib.crc32(data, self.crc)
         self.size += len(data)
-        if len(self._pending) >= _BLOCK:
+        if len(self._pending) >= _READ_BLOCK:
             self.flush()
 
     def flush(self) -> None:
