@@ -9,8 +9,17 @@ import click
 import tabulate
 
 from hsa_compile.comparison.pictures import draw
-from hsa_compile.comparison.result import TIMED, Comparison, Result
-from hsa_compile.comparison.table import TITLES, digits, length_of, notes_of, shape_of, short_count
+from hsa_compile.comparison.result import (
+    TIMED,
+    TITLES,
+    Comparison,
+    Result,
+    digits,
+    length_of,
+    notes_of,
+    shape_of,
+    short_count,
+)
 
 Row = tuple[str, ...]  # op, contender, claim, and the shape where there are several
 

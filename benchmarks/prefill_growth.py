@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from hsa_compile.model.inference import new_state, prefill
+from hsa_compile.model.inference.inference import new_state, prefill
 from hsa_compile.model.presets import preset
 from hsa_compile.model.transformer import HSATransformer
 

@@ -15,7 +15,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from hsa_compile.model.inference import new_state, prefill
+from hsa_compile.model.inference.inference import new_state, prefill
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.transformer import HSATransformer
 

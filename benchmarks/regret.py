@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from hsa_compile import Problem, Schedule, SearchSpace, Target, default_schedule
-from hsa_compile.autotune.candidate import prepare
-from hsa_compile.autotune.measure import measure, quantile
-from hsa_compile.autotune.problems import default_fields
-from hsa_compile.autotune.select_inputs import inputs_of
+from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.cli.options import default_fields
 from hsa_compile.errors import CompileError, OutOfResources, WrongResult
+from hsa_compile.kernels.measure import measure, quantile
+from hsa_compile.kernels.select_chunks.inputs import inputs_of
 from hsa_compile.paths import REGRET_FILE
 from hsa_compile.problem import OPS
 from hsa_compile.schedules.key import ScheduleKey

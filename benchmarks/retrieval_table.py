@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import tabulate
 
-from hsa_compile.model.evaluation.lengths import length_label
+from hsa_compile.model.evaluation.settings import length_label
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ import torch
 
 from hsa_compile import Problem, Target
 from hsa_compile.autotune.choices import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS
-from hsa_compile.autotune.problems import expand
 from hsa_compile.autotune.tune import tune
+from hsa_compile.cli.options import expand
 from hsa_compile.problem import OPS
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule

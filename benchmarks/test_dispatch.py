@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsa_compile import Problem, ScheduleCache, Target, hsa_attention, resolve, tune
-from hsa_compile.autotune.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 
 Call = Callable[[], object]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hsa_compile import Problem, hsa_attention, hsa_attention_reference
-from hsa_compile.autotune.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 
 GATHER_BLOCK = 128  # tokens at once: all 16,384 would gather 4 GB
 

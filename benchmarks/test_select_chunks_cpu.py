@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile import Problem, Target, default_cache, select_chunks, tune
-from hsa_compile.autotune.select_inputs import make_select_inputs
+from hsa_compile.kernels.select_chunks.inputs import make_select_inputs
 
 SEQ_LEN, CHUNK_SIZE, TOP_K, DIM = 16384, 64, 8, 64
 DENSE_BYTES = 4 * SEQ_LEN * (SEQ_LEN // CHUNK_SIZE)  # the score matrix of one head

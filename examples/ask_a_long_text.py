@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from hsa_compile.model.inference import new_state, prefill
-from hsa_compile.model.reading import load_state, save_state
+from hsa_compile.model.inference.inference import new_state, prefill
+from hsa_compile.model.inference.reading import load_state, save_state
 from hsa_compile.model.tasks.facts import draw_keys, lookup_facts
 from hsa_compile.model.tasks.haystack import NoiseHaystack
 from hsa_compile.model.transformer import HSATransformer

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any
 from hsa_compile.log import set_up_logging
 
 if TYPE_CHECKING:
-    from hsa_compile.autotune.check import check
-    from hsa_compile.autotune.measure import measure
+    from hsa_compile.autotune.cost.predict_schedule import predict_schedule
     from hsa_compile.autotune.on_miss import set_autotune
-    from hsa_compile.autotune.predicted import predict_schedule
     from hsa_compile.autotune.tune import tune
     from hsa_compile.errors import HSACompileError
     from hsa_compile.kernels.compile import Kernel, compile_kernel
-    from hsa_compile.kernels.decode_reference import hsa_decode_reference
     from hsa_compile.kernels.emit import KernelSource, emit
-    from hsa_compile.kernels.hsa_attention import hsa_attention
-    from hsa_compile.kernels.hsa_decode import hsa_decode
-    from hsa_compile.kernels.reference import hsa_attention_reference
+    from hsa_compile.kernels.hsa_attention.check import check
+    from hsa_compile.kernels.hsa_attention.op import hsa_attention
+    from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
+    from hsa_compile.kernels.hsa_decode.op import hsa_decode
+    from hsa_compile.kernels.hsa_decode.reference import hsa_decode_reference
+    from hsa_compile.kernels.measure import measure
     from hsa_compile.kernels.resolve import resolve
-    from hsa_compile.kernels.select_chunks import select_chunks
-    from hsa_compile.kernels.select_reference import select_chunks_reference
+    from hsa_compile.kernels.select_chunks.op import select_chunks
+    from hsa_compile.kernels.select_chunks.reference import select_chunks_reference
     from hsa_compile.problem import Problem
     from hsa_compile.schedules.cache import ScheduleCache, default_cache, tuned_for
     from hsa_compile.schedules.lookup import Lookup
@@ -76,20 +76,20 @@ _HOMES = {
     "SearchSpace": "hsa_compile.schedules.space",
     "Target": "hsa_compile.target",
     "TuningRecord": "hsa_compile.schedules.record",
-    "check": "hsa_compile.autotune.check",
+    "check": "hsa_compile.kernels.hsa_attention.check",
     "compile_kernel": "hsa_compile.kernels.compile",
     "default_cache": "hsa_compile.schedules.cache",
     "default_schedule": "hsa_compile.schedules.space",
     "emit": "hsa_compile.kernels.emit",
-    "hsa_attention": "hsa_compile.kernels.hsa_attention",
-    "hsa_attention_reference": "hsa_compile.kernels.reference",
-    "hsa_decode": "hsa_compile.kernels.hsa_decode",
-    "hsa_decode_reference": "hsa_compile.kernels.decode_reference",
-    "measure": "hsa_compile.autotune.measure",
-    "predict_schedule": "hsa_compile.autotune.predicted",
+    "hsa_attention": "hsa_compile.kernels.hsa_attention.op",
+    "hsa_attention_reference": "hsa_compile.kernels.hsa_attention.reference",
+    "hsa_decode": "hsa_compile.kernels.hsa_decode.op",
+    "hsa_decode_reference": "hsa_compile.kernels.hsa_decode.reference",
+    "measure": "hsa_compile.kernels.measure",
+    "predict_schedule": "hsa_compile.autotune.cost.predict_schedule",
     "resolve": "hsa_compile.kernels.resolve",
-    "select_chunks": "hsa_compile.kernels.select_chunks",
-    "select_chunks_reference": "hsa_compile.kernels.select_reference",
+    "select_chunks": "hsa_compile.kernels.select_chunks.op",
+    "select_chunks_reference": "hsa_compile.kernels.select_chunks.reference",
     "set_autotune": "hsa_compile.autotune.on_miss",
     "tune": "hsa_compile.autotune.tune",
     "tuned_for": "hsa_compile.schedules.cache",

@@ -17,6 +17,7 @@ ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
 FUSIONS = ("softmax", "stick_breaking")
 # What changes the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
+DISTRIBUTIONS = ("random", "local", "hot")  # how the picks of inputs may fall
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_RETRIEVAL_DIM = 1024  # of select_chunks

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from hsa_compile.autotune.owner import this_process
+from hsa_compile.autotune.study.trials import this_process
 
 
 def start(work: Callable[[], object]) -> int:

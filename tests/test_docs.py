@@ -14,7 +14,7 @@ from shown_commands import check_shown_commands
 
 import hsa_compile
 from hsa_compile.cli.main import main
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.presets import preset
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 import hsa_compile
 from hsa_compile.errors import MissingDependency
-from hsa_compile.extras import EXTRAS, install_command, require
+from hsa_compile.versions import EXTRAS, install_command, require
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,7 +1,7 @@
 """Tuning when a call finds no schedule: off unless a program asks for it, since the call then takes a minute."""
 
-from hsa_compile.autotune.ledger import default_ledger
-from hsa_compile.autotune.storage import default_storage
+from hsa_compile.autotune.study.ledger import default_ledger
+from hsa_compile.autotune.study.storage import default_storage
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.resolve import set_on_miss

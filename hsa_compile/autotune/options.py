@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsa_compile.autotune.bench.isolation import Limits
 from hsa_compile.autotune.choices import (
     DEFAULT_SAMPLER,
     DEFAULT_TIMEOUT_S,
     DEFAULT_TRIALS,
-    DISTRIBUTIONS,
     MAX_SEED,
     SAMPLERS,
 )
-from hsa_compile.autotune.isolation import Limits
-from hsa_compile.autotune.storage import check_address
+from hsa_compile.autotune.study.storage import check_address
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import DISTRIBUTIONS
 
-OPEN_BENCH = "hsa_compile.autotune.bench:open_bench"
+OPEN_BENCH = "hsa_compile.autotune.bench.bench:open_bench"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.point_table import Point, PointTable
-from hsa_compile.autotune.points import parameters_of
-from hsa_compile.autotune.recorded_sweep import RecordedSweep
-from hsa_compile.autotune.samplers import make_sampler
+from hsa_compile.autotune.samplers.point import Point, PointTable
+from hsa_compile.autotune.samplers.samplers import make_sampler
+from hsa_compile.autotune.study.points import parameters_of
+from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import default_schedule

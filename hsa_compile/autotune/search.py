@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
-from hsa_compile.autotune.bench import Bench
-from hsa_compile.autotune.isolation import CompilePool
-from hsa_compile.autotune.ledger import ProblemLedger
-from hsa_compile.autotune.outcome import Outcome
-from hsa_compile.autotune.resources import Resources
-from hsa_compile.autotune.stages import Baseline, evaluate, measure_default
-from hsa_compile.autotune.study import Finished, Proposal, TuningStudy
+from hsa_compile.autotune.bench.bench import Bench
+from hsa_compile.autotune.bench.isolation import CompilePool
+from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.evaluate import Baseline, Outcome, evaluate, measure_default
+from hsa_compile.autotune.study.ledger import ProblemLedger
+from hsa_compile.autotune.study.study import Finished, Proposal, TuningStudy
 from hsa_compile.schedules.schedule import Schedule
 
 PATIENCE = 20  # trials without much better, after which a search that has no model believes in no more

@@ -3,30 +3,77 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import torch
 
-from hsa_compile.autotune.bench import Bench
-from hsa_compile.autotune.device_lock import device_lock
-from hsa_compile.autotune.first import first_schedules, predicted_times
-from hsa_compile.autotune.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder, Limits
-from hsa_compile.autotune.ledger import Ledger, ProblemLedger
-from hsa_compile.autotune.memory import free_bytes
+from hsa_compile.autotune.bench.bench import Bench
+from hsa_compile.autotune.bench.child import by_name
+from hsa_compile.autotune.bench.device import device_lock, free_bytes
+from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder, Limits
+from hsa_compile.autotune.cost.roofline import estimate
 from hsa_compile.autotune.options import OPEN_BENCH, TuneOptions
-from hsa_compile.autotune.points import parameters_of
-from hsa_compile.autotune.samplers import STATELESS, make_sampler
+from hsa_compile.autotune.samplers.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
-from hsa_compile.autotune.storage import close_storage, lock_of, open_storage
-from hsa_compile.autotune.study import MakeSampler, TuningStudy
-from hsa_compile.autotune.study_names import finish_study, open_study, question
-from hsa_compile.autotune.worker import by_name
+from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
+from hsa_compile.autotune.study.names import finish_study, open_study, question
+from hsa_compile.autotune.study.points import parameters_of
+from hsa_compile.autotune.study.storage import close_storage, lock_of, open_storage
+from hsa_compile.autotune.study.study import MakeSampler, TuningStudy
+from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.ops import backend_for
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
+
+MAX_NEIGHBOURS = 3  # winners of other problems and devices
+
+
+def first_schedules(problem: Problem, target: Target) -> list[Schedule]:
+    """The default, the nearest tuned problem's, other winners by distance, and the one predicted to be fastest."""
+    found = [default_schedule(problem, target), *_neighbours(problem, target), *_predicted_best(problem, target)]
+    return list(dict.fromkeys(found))
+
+
+def predicted_times(problem: Problem, schedules: Sequence[Schedule], target: Target) -> list[float] | None:
+    """What the model predicts for each, in milliseconds; None where it does not know the target's peaks."""
+    if target.arch not in LIMITS:
+        return None
+    return [estimate(problem, schedule, target) for schedule in schedules]
+
+
+def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
+    """What lookup would use, then winners for the same op and template, of other devices, too."""
+    cache, space = default_cache(), SearchSpace.of(problem, target)
+    if found := cache.lookup(problem, target):
+        yield found.schedule
+    template, key = backend_for(problem, target), ScheduleKey.of(problem, target)
+    records = [
+        record
+        for _, record in cache.entries()
+        if record.problem.op == problem.op and backend_for(record.problem, record.target) == template
+    ]
+    records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
+    fitting = (space.fit(record.schedule) for record in records)
+    valid = dict.fromkeys(schedule for schedule in fitting if space.is_valid(schedule))
+    yield from list(valid)[:MAX_NEIGHBOURS]
+
+
+def _far(key: ScheduleKey, other: ScheduleKey) -> tuple[int, float]:
+    """Fields that differ where they should not, then the distance in the others."""
+    return len(key.mismatches(other)), key.distance(other)
+
+
+def _predicted_best(problem: Problem, target: Target) -> Iterator[Schedule]:
+    valid = list(SearchSpace.of(problem, target).schedules())
+    if (times := predicted_times(problem, valid, target)) is not None:
+        yield valid[times.index(min(times))]
+
 
 _MAX_COMPILERS = 16
 _SEED_STEP = 1_000_003

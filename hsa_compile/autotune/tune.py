@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from hsa_compile.autotune.bench import FAILURES, Bench
-from hsa_compile.autotune.clocks import clocks_mhz
-from hsa_compile.autotune.memory import check_memory
+from hsa_compile.autotune.bench.bench import FAILURES, Bench
+from hsa_compile.autotune.bench.device import check_memory, clocks_mhz
+from hsa_compile.autotune.evaluate import CLEARLY_SLOWER
 from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
 from hsa_compile.autotune.search import SearchResult
 from hsa_compile.autotune.session import Session
-from hsa_compile.autotune.stages import CLEARLY_SLOWER
-from hsa_compile.autotune.storage import answering
+from hsa_compile.autotune.study.storage import answering
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem

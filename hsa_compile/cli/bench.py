@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.autotune.choices import DISTRIBUTIONS, MAX_SEED
-from hsa_compile.autotune.problems import expand
-from hsa_compile.cli.options import SHAPE_FIELDS, counted, print_rows, shape_options
+from hsa_compile.autotune.choices import MAX_SEED
+from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
 from hsa_compile.comparison.choices import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
-from hsa_compile.extras import require
-from hsa_compile.problem import OPS, Problem
+from hsa_compile.problem import DISTRIBUTIONS, OPS, Problem
 from hsa_compile.schedules.cache import tuned_for
 from hsa_compile.target import Target
-from hsa_compile.versions import installed_versions
+from hsa_compile.versions import installed_versions, require
 
 if TYPE_CHECKING:
     from hsa_compile.comparison.peaks import Peaks
@@ -76,11 +74,10 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
       hsa-compile bench --op forward --seq-len 4k,64k --heads 16 --kv-heads 1,16 --against sdpa
       hsa-compile bench --op both --contender mine.py:attention --json bench.json --plots pictures
     """
-    from hsa_compile.autotune.memory import check_memory
-    from hsa_compile.cli.model_argument import device_of
+    from hsa_compile.autotune.bench.device import check_memory
+    from hsa_compile.cli.models.argument import device_of
     from hsa_compile.comparison.case import check_length
-    from hsa_compile.comparison.contender_file import load_contender
-    from hsa_compile.comparison.contenders import contenders_for
+    from hsa_compile.comparison.contenders import contenders_for, load_contender
     from hsa_compile.comparison.peaks import peaks_of
     from hsa_compile.comparison.race import Race
     from hsa_compile.comparison.result import Comparison
@@ -198,7 +195,7 @@ def _device_name(target: Target) -> str:
 
 def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None:
     from hsa_compile.comparison.pictures import draw
-    from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of
+    from hsa_compile.comparison.result import digits, notes_of, rate_unit, rows_of, shapes_of
 
     results = comparison.results
     click.echo("\n".join(["", *shapes_of(results), ""]))

@@ -4,8 +4,7 @@ from typing import Any
 
 import click
 
-from hsa_compile.autotune.problems import expand
-from hsa_compile.cli.options import SHAPE_FIELDS, op_option, shape_options
+from hsa_compile.cli.options import SHAPE_FIELDS, expand, op_option, shape_options
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.emit import emit as emit_source
 from hsa_compile.schedules.cache import default_cache

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.autotune.predict import occupancy, predict
-from hsa_compile.autotune.problems import expand
-from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_rows, shape_options
+from hsa_compile.autotune.cost.roofline import occupancy, predict
+from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem

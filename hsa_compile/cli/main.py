@@ -11,8 +11,39 @@ import warnings
 import click
 
 from hsa_compile import __version__
-from hsa_compile.cli.warning_lines import show_warning
-from hsa_compile.errors import HSACompileError, InvalidArgument, MissingDependency
+from hsa_compile.errors import DistantWarning, HSACompileError, InvalidArgument, MissingDependency, UntunedWarning
+
+_OF_A_MODEL = ("eval", "generate", "profile", "train")
+
+_advised: set[str] = set()
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Takes the place of `warnings.showwarning`; a progress bar on the terminal moves out of the way."""
+    text = str(message)
+    advice = _advice() if issubclass(category, UntunedWarning) else None
+    if advice:
+        # Lengths of a model change with each prompt: that the nearest schedule is far away calls for nothing.
+        if advice in _advised or issubclass(category, DistantWarning):
+            return
+        _advised.add(advice)
+        text = f"{text.partition(';')[0]}; {advice}"
+    import tqdm
+
+    tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def _advice() -> str | None:
+    """A model asks for many problems: one command tunes them all, where each would name its own."""
+    context = click.get_current_context(silent=True)  # none in threads that a command started
+    if context is None or context.info_name not in _OF_A_MODEL:
+        return None
+    if context.info_name == "train":
+        return "with --tune, train first tunes what it needs"
+    dtype = context.params["dtype"]
+    flags = f" --dtype {dtype}" if dtype else ""
+    return f"tune all that this model needs with: hsa-compile tune --preset {context.params['name']}{flags}"
+
 
 USER_ERROR = 2
 FAILURE = 1
@@ -21,19 +52,19 @@ INTERRUPTED = 130
 
 # Name of a command → where it is defined, and the line that `hsa-compile --help` shows for it.
 _COMMANDS = {
-    "tune": ("hsa_compile.cli.tune:tune", "Find the fastest schedule on this machine, and store it."),
-    "plan": ("hsa_compile.cli.plan:plan", "Show what `tune` with the same flags would do."),
-    "report": ("hsa_compile.cli.report:report", "Write a search as HTML and PNG."),
+    "tune": ("hsa_compile.cli.tuning.tune:tune", "Find the fastest schedule on this machine, and store it."),
+    "plan": ("hsa_compile.cli.tuning.plan:plan", "Show what `tune` with the same flags would do."),
+    "report": ("hsa_compile.cli.tuning.report:report", "Write a search as HTML and PNG."),
     "schedules": ("hsa_compile.cli.schedules:schedules", "List, show, explain, compare, move or remove schedules."),
     "emit": ("hsa_compile.cli.emit:emit", "Print the kernel that would run, here or on a named GPU."),
     "inspect": ("hsa_compile.cli.inspect:inspect", "Compile kernels for a named GPU: registers, spills, bounds."),
-    "prepare": ("hsa_compile.cli.prepare:prepare", "Turn text into a corpus that training maps into memory."),
-    "model": ("hsa_compile.cli.model:model", "Show what a model costs."),
-    "train": ("hsa_compile.cli.train:train", "Train a model."),
-    "eval": ("hsa_compile.cli.eval:evaluate", "Needles in haystacks by length and depth, and perplexity."),
-    "generate": ("hsa_compile.cli.generate:generate", "Continue a text with a model."),
+    "prepare": ("hsa_compile.cli.models.prepare:prepare", "Turn text into a corpus that training maps into memory."),
+    "model": ("hsa_compile.cli.models.model:model", "Show what a model costs."),
+    "train": ("hsa_compile.cli.models.train:train", "Train a model."),
+    "eval": ("hsa_compile.cli.models.eval:evaluate", "Needles in haystacks by length and depth, and perplexity."),
+    "generate": ("hsa_compile.cli.models.generate:generate", "Continue a text with a model."),
     "bench": ("hsa_compile.cli.bench:bench", "Time the ops against what one would run instead."),
-    "profile": ("hsa_compile.cli.profile:profile", "Show where the time of one warmed-up step goes."),
+    "profile": ("hsa_compile.cli.models.profile:profile", "Show where the time of one warmed-up step goes."),
     "doctor": ("hsa_compile.cli.doctor:doctor", "Show the device, versions, cache, and what will work here."),
 }
 

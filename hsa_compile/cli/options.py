@@ -1,14 +1,20 @@
 """Flags that several commands share: the shape of a problem, and how to print."""
 
+import contextlib
+import itertools
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
-from hsa_compile.problem import DECODE_OPS, DTYPES, OPS, SELECT_OPS
+from hsa_compile.problem import DECODE_OPS, DTYPES, OPS, SELECT_OPS, Problem
+from hsa_compile.target import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -136,3 +142,65 @@ def counted(count: int, noun: str) -> str:
 def print_json(value: Any) -> None:
     """A value as indented JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt, as the first would have.
+
+    Where this is not the main thread, which alone may catch signals, nothing is changed.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+        click.echo("\nstopping: the candidate at hand, then a short play-off; Ctrl-C again stops at once", err=True)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What `tune` takes where nothing is said: the published HSA shapes (head group of 16, chunks of 64) at a size that
+# a CPU tunes in two minutes, or at one that keeps a GPU busy.
+_CPU_DEFAULTS = {
+    "batch": 1, "seq_len": 4096, "num_heads": 16, "num_kv_heads": 1, "head_dim": 64, "chunk_size": 64, "top_k": 8,
+    "dtype": "float32",
+}  # fmt: skip
+_GPU_DEFAULTS = {
+    "batch": 1, "seq_len": 16384, "num_heads": 32, "num_kv_heads": 2, "head_dim": 128, "chunk_size": 64, "top_k": 16,
+    "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def default_fields(target: Target) -> dict[str, Any]:
+    """Fields of the problem that stands for a target where a person names none."""
+    return dict(_CPU_DEFAULTS if target.kind == "cpu" else _GPU_DEFAULTS)
+
+
+def expand(target: Target, chosen: Mapping[str, Sequence[Any]], ops: Sequence[str] = OPS) -> list[Problem]:
+    """Every combination of the chosen values, the rest by default; the ops of one shape stand side by side.
+
+    Raises:
+        InvalidProblem: a combination is not a problem.
+    """
+    fields = {name: (value,) for name, value in default_fields(target).items()}
+    fields.update({name: tuple(values) for name, values in chosen.items() if values})
+    shapes = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+    return [_problem(op, shape) for shape in shapes for op in ops]
+
+
+def _problem(op: str, shape: Mapping[str, Any]) -> Problem:
+    """A retrieval head belongs to a kv head; its width is taken to be the same. A decoded token is the last of its
+    sequence, which lies in pages."""
+    if op in DECODE_OPS:
+        return Problem(op=op, **{**shape, "seq_len": 1, "kv_len": shape["seq_len"], "paged": True})
+    heads = {"num_heads": shape["num_kv_heads"]} if op in SELECT_OPS else {}
+    return Problem(op=op, **{**shape, **heads})

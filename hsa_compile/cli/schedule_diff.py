@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from hsa_compile.cli.options import json_option, print_rows
-from hsa_compile.cli.schedule_entries import entry_number
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -16,6 +15,23 @@ from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
+
+
+def entry_number(number: int) -> tuple[str, TuningRecord]:
+    """Origin and record of an entry of the list.
+
+    Raises:
+        InvalidArgument: there is none of that number.
+    """
+    entries = list(default_cache().entries())
+    if not 1 <= number <= len(entries):
+        raise InvalidArgument(f"entry {number} does not exist; there are {len(entries)}")
+    return entries[number - 1]
+
+
+def entry_values(number: int, origin: str, record: TuningRecord) -> dict[str, Any]:
+    """Everything about an entry, ready for JSON."""
+    return {"number": number, "origin": origin, "speedup": record.speedup, **record.to_dict()}
 
 
 @click.command(short_help="Compare two entries, files or devices.")

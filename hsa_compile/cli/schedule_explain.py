@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from hsa_compile.autotune.problems import expand
-from hsa_compile.cli.options import SHAPE_FIELDS, json_option, op_option, print_json, shape_options
+from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_json, shape_options
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.explain import Difference, Explanation, Rival
 from hsa_compile.schedules.explain import explain as explain_problem

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.decode_inputs import DecodeInputs
-from hsa_compile.autotune.inputs import Inputs
-from hsa_compile.autotune.select_inputs import SelectInputs, inputs_of
 from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
 from hsa_compile.errors import InvalidArgument, InvalidProblem
+from hsa_compile.kernels.hsa_attention.inputs import Inputs
+from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs
+from hsa_compile.kernels.select_chunks.inputs import SelectInputs, inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule

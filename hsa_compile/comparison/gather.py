@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.memory import free_bytes
+from hsa_compile.autotune.bench.device import free_bytes
 from hsa_compile.comparison.case import Case
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import Contender

@@ -8,10 +8,9 @@ from typing import Any
 
 from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
 from hsa_compile.comparison.peaks import Peaks
-from hsa_compile.comparison.result import TIMED, Comparison, Result
-from hsa_compile.comparison.table import TITLES, length_of, rate_unit, shape_of, short_count
+from hsa_compile.comparison.result import TIMED, TITLES, Comparison, Result, length_of, rate_unit, shape_of, short_count
 from hsa_compile.errors import SaveError
-from hsa_compile.extras import require
+from hsa_compile.versions import require
 
 TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
 _LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}

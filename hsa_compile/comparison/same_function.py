@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.check import check
-from hsa_compile.autotune.decode_check import check_decode
-from hsa_compile.autotune.select_check import check_select
 from hsa_compile.comparison.case import Call, Case
 from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
 from hsa_compile.comparison.contender import SAME, Contender, available
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.emit import KernelSource
+from hsa_compile.kernels.hsa_attention.check import check
+from hsa_compile.kernels.hsa_decode.check import check_decode
+from hsa_compile.kernels.select_chunks.check import check_select
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target

@@ -12,9 +12,9 @@ from typing import Any
 
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
+from hsa_compile.kernels.hsa_decode.native import decode_entry
 from hsa_compile.kernels.native import build_library, native_entry
-from hsa_compile.kernels.native_decode import decode_entry
-from hsa_compile.kernels.native_select import select_entry
+from hsa_compile.kernels.select_chunks.native import select_entry
 from hsa_compile.paths import source_dir
 
 _modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded library

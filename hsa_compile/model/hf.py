@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.extras import missing
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.data.tokenizer import BYTES
 from hsa_compile.model.pretrained import ARCHITECTURE, MODEL_TYPE, from_pretrained, read_tokenizer, save_pretrained
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.versions import missing
 
 try:
     import transformers

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hsa_compile.model.config import LayerSpec, ModelConfig
-from hsa_compile.model.full_attention import FullAttention, FullCache
-from hsa_compile.model.hs_attention import HSAttention, Memory, Retrieval, Selection
-from hsa_compile.model.layers import RMSNorm, SwiGLU
-from hsa_compile.model.mamba2 import Mamba2, Mamba2State
-from hsa_compile.model.moe import MoE
-from hsa_compile.model.window_attention import WindowAttention, WindowCache
+from hsa_compile.model.layers.attention import FullAttention, FullCache
+from hsa_compile.model.layers.basic import RMSNorm, SwiGLU
+from hsa_compile.model.layers.hs_attention import HSAttention, Memory, Retrieval, Selection
+from hsa_compile.model.layers.mamba2 import Mamba2, Mamba2State
+from hsa_compile.model.layers.moe import MoE
+from hsa_compile.model.layers.window_attention import WindowAttention, WindowCache
 
 Cache = WindowCache | FullCache | Mamba2State
 

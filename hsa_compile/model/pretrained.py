@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.safe_files import (
+from hsa_compile.files import (
     make_directory,
     read_json,
     read_metadata,
@@ -19,6 +18,7 @@ from hsa_compile.model.safe_files import (
     write_json,
     write_tensors,
 )
+from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

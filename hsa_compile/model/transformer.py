@@ -10,13 +10,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.hs_attention import Selection, SequenceMemory
 from hsa_compile.model.layer import Cache, Layer, Piece
-from hsa_compile.model.layers import RMSNorm, rope_angles
-from hsa_compile.model.mamba2 import Mamba2
-from hsa_compile.model.moe import MoE
+from hsa_compile.model.layers.basic import RMSNorm, rope_angles
+from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
+from hsa_compile.model.layers.mamba2 import Mamba2
+from hsa_compile.model.layers.moe import MoE
 
 
 class HSATransformer(nn.Module):
@@ -67,7 +66,7 @@ class HSATransformer(nn.Module):
 
     def generate(self, prompt: Tensor, lengths: Sequence[int] | None = None, **options: Any) -> list[list[int]]:
         """The continuation of each prompt: `generate.generate`, where the options are."""
-        from hsa_compile.model.generate import generate  # it imports this module
+        from hsa_compile.model.inference.generate import generate  # it imports this module
 
         return generate(self, prompt, lengths, **options)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from hsa_compile.errors import CacheError
 from hsa_compile.paths import PRETUNED_DIR, chosen_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.journal import drop_journal
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.lookup import Candidate, Lookup, candidates, use
 from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.schedules.store import (
     Records,
     add,
+    drop_journal,
     put_record,
     read_records,
     set_aside,

@@ -6,9 +6,8 @@ from typing import Any
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.key import ScheduleKey
-from hsa_compile.schedules.lookup import Candidate, Lookup, fitted
+from hsa_compile.schedules.lookup import Candidate, Lookup, fitted, regret_table
 from hsa_compile.schedules.record import MEASURED, TuningRecord
-from hsa_compile.schedules.regret import regret_table
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hsa_compile.autotune.candidate import Candidate
+from hsa_compile.autotune.bench.bench import Candidate
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target, this_cpu

@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hsa_compile.autotune.candidate import prepare
-from hsa_compile.autotune.inputs import make_inputs
+from hsa_compile.autotune.bench.bench import prepare
 from hsa_compile.errors import CompileError, InvalidSchedule, OutOfResources, WrongResult
-from hsa_compile.kernels.reference import hsa_attention_reference
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import NAMED_TARGETS, Target
@@ -37,19 +37,19 @@ def test_an_invalid_schedule_is_refused_before_anything_is_compiled() -> None:
 
 
 def test_a_wrong_result_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsa_compile.autotune.candidate.check", failing(WrongResult("o is off")))
+    monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(WrongResult("o is off")))
     with pytest.raises(WrongResult, match="o is off"):
         prepare(PROBLEM, TOKEN, Target.parse("cpu"), INPUTS)
 
 
 def test_too_little_memory_is_out_of_resources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsa_compile.autotune.candidate.check", failing(torch.OutOfMemoryError("20 GiB")))
+    monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(torch.OutOfMemoryError("20 GiB")))
     with pytest.raises(OutOfResources, match="not enough memory: 20 GiB"):
         prepare(PROBLEM, TOKEN, Target.parse("cpu"), INPUTS)
 
 
 def test_an_error_without_a_name_here_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsa_compile.autotune.candidate.check", failing(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         prepare(PROBLEM, TOKEN, Target.parse("cpu"), INPUTS)
 
@@ -67,6 +67,6 @@ def test_tritons_errors_of_a_first_launch_get_names_of_ours(monkeypatch: pytest.
         (ZeroDivisionError("a bug"), ZeroDivisionError),
     )
     for error, expected in translations:
-        monkeypatch.setattr("hsa_compile.autotune.candidate.check", failing(error))
+        monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(error))
         with pytest.raises(expected):
             prepare(PROBLEM, token, target, INPUTS)

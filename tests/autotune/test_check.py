@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.check import RESULT_NAMES, TOLERANCES, check, relative_error
-from hsa_compile.autotune.inputs import Inputs, make_inputs
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.hsa_attention.check import RESULT_NAMES, TOLERANCES, check, relative_error
+from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs
 from hsa_compile.problem import DTYPES, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target

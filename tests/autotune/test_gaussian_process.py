@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hsa_compile.autotune import gaussian_process
-from hsa_compile.autotune.gaussian_process import Smoothness, draw, fit_smoothness, predict
+from hsa_compile.autotune.samplers import surrogate as gaussian_process
+from hsa_compile.autotune.samplers.surrogate import Smoothness, draw, fit_smoothness, predict
 
 
 @pytest.fixture

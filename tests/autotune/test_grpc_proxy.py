@@ -9,9 +9,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from hsa_compile.autotune import storage as storage_module
-from hsa_compile.autotune.storage import close_storage, open_storage
-from hsa_compile.autotune.trial_states import OUTCOME
+from hsa_compile.autotune.study import storage as storage_module
+from hsa_compile.autotune.study.storage import close_storage, open_storage
+from hsa_compile.autotune.study.trials import OUTCOME
 from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.errors import InvalidArgument, StorageError
 from hsa_compile.problem import Problem

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.choices import DISTRIBUTIONS
-from hsa_compile.autotune.inputs import make_inputs, pick_chunks
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.problem import Problem
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs, pick_chunks
+from hsa_compile.problem import DISTRIBUTIONS, Problem
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(batch=2, seq_len=1003, num_heads=6, num_kv_heads=2, head_dim=8, value_dim=12, chunk_size=16, top_k=5)

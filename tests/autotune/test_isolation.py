@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from fake_benches import HARM, fake_time, harmful
 
-from hsa_compile.autotune.isolation import IsolatedBench, Limits
-from hsa_compile.autotune.outcome import Outcome
+from hsa_compile.autotune.bench.isolation import IsolatedBench, Limits, WorkerProcess
+from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.tune import tune
-from hsa_compile.autotune.worker_process import WorkerProcess
 from hsa_compile.errors import (
     CandidateCrashed,
     CandidateError,
@@ -137,7 +136,7 @@ def test_a_worker_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
 
     script = """
 import os, sys, time
-from hsa_compile.autotune.worker_process import WorkerProcess
+from hsa_compile.autotune.bench.isolation import WorkerProcess
 worker = WorkerProcess("fake_benches:DyingBench", ("hello",))
 print(worker.call("greet", "you", timeout_s=60).rpartition(" ")[2], flush=True)
 worker._connection.send(("spin", ()))

@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.autotune.predict import predict
+from hsa_compile.autotune.cost.roofline import estimate, predict
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import OPS, Problem

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fake_benches import fake_time
 
-from hsa_compile.autotune.ledger import Ledger, ProblemLedger
-from hsa_compile.autotune.outcome import Outcome
-from hsa_compile.autotune.resources import Resources
+from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import (
     CandidateCrashed,
@@ -115,14 +115,15 @@ def test_another_problem_input_default_or_version_is_another_timing(
     target = Target.parse("cpu")
     other_default = next(s for s in some_schedules() if s != default_schedule(PROBLEM, target))
     assert ProblemLedger(ledger, PROBLEM, target, "random", other_default).known() == {}
-    monkeypatch.setattr("hsa_compile.autotune.ledger.installed_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("hsa_compile.autotune.study.ledger.installed_versions", lambda: {"torch": "0.1"})
     assert of_problem(ledger).known() == {}
 
 
 def test_a_timing_of_another_source_is_not_known(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     view, schedule = of_problem(ledger), some_schedules()[0]
     with monkeypatch.context() as patch:
-        patch.setattr("hsa_compile.autotune.ledger.emit", lambda *_: SimpleNamespace(fingerprint="0123456789abcdef"))
+        emitted = SimpleNamespace(fingerprint="0123456789abcdef")
+        patch.setattr("hsa_compile.autotune.study.ledger.emit", lambda *_: emitted)
         view.add(schedule, TIMED)
     assert view.known() == {}
     view.add(schedule, TIMED)

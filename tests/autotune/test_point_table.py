@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hsa_compile.autotune.point_table import PointTable
+from hsa_compile.autotune.samplers.point import PointTable
 from hsa_compile.errors import InvalidArgument
 
 

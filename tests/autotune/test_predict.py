@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from hsa_compile.autotune.predict import occupancy, predict
+from hsa_compile.autotune.cost.roofline import occupancy, predict
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.peaks import LIMITS

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.autotune import predicted
-from hsa_compile.autotune.predicted import MAX_CANDIDATES, predict_schedule, ranked_candidates
+from hsa_compile.autotune.cost import predict_schedule as predicted
+from hsa_compile.autotune.cost.predict_schedule import MAX_CANDIDATES, predict_schedule, ranked_candidates
 from hsa_compile.errors import CompileError, InvalidArgument, InvalidTarget, OutOfResources
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.problem import OPS, Problem
@@ -24,7 +24,7 @@ PROBLEM = Problem(seq_len=2048, num_heads=8, num_kv_heads=2, head_dim=64, chunk_
 
 PREDICT = """
 import json, sys
-from hsa_compile.autotune.predicted import predict_schedule
+from hsa_compile.autotune.cost.predict_schedule import predict_schedule
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit

@@ -1,6 +1,6 @@
 import pytest
 
-from hsa_compile.autotune.problems import default_fields, expand
+from hsa_compile.cli.options import default_fields, expand
 from hsa_compile.errors import InvalidProblem
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.space import default_schedule

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from hsa_compile.autotune.kernel_model import estimate
-from hsa_compile.autotune.rank_correlation import prediction_correlation, spearman
+from hsa_compile.autotune.cost.predict_schedule import prediction_correlation, spearman
+from hsa_compile.autotune.cost.roofline import estimate
 from hsa_compile.errors import InvalidArgument, InvalidTarget
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import SearchSpace

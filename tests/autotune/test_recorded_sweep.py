@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hsa_compile import Problem, Schedule, Target
-from hsa_compile.autotune.recorded_sweep import RecordedSweep
+from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.errors import InvalidArgument
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "sweeps"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.autotune.measure import quantile
-from hsa_compile.autotune.points import parameters_of
-from hsa_compile.autotune.recorded_sweep import RecordedSweep
 from hsa_compile.autotune.replay import Replay, first_points, replay
+from hsa_compile.autotune.study.points import parameters_of
+from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.measure import quantile
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsa_compile.autotune.problems import expand
-from hsa_compile.autotune.select_check import check_select
-from hsa_compile.autotune.select_inputs import make_select_inputs
 from hsa_compile.autotune.tune import tune
+from hsa_compile.cli.options import expand
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.select_chunks.check import check_select
+from hsa_compile.kernels.select_chunks.inputs import make_select_inputs
 from hsa_compile.problem import SELECT_OPS, Problem
 from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target

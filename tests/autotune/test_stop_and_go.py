@@ -15,9 +15,9 @@ import pytest
 from fake_benches import SLEEP_S, FakeBench
 from optuna.trial import Trial
 
-from hsa_compile.autotune.storage import open_storage
-from hsa_compile.autotune.study_names import FINISHED
-from hsa_compile.autotune.trial_states import OUTCOME
+from hsa_compile.autotune.study.names import FINISHED
+from hsa_compile.autotune.study.storage import open_storage
+from hsa_compile.autotune.study.trials import OUTCOME
 from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache

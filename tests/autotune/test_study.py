@@ -11,10 +11,10 @@ import sqlalchemy
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.outcome import Outcome
-from hsa_compile.autotune.storage import MAX_RETRIES, close_storage, open_storage
-from hsa_compile.autotune.study import Proposal, TuningStudy
-from hsa_compile.autotune.trial_states import OUTCOME, OWNER, SKIPPED
+from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.autotune.study.storage import MAX_RETRIES, close_storage, open_storage
+from hsa_compile.autotune.study.study import Proposal, TuningStudy
+from hsa_compile.autotune.study.trials import OUTCOME, OWNER, SKIPPED
 from hsa_compile.errors import WrongResult
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule

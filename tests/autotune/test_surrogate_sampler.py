@@ -11,8 +11,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.point_sampler import POINT, GridSampler, PointSampler
-from hsa_compile.autotune.surrogate_sampler import MAX_START, MIN_START, SurrogateSampler
+from hsa_compile.autotune.samplers.point import POINT, GridSampler, PointSampler
+from hsa_compile.autotune.samplers.surrogate import MAX_START, MIN_START, SurrogateSampler
 from hsa_compile.errors import InvalidArgument
 
 # Two dataflows with knobs of their own, as a search asks for them.
@@ -277,7 +277,7 @@ def test_a_parameter_that_the_point_does_not_have_is_refused() -> None:
 
 
 def test_more_points_than_the_model_learns_from_are_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsa_compile.autotune.surrogate_sampler._MAX_LEARNED", 20)
+    monkeypatch.setattr("hsa_compile.autotune.samplers.surrogate._MAX_LEARNED", 20)
     assert len(set(map(str, search(new_study(), 40)))) == 40
 
 

@@ -12,9 +12,9 @@ import postgres
 import pytest
 from fake_benches import BARRIER, LOG
 
-from hsa_compile.autotune.device_lock import device_lock
-from hsa_compile.autotune.storage import close_storage, open_storage
-from hsa_compile.autotune.trial_states import OUTCOME, OWNER
+from hsa_compile.autotune.bench.device import device_lock
+from hsa_compile.autotune.study.storage import close_storage, open_storage
+from hsa_compile.autotune.study.trials import OUTCOME, OWNER
 from hsa_compile.autotune.tune import tune
 from hsa_compile.problem import Problem
 

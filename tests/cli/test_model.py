@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from shell import Shell
 
-from hsa_compile.cli.preset_problems import preset_problems
+from hsa_compile.cli.tuning.search_options import preset_problems
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.pretrained import save_pretrained

@@ -12,8 +12,8 @@ import pytest
 import torch
 from shell import Shell
 
-from hsa_compile.cli import train as train_module
-from hsa_compile.cli import train_tuning
+from hsa_compile.cli.models import train as train_module
+from hsa_compile.cli.models import train_tuning
 from hsa_compile.model.training import metrics
 from hsa_compile.model.training import run as run_module
 from hsa_compile.schedules.record import TuningRecord

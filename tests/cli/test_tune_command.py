@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 from shell import Shell
 
-from hsa_compile.autotune import bench as bench_module
-from hsa_compile.autotune.outcome import Outcome
-from hsa_compile.autotune.recorded_sweep import RecordedSweep
-from hsa_compile.autotune.stages import evaluate
+from hsa_compile.autotune.bench import bench as bench_module
+from hsa_compile.autotune.evaluate import Outcome, evaluate
+from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.schedules.record import TuningRecord
@@ -199,7 +198,7 @@ def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(schedule, *rest, **options)
 
-    monkeypatch.setattr("hsa_compile.autotune.sweep.evaluate", spy)
+    monkeypatch.setattr("hsa_compile.autotune.sweeps.evaluate", spy)
     assert run(*TUNE, "--record", str(file)).code == 130
     assert not file.exists()
     done = run(*TUNE, "--record", str(file))

@@ -56,7 +56,7 @@ def test_a_prediction_is_stored_shown_and_cached(run: Shell, monkeypatch: pytest
             kind=PREDICTED,
         )  # fmt: skip
 
-    monkeypatch.setattr("hsa_compile.cli.tune_predicted.predict_schedule", predict)
+    monkeypatch.setattr("hsa_compile.cli.tuning.predicted.predict_schedule", predict)
     done = run("tune", "--target", "sm_90", *SHAPE)
     assert done.code == 0, done.err
     assert done.out.count("predicted") == 2

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hsa_compile.cli import warning_lines
-from hsa_compile.cli.warning_lines import show_warning
+from hsa_compile.cli import main as warning_lines
+from hsa_compile.cli.main import show_warning
 from hsa_compile.errors import CacheWarning, DistantWarning, UntunedWarning
 
 UNTUNED = "no tuned schedule for hsa_forward, the default runs; tune it with: hsa-compile tune --seq-len 63"

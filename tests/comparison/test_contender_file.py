@@ -6,7 +6,7 @@ import pytest
 
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import SAME
-from hsa_compile.comparison.contender_file import load_contender
+from hsa_compile.comparison.contenders import load_contender
 from hsa_compile.errors import InvalidArgument
 
 SOURCE = """

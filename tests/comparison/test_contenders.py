@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from hsa_compile.autotune.memory import free_bytes
+from hsa_compile.autotune.bench.device import free_bytes
+from hsa_compile.comparison.baselines import (
+    block_mask,
+    check_other,
+    definition,
+    dense_contenders,
+    flex_contenders,
+    nsa_contenders,
+    sampled_tokens,
+)
 from hsa_compile.comparison.case import Case, dense_work, sparse_work
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
 from hsa_compile.comparison.contenders import OURS, contenders_for
-from hsa_compile.comparison.dense import dense_contenders
-from hsa_compile.comparison.flex import block_mask, flex_contenders
 from hsa_compile.comparison.gather import dense_topk, gather_attention, gather_decode
-from hsa_compile.comparison.nsa import nsa_contenders
-from hsa_compile.comparison.other_functions import check_other, definition, sampled_tokens
 from hsa_compile.comparison.same_function import bind, check_function
 from hsa_compile.errors import InvalidArgument, NotFinite, WrongResult
 

@@ -10,8 +10,19 @@ from hsa_compile.comparison.choices import FORWARD
 from hsa_compile.comparison.contender import DENSE, SAME
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.pictures import draw
-from hsa_compile.comparison.result import LEFT_OUT, TIMED, WRONG, Comparison, Result
-from hsa_compile.comparison.table import digits, notes_of, rate_unit, rows_of, shapes_of, short_count
+from hsa_compile.comparison.result import (
+    LEFT_OUT,
+    TIMED,
+    WRONG,
+    Comparison,
+    Result,
+    digits,
+    notes_of,
+    rate_unit,
+    rows_of,
+    shapes_of,
+    short_count,
+)
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.record import Measurement

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hsa_compile import Schedule, Target, hsa_attention_reference, hsa_decode, hsa_decode_reference
-from hsa_compile.autotune.candidate import prepare
-from hsa_compile.autotune.check import TOLERANCES, relative_error
-from hsa_compile.autotune.decode_inputs import make_decode_inputs
-from hsa_compile.autotune.problems import expand
+from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.cli.options import expand
 from hsa_compile.errors import InvalidArgument, InvalidProblem, WrongResult
-from hsa_compile.kernels import decode_ops, native_decode
+from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
+from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
+from hsa_compile.kernels.hsa_decode import native as native_decode
+from hsa_compile.kernels.hsa_decode.inputs import make_decode_inputs
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.problem import DECODE_OPS, DTYPES

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hsa_compile import Problem, hsa_attention
-from hsa_compile.autotune.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 
 # Linux forgets a process's peak when told to: what is read afterwards is the peak of what ran in between.
 PROLOGUE = """
@@ -19,7 +19,7 @@ from pathlib import Path
 warnings.simplefilter("ignore")
 import torch
 from hsa_compile import Problem, hsa_attention, select_chunks
-from hsa_compile.autotune.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,15 +16,17 @@ import torch
 import hsa_compile
 from hsa_compile import log
 from hsa_compile.errors import HSACompileWarning, OutOfResources, UntunedWarning
-from hsa_compile.kernels import native, select_ops, torch_ops
+from hsa_compile.kernels import native
 from hsa_compile.kernels import resolve as resolve_module
 from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
 from hsa_compile.kernels.resolve import resolve, set_on_miss
+from hsa_compile.kernels.select_chunks import dispatch as select_ops
 from hsa_compile.problem import OPS, SELECT_OPS, Problem
 from hsa_compile.schedules import cache as cache_module
 from hsa_compile.schedules.cache import default_cache, tuned_for
+from hsa_compile.schedules.lookup import RegretBin, RegretTable
 from hsa_compile.schedules.record import Measurement, TuningRecord
-from hsa_compile.schedules.regret import RegretBin, RegretTable
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
@@ -49,7 +51,7 @@ def _anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(resolve_module, "_warned", set())
     entry = RegretBin(up_to=2.0, pairs=5, mean=0.04, p90=0.1, default_mean=0.2)
     table = RegretTable(device="Some CPU", shapes=3, bins=(entry,))
-    monkeypatch.setattr("hsa_compile.schedules.regret.regret_table", lambda kind: table)
+    monkeypatch.setattr("hsa_compile.schedules.lookup.regret_table", lambda kind: table)
     yield
     set_on_miss(None)
 

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hsa_compile import Problem, Target, select_chunks, select_chunks_reference
-from hsa_compile.autotune.check import relative_error
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.gumbel import gumbel, noise_keys
-from hsa_compile.kernels.select_reference import select_weights_reference
+from hsa_compile.kernels.hsa_attention.check import relative_error
+from hsa_compile.kernels.select_chunks.reference import select_weights_reference
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import this_cpu
 

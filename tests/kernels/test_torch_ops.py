@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from hsa_compile import hsa_attention, select_chunks
-from hsa_compile.kernels import select_ops, torch_ops
+from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
+from hsa_compile.kernels.select_chunks import dispatch as select_ops
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from hsa_compile import hsa_attention, select_chunks
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.reference import hsa_attention_reference
-from hsa_compile.kernels.select_reference import select_chunks_reference
-from hsa_compile.model import memory_attend, memory_landmarks, memory_pages
-from hsa_compile.model.memory import ChunkMemory
+from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
+from hsa_compile.kernels.select_chunks.reference import select_chunks_reference
+from hsa_compile.model.memory import attend as memory_attend
+from hsa_compile.model.memory import landmarks as memory_landmarks
+from hsa_compile.model.memory import pages as memory_pages
+from hsa_compile.model.memory.memory import ChunkMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from hsa_compile.errors import InvalidTarget
-from hsa_compile.model.cluster import Cluster
+from hsa_compile.model.cost.scale import Cluster
 from hsa_compile.peaks import LIMITS
 from hsa_compile.target import PRODUCTS
 

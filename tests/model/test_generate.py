@@ -14,12 +14,10 @@ from small_models import build, combinations, one_first, small_config
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
-from hsa_compile.model.generate import generate, stream
-from hsa_compile.model.inference import extend, new_state, prefill
+from hsa_compile.model.inference.generate import Sampling, TextStream, draw, generate, stream
+from hsa_compile.model.inference.inference import extend, new_state, prefill
+from hsa_compile.model.inference.reading import fingerprint, load_state, save_state
 from hsa_compile.model.presets import preset
-from hsa_compile.model.reading import fingerprint, load_state, save_state
-from hsa_compile.model.sampling import Sampling, draw
-from hsa_compile.model.text_stream import TextStream
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
@@ -208,7 +206,7 @@ def test_a_reading_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     prefill(model, text(11)[None], state)
-    for where in ("hsa_compile.model.memory.ChunkMemory.save", "hsa_compile.model.safe_files.save_file"):
+    for where in ("hsa_compile.model.memory.memory.ChunkMemory.save", "hsa_compile.files.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
             with pytest.raises(SaveError, match="No space left"):
@@ -262,10 +260,10 @@ def test_the_caller_may_end_a_row() -> None:
 READER = """
 import sys, torch, warnings
 warnings.simplefilter("ignore")
-from hsa_compile.model.inference import new_state, prefill
+from hsa_compile.model.inference.inference import new_state, prefill
 from hsa_compile.model.presets import preset
 from hsa_compile.model.presets import preset
-from hsa_compile.model.reading import save_state
+from hsa_compile.model.inference.reading import save_state
 from hsa_compile.model.transformer import HSATransformer
 torch.manual_seed(0)
 model = HSATransformer(preset("tiny")).eval()

@@ -6,8 +6,7 @@ import pytest
 import torch
 from small_models import build, small_config
 
-from hsa_compile.model.chunk_encoder import EncodedChunks
-from hsa_compile.model.hs_attention import SequenceMemory
+from hsa_compile.model.layers.hs_attention import EncodedChunks, SequenceMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

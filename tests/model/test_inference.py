@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.inference import ModelState, extend, new_state, prefill, upper_reach
+from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill, upper_reach
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.target import this_cpu
 

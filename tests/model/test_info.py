@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.inference import extend, new_state
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
+from hsa_compile.model.inference.inference import extend, new_state
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.transformer import empty_model
 
@@ -63,7 +63,7 @@ def test_counts_are_those_of_the_built_model(variant: str) -> None:
 def test_the_largest_preset_is_counted_in_little_memory() -> None:
     script = """
 from pathlib import Path
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.presets import preset
 def peak_kib():  # of this program alone: ru_maxrss would be at least that of the process that started it
     status = Path("/proc/self/status").read_text()

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.mamba2 import Mamba2, Mamba2State
-from hsa_compile.model.ssd_scan import ssd_scan
+from hsa_compile.model.layers.mamba2 import Mamba2, Mamba2State, ssd_scan
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LENGTHS = [1, 2, 3, 63, 64, 65, 131, 200]
@@ -114,7 +113,7 @@ def test_without_gradients_the_output_is_the_same() -> None:
 def test_passes_over_few_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = make_layer(torch.float64), torch.randn(2, 203, 12, dtype=torch.float64)
     expected, end = layer(x)
-    monkeypatch.setattr("hsa_compile.model.ssd_scan.PAIRS_PER_PASS_CPU", 1)
+    monkeypatch.setattr("hsa_compile.model.layers.mamba2.PAIRS_PER_PASS_CPU", 1)
     y, state = layer(x)
     assert_close(y, expected, torch.float64)
     assert_close(state.ssm, end.ssm, torch.float64)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model import memory_landmarks, memory_pages
-from hsa_compile.model.memory import ChunkMemory
+from hsa_compile.model.memory import landmarks as memory_landmarks
+from hsa_compile.model.memory import pages as memory_pages
+from hsa_compile.model.memory.memory import ChunkMemory
 
 C, H, D, DV, DR = 3, 2, 8, 5, 6
 PLACEMENTS = ("device", "host", "disk")

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model import memory_files, memory_pages, memory_shards
-from hsa_compile.model.memory import ChunkMemory
+from hsa_compile.model.memory import files as memory_files
+from hsa_compile.model.memory import files as memory_shards
+from hsa_compile.model.memory import pages as memory_pages
+from hsa_compile.model.memory.memory import ChunkMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.grouped_product import _Grouped, _Sliced, grouped_swiglu, sort_by_expert
-from hsa_compile.model.moe import MoE, _gathered, moe_reference, pair_by_pair
+from hsa_compile.model.layers.grouped_product import _Grouped, _Sliced, grouped_swiglu, sort_by_expert
+from hsa_compile.model.layers.moe import MoE, _gathered, moe_reference, pair_by_pair
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 

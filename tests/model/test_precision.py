@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_models import build, small_config
 
-from hsa_compile.model.attention import attend
-from hsa_compile.model.hs_attention import Selection
-from hsa_compile.model.precision import without_cpu_autocast
+from hsa_compile.model.layers.attention import attend
+from hsa_compile.model.layers.basic import without_cpu_autocast
+from hsa_compile.model.layers.hs_attention import Selection
 
 
 def test_under_autocast_on_a_cpu_tensors_become_float32_and_products_stay_so() -> None:

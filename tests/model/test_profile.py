@@ -14,9 +14,8 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
-from hsa_compile.model.choices import DECODE, PREFILL, STEPS, TRAIN
-from hsa_compile.model.profile import BETWEEN, IDLE, OTHER, _table, profile_step
-from hsa_compile.model.profiled_steps import make_step
+from hsa_compile.model.config import DECODE, PREFILL, STEPS, TRAIN
+from hsa_compile.model.cost.profile import BETWEEN, IDLE, OTHER, _table, make_step, profile_step
 
 CPU = torch.device("cpu")
 pytestmark = [

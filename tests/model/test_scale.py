@@ -8,18 +8,17 @@ import pytest
 import torch
 from small_models import build, combinations, small_config
 
-from hsa_compile.autotune.predict import predict
+from hsa_compile.autotune.cost.roofline import predict
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.cluster import Cluster
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
+from hsa_compile.model.cost.scale import Cluster, Figure, Paper
+from hsa_compile.model.cost.serving import serving_figures
+from hsa_compile.model.cost.training import training_figures
+from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.presets import PRESETS, preset
-from hsa_compile.model.scale import Figure, Paper
-from hsa_compile.model.scale_serving import serving_figures
-from hsa_compile.model.scale_training import training_figures
 from hsa_compile.model.training.config import TrainConfig
-from hsa_compile.model.training.optimizer import make_optimizer
-from hsa_compile.model.workload import problems
+from hsa_compile.model.training.step import make_optimizer
 from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.space import SearchSpace
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from small_models import build, combinations, small_config
 
-from hsa_compile.kernels.reference import hsa_attention_reference
-from hsa_compile.kernels.select_reference import select_chunks_reference
-from hsa_compile.model import hs_attention
+from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
+from hsa_compile.kernels.select_chunks.reference import select_chunks_reference
 from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.layers import hs_attention
 from hsa_compile.model.presets import preset
 from hsa_compile.model.transformer import HSATransformer
 

@@ -6,8 +6,7 @@ from small_models import combinations
 from torch import Tensor
 from torch.nn import functional
 
-from hsa_compile.model.flex_window import flex_window_attention
-from hsa_compile.model.window_attention import alibi_slopes, window_attention
+from hsa_compile.model.layers.window_attention import alibi_slopes, flex_window_attention, window_attention
 
 SHAPES = [  # T, past, window
     (1, 0, 5),

@@ -10,9 +10,9 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels import resolve as resolve_module
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.inference import extend, new_state, prefill
+from hsa_compile.model.cost.workload import problems
+from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.presets import PRESETS, preset
-from hsa_compile.model.workload import problems
 from hsa_compile.problem import Problem
 from hsa_compile.target import Target
 

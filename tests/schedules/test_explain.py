@@ -7,8 +7,8 @@ import pytest
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.explain import explain
+from hsa_compile.schedules.lookup import RegretBin, RegretTable
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.regret import RegretBin, RegretTable
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target

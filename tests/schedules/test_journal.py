@@ -15,9 +15,8 @@ import pytest
 from hsa_compile.errors import CacheError
 from hsa_compile.schedules import store
 from hsa_compile.schedules.cache import ScheduleCache
-from hsa_compile.schedules.journal import append_line, journal_path, journal_size, read_lines
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.store import read_records
+from hsa_compile.schedules.store import append_line, journal_path, journal_size, read_lines, read_records
 
 MakeRecord = Callable[..., TuningRecord]
 OpenCache = Callable[..., ScheduleCache]

@@ -5,8 +5,8 @@ import pytest
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.paths import REGRET_FILE
-from hsa_compile.schedules import regret
-from hsa_compile.schedules.regret import RegretBin, expected_regret, regret_table
+from hsa_compile.schedules import lookup as regret
+from hsa_compile.schedules.lookup import RegretBin, expected_regret, regret_table
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hsa_compile.errors import CorpusError, UnreadableSource
-from hsa_compile.model.data.append_file import AppendFile
 from hsa_compile.model.data.documents import Skipped, read_documents
-from hsa_compile.model.data.journal import Entry, Journal, Settings
+from hsa_compile.model.data.journal import AppendFile, Entry, Journal, Settings
 from hsa_compile.model.data.manifest import (
     SPLITS,
     TOKENIZER_FILE,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from hsa_compile.errors import UnreadableSource
-from hsa_compile.extras import require
 from hsa_compile.model.data.sources import HUB, JSONL, PARQUET, Source
+from hsa_compile.versions import require
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 _ROWS = 256

@@ -6,6 +6,7 @@ the last finished source.
 """
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import filelock
 
 from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import FILES, HASHES, JOURNAL, CorpusWriter
 from hsa_compile.model.data.documents import MAX_DOCUMENT_BYTES
 from hsa_compile.model.data.journal import Settings
-from hsa_compile.model.data.manifest import MANIFEST, Manifest, read_manifest
-from hsa_compile.model.data.sources import Source
+from hsa_compile.model.data.manifest import MANIFEST, TRAIN, Manifest, read_manifest
+from hsa_compile.model.data.sources import Source, stdlib_sources
 from hsa_compile.model.data.tokenizer import load_tokenizer
+from hsa_compile.paths import cache_dir
 
 _LOCK = ".lock"
 
@@ -111,3 +114,17 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+_VALIDATION = 0.05  # of few megabytes: enough for contexts of 64K tokens that do not overlap
+
+
+def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:
+    """A split of it, in the user's cache; it is prepared where it is not there.
+
+    Raises:
+        CorpusError: it is damaged or cannot be written.
+    """
+    directory = cache_dir() / "corpora" / f"stdlib-{platform.python_version()}"  # another Python has other sources
+    prepare(stdlib_sources(), directory, validation=_VALIDATION, wait=True)
+    return TokenCorpus(directory, split=split)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.extras import require
+from hsa_compile.versions import require
 
 BYTES = "bytes"
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")

@@ -11,8 +11,8 @@ from torch import Tensor
 from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.perplexity import LOGITS
 from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
-from hsa_compile.model.inference import ModelState, extend, prefill
-from hsa_compile.model.rewinding import rewind, snapshot
+from hsa_compile.model.inference.generate import Sampling, TextStream, stream
+from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
 from hsa_compile.model.transformer import HSATransformer
 
 MAX_ROWS = 64  # texts of a batch; short ones would else fill the memory with caches
@@ -130,3 +130,46 @@ def _judge(logits: Tensor, targets: Tensor, num_valid: Sequence[int]) -> tuple[T
     logs = logits.double().log_softmax(dim=-1).gather(2, targets[:, :, None])[:, :, 0]
     right = (logits.argmax(dim=-1) == targets) | ~valid
     return logs.where(valid, 0.0).sum(dim=1).cpu(), right.all(dim=1).cpu()
+
+
+def generations(
+    subject: Subject,
+    prompts: Sequence[TokenArray],
+    stops: Sequence[Sequence[str]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> list[str]:
+    """What a model writes behind each prompt; all are read at once.
+
+    Args:
+        subject: whose model writes.
+        prompts: `[T]` tokens each, at least one.
+        stops: of each prompt, strings before which its continuation ends.
+        max_new_tokens: after so many it ends too.
+        sampling: how tokens are chosen.
+    """
+    tokenizer = subject.tokenizer
+    tokens, lengths = padded(prompts)
+    streams = [TextStream(tokenizer, stop) for stop in stops]
+    texts = [""] * len(prompts)
+    going = [True] * len(prompts)
+    steps = stream(
+        subject.model,
+        tokens,
+        lengths,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        state=subject.new_state(len(prompts)),
+        going=going,
+    )
+    for step in steps:
+        for row, token in enumerate(step):
+            if token is None:
+                continue
+            if token == tokenizer.separator:
+                going[row] = False
+            else:
+                texts[row] += streams[row].feed(token)
+                going[row] = not streams[row].stopped
+    return [text + each.finish() for text, each in zip(texts, streams, strict=True)]

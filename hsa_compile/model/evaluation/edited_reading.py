@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.inference import ModelState, prefill, upper_reach
-from hsa_compile.model.rewinding import rewind, snapshot
+from hsa_compile.model.inference.inference import ModelState, prefill, rewind, snapshot, upper_reach
 from hsa_compile.model.tasks.facts import NEEDLE_BYTES
 from hsa_compile.model.tasks.sample import ByteArray, TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer

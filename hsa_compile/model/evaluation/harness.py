@@ -12,13 +12,12 @@ import numpy as np
 import tqdm
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
-from hsa_compile.extras import missing
 from hsa_compile.model.data.tokenizer import TokenArray, token_dtype
-from hsa_compile.model.evaluation.continuations import Score, batches, branches_of, scores
-from hsa_compile.model.evaluation.generations import generations
+from hsa_compile.model.evaluation.continuations import Score, batches, branches_of, generations, scores
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.model.sampling import Sampling
+from hsa_compile.model.inference.generate import Sampling
+from hsa_compile.versions import missing
 
 try:
     from lm_eval.api.instance import Instance

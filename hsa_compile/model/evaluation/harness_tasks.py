@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.extras import missing
+from hsa_compile.files import write_json
 from hsa_compile.model.evaluation.harness import HarnessModel
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.model.safe_files import write_json
-from hsa_compile.versions import installed_versions
+from hsa_compile.versions import installed_versions, missing
 
 try:
     import lm_eval

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.extras import require
-from hsa_compile.model.evaluation.cells import Cell
-from hsa_compile.model.evaluation.lengths import length_label
+from hsa_compile.files import replace_file
 from hsa_compile.model.evaluation.perplexity import Perplexity
-from hsa_compile.model.evaluation.results import Results, depth_label
-from hsa_compile.model.safe_files import replace_file
+from hsa_compile.model.evaluation.results import Cell, Results, depth_label
+from hsa_compile.model.evaluation.settings import length_label
+from hsa_compile.versions import require
 
 PERPLEXITY_PICTURE = "ppl.png"
 _LETTERS_PER_INCH = 9  # of titles

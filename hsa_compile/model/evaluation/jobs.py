@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hsa_compile.model.generate import evaluating
+from hsa_compile.model.inference.generate import evaluating
 from hsa_compile.model.transformer import HSATransformer
 
 OnTokens = Callable[[str, int], object]

@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 
 from hsa_compile.errors import HSACompileWarning, SaveError
-from hsa_compile.model.safe_files import make_directory
+from hsa_compile.files import make_directory
 
 OUTCOMES_FILE = "samples.jsonl"
 _LOCK = ".samples.lock"

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
-from hsa_compile.model.choices import PERPLEXITY
+from hsa_compile.model.config import PERPLEXITY
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
-from hsa_compile.model.data.stdlib import stdlib_corpus
+from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.jobs import Job
-from hsa_compile.model.evaluation.lengths import length_label
 from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
+from hsa_compile.model.evaluation.settings import length_label
 from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
-from hsa_compile.model.inference import extend, prefill
+from hsa_compile.model.inference.inference import extend, prefill
 from hsa_compile.model.tasks.haystack import NOISE, STDLIB
 
 SCORED = 512  # last tokens of each text, fewer where half the shortest context is less

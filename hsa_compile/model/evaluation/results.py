@@ -1,6 +1,8 @@
 """Everything that an evaluation found, as JSON, CSV and text."""
 
 import csv
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,11 +10,95 @@ from typing import Any
 
 import tabulate
 
-from hsa_compile.model.choices import PERPLEXITY, PROTOCOLS
-from hsa_compile.model.evaluation.cells import Cell
-from hsa_compile.model.evaluation.lengths import length_label
+from hsa_compile.files import replace_file, write_json
+from hsa_compile.model.config import PERPLEXITY, PROTOCOLS
+from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.perplexity import Perplexity
-from hsa_compile.model.safe_files import replace_file, write_json
+from hsa_compile.model.evaluation.settings import RetrievalSettings, haystack_key, length_label, sample_key
+from hsa_compile.model.evaluation.subject import Subject
+from hsa_compile.model.tasks.haystack import Haystack
+
+_Z = 1.959963984540054  # of 95 %
+
+
+def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a share, which is right for few samples and for shares of 0 and 1 too.
+
+    Args:
+        num_correct: from 0 to the number of samples.
+        num_samples: 1 or more.
+    """
+    assert 0 <= num_correct <= num_samples > 0, (num_correct, num_samples)
+    share, z2 = num_correct / num_samples, _Z**2
+    middle = share + z2 / (2 * num_samples)
+    half = _Z * math.sqrt(share * (1 - share) / num_samples + z2 / (4 * num_samples**2))
+    scale = 1 + z2 / num_samples
+    low = 0.0 if num_correct == 0 else (middle - half) / scale
+    high = 1.0 if num_correct == num_samples else (middle + half) / scale
+    return low, high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A share of right answers.
+
+    Attributes:
+        task, haystack, protocol, length: of its samples.
+        depth: of the first asked needle; None for all depths together.
+        num_samples, num_correct: of it.
+    """
+
+    task: str
+    haystack: str
+    protocol: str
+    length: int
+    depth: float | None
+    num_samples: int
+    num_correct: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples of which every answer was right."""
+        return self.num_correct / self.num_samples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence."""
+        return wilson_interval(self.num_correct, self.num_samples)
+
+
+def retrieval_cells(
+    subject: Subject, settings: RetrievalSettings, haystack: Haystack, outcomes: OutcomeFile
+) -> list[Cell]:
+    """The cells of which all samples are in the file; behind those of each length, all its depths together."""
+    common = subject.key() | haystack_key(haystack)
+    cells = []
+    for task, protocol, length in itertools.product(settings.tasks, settings.protocols, settings.lengths):
+        by_depth: dict[float | None, list[bool]] = {}
+        for depth in settings.depths:
+            keys = (
+                sample_key(settings, common, task, length, depth, index, protocol)
+                for index in range(settings.num_samples)
+            )
+            found = [bool(values["correct"]) for key in keys if (values := outcomes.get(key)) is not None]
+            if len(found) == settings.num_samples:
+                by_depth[depth] = found
+        if by_depth:
+            by_depth[None] = [correct for found in by_depth.values() for correct in found]
+        cells += [
+            Cell(
+                task=task,
+                haystack=haystack.name,
+                protocol=protocol,
+                length=length,
+                depth=depth,
+                num_samples=len(found),
+                num_correct=sum(found),
+            )
+            for depth, found in by_depth.items()
+        ]
+    return cells
+
 
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
 _COLUMNS = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.choices import PROTOCOLS
+from hsa_compile.model.config import PROTOCOLS
 from hsa_compile.model.tasks.facts import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY_BYTES
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS
@@ -107,3 +107,11 @@ def _question_bytes(task: str) -> int:
 def prompt_length(task: str, length: int) -> int:
     """Bytes of a sample before its first answer."""
     return length - _question_bytes(task) + _ASKING_BYTES
+
+
+def length_label(length: int) -> str:
+    """`4K`, `64K`, `1M`, or plain digits where it is no multiple."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return str(length)

@@ -7,8 +7,8 @@ import torch
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
-from hsa_compile.model.inference import PIECE, ModelState, new_state
-from hsa_compile.model.reading import fingerprint
+from hsa_compile.model.inference.inference import PIECE, ModelState, new_state
+from hsa_compile.model.inference.reading import fingerprint
 from hsa_compile.model.transformer import HSATransformer
 
 ROW_TOKENS = 2**16  # of all rows of a batch together

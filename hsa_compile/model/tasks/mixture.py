@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.training_sample import TrainingSample, corpus_sample
+from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample, corpus_sample
 from hsa_compile.model.tasks.facts import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,

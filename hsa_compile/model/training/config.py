@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from hsa_compile.checks import check_choice, check_count, check_number, pair
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.tasks.haystack import NOISE
-from hsa_compile.model.training.checks import check_choice, check_count, check_number, pair
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hsa_compile.errors import SaveError
-from hsa_compile.extras import require
-from hsa_compile.model.hs_attention import Selection
+from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.versions import require
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

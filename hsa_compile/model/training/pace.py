@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hsa_compile.model.info import training_flops
+from hsa_compile.model.cost.info import training_flops
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, stage_ends
 from hsa_compile.model.transformer import HSATransformer, empty_model

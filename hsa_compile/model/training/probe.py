@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.hs_attention import Selection
+from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.tasks.haystack import NoiseHaystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 from hsa_compile.model.tasks.retrieval import make_sample

@@ -4,6 +4,8 @@
 trained model as `from_pretrained`, `generate` and `eval` read it.
 """
 
+import ctypes
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,11 +16,12 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from hsa_compile.errors import InvalidArgument, TrainingError
+from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.hs_attention import Selection
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
+from hsa_compile.model.cost.workload import problems
+from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.pretrained import save_pretrained
-from hsa_compile.model.safe_files import make_directory, read_json, write_json
 from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
@@ -27,17 +30,16 @@ from hsa_compile.model.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from hsa_compile.model.training.config import RunConfig
+from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.training.config_file import from_dict
-from hsa_compile.model.training.feed import Feed, StepBatch
+from hsa_compile.model.training.feed import Feed, StepBatch, check_rows, digest, held_out_mixture, mixtures, open_corpus
 from hsa_compile.model.training.metrics import MetricsLog, peak_flops, retrieval_entropy
-from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.probe import Probe
 from hsa_compile.model.training.processes import Processes, shard
-from hsa_compile.model.training.stages import apply_stage, stage_at
-from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, run_step
-from hsa_compile.model.training.text import check_rows, digest, held_out_mixture, mixtures, open_corpus
+from hsa_compile.model.training.stages import apply_stage, lengths, stage_at
+from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.problem import Problem
 
 CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
 
@@ -264,3 +266,50 @@ class TrainingRun:
                 "begin anew in another folder"
             )
         self.state = replace(state, world_size=self.processes.world_size)
+
+
+# <malloc.h> of glibc.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+
+
+def keep_freed_memory() -> bool:
+    """Tells the C library to keep what is freed, for the rest of the process; does nothing where it is not glibc.
+
+    By default glibc gives large blocks back at once, so each step of a training on a CPU has its activations mapped and
+    zeroed anew: 5 % of the CPU time of `tiny`. What the process holds at most stays the same.
+
+    Returns:
+        whether all was accepted.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return sum(libc.mallopt(name, value) for name, value in _SETTINGS) == len(_SETTINGS)
+
+
+def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> list[Problem]:
+    """One problem for each key of the cache that the steps of a run ask for.
+
+    Args:
+        run: of the run.
+        device: that it computes on, which decides the dtype.
+        world_size: processes that share a step's rows.
+    """
+    # On a CPU the kernels are for float32: `precision.without_cpu_autocast`.
+    dtype = "float32" if device.type == "cpu" else chosen_precision(run.train.precision, device)
+    found: dict[Problem, Problem] = {}
+    for stage in run.stages:
+        found = {**_stage_problems(run, stage, dtype, world_size), **found}
+    return list(found.values())
+
+
+def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -> dict[Problem, Problem]:
+    """By key; of the shapes that share one, the longest stands for all."""
+    config = run.model_in(stage)
+    longest: dict[Problem, Problem] = {}
+    for length in lengths(stage):
+        rows = max(1, stage.batch_tokens // length // world_size // run.train.accumulation)
+        asked = problems(config, rows, length - 1, dtype, in_batch_memory=stage.in_batch_memory)
+        longest |= {problem.bucketed(): problem for problem in asked}
+    return longest

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.hs_attention import Retrieval
+from hsa_compile.model.layers.hs_attention import Retrieval
+from hsa_compile.model.layers.window_attention import WindowAttention
 from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.transformer import HSATransformer
-from hsa_compile.model.window_attention import WindowAttention
 
 NUM_LENGTHS = 16  # of a stage
 

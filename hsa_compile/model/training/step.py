@@ -1,5 +1,6 @@
 """One optimizer step: rows in, weights moved, numbers out."""
 
+import math
 import random
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,15 +12,111 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from hsa_compile.errors import TrainingError
-from hsa_compile.model.hs_attention import Selection
-from hsa_compile.model.moe import MoE
+from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch
-from hsa_compile.model.training.loss import weighted_cross_entropy
-from hsa_compile.model.training.optimizer import learning_rate
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.target import cpu_multiplies_bfloat16
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); matrices decay, norms and biases do not."""
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in parameters if weight.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in parameters if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of the step, counted from 0: linear warm-up, then constant, then the decay of the last part."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    decay_steps = round(config.steps * config.decay_share)
+    into = step - (config.steps - decay_steps) + 1
+    if config.decay == "constant" or into <= 0:
+        return config.lr
+    progress = min(1.0, into / decay_steps)
+    falling = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
+
+
+def weighted_cross_entropy(
+    hidden: Tensor, output_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Σ weights · cross entropy, with the gradients made in the forward pass, chunk by chunk.
+
+    At no time do logits of more than `chunk` tokens exist, and they are computed once: memory beyond inputs and their
+    gradients is 2 · chunk · V.
+
+    Args:
+        hidden: `[N, dim]`, the output of the last layer.
+        output_weight: `[V, dim]`.
+        targets: `[N]` int64, the tokens to predict.
+        weights: `[N]` float32, not differentiated.
+        chunk: tokens at a time.
+
+    Returns:
+        the sum, a float32 scalar at least, differentiable in hidden and output_weight; and the cross entropy of each
+        token `[N]` without gradient.
+    """
+    total, losses = _WeightedCrossEntropy.apply(hidden, output_weight, targets, weights, chunk)
+    return total, losses
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, output_weight: Tensor, targets: Tensor, weights: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(output_weight, dtype=dtype) if needs_weight else None
+        for part in _parts(hidden.shape[0], chunk):
+            h = hidden[part]
+            logits = (h @ output_weight.T).to(dtype)
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            picked = targets[part, None]
+            losses[part] = (normalizer - logits.gather(1, picked)).squeeze(1)
+            if hidden_grad is None and weight_grad is None:
+                continue
+            scale = weights[part, None].to(dtype)
+            grad = logits.sub_(normalizer).exp_().mul_(scale)
+            grad.scatter_add_(1, picked, -scale)
+            grad = grad.to(h.dtype)
+            if hidden_grad is not None:
+                hidden_grad[part] = (grad @ output_weight.to(h.dtype)).to(h.dtype)
+            if weight_grad is not None:
+                weight_grad += (grad.T @ h).to(dtype)
+        grads = [grad for grad in (hidden_grad, weight_grad) if grad is not None]
+        ctx.save_for_backward(*grads)
+        ctx.weight_dtype = output_weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        saved = list(ctx.saved_tensors)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = saved.pop(0) if needs_hidden else None
+        weight_grad = saved.pop(0) if needs_weight else None
+        return (
+            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _parts(length: int, chunk: int) -> list[slice]:
+    return [slice(begin, begin + chunk) for begin in range(0, length, chunk)]
 
 
 class LossModel(nn.Module):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hsa_compile.errors import CorpusError, InvalidArgument
-from hsa_compile.model.data import append_file, corpus_writer
+from hsa_compile.model.data import corpus_writer
+from hsa_compile.model.data import journal as append_file
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import FILES
 from hsa_compile.model.data.manifest import MANIFEST, Manifest, read_manifest

@@ -6,7 +6,7 @@ import torch
 from small_models import small_config
 from torch import Tensor, nn
 
-from hsa_compile.model.full_attention import FullCache
+from hsa_compile.model.layers.attention import FullCache
 from hsa_compile.model.transformer import HSATransformer
 
 _QUESTION = re.compile(rb" \?([a-z]{3})=([a-z0-9=]*)$")

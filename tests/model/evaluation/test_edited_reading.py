@@ -14,8 +14,7 @@ from hsa_compile.model.evaluation.edited_reading import (
     num_reread,
     resume_position,
 )
-from hsa_compile.model.inference import ModelState, extend, new_state, prefill
-from hsa_compile.model.rewinding import rewind, snapshot
+from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill, rewind, snapshot
 from hsa_compile.model.tasks.haystack import NoiseHaystack
 from hsa_compile.model.tasks.retrieval import make_edits
 from hsa_compile.model.tasks.sample import ByteArray, Edit, TaskPlan, TaskSample

@@ -11,7 +11,8 @@ from small_models import build, combinations, one_first, small_config
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer
-from hsa_compile.model.evaluation import continuations, generations
+from hsa_compile.model.evaluation import continuations
+from hsa_compile.model.evaluation import continuations as generations
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
 

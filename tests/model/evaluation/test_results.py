@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from hsa_compile.errors import MissingDependency
-from hsa_compile.model.evaluation.cells import Cell
 from hsa_compile.model.evaluation.heat_map import draw
-from hsa_compile.model.evaluation.lengths import length_label
 from hsa_compile.model.evaluation.perplexity import Perplexity
-from hsa_compile.model.evaluation.results import Results
+from hsa_compile.model.evaluation.results import Cell, Results
+from hsa_compile.model.evaluation.settings import length_label
 
 
 def cell(length: int, depth: float | None, correct: int, samples: int = 4, protocol: str = "greedy") -> Cell:

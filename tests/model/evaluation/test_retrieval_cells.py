@@ -10,13 +10,12 @@ from oracle import Oracle
 from small_models import build, combinations, small_config
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.choices import GREEDY, TEACHER_FORCED
-from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.config import GREEDY, TEACHER_FORCED, VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import retrieval
-from hsa_compile.model.evaluation.cells import Cell, retrieval_cells
 from hsa_compile.model.evaluation.jobs import run_jobs
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
+from hsa_compile.model.evaluation.results import Cell, retrieval_cells
 from hsa_compile.model.evaluation.retrieval import retrieval_jobs
 from hsa_compile.model.evaluation.settings import RetrievalSettings, least_length
 from hsa_compile.model.evaluation.subject import Subject

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.placement import in_order, place
+from hsa_compile.model.tasks.retrieval import in_order, place
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 12), st.integers(0, 120), st.data())

@@ -23,8 +23,8 @@ from hsa_compile.model.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
+from hsa_compile.model.training.step import make_optimizer
 from hsa_compile.model.transformer import HSATransformer
 
 

@@ -14,9 +14,8 @@ from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
 from hsa_compile.model.training.config_file import from_dict
-from hsa_compile.model.training.feed import AHEAD, Feed, make_batch
+from hsa_compile.model.training.feed import AHEAD, Feed, check_rows, held_out_mixture, make_batch, mixtures, open_corpus
 from hsa_compile.model.training.stages import StepPlan, plan_step
-from hsa_compile.model.training.text import check_rows, held_out_mixture, mixtures, open_corpus
 
 
 def test_a_feed_that_begins_later_gives_the_same_batches() -> None:

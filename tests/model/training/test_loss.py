@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hsa_compile.model.training.loss import weighted_cross_entropy
+from hsa_compile.model.training.step import weighted_cross_entropy
 
 N, DIM, V = 13, 6, 11
 

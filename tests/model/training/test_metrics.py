@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsa_compile.errors import MissingDependency
-from hsa_compile.model.hs_attention import Selection
+from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.training import metrics
 from hsa_compile.model.training.metrics import METRICS_FILE, MetricsLog, peak_flops, retrieval_entropy
 

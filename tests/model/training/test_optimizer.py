@@ -5,7 +5,7 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.model.training.config import TrainConfig
-from hsa_compile.model.training.optimizer import learning_rate, make_optimizer
+from hsa_compile.model.training.step import learning_rate, make_optimizer
 
 
 def rates(**changes: object) -> list[float]:

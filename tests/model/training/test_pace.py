@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from small_runs import small_run
 
-from hsa_compile.model.info import model_info
+from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.pace import LEFT_OUT, Pace

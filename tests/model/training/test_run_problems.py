@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_runs import small_run
 
-from hsa_compile.model.training.problems import run_problems
+from hsa_compile.model.training.run import run_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_runs import small_run
 
-from hsa_compile.model.hs_attention import Retrieval
+from hsa_compile.model.layers.hs_attention import Retrieval
+from hsa_compile.model.layers.window_attention import WindowAttention
 from hsa_compile.model.training.config import Stage
 from hsa_compile.model.training.stages import NUM_LENGTHS, apply_stage, lengths, plan_step, stage_at
 from hsa_compile.model.transformer import HSATransformer
-from hsa_compile.model.window_attention import WindowAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

@@ -8,7 +8,6 @@ from hsa_compile.errors import TrainingError
 from hsa_compile.model.training import step as step_module
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.feed import StepBatch
-from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.stages import StepPlan
 from hsa_compile.model.training.step import (
@@ -17,6 +16,7 @@ from hsa_compile.model.training.step import (
     autocast,
     chosen_precision,
     compiled,
+    make_optimizer,
     normalized_weights,
     run_step,
 )

@@ -1,0 +1,321 @@
+"""A bench in a process of its own: what a candidate does there, it does to itself. The process is replaced."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from hsa_compile import errors
+from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.errors import (
+    CandidateCrashed,
+    CandidateError,
+    CompileTimedOut,
+    HSACompileError,
+    InvalidArgument,
+    OutOfResources,
+    TimedOut,
+)
+from hsa_compile.kernels.compile import build_native
+from hsa_compile.kernels.emit import emit
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.target import Target
+
+# Not multiprocessing's own start method: it runs the caller's main module anew, which a script without a
+# `__name__` guard, or one from standard input, does not survive.
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom hsa_compile.autotune.bench.child import serve\n"
+_START_S = 300.0
+_DEATH_S = 10.0  # between a closed connection and the end of its process
+
+
+class WorkerProcess:
+    """One worker in a session of its own, so that neither Ctrl-C nor its death reaches anybody else.
+
+    Args:
+        factory: `module:function` that opens the bench there.
+        arguments: of the factory, picklable.
+        memory_bytes: what it may map beyond what it needs to start; None for no limit.
+
+    Raises:
+        HSACompileError: it does not start, or the factory fails.
+    """
+
+    def __init__(self, factory: str, arguments: tuple[Any, ...], memory_bytes: int | None = None) -> None:
+        self._connection, theirs = Pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        handle = theirs.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{_BOOT}serve(int(sys.argv[2]))", json.dumps(sys.path), str(handle)],
+            pass_fds=(handle,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._opening: tuple[Any, ...] | None = (factory, arguments, memory_bytes)
+        self._connection.send(self._opening)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+        return not self._connection.closed
+
+    def wait_until_open(self) -> None:
+        """Returns when the bench is open.
+
+        Raises:
+            HSACompileError: it cannot be opened.
+        """
+        if self._opening is None:
+            return
+        try:
+            self._receive(_START_S)
+        except HSACompileError as error:
+            raise HSACompileError(f"a worker process cannot start: {error}") from error
+        self._opening = None
+
+    def call(self, verb: str, *arguments: Any, timeout_s: float) -> Any:
+        """What the bench returns for a verb.
+
+        Raises:
+            HSACompileError: what the bench raised, by its own name.
+            TimedOut: it took too long, and was killed.
+            OutOfResources, CandidateCrashed, CandidateError: it died.
+        """
+        self.wait_until_open()
+        try:
+            self._connection.send((verb, arguments))
+        except OSError as error:  # it died since it answered last
+            raise self._death() from error
+        return self._receive(timeout_s)
+
+    def close(self) -> None:
+        """Kills the process and all that it started; may be called again, and from another thread."""
+        with contextlib.suppress(ProcessLookupError):  # it is gone, with all that it started
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+        self._stderr.close()
+
+    def _receive(self, timeout_s: float) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                self.close()
+                raise TimedOut(f"killed after {timeout_s:.0f} s")
+            kind, *content = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if kind == "done":
+            return content[0]
+        name, message = content
+        raise getattr(errors, name)(message)
+
+    def _death(self) -> HSACompileError:
+        """Why the process ended."""
+        try:
+            code = self._process.wait(_DEATH_S)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return CandidateCrashed("its process closed the connection")
+        last = self._last_line()
+        self.close()
+        if code == -signal.SIGKILL:
+            return OutOfResources("its process was killed, as Linux does where memory runs out")
+        if code < 0:
+            return CandidateCrashed(f"its process died of {signal.Signals(-code).name}")
+        if code == 1 and last:
+            return CandidateError(last)
+        return CandidateCrashed(f"its process left with code {code}")
+
+    def _last_line(self) -> str:
+        """Of standard error: the error, where the process ended with a traceback."""
+        if self._stderr.closed:
+            return ""
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - 4000))
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long and how large a candidate may be.
+
+    Attributes:
+        compile_s: for compiling it.
+        run_s: for checking it, and for each set of timings; more where the default needs more than a tenth of that.
+        first_s: for the first candidate, the default, with which nothing can be compared yet.
+        memory_bytes: beyond what a worker has when it starts; None for no limit, as a GPU's driver needs.
+    """
+
+    compile_s: float = 120.0
+    run_s: float = 20.0
+    first_s: float = 600.0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("compile_s", "run_s", "first_s", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidArgument(f"{name} = {value} must be more than 0")
+
+
+class IsolatedBench:
+    """A `Bench` whose candidates live in a worker process; one that dies or hangs is replaced at the next call.
+
+    Args:
+        factory: `module:function` that opens the bench in the worker, such as `bench:open_bench`.
+        arguments: of the factory.
+        limits: what a candidate is killed for.
+        lock: held while a candidate is on the device; it must be reentrant.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        arguments: tuple[Any, ...],
+        *,
+        limits: Limits | None = None,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self._factory, self._arguments = factory, arguments
+        self._limits, self._lock = limits or Limits(), lock or contextlib.nullcontext()
+        self._worker: WorkerProcess | None = None
+        self._ready: set[Schedule] = set()
+        self._prepare_s = self._time_s = 0.0  # of the first candidate; the latter for each call of it
+
+    def __enter__(self) -> "IsolatedBench":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Starts the worker without waiting for it."""
+        if self._worker is None or not self._worker.alive:
+            self._worker = WorkerProcess(self._factory, self._arguments, self._limits.memory_bytes)
+            self._ready.clear()
+
+    def close(self) -> None:
+        """Kills the worker."""
+        if self._worker is not None:
+            self._worker.close()
+
+    def compile(self, schedule: Schedule) -> Resources | None:
+        """Compiles in the worker.
+
+        Raises:
+            CompileTimedOut: it took too long.
+        """
+        try:
+            return self._call("compile", schedule, timeout_s=self._limits.compile_s)
+        except TimedOut as error:
+            raise CompileTimedOut(str(error)) from error
+
+    def prepare(self, schedule: Schedule) -> str:
+        """Checks in the worker, while nobody else is on the device."""
+        limit = max(self._limits.run_s, 10 * self._prepare_s) if self._prepare_s else self._limits.first_s
+        with self._lock:
+            start = time.monotonic()
+            fingerprint: str = self._call("prepare", schedule, timeout_s=limit)
+            self._prepare_s = self._prepare_s or time.monotonic() - start
+        self._ready.add(schedule)
+        return fingerprint
+
+    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        """Times in the worker, while nobody else is on the device; prepares again what a dead worker had ready."""
+        calls = max(1, len(schedules) * rounds)
+        limit = max(self._limits.run_s, 10 * calls * self._time_s) if self._time_s else self._limits.first_s
+        with self._lock:
+            self.start()
+            for schedule in schedules:
+                if schedule not in self._ready:
+                    self.prepare(schedule)
+            start = time.monotonic()
+            times: list[list[float]] = self._call("time", list(schedules), rounds, timeout_s=limit)
+            self._time_s = self._time_s or (time.monotonic() - start) / calls
+        return times
+
+    def _call(self, verb: str, *arguments: Any, timeout_s: float) -> Any:
+        self.start()
+        assert self._worker is not None
+        self._worker.wait_until_open()
+        return self._worker.call(verb, *arguments, timeout_s=timeout_s)
+
+
+class Compiler(Protocol):
+    """What a `CompilePool` compiles with: an `IsolatedBench` or a `LibraryBuilder`."""
+
+    def compile(self, schedule: Schedule) -> Resources | None:
+        """Compiles a candidate; what it uses, where the compiler says so."""
+
+    def close(self) -> None:
+        """Ends what it started."""
+
+
+class LibraryBuilder:
+    """Builds C++ candidates without loading them. The C++ compiler is a process of its own and needs no other.
+
+    Args:
+        problem, target: what candidates are emitted for.
+    """
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        self._problem, self._target = problem, target
+
+    def compile(self, schedule: Schedule) -> None:
+        """Builds a candidate's library, unless it is there."""
+        build_native(emit(self._problem, schedule, self._target))
+
+    def close(self) -> None:
+        """Does nothing: a build takes seconds and ends by itself."""
+
+
+class CompilePool:
+    """Compiles several candidates at once, ahead of their turn.
+
+    Args:
+        compilers: one for each candidate that is compiled at the same time.
+    """
+
+    def __init__(self, compilers: Sequence[Compiler]) -> None:
+        self.size = len(compilers)
+        self._compilers = list(compilers)
+        self._idle: SimpleQueue[Compiler] = SimpleQueue()
+        for compiler in self._compilers:
+            self._idle.put(compiler)
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="compile")
+
+    def __enter__(self) -> "CompilePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for compiler in self._compilers:  # whose threads then see their worker die
+            compiler.close()
+        self._threads.shutdown(wait=True)
+
+    def submit(self, schedule: Schedule) -> "Future[Resources | None]":
+        """Starts to compile a candidate as soon as a compiler is free."""
+        return self._threads.submit(self._compile, schedule)
+
+    def _compile(self, schedule: Schedule) -> Resources | None:
+        compiler = self._idle.get()
+        try:
+            return compiler.compile(schedule)
+        finally:
+            self._idle.put(compiler)

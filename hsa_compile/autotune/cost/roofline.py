@@ -1,0 +1,117 @@
+"""A finer roofline than `predict`: it tells schedules of one dataflow apart, by tiles, traffic and resources.
+
+Its times are for ranking. What it takes into account: padding of tiles, traffic that the shared cache does not hold,
+how sums come together, the last wave of programs, and, once a candidate is compiled, matrix instructions and the
+warps that hide latency.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsa_compile.kernels.ahead_of_time import KernelResources
+from hsa_compile.peaks import limits_of
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.work import Pass, Work, clocks
+from hsa_compile.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The roofline: the slowest of three clocks, and which it is (`matrix`, `memory` or `cache`)."""
+
+    time_ms: float
+    bound: str
+
+
+def predict(problem: Problem, work: Work, target: Target) -> Prediction:
+    """The time that the busiest part of the device needs at its peak: a lower bound, good for comparing.
+
+    Raises:
+        InvalidTarget: the architecture's peaks are not known.
+    """
+    times = clocks(work, problem.itemsize, limits_of(target))
+    bound = max(times, key=lambda name: times[name])
+    return Prediction(time_ms=times[bound], bound=bound)
+
+
+def occupancy(resources: KernelResources, target: Target) -> float:
+    """Share of a multiprocessor's threads that resident programs of a kernel fill, 0 … 1."""
+    threads = resources.num_warps * target.warp_size
+    return resident_programs(resources, target) * threads / limits_of(target).threads
+
+
+def resident_programs(resources: KernelResources, target: Target) -> int:
+    """Programs of a kernel that one multiprocessor holds at once."""
+    limits = limits_of(target)
+    threads = resources.num_warps * target.warp_size
+    registers = -(-max(resources.registers, 1) // limits.register_unit) * limits.register_unit
+    return min(
+        limits.programs,
+        limits.threads // threads,
+        limits.registers // (registers * threads),
+        limits.shared_memory // max(resources.shared_memory + 1024, 1),
+    )
+
+
+# Shares of the peaks that good kernels of this kind reach.
+_MATRIX_SHARE, _BANDWIDTH_SHARE = 0.6, 0.8
+_NORM = 3  # clocks overlap, though not wholly: their norm lies between the largest and the sum
+_LAUNCH_MS, _LISTS_MS = 0.004, 0.03  # of a kernel, and of making the chunks' lists
+_HIDING_WARPS = 12  # resident on a multiprocessor that hide the latency of memory; a pipeline stage more counts half
+_MIN_ROWS = 16  # of a matrix instruction
+# Matrix instruction of each architecture, and what older ones reach of its peak there.
+_NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+_OLDER_SHARE, _NO_MATRIX_SHARE = 0.5, 0.06
+_WIDE_ROWS = {"sm_90": 64, "sm_100": 128}  # below which Triton takes the older instruction
+
+
+def estimate(problem: Problem, schedule: Schedule, target: Target, kernels: Sequence[KernelResources] = ()) -> float:
+    """Milliseconds that a schedule should take.
+
+    Args:
+        kernels: what its kernels use, if they were compiled, in the order in which they run.
+
+    Raises:
+        InvalidTarget: the target's peaks are not known.
+    """
+    space, limits = SearchSpace.of(problem, target), limits_of(target)
+    if space.op_backend.passes is None:
+        return predict(problem, space.work(schedule), target).time_ms
+    main = [kernel for kernel in kernels if not kernel.name.startswith("_sum_slots")]
+    time_ms = 0.0
+    for number, one in enumerate(space.op_backend.passes(problem, schedule, limits)):
+        # The first pass is the first kernel; a second pass in two kernels is as slow as the worse.
+        own = main[number:] if number else main[:1]
+        time_ms += max((_time(problem, one, target, kernel) for kernel in own), default=_time(problem, one, target))
+    return time_ms + (_LISTS_MS if "block_t" in schedule else 0.0)
+
+
+def _time(problem: Problem, one: Pass, target: Target, kernel: KernelResources | None = None) -> float:
+    limits = limits_of(target)
+    peak = limits.float32_tflops if problem.itemsize == 4 else limits.tflops
+    matrix = one.flops / (peak * 1e9 * _MATRIX_SHARE * _matrix_share(problem, one, target, kernel))
+    resident = max(1, resident_programs(kernel, target)) if kernel else 2
+    hiding = 1.0
+    if kernel:
+        warps = resident * kernel.num_warps * (1 + 0.5 * (one.stages - 1))
+        hiding = min(1.0, math.sqrt(warps / _HIDING_WARPS))
+    cache = one.cache_bytes / (limits.cache_gb_s * 1e6 * _BANDWIDTH_SHARE)
+    memory = one.memory_bytes / (limits.memory_gb_s * 1e6 * _BANDWIDTH_SHARE)
+    clocks = (matrix**_NORM + cache**_NORM + memory**_NORM) ** (1 / _NORM) / hiding
+    waves = one.programs / (target.num_cores * resident)
+    return clocks * math.ceil(waves) / waves + one.launches * _LAUNCH_MS
+
+
+def _matrix_share(problem: Problem, one: Pass, target: Target, kernel: KernelResources | None) -> float:
+    if problem.itemsize == 4:
+        return 1.0
+    newest = _NEWEST.get(target.arch)
+    if kernel is None:
+        wide = one.rows >= _WIDE_ROWS.get(target.arch, _MIN_ROWS) and one.warps >= 4
+        return 1.0 if wide else _OLDER_SHARE
+    if kernel.matrix_instruction == "none":
+        return _NO_MATRIX_SHARE
+    return 1.0 if kernel.matrix_instruction == newest else _OLDER_SHARE

@@ -1,0 +1,140 @@
+"""Every timing of every candidate, kept for good: a later search with a new knob or value times only what is new."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.errors import InvalidArgument, InvalidSchedule, StorageError
+from hsa_compile.kernels.emit import emit
+from hsa_compile.paths import schedule_dir
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
+
+_PASSING = ("TimedOut", "CompileTimedOut", "CandidateCrashed")  # may be the machine's fault: worth another try
+
+
+def default_ledger(target: Target) -> Path:
+    """The ledger of a device, beside its studies."""
+    return schedule_dir() / "studies" / f"{target.slug}.ledger.jsonl"
+
+
+class Ledger:
+    """An append-only file of one problem's and many others' outcomes, one JSON line each.
+
+    A line's key is the problem, target, inputs, candidate, default, both sources' fingerprints and the versions of
+    what compiled them: nothing that changes when the search space grows. A line counts only if its checksum fits;
+    one that was torn by a crash is passed over, and the next begins on a line of its own.
+
+    Args:
+        path: of the file; made at the first `add`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, key: Mapping[str, Any], outcome: Outcome) -> None:
+        """Appends an outcome and syncs it.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        body = {"key": dict(key), "outcome": outcome.to_dict(), "date": date}
+        line = json.dumps({**body, "checksum": _checksum(body)}, separators=(",", ":")).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{self.path}.lock"), self.path.open("ab+") as file:
+                if file.tell() and not _ends_a_line(file.fileno(), file.tell()):
+                    line = b"\n" + line
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"ledger {self.path} cannot be written: {error.strerror or error}") from error
+
+    def lines(self) -> Iterator[tuple[dict[str, Any], Outcome]]:
+        """Key and outcome of each whole line, oldest first."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                if (found := _read(line)) is not None:
+                    yield found
+
+
+class ProblemLedger:
+    """A ledger as the search of one problem sees it.
+
+    Args:
+        ledger: where lines go.
+        problem, target, inputs: what they are about.
+        default: the schedule that all are timed against.
+    """
+
+    def __init__(self, ledger: Ledger, problem: Problem, target: Target, inputs: str, default: Schedule) -> None:
+        self._ledger, self._problem, self._target = ledger, problem, target
+        versions = {name: version for name, version in installed_versions().items() if name != "optuna"}
+        self._common = {
+            "problem": problem.to_dict(),
+            "target": target.to_dict(),
+            "inputs": inputs,
+            "default": dict(default),
+            "default_fingerprint": emit(problem, default, target).fingerprint,
+            "versions": versions,
+        }
+
+    def add(self, schedule: Schedule, outcome: Outcome) -> None:
+        """Appends what became of a candidate."""
+        self._ledger.add(self._key(schedule), outcome)
+
+    def known(self) -> dict[Schedule, Outcome]:
+        """The latest outcome of each candidate that is valid now and whose source is still the same.
+
+        Failures that another day may not repeat are left out.
+        """
+        space = SearchSpace.of(self._problem, self._target)
+        found: dict[Schedule, tuple[dict[str, Any], Outcome]] = {}
+        for key, outcome in self._ledger.lines():
+            if all(key.get(name) == value for name, value in self._common.items()):
+                schedule = Schedule.from_dict(key["schedule"])
+                found[schedule] = key, outcome
+        return {
+            schedule: outcome
+            for schedule, (key, outcome) in found.items()
+            if outcome.failure not in _PASSING and space.is_valid(schedule) and key == self._key(schedule)
+        }
+
+    def _key(self, schedule: Schedule) -> dict[str, Any]:
+        fingerprint = emit(self._problem, schedule, self._target).fingerprint
+        return {**self._common, "schedule": dict(schedule), "fingerprint": fingerprint}
+
+
+def _read(line: bytes) -> tuple[dict[str, Any], Outcome] | None:
+    """A line's content; None if it is torn or not of this format."""
+    try:
+        body = json.loads(line)
+        checksum = body.pop("checksum")
+        if checksum != _checksum(body):
+            return None
+        Schedule.from_dict(body["key"]["schedule"])
+        return body["key"], Outcome.from_dict(body["outcome"])
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidArgument, InvalidSchedule):
+        return None
+
+
+def _checksum(body: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _ends_a_line(handle: int, size: int) -> bool:
+    return os.pread(handle, 1, size - 1) == b"\n"

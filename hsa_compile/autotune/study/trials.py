@@ -1,0 +1,138 @@
+"""What a trial's state and attributes say: whether it counts, still chooses its point, or has lost its process."""
+
+import functools
+import itertools
+import os
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+_ABANDONED_AFTER = timedelta(hours=1)  # a trial of another host, whose processes cannot be seen from here
+
+
+@functools.cache
+def this_process() -> dict[str, Any]:
+    """Host, process and its start, as a trial carries them."""
+    return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_gone(owner: Mapping[str, Any], since: datetime | None) -> bool:
+    """Whether nobody works on a trial any more.
+
+    Args:
+        owner: what `this_process` gave where the trial began; empty if it was given back.
+        since: when the trial began.
+    """
+    if not owner:
+        return True
+    if owner["host"] != platform.node():
+        return since is not None and datetime.now() - since > _ABANDONED_AFTER
+    return _started(owner["pid"]) != owner["started"]
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the machine did; empty if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "" if Path("/proc").exists() or not _exists(pid) else "exists"
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# What our trials carry beside their parameters.
+OWNER, CLAIMED, OUTCOME, SKIPPED, LEDGER = "owner", "claimed", "outcome", "skipped", "ledger"
+
+CHOOSING_S = 10.0  # for a sampler to choose a point; beyond that its process is taken for stuck
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of those that the study may have: being tried, or with an outcome of its own."""
+    if is_skipped(trial) or LEDGER in trial.user_attrs:
+        return False
+    return trial.state == TrialState.RUNNING or OUTCOME in trial.user_attrs
+
+
+def num_idle(trials: Sequence[FrozenTrial]) -> int:
+    """How many points in a row, up to now, were nothing new."""
+    return len(list(itertools.takewhile(is_skipped, reversed(trials))))
+
+
+def is_skipped(trial: FrozenTrial) -> bool:
+    return SKIPPED in trial.user_attrs and OUTCOME not in trial.user_attrs
+
+
+def is_choosing(trial: FrozenTrial) -> bool:
+    """Whether a trial's worker may still come up with any point."""
+    if trial.state != TrialState.RUNNING or CLAIMED in trial.user_attrs:
+        return False
+    since = trial.datetime_start
+    return since is not None and datetime.now() - since < timedelta(seconds=CHOOSING_S)
+
+
+def is_stale(trial: FrozenTrial) -> bool:
+    if trial.state != TrialState.RUNNING or OWNER not in trial.user_attrs:
+        return False
+    return is_gone(trial.user_attrs[OWNER], trial.datetime_start)
+
+
+class Heartbeat:
+    """Beats for each trial that was added, from a thread, while the context is open; idle where nobody listens.
+
+    Optuna beats by itself within `Study.optimize` alone; here trials are asked for ahead and told later.
+
+    Args:
+        storage: of the study.
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage if isinstance(storage, RDBStorage) else None
+        self._trials: set[int] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        if self._storage is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def add(self, trial_id: int) -> None:
+        """Beats for a trial from now on."""
+        self._trials.add(trial_id)
+        if self._storage is not None:
+            self._storage.record_heartbeat(trial_id)
+
+    def remove(self, trial_id: int) -> None:
+        """Beats for it no more."""
+        self._trials.discard(trial_id)
+
+    def _beat(self) -> None:
+        assert self._storage is not None
+        interval = self._storage.get_heartbeat_interval()
+        while not self._stop.wait(interval):
+            for trial_id in list(self._trials):
+                self._storage.record_heartbeat(trial_id)
+        self._storage.remove_session()

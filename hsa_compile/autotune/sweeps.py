@@ -1,0 +1,188 @@
+"""A full sweep of a kernel's space, recorded once: searches can be replayed on it without the device."""
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.autotune.bench.bench import Bench
+from hsa_compile.autotune.evaluate import Outcome, evaluate, measure_default
+from hsa_compile.autotune.study.ledger import ProblemLedger
+from hsa_compile.autotune.study.points import parameters_of
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
+
+FORMAT, VERSION = "hsa-compile sweep", 1
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_CLOSINGS = ("", "}", "}}")  # Kernel Tuner leaves a cache file open while it may still be added to
+_NO_TIME_MS = 1e10  # Kernel Tuner's old mark for a failure is a number above this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedSweep:
+    """Every valid point of a space with its time, or why it failed.
+
+    Attributes:
+        points: parameter → value, as Optuna knows them.
+        times: of each point, in milliseconds or any other unit; None if it failed.
+        reasons: of each point, why it failed; empty if it did not.
+        about: what else is known: problem, target and versions, or the header of Kernel Tuner's file.
+    """
+
+    points: Sequence[Mapping[str, Any]]
+    times: Sequence[float | None]
+    reasons: Sequence[str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not len(self.points) == len(self.times) == len(self.reasons):
+            raise InvalidArgument(
+                f"{len(self.points)} points, {len(self.times)} times and {len(self.reasons)} reasons; "
+                "allowed: as many of each"
+            )
+        if all(time is None for time in self.times):
+            raise InvalidArgument(f"none of {len(self.points)} points has a time; allowed: at least one")
+        for time, reason in zip(self.times, self.reasons, strict=True):
+            if time is not None and not (math.isfinite(time) and time > 0):
+                raise InvalidArgument(f"time {time!r} must be positive and finite")
+            if (time is None) != bool(reason):
+                raise InvalidArgument(f"time {time!r} with reason {reason!r}; allowed: one of the two")
+
+    @property
+    def optimum(self) -> float:
+        """The least time."""
+        return min(time for time in self.times if time is not None)
+
+    @staticmethod
+    def of_schedules(results: Mapping[Schedule, float | str], *, problem: Problem, target: Target) -> "RecordedSweep":
+        """A sweep of our own: the time of each schedule, or why it failed."""
+        return RecordedSweep(
+            points=[parameters_of(schedule) for schedule in results],
+            times=[None if isinstance(result, str) else float(result) for result in results.values()],
+            reasons=[(result or "failed") if isinstance(result, str) else "" for result in results.values()],
+            about={"problem": asdict(problem), "target": asdict(target), "versions": installed_versions()},
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, compressed where the name ends in `.gz`."""
+        points = [
+            {"parameters": dict(point), **({"failure": reason} if time is None else {"time": time})}
+            for point, time, reason in zip(self.points, self.times, self.reasons, strict=True)
+        ]
+        values = {"format": FORMAT, "version": VERSION, "about": dict(self.about), "points": points}
+        text = json.dumps(values, indent=1).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without a date in the header, equal sweeps are equal files.
+        path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+
+    @staticmethod
+    def load(path: Path) -> "RecordedSweep":
+        """Reads our own format or a cache file of Kernel Tuner, compressed or not.
+
+        Raises:
+            InvalidArgument: the file is neither.
+        """
+        data = path.read_bytes()
+        try:
+            text = (gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data).decode()
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"{path} cannot be read: {error}") from error
+        values = _parse(path, text)
+        try:
+            if values.get("format") == FORMAT:
+                return _read_own(path, values)
+            if "cache" in values and "tune_params_keys" in values:
+                return _read_kernel_tuner(values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise InvalidArgument(f"{path} is neither a file of {FORMAT!r} nor a cache file of Kernel Tuner")
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    text = text.rstrip().rstrip(",")
+    for closing in _CLOSINGS:
+        try:
+            values = json.loads(text + closing)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, dict):
+            return values
+    raise InvalidArgument(f"{path} is not JSON, nor with up to two closing braces added")
+
+
+def _read_own(path: Path, values: Mapping[str, Any]) -> RecordedSweep:
+    if values["version"] != VERSION:
+        raise InvalidArgument(f"{path} has version {values['version']!r} of its format; allowed is {VERSION}")
+    points = values["points"]
+    return RecordedSweep(
+        points=[point["parameters"] for point in points],
+        times=[point.get("time") for point in points],
+        reasons=[point.get("failure", "") for point in points],
+        about=values["about"],
+    )
+
+
+def _read_kernel_tuner(values: Mapping[str, Any]) -> RecordedSweep:
+    names, records = values["tune_params_keys"], values["cache"].values()
+    times = [_kernel_tuner_time(record.get("time")) for record in records]
+    return RecordedSweep(
+        points=[{name: record[name] for name in names} for record in records],
+        times=times,
+        reasons=["" if time else str(record.get("time")) for time, record in zip(times, records, strict=True)],
+        about={name: value for name, value in values.items() if name != "cache"},
+    )
+
+
+def _kernel_tuner_time(value: object) -> float | None:
+    """A time, or None for what stands in its place where a configuration failed: a word or a huge number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < _NO_TIME_MS else None
+
+
+MORE_ROUNDS = 24
+
+
+def sweep(
+    problem: Problem,
+    target: Target,
+    default: Schedule,
+    bench: Bench,
+    ledger: ProblemLedger,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_outcome: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[Schedule, Outcome]:
+    """The outcome of every valid schedule, in the order of the space, or of those up to when it was told to stop.
+
+    Args:
+        default: that all are timed in turns with.
+        ledger: has what an earlier, interrupted sweep or search timed, and gets what this one does.
+        should_stop: asked before each candidate.
+        on_outcome: called with how many are done, and of how many.
+    """
+    outcomes = ledger.known()
+    valid = list(SearchSpace.of(problem, target).schedules())
+    baseline = measure_default(default, bench)
+    if default not in outcomes:
+        ledger.add(default, baseline.outcome)
+        outcomes[default] = baseline.outcome
+    for schedule in valid:
+        if should_stop():
+            break
+        if schedule not in outcomes:
+            # Each is timed in full, however slow, and longer than in a search: a sweep is to be exact everywhere, and
+            # the least of many noisy times is less than the best candidate takes.
+            outcome = evaluate(schedule, bench, baseline, best_ratio=float("inf"), more_rounds=MORE_ROUNDS)
+            ledger.add(schedule, outcome)
+            outcomes[schedule] = outcome
+        on_outcome(len(outcomes), len(valid))
+    return {schedule: outcomes[schedule] for schedule in valid if schedule in outcomes}

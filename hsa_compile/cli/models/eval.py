@@ -1,0 +1,237 @@
+"""`hsa-compile eval`: accuracy by length and depth, and perplexity by context length."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
+from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.model.config import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
+from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.problem import DTYPES
+
+if TYPE_CHECKING:
+    from hsa_compile.model.evaluation.harness_tasks import HarnessResults, HarnessRun
+    from hsa_compile.model.evaluation.outcomes import OutcomeFile
+    from hsa_compile.model.evaluation.perplexity import Texts
+    from hsa_compile.model.evaluation.results import Results
+    from hsa_compile.model.evaluation.settings import RetrievalSettings
+    from hsa_compile.model.evaluation.subject import Subject
+    from hsa_compile.model.tasks.haystack import Haystack
+
+ALL, BOTH, DEFAULT = "all", "both", "s-niah"
+
+
+class Depths(click.ParamType):
+    """Depths from 0 to 1 separated by commas, or one integer of 2 or more: as many, spread evenly."""
+
+    name = "D[,D…]|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        if len(words) == 1 and words[0].isdecimal() and 2 <= int(words[0][:4]) <= 1000:
+            count = int(words[0])
+            return tuple(index / (count - 1) for index in range(count))
+        try:
+            depths = tuple(float(word) for word in words)
+        except ValueError:
+            depths = (-1.0,)
+        if not all(0 <= depth <= 1 for depth in depths):
+            self.fail(f"{value!r} is neither depths from 0 to 1, such as 0,0.5,1, nor a count of 2 to 1000", param, ctx)
+        return tuple(dict.fromkeys(depths))
+
+
+@click.command("eval")
+@click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
+              help="A saved model; tiny is shipped trained.")  # fmt: skip
+@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
+              show_default="s-niah, or none with --harness", help="May be repeated.")  # fmt: skip
+@click.option("--harness", metavar="TASK[,TASK…]", help="Tasks of lm-evaluation-harness; needs the extra harness.")
+@click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+              help="More tasks for it, as YAML files.")  # fmt: skip
+@click.option("--harness-limit", type=click.IntRange(min=1), metavar="N", help="Samples of each; all if not given.")
+@click.option("--lengths", type=Counts(), default="4k,64k", show_default=True, help="In tokens; 4k is 4096.")
+@click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
+              help="Of the first asked needle, 1 next to the question; or how many, spread evenly.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=1), default=10, show_default=True,
+              help="Of each task, length and depth; texts for ppl.")  # fmt: skip
+@click.option("--haystack", default="noise", show_default=True, metavar="noise|stdlib|DIR",
+              help="Text around the needles; for ppl a prepared corpus, stdlib if it is noise.")  # fmt: skip
+@click.option("--min-distance", type=click.IntRange(min=0), default=0, show_default=True,
+              help="More than so many bytes lie between needles and question.")  # fmt: skip
+@click.option("--protocol", type=click.Choice([*PROTOCOLS, BOTH]), default=TEACHER_FORCED, show_default=True,
+              help="How answers are judged.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), show_default="0, or the harness's own",
+              help="Of the samples.")  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="evaluation", show_default=True,
+              help="Folder of the results.")  # fmt: skip
+@click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
+              help="Where chunk keys and values lie.")  # fmt: skip
+@click.option(
+    "--memory-dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of both; the weights' if not given."
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Chunks that a token picks; the model's own if not given.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
+@json_option
+def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_path: Path | None,
+             harness_limit: int | None, lengths: list[int], depths: tuple[float, ...], samples: int,
+             haystack: str, min_distance: int, protocol: str, seed: int | None, out: Path, memory: str,
+             memory_dtype: str | None, top_k: int | None, device: str, dtype: str | None,
+             as_json: bool) -> None:  # fmt: skip
+    """Evaluate a model: needles in haystacks by length and depth, and perplexity by context length.
+
+    Samples are kept in OUT/samples.jsonl as they are finished; the same command goes on after an interruption, and
+    computes nothing twice. OUT also gets results.json, results.csv and pictures (with the extra `plots`).
+
+    \b
+    Tasks (wording of our own; stock RULER with its 13 tasks is another thing):
+      s-niah    one needle             mk-niah   four needles, one asked for
+      mq-niah   six, two asked for     vt        two chains of three variables, one asked for
+      ppl       perplexity of the last 512 tokens of held-out text (or half the shortest context, if that is less)
+    Protocols:
+      teacher-forced   arg-max at each answer byte given the true ones before it, all must be right
+      greedy           generation byte by byte; the text up to the first full stop must be the answer
+
+    A haystack is read once for all its samples, which then cost only what they change; ramba and full read each
+    sample as a whole. Perplexity is of documents of a validation split that are as long as the longest context, or, if
+    there are too few, of the split's documents joined.
+
+    With --harness, tasks of lm-evaluation-harness are run by its own evaluator, and no others unless --task is given
+    too; of the flags below, --harness-path, --harness-limit, --seed and those of the model and the output are for them.
+    Contexts are never cut to a window: the memory has no limit. Tables are the harness's own; OUT gets harness.json.
+    Data sets come from where a task's YAML file says, as a rule the network.
+
+    \b
+    Examples:
+      hsa-compile eval --lengths 4k,64k,1m
+      hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --haystack stdlib --out results
+      hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
+      hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
+    """
+    import torch
+
+    from hsa_compile.cli.models.argument import device_of, load_model
+    from hsa_compile.model.data.manifest import VALIDATION
+    from hsa_compile.model.evaluation.outcomes import OutcomeFile
+    from hsa_compile.model.evaluation.perplexity import open_texts
+    from hsa_compile.model.evaluation.settings import RetrievalSettings
+    from hsa_compile.model.evaluation.subject import Subject
+    from hsa_compile.model.tasks.haystack import load_haystack
+    from hsa_compile.model.training.stages import apply_stage
+
+    run = _open_harness(harness, harness_path, harness_limit, seed)
+    tasks = tasks or (() if run is not None else (DEFAULT,))
+    chosen = (*TASKS, PERPLEXITY) if ALL in tasks else tuple(dict.fromkeys(tasks))
+    settings = RetrievalSettings(
+        tasks=tuple(task for task in chosen if task != PERPLEXITY),
+        lengths=tuple(dict.fromkeys(lengths)),
+        depths=depths,
+        num_samples=samples,
+        protocols=tuple(PROTOCOLS) if protocol == BOTH else (protocol,),
+        seed=seed or 0,
+        min_distance=min_distance,
+    )
+    model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
+    if top_k is not None:
+        if not model.config.has_memory:
+            raise InvalidArgument(f"--top-k {top_k}: {name} is of variant {model.config.variant}, which has no memory")
+        model.config = replace(model.config, top_k=top_k)
+        apply_stage(model, model.config)
+    subject = Subject(
+        name=_title(name),
+        model=model,
+        tokenizer=tokenizer,
+        memory=memory,
+        memory_dtype=getattr(torch, DTYPE_ALIASES.get(memory_dtype, memory_dtype)) if memory_dtype else None,
+        directory=out if memory == "disk" else None,
+    )
+    found = load_haystack(haystack, split=VALIDATION) if settings.tasks else None
+    texts = open_texts(subject, haystack, settings.lengths, samples) if PERPLEXITY in chosen else None
+    with OutcomeFile(out) as outcomes:
+        answers = run(subject, outcomes, quiet=as_json) if run is not None else None
+        results = _run(subject, settings, found, texts, outcomes, quiet=as_json) if chosen else None
+    _show(results, answers, out, as_json)
+
+
+def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> HarnessRun | None:
+    if words is None:
+        if path is not None or limit is not None:
+            given = "--harness-limit" if path is None else "--harness-path"
+            raise InvalidArgument(f"{given} is for tasks of --harness TASK[,TASK…], which is not given")
+        return None
+    from hsa_compile.model.evaluation.harness_tasks import open_harness  # an extra, and long to import
+
+    names = [name.strip() for name in words.split(",")]
+    return open_harness([name for name in names if name], path, limit=limit, seed=seed)
+
+
+def _run(
+    subject: Subject,
+    settings: RetrievalSettings,
+    haystack: Haystack | None,
+    texts: Texts | None,
+    outcomes: OutcomeFile,
+    *,
+    quiet: bool,
+) -> Results:
+    import tqdm
+
+    from hsa_compile.model.evaluation.jobs import run_jobs
+    from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
+    from hsa_compile.model.evaluation.results import Results, retrieval_cells
+    from hsa_compile.model.evaluation.retrieval import retrieval_jobs
+
+    jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
+    jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
+    total = sum(job.tokens for job in jobs)
+    # None: shown on a terminal only
+    with tqdm.tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=(quiet or not jobs) or None) as bar:
+
+        def show(label: str, tokens: int) -> None:
+            bar.set_description_str(label, refresh=False)
+            bar.update(tokens)
+
+        run_jobs(subject.model, jobs, show)
+    return Results(
+        model=subject.name,
+        settings=subject.key()
+        | {"variant": subject.model.config.variant, "top_k": subject.model.config.top_k}
+        | {"haystack": haystack.name if haystack is not None else None}
+        | asdict(settings),
+        cells=tuple(retrieval_cells(subject, settings, haystack, outcomes)) if haystack is not None else (),
+        perplexities=tuple(perplexities(subject, texts, outcomes)) if texts is not None else (),
+    )
+
+
+def _show(results: Results | None, answers: HarnessResults | None, out: Path, as_json: bool) -> None:
+    from hsa_compile.model.evaluation.heat_map import draw
+
+    paths: list[Path] = []
+    if results is not None:
+        paths += results.write(out)
+        try:
+            paths += draw(results, out)
+        except MissingDependency as error:
+            click.echo(f"no pictures: {error}", err=True)
+    if answers is not None:
+        paths.append(answers.write(out))
+    found = [each for each in (answers, results) if each is not None]
+    if as_json:
+        values = found[-1].to_dict()
+        print_json(values | {"harness": found[0].to_dict()} if len(found) > 1 else values)
+        return
+    click.echo("\n\n".join(table for each in found for table in each.tables()))
+    click.echo(f"\nin {out}: {', '.join(path.name for path in paths)}")
+
+
+def _title(directory: str) -> str:
+    """The name of a model: of its folder, or of its run where that folder is called `model`."""
+    path = Path(directory).resolve()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name

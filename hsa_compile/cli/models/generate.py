@@ -1,0 +1,164 @@
+"""`hsa-compile generate`: continue a text, which may be as long as a book that was read before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from hsa_compile.cli.options import DTYPE_ALIASES
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import MAX_SEED, PLACEMENTS, VARIANTS
+from hsa_compile.problem import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hsa_compile.model.data.tokenizer import Tokenizer
+    from hsa_compile.model.inference.generate import Sampling, TextStream
+    from hsa_compile.model.inference.inference import ModelState
+    from hsa_compile.model.transformer import HSATransformer
+
+_PROGRESS_FROM = 4  # pieces; what is shorter is read at once
+
+
+@click.command()
+@click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model; tiny is shipped trained.")
+@click.option("--random-weights", is_flag=True, help="A preset whose weights are drawn with --seed: noise.")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
+@click.option("--prompt", help="The text to continue.")
+@click.option("--prompt-file", type=click.File("rb"), help="A file that holds it; - is standard input.")
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True, help="0 only reads.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+              help="Draw from the most likely tokens of this much probability.")  # fmt: skip
+@click.option("--stop", multiple=True, help="A text to end before; may be repeated.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of what is drawn.")
+@click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
+              help="Where chunk keys and values lie.")  # fmt: skip
+@click.option("--memory-dir", type=click.Path(file_okay=False, path_type=Path), help="Of --memory disk.")
+@click.option("--save-memory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Keep what was read, once the prompt is.")  # fmt: skip
+@click.option("--load-memory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Go on from what was read before.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
+def generate(name: str, random_weights: bool, variant: str | None, prompt: str | None, prompt_file: BinaryIO | None,
+             max_new_tokens: int, stop: tuple[str, ...], memory: str, memory_dir: Path | None,
+             save_memory: Path | None, load_memory: Path | None, device: str, dtype: str | None,
+             **sampling: Any) -> None:  # fmt: skip
+    """Continue a text with a model; the new text goes to standard output as it comes.
+
+    The prompt is read by the exact fast prefill, in time linear in its length. It ends at a stop text, at the
+    tokenizer's end of a document, or after --max-new-tokens. A book is read once and asked many times:
+
+    \b
+      hsa-compile generate --model DIR --prompt-file book.txt --max-new-tokens 0 --save-memory book
+      hsa-compile generate --model DIR --load-memory book --prompt 'Who was the Captain?'
+
+    \b
+    Examples:
+      hsa-compile generate --model DIR --prompt 'def main(' --temperature 0.8 --top-p 0.95 --seed 1
+      cat notes.txt | hsa-compile generate --model DIR --prompt-file - --memory disk --memory-dir /tmp/memory
+      hsa-compile generate --model tiny --prompt 'The grass is green. abc=1234. The sky is blue. ?abc='
+      hsa-compile generate --model small --random-weights --prompt hello
+    """
+    from hsa_compile.cli.models.argument import device_of, load_model
+    from hsa_compile.model.inference.generate import Sampling, TextStream
+    from hsa_compile.model.inference.inference import new_state
+    from hsa_compile.model.inference.reading import load_state
+
+    drawn = Sampling(**sampling)
+    if (prompt is None) == (prompt_file is None):
+        raise InvalidArgument("one of --prompt and --prompt-file is needed")
+    if memory == "disk" and memory_dir is None and load_memory is None:
+        raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
+    raw = prompt_file.read() if prompt_file is not None else (prompt or "").encode(errors="surrogateescape")
+    model, tokenizer = load_model(name, variant, device=device_of(device), dtype=dtype,
+                                  random_seed=drawn.seed if random_weights else None)  # fmt: skip
+    tokens = _encode(tokenizer, raw)
+    if load_memory is not None:
+        state = load_state(model, load_memory, memory=memory)
+        if len(state.positions) != 1 or (state.rows is not None and len(state.rows) != 1):
+            raise InvalidArgument(f"{load_memory} holds several texts; generate continues one")
+    else:
+        state = new_state(model, memory=memory, directory=memory_dir)
+    texts = TextStream(tokenizer, stop)
+    _write(model, tokens, state, texts, tokenizer.separator, max_new_tokens, drawn, save_memory)
+
+
+def _write(
+    model: HSATransformer,
+    tokens: Tensor,
+    state: ModelState,
+    texts: TextStream,
+    separator: int | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    save_memory: Path | None,
+) -> None:
+    from hsa_compile.model.inference.generate import stream
+    from hsa_compile.model.inference.reading import save_state
+
+    steps = stream(model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, state=state)
+    with _progress(model, len(tokens)):
+        step = next(steps, None)  # reads the prompt, and nothing more
+    if save_memory is not None:
+        save_state(model, state, save_memory)
+        click.echo(f"read {state.positions[0]:,} tokens in all; kept in {save_memory}", err=True)
+    while step is not None and step[0] is not None and step[0] != separator:
+        _show(texts.feed(step[0]))
+        step = None if texts.stopped else next(steps, None)
+    _show(texts.finish())
+    if max_new_tokens:
+        _show("\n")
+
+
+def _show(text: str) -> None:
+    if text:
+        click.echo(text.encode(errors="replace"), nl=False)  # UTF-8, whatever the terminal's locale says
+
+
+def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
+    import numpy as np
+    import torch
+
+    try:
+        tokens = tokenizer.encode_batch([raw])[0]
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"the prompt is no UTF-8 text ({error}); tokenizer {tokenizer.name} needs it") from error
+    if len(tokens) == 0:
+        raise InvalidArgument("the prompt is empty; at least one token is needed")
+    # Bytes stay bytes: a book of 16M tokens need not be eight times as large.
+    return torch.from_numpy(tokens.astype(np.uint8 if tokens.dtype == np.uint8 else np.int64))
+
+
+@contextlib.contextmanager
+def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
+    """A bar on standard error while a long prompt runs through the first layer."""
+    import tqdm
+
+    from hsa_compile.model.inference.inference import PIECE
+
+    first = next(iter([*model.lower, *model.upper]))
+    with tqdm.tqdm(
+        total=num_tokens,
+        desc="read",
+        unit="tok",
+        unit_scale=True,
+        leave=False,  # the text follows
+        disable=num_tokens < _PROGRESS_FROM * PIECE,
+    ) as bar:
+
+        def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # A model may put tokens of its own into the text.
+            bar.update(min(inputs[0].shape[1], num_tokens - int(bar.n)))
+
+        hook = first.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()

@@ -1,0 +1,244 @@
+"""`hsa-compile train`: a model of the family, from a recipe, in a folder that it can go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.presets import PRESETS
+from hsa_compile.versions import install_command
+
+if TYPE_CHECKING:
+    from hsa_compile.model.training.config import RunConfig
+    from hsa_compile.model.training.pace import Pace
+    from hsa_compile.model.training.processes import Processes
+
+INTERRUPTED = 130
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # what is left stands in the postfix
+FIRST_STEPS = 10  # after which the time that the run will take is estimated
+
+
+@click.command()
+@click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Model and recipe; tiny if nothing is said.")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Of the model.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--config", "file", type=click.Path(dir_okay=False, path_type=Path), help="TOML, or a run's config.json.")
+@click.option("--corpus", help="'stdlib', or a folder that prepare wrote.")
+@click.option("--steps", type=click.IntRange(min=1), help="Of the whole run.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long, to a step, and save.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights and data.")
+@click.option("--tune", is_flag=True, help="First tune schedules that the run needs and the cache lacks.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, out: Path, file: Path | None,
+          corpus: str | None, steps: int | None, minutes: float | None, seed: int | None,
+          tune: bool, resume: bool) -> None:  # fmt: skip
+    """Train a model.
+
+    What is not said comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
+    OUT/metrics.jsonl, the trained model to OUT/model. Killed at any moment, the same command with --resume goes on
+    from the last checkpoint with the same losses. SIGTERM saves and exits 0; so does Ctrl-C, with 130. Under
+    torchrun the processes share the model (FSDP2). It runs on tuned schedules where there are any; --tune makes those
+    that are missing.
+
+    \b
+    Examples:
+      hsa-compile train --preset tiny --out runs/tiny
+      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4 stages.0.window=16
+      hsa-compile train --out runs/tiny --resume
+      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
+    """
+    from hsa_compile.cli.models.train_tuning import tune_for_run
+    from hsa_compile.model.training.pace import Pace
+    from hsa_compile.model.training.processes import join_processes, leave_processes
+
+    flags = {"model.variant": variant, "data.corpus": corpus, "train.steps": steps, "train.seed": seed}
+    settings = {name: value for name, value in flags.items() if value is not None}
+    is_told = bool(preset or file or overrides or settings)
+    config = _config(out, resume, is_told, preset, file, overrides, settings)
+    processes = join_processes()
+    try:
+        if tune:
+            tune_for_run(config, processes)
+        pace = Pace(config, processes.world_size, time.monotonic)
+        with _stop_signals(minutes, pace) as stop:
+            _run(config, out, processes, resume, stop, pace)
+        processes.wait()
+    finally:
+        leave_processes()
+
+
+def _config(
+    out: Path, resume: bool, is_told: bool, preset: str | None, file: Path | None, overrides: tuple[str, ...],
+    settings: Mapping[str, Any],
+) -> RunConfig:  # fmt: skip
+    """As told; of a run that goes on the saved one, which must be what is told, if anything is."""
+    from hsa_compile.model.training.config_file import resolve
+    from hsa_compile.model.training.run import saved_config
+
+    saved = saved_config(out) if resume else None
+    if saved is not None and not is_told:
+        return saved
+    told = resolve(preset_name=preset, file=file, overrides=overrides, settings=settings)
+    if saved is not None and told != saved:
+        name, before, now = next(_differences(saved.to_dict(), told.to_dict()))
+        raise InvalidArgument(
+            f"{out} was begun with {name} = {before!r}, not {now!r}; --resume goes on with the former"
+        )
+    return told
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(before, tuple) and isinstance(now, tuple) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{name}.{number}")
+    elif before != now:
+        yield name, before, now
+
+
+class _Stop:
+    """Says when the run shall end early: after a signal, or when its time is up."""
+
+    def __init__(self, minutes: float | None, pace: Pace) -> None:
+        self.signal: int | None = None
+        self.minutes, self._pace = minutes, pace
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def __call__(self, step: int) -> bool:
+        """Whether that step shall be the last: it is, if no other step ends nearer to the time that was given."""
+        nearest = self._pace.seconds_of(step) + self._pace.seconds_of(step + 1) / 2
+        return self.signal is not None or nearest >= self.seconds_left
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left until the time that was given is up; infinity if none was given."""
+        return self._end - time.monotonic()
+
+
+@contextlib.contextmanager
+def _stop_signals(minutes: float | None, pace: Pace) -> Iterator[_Stop]:
+    """SIGTERM and Ctrl-C end the run after its step; a second Ctrl-C at once."""
+    stop = _Stop(minutes, pace)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop: _Stop, pace: Pace) -> None:
+    from hsa_compile.model.training.run import MODEL, TrainingRun, keep_freed_memory
+    from hsa_compile.model.training.step import chosen_precision
+
+    line = _Line(config.train.steps, config.train.log_every, stop, pace, shown=processes.is_first)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
+    run = TrainingRun(config, out, processes, resume=resume, on_record=line.show)
+    try:
+        if processes.is_first and not run.has_tensorboard:
+            click.echo(f"no TensorBoard files: {install_command('tensorboard')} for them", err=True)
+        line.begin(run.state.step, chosen_precision(config.train.precision, processes.device))
+        is_finished = run.train(lambda: stop(run.state.step))
+    finally:
+        line.close()
+        run.close()
+    if processes.is_first:
+        if not is_finished:
+            click.echo(
+                f"stopped and saved after step {run.state.step} of {config.train.steps}; to go on: "
+                f"hsa-compile train --out {out} --resume"
+            )
+        click.echo(f"model in {out / MODEL}, after {run.state.step} steps, {run.state.seconds:.0f} s of training")
+    if not is_finished and stop.signal == signal.SIGINT:
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+class _Line:
+    """The live line on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, steps: int, every: int, stop: _Stop, pace: Pace, *, shown: bool) -> None:
+        self._every, self._shown = every, shown
+        self._steps, self._stop, self._pace = steps, stop, pace
+        self._bar: Any = None
+
+    def begin(self, step: int, precision: str) -> None:
+        """The first steps were made before."""
+        import tqdm
+
+        if self._shown:
+            click.echo(f"computing in {precision}")
+            self._bar = tqdm.tqdm(
+                total=self._steps, initial=step, desc="train", unit="step", disable=None, bar_format=BAR
+            )  # fmt: skip
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """A record of a step or of a probe."""
+        if not self._shown or self._bar is None:
+            return
+        self._pace.add(record)
+        if record.get("probe"):
+            text = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
+            self._bar.write(f"step {record['step']}: {text}")
+            return
+        step, text = record["step"], _describe(record)
+        self._bar.update(step - self._bar.n)
+        if self._pace.is_known:
+            text += f", {_duration(self._pace.seconds_left(step))} left"
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._bar.disable and step % self._every == 0:
+            click.echo(f"step {step}/{self._steps}  {text}")
+        if self._pace.num_steps == FIRST_STEPS and step < self._steps:
+            self._bar.write(self._estimate(step))
+
+    def _estimate(self, step: int) -> str:
+        left, given = self._pace.seconds_left(step), self._stop.seconds_left
+        rate = f"at the rate of the first {FIRST_STEPS}"
+        if self._stop.minutes is None or left <= given:
+            return f"the {self._steps - step:,} steps that are left will take about {_duration(left)} {rate}"
+        steps = self._pace.steps_within(step, given)
+        return (
+            f"{self._stop.minutes:g} minutes are enough for about {FIRST_STEPS + steps:,} of "
+            f"{self._steps - step + FIRST_STEPS:,} steps {rate}"
+        )
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    """As a person says it, in the unit that fits."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    parts = [f"loss {record['loss']:.3f}"]
+    if record["answer_loss"] is not None:
+        parts.append(f"answers {record['answer_loss']:.3f}")
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return ", ".join(parts)

@@ -1,0 +1,75 @@
+"""`hsa-compile plan`: what a tune would do, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
+from hsa_compile.cli.tuning.search_options import search_options, tune_options
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.record import MIN_TIMED
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    from hsa_compile.autotune.evaluate import Outcome
+    from hsa_compile.autotune.options import TuneOptions
+
+_START_S, _TRIAL_S = 4.0, 2.0  # of a search, and of a candidate where none was timed yet
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or an architecture.")
+@op_option("all")
+@shape_options
+@search_options
+@click.option("--force", is_flag=True, help="As if nothing were cached.")
+@json_option
+def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags: Any) -> None:
+    """Show what `tune` with the same flags would do: problems, candidates, minutes, and what is cached.
+
+    Minutes are estimated from what candidates took on this device before, and are at most the timeout.
+
+    \b
+    Examples:
+      hsa-compile plan --seq-len 4k,16k --top-k 8,16
+      hsa-compile plan --trials 200 --timeout 600
+    """
+    from hsa_compile.autotune.study.ledger import Ledger, default_ledger
+
+    options = replace(tune_options(flags), anew=force)
+    target = Target.parse(device.split(",")[0])
+    problems = expand(target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]}, ops)
+    past = [(key["problem"], outcome) for key, outcome in Ledger(default_ledger(target)).lines()]
+    rows = [_row(problem, target, options, past) for problem in problems]
+    print_rows(rows, as_json=as_json)
+    if not as_json:
+        click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
+        if any(0 < row["trials"] < min(MIN_TIMED, row["candidates"]) for row in rows):
+            click.echo(f"nothing is stored: --trials {options.trials} is too few, {MIN_TIMED} are needed")
+
+
+def _row(
+    problem: Problem, target: Target, options: TuneOptions, past: Sequence[tuple[dict[str, Any], Outcome]]
+) -> dict[str, Any]:
+    valid = sum(1 for _ in SearchSpace.of(problem, target).schedules())
+    record = None if options.anew else default_cache().exact(problem, target)
+    cached = record is not None and record.complete
+    own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]
+    same_op = [outcome.seconds for fields, outcome in past if fields["op"] == problem.op]
+    seconds = own or same_op
+    trials = 0 if cached else min(valid, options.trials)
+    estimate = _START_S + trials * (sum(seconds) / len(seconds) if seconds else _TRIAL_S)
+    return {
+        "problem": problem.describe(),
+        "candidates": valid,
+        "trials": trials,
+        "timed before": len(own),
+        "minutes": 0.0 if cached else round(min(options.timeout, estimate) / 60, 2),
+        "cached": "yes" if cached else "no",
+    }

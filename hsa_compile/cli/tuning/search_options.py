@@ -1,0 +1,145 @@
+"""Flags of a search, which `tune` and `plan` share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from hsa_compile.autotune.choices import (
+    DEFAULT_SAMPLER,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_TRIALS,
+    MAX_SEED,
+    SAMPLERS,
+)
+from hsa_compile.cli.models.argument import config_of
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.cost.workload import problems
+from hsa_compile.problem import DISTRIBUTIONS, Problem
+from hsa_compile.target import Target
+
+if TYPE_CHECKING:
+    from hsa_compile.autotune.options import TuneOptions
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def search_options(command: F) -> F:
+    """Adds the flags of a search's budget, sampler and storage."""
+    for add in reversed(_OPTIONS):
+        command = add(command)
+    return command
+
+
+def tune_options(flags: Mapping[str, Any]) -> "TuneOptions":
+    """The options that the flags stand for, storage and ledger aside.
+
+    Raises:
+        InvalidArgument: one is out of range.
+    """
+    from hsa_compile.autotune.options import TuneOptions
+
+    within = flags["until_within"]
+    return TuneOptions(
+        trials=flags["trials"],
+        timeout=flags["timeout"],
+        seed=flags["seed"],
+        distribution=flags["inputs"],
+        sampler=flags["sampler"],
+        until_within=None if within is None else within / 100,
+        workers=flags["workers"],
+        isolate=not flags["in_process"],
+    )
+
+
+class Percent(click.ParamType):
+    """A share between 0 and 100 %, with or without the sign."""
+
+    name = "PCT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            percent = float(str(value).removesuffix("%"))
+        except ValueError:
+            percent = float("nan")
+        if not 0 < percent < 100:
+            self.fail(f"{value!r} is not a percentage between 0 and 100 such as 2%", param, ctx)
+        return percent
+
+
+_OPTIONS = (
+    click.option(
+        "--inputs", type=click.Choice(DISTRIBUTIONS), default="random", show_default=True, help="How picks fall."
+    ),
+    click.option(
+        "--trials", type=click.IntRange(min=1), default=DEFAULT_TRIALS, show_default=True, help="Of each study."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULT_TIMEOUT_S,
+        show_default=True,
+        help="Seconds for each problem and op.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of sampler and inputs."
+    ),
+    click.option(
+        "--sampler", type=click.Choice(SAMPLERS), default=DEFAULT_SAMPLER, show_default=True, help="What proposes."
+    ),
+    click.option(
+        "--until-within",
+        type=Percent(),
+        help="Stop early: when the sampler's model expects no more than PCT from all that is left and the last 10 "
+        "candidates bore it out; without a model, when the last 20 gained no more.",
+    ),
+    click.option(
+        "--storage",
+        help="postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT (Optuna's proxy) or FILE.journal; a journal "
+        "beside the schedules if left out.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Searches at once."),
+    click.option("--in-process", is_flag=True, help="Start sooner, but die with a candidate that crashes."),
+)
+
+
+# A step that keeps the device busy: texts in a batch, tokens of a text.
+_CPU_STEP, _GPU_STEP = (4, 2048), (1, 16384)
+
+
+def preset_problems(
+    name: str, target: Target, chosen: Mapping[str, Sequence[Any]] | None = None, *, variant: str | None = None
+) -> list[Problem]:
+    """What a model asks for in training and in reading, each problem once.
+
+    Args:
+        name: of a preset, or the directory of a saved model.
+        target: that decides what is not chosen: float32 on a CPU, bfloat16 on a GPU, and the size of a step.
+        chosen: values of `batch`, `seq_len` and `dtype`; several make several steps.
+        variant: of a preset.
+
+    Raises:
+        InvalidArgument: the model is not known, has no memory, or something else is chosen.
+    """
+    chosen = dict(chosen or {})
+    on_cpu = target.kind == "cpu"
+    batch, seq_len = _CPU_STEP if on_cpu else _GPU_STEP
+    batches, lengths = chosen.pop("batch", [batch]), chosen.pop("seq_len", [seq_len])
+    dtypes = chosen.pop("dtype", ["float32" if on_cpu else "bfloat16"])
+    if chosen:
+        flags = ", ".join(f"--{field.removeprefix('num_').replace('_', '-')}" for field in chosen)
+        raise InvalidArgument(f"--preset {name} decides on {flags}; with it --batch, --seq-len and --dtype are allowed")
+    config = config_of(name, variant)
+    found: dict[Problem, None] = {}
+    for b in batches:
+        for length in lengths:
+            for dtype in dtypes:
+                for training in (True, False):
+                    found |= dict.fromkeys(problems(config, b, length, dtype, training=training))
+    if not found:
+        raise InvalidArgument(
+            f"--preset {name} as {config.variant} with texts of {', '.join(map(str, lengths))} tokens asks for no "
+            f"kernel of ours; a variant with a memory and texts longer than a chunk, {config.chunk_size}, do"
+        )
+    return list(found)

@@ -1,0 +1,295 @@
+"""`hsa-compile tune`: search the schedules of one or several problems and store the winners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hsa_compile.cli.options import (
+    SHAPE_FIELDS,
+    counted,
+    expand,
+    json_option,
+    op_option,
+    print_json,
+    print_rows,
+    shape_options,
+    stop_on_ctrl_c,
+)
+from hsa_compile.cli.tuning.search_options import search_options, tune_options
+from hsa_compile.errors import InvalidTarget
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.record import MEASURED, TuningRecord
+from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
+
+if TYPE_CHECKING:
+    import tqdm
+
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.tune import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one problem: its record, tuned just now or found."""
+
+    problem: Problem
+    record: TuningRecord
+    cached: bool
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 at once.")
+@op_option("all")
+@shape_options
+@search_options
+@click.option(
+    "--target",
+    "absent",
+    type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
+    help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
+)
+@click.option("--preset", metavar="NAME|DIR", help="What a bundled or saved model asks for, instead of --op.")
+@click.option("--report-prediction", is_flag=True, help="How well that model orders what was timed on this GPU.")
+@click.option(
+    "--record",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Time every candidate instead, and keep all in FILE (.json or .json.gz); stores no schedule.",
+)
+@click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
+@json_option
+def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, report_prediction: bool,
+         record: Path | None, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
+    """Find the fastest schedule for a problem on this machine, and store it.
+
+    Without flags: a default problem for the device that is found, forward and backward, in about two minutes.
+    A flag with several values makes several problems, and the table shows what each choice costs.
+
+    Every trial is in the study's storage the moment it ends: what was interrupted or killed goes on where it was when
+    the same command runs again. Ctrl-C stores the best so far. Several processes, GPUs and hosts that name the same
+    --storage share the trials; optuna-dashboard opens that storage, too.
+
+    \b
+    Examples:
+      hsa-compile tune
+      hsa-compile tune --seq-len 16k --heads 16 --kv-heads 1 --head-dim 64
+      hsa-compile tune --chunk-size 32,64,128 --top-k 8,16 --op forward
+      hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100 --timeout 300
+      hsa-compile tune --storage postgresql://user@host/tuning   # on each host
+      hsa-compile tune --target h100                             # without one
+      hsa-compile tune --preset tiny --seq-len 2k --batch 4
+    """
+    import torch
+
+    from hsa_compile.autotune.bench.device import check_memory
+    from hsa_compile.autotune.cost.predict_schedule import check_predictable
+    from hsa_compile.autotune.study.ledger import default_ledger
+    from hsa_compile.autotune.study.storage import default_storage
+
+    shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
+    if absent:
+        from hsa_compile.cli.tuning.predicted import tune_for_absent_target
+
+        named = Target.parse(absent)
+        tune_for_absent_target(
+            _problems(preset, named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
+        )
+        return
+    devices, target = _devices(device)
+    if report_prediction:
+        check_predictable(target)
+    options = replace(
+        tune_options(flags),
+        storage=flags["storage"] or default_storage(target),
+        ledger=default_ledger(target),
+        anew=force,
+    )
+    problems = _problems(preset, target, shape, ops)
+    for problem in problems:  # before the first is tuned, so that the last does not end the run
+        check_memory(problem, torch.device(devices[0]))
+    click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
+    if record:
+        from hsa_compile.cli.tuning.record import record_sweeps
+
+        record_sweeps(problems, target, devices, options, record)
+        return
+    outcomes = []
+    for problem in problems:
+        outcomes.append(_outcome(problem, target, devices, options))
+        click.echo(_verdict(outcomes[-1]), err=True)
+        if not outcomes[-1].record.complete:
+            raise KeyboardInterrupt
+    if report_prediction:
+        from hsa_compile.cli.tuning.predicted import report_predictions
+
+        report_predictions(problems, target, flags["inputs"])
+    if as_json:
+        print_json([_values(outcome) for outcome in outcomes])
+        return
+    click.echo()
+    one_shape = len(outcomes) == len(ops)
+    # Two ops fit side by side; one shape has nothing to be compared with.
+    in_rows = preset or (one_shape and len(ops) > 2)
+    rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
+    print_rows(list(rows), as_json=False)
+    if any(outcome.record.shortfall is None for outcome in outcomes):
+        click.echo(f"\nstored in {default_cache().path(target)}")
+
+
+def _problems(
+    preset: str | None, target: Target, shape: Mapping[str, Sequence[Any]], ops: Sequence[str]
+) -> list[Problem]:
+    if not preset:
+        return expand(target, shape, ops)
+    from hsa_compile.cli.tuning.search_options import preset_problems
+
+    return preset_problems(preset, target, shape)
+
+
+def _devices(text: str) -> tuple[list[str], Target]:
+    """The devices to run on, by the names that PyTorch has for them, and what the first of them is."""
+    names = text.split(",")
+    for name in names:
+        if name in (*NAMED_TARGETS, *PRODUCTS):
+            raise InvalidTarget(
+                f"device {name!r} is no device to run on (see --target); allowed are auto, cpu, cuda, cuda:N"
+            )
+    targets = [Target.parse(name) for name in names]
+    places = [
+        name if ":" in name or name == "cpu" else "cpu" if target.kind == "cpu" else "cuda:0"
+        for name, target in zip(names, targets, strict=True)
+    ]
+    return places, targets[0]
+
+
+def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> Outcome:
+    cache = default_cache()
+    found = None if options.anew else _finished(cache, problem, target)
+    record = found or _tune(problem, devices, options, cache)
+    return Outcome(problem=problem, record=record, cached=found is not None)
+
+
+def _finished(cache: ScheduleCache, problem: Problem, target: Target) -> TuningRecord | None:
+    """The entry that a search of this problem left when it ended; one that was interrupted goes on."""
+    record = cache.exact(problem, target)
+    return record if record is not None and record.kind == MEASURED and record.complete else None
+
+
+def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache: ScheduleCache) -> TuningRecord:
+    import tqdm
+
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.tune import tune as tune_problem
+
+    def store(record: TuningRecord) -> None:
+        # What an interrupted --force found does not push out what a whole search did.
+        if record.complete or _finished(cache, problem, record.target) is None:
+            cache.put(record)
+
+    with (
+        stop_on_ctrl_c() as stopped,
+        tqdm.tqdm(
+            total=options.trials,
+            desc=f"{problem.op:12}",
+            unit="trial",
+            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
+            leave=False,  # the verdict takes its place
+            disable=None,  # shown on a terminal only
+        ) as bar,
+    ):
+        return tune_problem(
+            problem,
+            device=devices,
+            on_progress=_shower(bar),
+            should_stop=stopped.is_set,
+            on_record=store,
+            **{name: getattr(options, name) for name in TuneOptions.__slots__},
+        )
+
+
+def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
+        bar.set_postfix_str(
+            f"best {progress.best_ms:.3g} ms (default {progress.default_ms:.3g}){failed}, "
+            f"{_seconds_left(progress):.0f} s left",
+            refresh=False,
+        )
+        bar.total = progress.max_trials
+        bar.update(progress.tried - bar.n)
+
+    return show
+
+
+def _seconds_left(progress: Progress) -> float:
+    """Until the trials run out at the pace so far, or the time does."""
+    by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
+    return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
+
+
+def _verdict(outcome: Outcome) -> str:
+    record = outcome.record
+    how = "cached (--force tunes again)" if outcome.cached else _how(record)
+    if record.problem != outcome.problem:
+        how += f", tuned as {record.problem.describe()}"
+    return f"{outcome.problem.describe()}: {_found(record)} [{how}]"
+
+
+def _found(record: TuningRecord) -> str:
+    """What the search gained, or that there is nothing to gain."""
+    tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
+    time = f"{record.measurement.median_ms:.3g} ms"
+    if not record.is_default:
+        return f"{time}, {record.speedup:.2f}x faster than the default, the best of {tried}: {record.schedule}"
+    if record.trials == 1:
+        return f"{time}, the default, and nothing else was tried: {record.schedule}"
+    return f"{time}, the default is already within noise of the best of {tried}: {record.schedule}"
+
+
+def _how(record: TuningRecord) -> str:
+    """Why nothing is stored, else what the play-off says; and the trials that failed, by kind."""
+    if record.shortfall:
+        how = f"nothing is stored: {record.shortfall}; with more --trials or --timeout the same command goes on"
+    else:
+        how = record.verdict if record.complete else "interrupted"
+    failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
+    return f"{how}; failed: {failed}" if failed else how
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    """The record, ready for JSON, with what became of it."""
+    record = outcome.record
+    stored = record.shortfall is None
+    return {**record.to_dict(), "speedup": record.speedup, "cached": outcome.cached, "stored": stored}
+
+
+def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
+    """One row a problem: the ops of a model have shapes of their own."""
+    for outcome in outcomes:
+        record = outcome.record
+        yield {
+            "problem": outcome.problem.describe(),
+            "time": f"{record.measurement.median_ms:.3g} ms",
+            "gain": f"{record.speedup:.2f}x",
+        }
+
+
+def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str, str]]:
+    """One row a shape: each op's time and gain, their sum, and the sum over the cheapest shape's."""
+    shapes = [outcomes[i : i + ops_a_shape] for i in range(0, len(outcomes), ops_a_shape)]
+    totals = [sum(outcome.record.measurement.median_ms for outcome in shape) for shape in shapes]
+    for shape, total in zip(shapes, totals, strict=True):
+        problem = shape[0].problem
+        row = {"shape": problem.describe().removeprefix(f"{problem.op} ")}
+        for outcome in shape:
+            op = outcome.problem.op.removeprefix("hsa_")
+            row[op] = f"{outcome.record.measurement.median_ms:.3g} ms"
+            row[f"{op} gain"] = f"{outcome.record.speedup:.2f}x"
+        row["sum"] = f"{total:.3g} ms"
+        row["cost"] = f"{total / min(totals):.2f}"
+        yield row

@@ -1,0 +1,172 @@
+"""Is a kernel right? Compared with the float64 reference before anything is timed."""
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import NotFinite, WrongResult
+from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs
+from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
+from hsa_compile.problem import Problem
+
+# ‖a − b‖ / ‖b‖, for outputs and gradients alike
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+RESULT_NAMES = {"hsa_forward": ("o",), "hsa_backward": ("dq", "dk", "dv", "dw")}
+
+_SMALL_TOKENS = 200  # with whole chunks, a tail and rows that see nothing
+_SAMPLED_TOKENS = 64  # of the full problem
+
+
+class _Sample(NamedTuple):
+    """A part of one result of the full problem, and what the reference says of it."""
+
+    name: str
+    at: Any  # index
+    expected: Tensor
+    where: str
+
+
+# Of inputs that are still in use; all candidates of a search are compared with the same.
+_samples: WeakKeyDictionary[Inputs, dict[Problem, list[_Sample]]] = WeakKeyDictionary()
+
+
+def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
+    """Runs a kernel on a small problem with every oddity, then compares a sample of the full one.
+
+    The full problem is too large for the reference: outputs and dq, dw are compared on some tokens, dk and dv on
+    the last chunk that the middle token picked and the last that any did, with the reference given the tokens that
+    picked them. All of each result must be finite.
+
+    Args:
+        kernel: of `problem.op`.
+        problem: what it is to be timed on.
+        inputs: the tensors it is to be timed on.
+
+    Raises:
+        WrongResult: a result is not finite or too far off; the message names it and the error.
+    """
+    small, small_inputs, expected = _small_case(problem, inputs.q.device)
+    _compare(small.op, _run(kernel, small_inputs), expected, problem.dtype, "a small odd shape")
+    results = dict(zip(RESULT_NAMES[problem.op], _run(kernel, inputs), strict=True))
+    for name, result in results.items():
+        if not result.isfinite().all():
+            raise NotFinite(f"{name} has values that are not finite")
+    known = _samples.setdefault(inputs, {})
+    if problem not in known:
+        known[problem] = _sample(problem, inputs)
+    for sample in known[problem]:
+        _compare_one(sample.name, results[sample.name][sample.at], sample.expected, problem.dtype, sample.where)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64; infinite where actual is not finite."""
+    difference = (actual.double() - expected.double()).norm()
+    norm = expected.double().norm()
+    error = float(difference / norm) if norm > 0 else float(difference)
+    return error if error == error else float("inf")
+
+
+def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
+    """Some tokens, and of the gradients of keys and values some chunks."""
+    count = min(_SAMPLED_TOKENS, problem.seq_len)
+    tokens = torch.linspace(0, problem.seq_len - 1, count).long().unique()
+    expected = dict(
+        zip(RESULT_NAMES[problem.op], _reference(problem.op, _at_tokens(inputs, tokens), problem), strict=True)
+    )
+    at = (slice(None), tokens)
+    if problem.op == "hsa_forward":
+        return [_Sample("o", at, expected["o"], "sampled tokens")]
+    samples = [_Sample(name, at, expected[name], "sampled tokens") for name in ("dq", "dw")]
+    middle = int(inputs.chunk_indices[0, problem.seq_len // 2].max())
+    for chunk in sorted({middle, int(inputs.chunk_indices.max())} - {-1}):
+        only = _only_chunk(inputs, chunk, problem.chunk_size)
+        keys = slice(chunk * problem.chunk_size, (chunk + 1) * problem.chunk_size)
+        _, dk_chunk, dv_chunk, _ = _reference(problem.op, only, problem)
+        for name, one in (("dk", dk_chunk), ("dv", dv_chunk)):
+            samples.append(_Sample(name, (slice(None), keys), one, f"chunk {chunk}"))
+    return samples
+
+
+def _only_chunk(inputs: Inputs, chunk: int, chunk_size: int) -> Inputs:
+    """One chunk as all the keys there are, and the tokens that picked it with no other slots."""
+    matches = inputs.chunk_indices == chunk  # [B, T, H, K]
+    tokens = matches.any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
+    matches = matches[:, tokens]
+    slots = matches.int().argsort(dim=-1, descending=True, stable=True)[..., : int(matches.sum(dim=-1).max())]
+    group = inputs.chunk_weights.shape[2] // slots.shape[2]
+    weights = inputs.chunk_weights[:, tokens].gather(3, slots.repeat_interleave(group, dim=2))
+    keys = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+    return replace(
+        _at_tokens(inputs, tokens),
+        k=inputs.k[:, keys],
+        v=inputs.v[:, keys],
+        chunk_indices=torch.where(matches.gather(3, slots), 0, -1),
+        chunk_weights=weights,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _small_case(problem: Problem, device: torch.device) -> tuple[Problem, Inputs, tuple[Tensor, ...]]:
+    """A short problem of the same kind with empty rows and duplicates, and what the reference says of it."""
+    kv_len = min(problem.kv_len, _SMALL_TOKENS + 3 * problem.chunk_size + 1)
+    small = replace(
+        problem, batch=min(problem.batch, 2), seq_len=min(problem.seq_len, _SMALL_TOKENS + 1), kv_len=kv_len
+    )
+    inputs = make_inputs(small, device, seed=1)
+    indices = inputs.chunk_indices.clone()
+    indices[:, ::7] = -1
+    indices[:, 1::5, :, -1] = indices[:, 1::5, :, 0]
+    inputs = inputs.with_indices(indices)
+    return small, inputs, _reference(small.op, inputs, small)
+
+
+def _at_tokens(inputs: Inputs, tokens: Tensor) -> Inputs:
+    tokens = tokens.to(inputs.q.device)
+    return replace(
+        inputs,
+        q=inputs.q[:, tokens],
+        chunk_indices=inputs.chunk_indices[:, tokens],
+        chunk_weights=inputs.chunk_weights[:, tokens],
+        grad_o=inputs.grad_o[:, tokens],
+    )
+
+
+def _run(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, ...]:
+    op = kernel.source.problem.op
+    results = kernel.entry(*inputs.arguments(op), scale=inputs.q.shape[-1] ** -0.5)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _reference(op: str, inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
+    """Results of `op` in float64: o, or (dq, dk, dv, dw)."""
+    leaves = [x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
+    if op == "hsa_backward":
+        leaves = [x.requires_grad_() for x in leaves]
+    q, k, v, weights = leaves
+    options = {name: getattr(problem, name) for name in ("chunk_size", "softmax_off_by_one", "mask_last_token")}
+    with torch.enable_grad():
+        o = hsa_attention_reference(q, k, v, inputs.chunk_indices, weights, **options)
+        if op == "hsa_forward":
+            return (o,)
+        # Where there is no whole chunk, o depends on no weight.
+        return torch.autograd.grad(o, leaves, inputs.grad_o.double(), materialize_grads=True)
+
+
+def _compare(op: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str, where: str) -> None:
+    for name, one, other in zip(RESULT_NAMES[op], actual, expected, strict=True):
+        _compare_one(name, one, other, dtype, where)
+
+
+def _compare_one(name: str, actual: Tensor, expected: Tensor, dtype: str, where: str) -> None:
+    if actual.shape != expected.shape:
+        raise WrongResult(f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}")
+    if not actual.isfinite().all():
+        raise NotFinite(f"{name} has values that are not finite on {where}")
+    error = relative_error(actual, expected)
+    if not error <= TOLERANCES[dtype]:
+        raise WrongResult(f"{name} is off by {error:.1e} (relative norm, at most {TOLERANCES[dtype]:.0e}) on {where}")

@@ -1,0 +1,97 @@
+"""Tensors to tune and check on: a problem's shapes filled by a named distribution."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.problem import DISTRIBUTIONS, Problem
+
+LOCAL_OVERLAP = 0.8  # share of its picks that a token of `local` takes over from its block
+LOCAL_BLOCK = 64  # tokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """Arguments of both kernels of one problem; equal to itself only.
+
+    Attributes:
+        q `[B, T, HQ, D]`, k `[B, S, H, D]`, v `[B, S, H, Dv]`, chunk_indices `[B, T, H, K]` int32,
+        chunk_weights `[B, T, H or HQ, K]` float32 (float64 for float64 problems), grad_o `[B, T, HQ, Dv]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    chunk_indices: Tensor
+    chunk_weights: Tensor
+    grad_o: Tensor
+
+    def arguments(self, op: str) -> tuple[Tensor, ...]:
+        """Positional arguments of the emitted entry of `op`."""
+        forward = (self.q, self.k, self.v, self.chunk_indices, self.chunk_weights)
+        return forward if op == "hsa_forward" else (*forward, self.grad_o)
+
+    def options(self, op: str) -> dict[str, float]:
+        """Keyword arguments of the emitted entry of `op`."""
+        del op
+        return {"scale": self.q.shape[-1] ** -0.5}
+
+    def with_indices(self, chunk_indices: Tensor) -> "Inputs":
+        """The same tensors with other picks."""
+        return replace(self, chunk_indices=chunk_indices)
+
+
+def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0) -> Inputs:
+    """Random tensors of a problem's shapes, with causal picks drawn from `distribution`.
+
+    `random`: uniform over the visible chunks, without repetition. `local`: neighbouring tokens share most of
+    their picks. `hot`: early chunks are picked far more often than late ones, and may repeat.
+
+    Raises:
+        InvalidArgument: the distribution is unknown.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, problem.dtype)
+    B, T, S, H = problem.batch, problem.seq_len, problem.kv_len, problem.num_kv_heads
+    weight_heads = problem.num_heads if problem.per_head_weights else H
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    indices = pick_chunks(problem, distribution, generator)
+    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator)
+    weights = scores.softmax(dim=-1).to(device, torch.float64 if problem.dtype == "float64" else torch.float32)
+    return Inputs(
+        q=normal(B, T, problem.num_heads, problem.head_dim),
+        k=normal(B, S, H, problem.head_dim),
+        v=normal(B, S, H, problem.value_dim),
+        chunk_indices=indices.to(device),
+        chunk_weights=weights,
+        grad_o=normal(B, T, problem.num_heads, problem.value_dim),
+    )
+
+
+def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
+    """Causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last `T` of `S` positions."""
+    if distribution not in DISTRIBUTIONS:
+        raise InvalidArgument(f"distribution = {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
+    position = torch.arange(T) + max(0, problem.kv_len - T)
+    visible = (position // problem.chunk_size).clamp(max=problem.num_chunks).view(1, T, 1, 1)
+    slot = torch.arange(K).view(1, 1, 1, K)
+    uniform = torch.rand(B, T, H, K, generator=generator)
+    if distribution == "hot":
+        indices = (visible * uniform**3).long()
+    else:
+        if distribution == "local":
+            shared = uniform[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
+            keep = torch.rand(B, T, H, K, generator=generator) < LOCAL_OVERLAP
+            uniform = torch.where(keep, shared, uniform)
+        # One pick from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
+        first, past = slot * visible // K, (slot + 1) * visible // K
+        indices = first + (uniform * (past - first)).long()
+        few = visible <= K
+        indices = torch.where(few, slot.expand_as(indices), indices)
+    return torch.where((slot < visible) & (indices < visible), indices, -1).to(torch.int32)

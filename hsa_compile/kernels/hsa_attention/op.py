@@ -1,0 +1,200 @@
+"""The op as users call it: arguments checked, then PyTorch's dispatcher finds the tuned kernel and its gradient."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
+from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM
+
+
+def global_indices(chunk_indices: Tensor, cu_seqlens: Tensor, kv_len: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Turns chunks of a token's own sequence into chunks of the whole, without asking the device anything.
+
+    Args:
+        chunk_indices: `[1, T, H, K]`, chunks of each token's own sequence; −1 is an empty slot.
+        cu_seqlens: `[num_sequences + 1]`, where each sequence begins, and the end.
+        kv_len: `S`, equal to `T`.
+        chunk_size: `C`.
+
+    Returns:
+        chunk_indices `[1, T, H, K]` numbered over all sequences, −1 where a sequence has no such chunk; and
+        chunk_starts `[S // C]` int32, the first row of each chunk; entries of chunks that do not exist are 0.
+
+    Raises:
+        InvalidArgument: the batch is not one, the lengths differ, or cu_seqlens does not rise from 0 to T.
+    """
+    batch, seq_len = chunk_indices.shape[:2]
+    if batch != 1 or seq_len != kv_len:
+        raise InvalidArgument(f"cu_seqlens needs a batch of 1 and T = S; B = {batch}, T = {seq_len}, S = {kv_len}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InvalidArgument(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
+            "[num_sequences + 1] of int32 or int64 is needed"
+        )
+    if cu_seqlens.device != chunk_indices.device:
+        raise InvalidArgument(f"cu_seqlens is on {cu_seqlens.device}, chunk_indices on {chunk_indices.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_bounds(cu_seqlens, seq_len)
+    bounds = cu_seqlens.long()
+    num_chunks = bounds.diff() // chunk_size  # [num_sequences]
+    chunks_until = num_chunks.cumsum(0)
+    first_chunk = chunks_until - num_chunks
+
+    sequence = torch.searchsorted(bounds[1:].contiguous(), torch.arange(seq_len, device=bounds.device), right=True)
+    sequence = sequence.clamp(max=num_chunks.numel() - 1)  # [T]
+    exists = (chunk_indices >= 0) & (chunk_indices < num_chunks[sequence].view(1, -1, 1, 1))
+    numbered = torch.where(exists, chunk_indices + first_chunk[sequence].view(1, -1, 1, 1), -1)
+
+    chunk = torch.arange(kv_len // chunk_size, device=bounds.device)  # as many as there can be
+    owner = torch.searchsorted(chunks_until, chunk, right=True).clamp(max=num_chunks.numel() - 1)
+    starts = bounds[owner] + (chunk - first_chunk[owner]) * chunk_size
+    starts = torch.where(chunk < chunks_until[-1], starts, 0)
+    return numbered.to(torch.int32), starts.to(torch.int32)
+
+
+def _check_bounds(cu_seqlens: Tensor, seq_len: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(bounds):
+        raise InvalidArgument(f"cu_seqlens = {bounds} must rise from 0 to T = {seq_len}")
+
+
+def hsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_indices: Tensor,
+    chunk_weights: Tensor,
+    *,
+    chunk_size: int,
+    scale: float | None = None,
+    softmax_off_by_one: bool = False,
+    mask_last_token: bool = False,
+    cu_seqlens: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Hierarchical sparse attention over selected chunks, with the schedule that was tuned for this shape.
+
+        o[t,h] = Σ_i  w[t,·,i] · softmax(scale · q[t,h] K_cᵀ) V_c        with c = chunk_indices[t, h // G, i]
+
+    Each chunk is attended to on its own and the results are fused by weight. There is no causal mask inside:
+    a token sees exactly the chunks in its slots. Differentiable in q, k, v and chunk_weights; q, k, v, indices and
+    weights are all that is saved for backward. Under autocast, q, k and v are cast as for
+    `scaled_dot_product_attention`: all but float64.
+
+    Args:
+        q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU.
+        k: `[B, S, H, D]`, dtype and device of q; `HQ` is a multiple of `H`, `D` at most 256. Chunk `c` is the
+            rows `c·C … (c+1)·C − 1`; rows past the last whole chunk belong to none.
+        v: `[B, S, H, Dv]`, dtype and device of q; `Dv` at most 256.
+        chunk_indices: `[B, T, H, K]` int32 or int64, in any order; −1 is an empty slot; a chunk named twice
+            counts twice. On a GPU a value outside −1 … S // C − 1 is taken as empty, since to look would wait.
+        chunk_weights: `[B, T, H, K]`, or `[B, T, HQ, K]` for a weight of its own for each query head; any
+            float dtype, float32 by custom. Weights of empty slots are never read.
+        chunk_size: `C`, keys in a chunk.
+        scale: factor of the logits; `D ** -0.5` if None.
+        softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: the last key of each chunk, a landmark, is not attended to.
+        cu_seqlens: `[num_sequences + 1]` int32 or int64, the first row of each of several sequences packed into a
+            batch of one with `T = S`, and the end. Chunks are counted from the beginning of a token's own sequence;
+            a sequence's rows past its last whole chunk belong to none.
+        deterministic: only schedules that give the same bits in every run; also asked for by
+            `torch.use_deterministic_algorithms(True)`.
+
+    Returns:
+        o `[B, T, HQ, Dv]` in the dtype of q; zeros where all slots are empty.
+
+    Raises:
+        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is.
+
+    Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
+    """
+    if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q.device.type, q, k, v)
+    _check(q, k, v, chunk_indices, chunk_weights, chunk_size, mask_last_token)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
+    if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
+        return _nothing_to_attend_to(q, k, v, chunk_weights)
+    chunk_starts = None
+    if cu_seqlens is not None:
+        chunk_indices, chunk_starts = global_indices(chunk_indices, cu_seqlens, k.shape[1], chunk_size)
+    return torch_ops.hsa_forward(
+        q,
+        k,
+        v,
+        chunk_indices,
+        chunk_weights,
+        chunk_starts,
+        chunk_size,
+        float(scale),
+        softmax_off_by_one,
+        mask_last_token,
+        deterministic,
+    )
+
+
+def _autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast casts them; what is no tensor is left for the check to name."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+def _nothing_to_attend_to(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """Zeros that still belong to the graph, for no tokens, no slots or no whole chunk."""
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    for x in (q, k, v, weights):
+        o = o + 0 * x[:0].sum().to(q.dtype)
+    return o
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, mask_last_token: bool
+) -> None:
+    # Every call of the op pays for this: each attribute of a tensor is read once.
+    if not isinstance(q, Tensor):
+        raise InvalidArgument(f"q is a {type(q).__name__}, not a tensor")
+    device, dtype = q.device, q.dtype
+    for name, x in (("q", q), ("k", k), ("v", v), ("chunk_indices", indices), ("chunk_weights", weights)):
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
+        if x.dim() != 4:
+            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
+        if x.device != device:
+            raise InvalidArgument(f"{name} is on {x.device}, q on {device}; all must be on one device")
+    if device.type not in torch_ops.DEVICE_TYPES:
+        raise InvalidArgument(f"device '{device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != dtype or dtype not in torch_ops.DTYPE_NAMES:
+            raise InvalidArgument(f"{name} has dtype {x.dtype}; q, k and v must share one of {', '.join(DTYPES)}")
+    least = 2 if mask_last_token else 1
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or not least <= chunk_size <= MAX_CHUNK_SIZE:
+        raise InvalidArgument(f"chunk_size = {chunk_size!r} must be an integer in {least} … {MAX_CHUNK_SIZE}")
+    k_shape, v_shape, indices_shape, weights_shape = k.shape, v.shape, indices.shape, weights.shape
+    B, T, HQ, D = q.shape
+    S, H, Dv, K = k_shape[1], k_shape[2], v_shape[3], indices_shape[3]
+    _check_shape("k", k_shape, (B, S, H, D), "[B, S, H, D]")
+    _check_shape("v", v_shape, (B, S, H, Dv), "[B, S, H, Dv]")
+    if H == 0 or HQ % H:
+        raise InvalidArgument(f"q has {HQ} heads, which is no multiple of the {H} heads of k")
+    if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
+        raise InvalidArgument(f"head dims D = {D} and Dv = {Dv} must be in 1 … {MAX_HEAD_DIM}")
+    _check_shape("chunk_indices", indices_shape, (B, T, H, K), "[B, T, H, K]")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise InvalidArgument(f"chunk_indices has dtype {indices.dtype}; int32 or int64 is needed")
+    heads = HQ if weights_shape[2] == HQ else H
+    _check_shape("chunk_weights", weights_shape, (B, T, heads, K), "[B, T, H or HQ, K]")
+    if not weights.is_floating_point():
+        raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
+
+
+def _check_shape(name: str, shape: torch.Size, expected: tuple[int, ...], letters: str) -> None:
+    if shape != expected:
+        raise InvalidArgument(f"{name} has shape {list(shape)}; {letters} = {list(expected)} is needed")

@@ -1,0 +1,115 @@
+"""Is a kernel of chunk selection right? Its picks are the best there are, its weights and gradients the reference's."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import NotFinite, WrongResult
+from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.gumbel import gumbel
+from hsa_compile.kernels.select_chunks.inputs import SelectInputs, make_select_inputs
+from hsa_compile.kernels.select_chunks.reference import select_weights_reference
+from hsa_compile.problem import Problem
+
+# What weights may be off by (relative norm): scores are float32 sums, whatever the inputs are.
+WEIGHT_TOLERANCE = 1e-5
+# What a pick may score less than the best one that was left out, relative to the largest score.
+SCORE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+_SMALL_TOKENS, _SMALL_CHUNKS = 131, 37
+_SAMPLED_TOKENS = 64
+
+
+def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None:
+    """Runs a kernel on a small problem with rows that see little or nothing, then on a sample of the full one.
+
+    Raises:
+        WrongResult: a pick is not one of the best, or a result is too far off; the message names it.
+    """
+    small = replace(
+        problem,
+        batch=min(problem.batch, 2),
+        seq_len=min(problem.seq_len, _SMALL_TOKENS),
+        kv_len=min(problem.num_chunks, _SMALL_CHUNKS) * problem.chunk_size,
+    )
+    # From position 0 on, so that the first rows see nothing.
+    small_inputs = replace(make_select_inputs(small, inputs.query.device, seed=1), offset=0)
+    for one, where in ((small_inputs, "a small odd shape"), (inputs, "sampled tokens")):
+        results = kernel.entry(*one.arguments(problem.op), **one.options(problem.op))
+        count = min(_SAMPLED_TOKENS, one.query.shape[1])
+        tokens = torch.linspace(0, one.query.shape[1] - 1, count).long().unique().to(one.query.device)
+        if problem.op == "select_chunks":
+            _check_picks(results, one, tokens, problem, where)
+        else:
+            _check_gradients(results, one, tokens, problem, where)
+
+
+def _check_picks(
+    results: tuple[Tensor, Tensor], inputs: SelectInputs, tokens: Tensor, problem: Problem, where: str
+) -> None:
+    indices, weights = (x[:, tokens] for x in results)
+    query, landmarks = inputs.query[:, tokens].double(), inputs.landmarks.double()
+    num_chunks = landmarks.shape[1]
+    visible = (inputs.positions()[tokens] // problem.chunk_size).clamp(max=num_chunks).view(1, -1, 1, 1)
+    slot = torch.arange(problem.top_k, device=indices.device)
+    if not ((indices >= 0) == (slot < visible)).all() or not (indices < visible).all():
+        raise WrongResult(f"chunk_indices name chunks that are not visible, or too few, on {where}")
+    if not ((indices[..., 1:] < indices[..., :-1]) | (indices[..., 1:] < 0)).all():
+        raise WrongResult(f"chunk_indices do not fall on {where}")
+    scores = torch.einsum("bthd,bnhd->bthn", query, landmarks) * problem.head_dim**-0.5
+    chunks = torch.arange(num_chunks, device=indices.device)
+    if inputs.noise_keys is not None:
+        scores = scores + gumbel(inputs.noise_keys[:, tokens].unsqueeze(-1), chunks)
+    scores = scores.masked_fill(chunks >= visible, float("-inf"))
+    picked = scores.gather(3, indices.clamp(min=0).long()).masked_fill(indices < 0, float("inf"))
+    left_out = scores.scatter(3, indices.clamp(min=0).long(), float("-inf")).amax(dim=3)
+    gap = left_out - picked.amin(dim=3)
+    largest = scores.masked_fill(scores.isinf(), 0).abs().max().clamp(min=1)
+    if (gap > SCORE_TOLERANCE * largest).any():
+        raise WrongResult(f"a chunk that was left out scores {float(gap.max()):.1e} more than one picked on {where}")
+    expected = select_weights_reference(query, landmarks, indices, fusion=problem.fusion)
+    _compare("chunk_weights", weights, expected, WEIGHT_TOLERANCE, where)
+
+
+def _check_gradients(
+    results: tuple[Tensor, Tensor], inputs: SelectInputs, tokens: Tensor, problem: Problem, where: str
+) -> None:
+    dquery, dlandmarks = results
+    tolerance = GRADIENT_TOLERANCES[problem.dtype]
+    for name, x in (("dquery", dquery), ("dlandmarks", dlandmarks)):
+        if not x.isfinite().all():
+            raise NotFinite(f"{name} has values that are not finite")
+    expected, _ = _reference_gradients(_at_tokens(inputs, tokens), problem)
+    _compare("dquery", dquery[:, tokens], expected, tolerance, where)
+    # The reference gets all tokens that picked one chunk: its gradient is then whole.
+    chunk = int(inputs.chunk_indices[0, inputs.query.shape[1] // 2].max())
+    picked = (inputs.chunk_indices == chunk).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
+    if chunk >= 0:
+        _, expected = _reference_gradients(_at_tokens(inputs, picked), problem)
+        _compare("dlandmarks", dlandmarks[:, chunk], expected[:, chunk], tolerance, f"chunk {chunk}")
+
+
+def _at_tokens(inputs: SelectInputs, tokens: Tensor) -> SelectInputs:
+    fields: dict[str, Any] = {
+        name: getattr(inputs, name)[:, tokens] for name in ("query", "chunk_indices", "grad_weights")
+    }
+    return replace(inputs, **fields)
+
+
+def _reference_gradients(inputs: SelectInputs, problem: Problem) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        query = inputs.query.double().requires_grad_()
+        landmarks = inputs.landmarks.double().requires_grad_()
+        weights = select_weights_reference(query, landmarks, inputs.chunk_indices, fusion=problem.fusion)
+        dquery, dlandmarks = torch.autograd.grad(weights, (query, landmarks), inputs.grad_weights.double())
+        return dquery, dlandmarks
+
+
+def _compare(name: str, actual: Tensor, expected: Tensor, tolerance: float, where: str) -> None:
+    norm = expected.norm().clamp(min=1e-30)
+    error = float((actual.double() - expected).norm() / norm) if actual.shape == expected.shape else float("inf")
+    if not error <= tolerance:
+        raise WrongResult(f"{name} is off by {error:.1e} (relative norm, at most {tolerance:.0e}) on {where}")

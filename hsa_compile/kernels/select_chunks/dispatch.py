@@ -1,0 +1,136 @@
+"""Chunk selection as operators of PyTorch: schema, shapes for tracing, gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.gradient import register_gradient
+from hsa_compile.kernels.gumbel import noise_keys
+from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
+from hsa_compile.kernels.resolve import remembered
+from hsa_compile.problem import Problem
+from hsa_compile.target import Target
+
+_library = torch.library.Library("hsa_compile", "FRAGMENT")
+_library.define(
+    "select_chunks(Tensor query, Tensor landmarks, int chunk_size, int top_k, SymInt offset, str fusion, "
+    "SymInt? noise_seed, bool deterministic) -> (Tensor, Tensor)"
+)
+_library.define(
+    "select_chunks_backward(Tensor query, Tensor landmarks, Tensor chunk_indices, Tensor grad_weights, "
+    "int chunk_size, str fusion, bool deterministic) -> (Tensor, Tensor)"
+)
+
+select_chunks = torch.ops.hsa_compile.select_chunks.default
+select_chunks_backward = torch.ops.hsa_compile.select_chunks_backward.default
+
+
+def _run_forward(
+    query: Tensor,
+    landmarks: Tensor,
+    chunk_size: int,
+    top_k: int,
+    offset: int,
+    fusion: str,
+    noise_seed: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """chunk_weights and chunk_indices, where there is something to select; what is differentiable comes first."""
+    query, landmarks = query.contiguous(), landmarks.contiguous()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    noise = noise_seed is not None
+    kernel = _kernel("select_chunks", query, landmarks, chunk_size, top_k, fusion, noise, deterministic)
+    keys = None
+    if noise_seed is not None:
+        batch, seq_len, num_heads, _ = query.shape
+        positions = torch.arange(offset, offset + seq_len, device=query.device)
+        keys = noise_keys(noise_seed % 2**64, batch, num_heads, positions)
+    chunk_indices, chunk_weights = kernel.entry(query, landmarks, keys, top_k=top_k, offset=offset)
+    return chunk_weights, chunk_indices
+
+
+def _run_backward(
+    query: Tensor,
+    landmarks: Tensor,
+    chunk_indices: Tensor,
+    grad_weights: Tensor,
+    chunk_size: int,
+    fusion: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and landmarks, from those of the weights `[B, T, H, K]`."""
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    query, landmarks = query.contiguous(), landmarks.contiguous()
+    top_k = chunk_indices.shape[3]
+    kernel = _kernel("select_chunks_backward", query, landmarks, chunk_size, top_k, fusion, False, deterministic)
+    dquery, dlandmarks = kernel.entry(query, landmarks, chunk_indices, grad_weights.contiguous())
+    return dquery, dlandmarks
+
+
+def _kernel(
+    op: str,
+    query: Tensor,
+    landmarks: Tensor,
+    chunk_size: int,
+    top_k: int,
+    fusion: str,
+    noise: bool,
+    deterministic: bool,
+) -> Kernel:
+    """The kernel for these tensors: a dictionary access, except the first time."""
+    target = Target.of(query.device)
+    key = (
+        op, query.shape, landmarks.shape[1], query.dtype, chunk_size, top_k, fusion, noise, deterministic,
+    )  # fmt: skip
+    return remembered(
+        key,
+        target,
+        lambda: Problem(
+            op=op,
+            batch=query.shape[0],
+            seq_len=query.shape[1],
+            kv_len=landmarks.shape[1] * chunk_size,
+            num_heads=query.shape[2],
+            num_kv_heads=query.shape[2],
+            head_dim=query.shape[3],
+            chunk_size=chunk_size,
+            top_k=top_k,
+            dtype=DTYPE_NAMES[query.dtype],
+            fusion=fusion,
+            noise=noise,
+            deterministic=deterministic,
+        ),
+    )
+
+
+def _fake_forward(query: Tensor, landmarks: Tensor, chunk_size: int, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:3], top_k)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_backward(query: Tensor, landmarks: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), landmarks.new_empty(landmarks.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, landmarks, chunk_size, _, _, fusion, _, deterministic = inputs
+    ctx.save_for_backward(query, landmarks, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (chunk_size, fusion, deterministic)
+
+
+def _gradient(ctx: Any, grad_weights: Tensor, grad_indices: Tensor | None) -> tuple[Tensor | None, ...]:
+    del grad_indices  # picks are integers
+    dquery, dlandmarks = select_chunks_backward(*ctx.saved_tensors, grad_weights, *ctx.options)
+    return (dquery, dlandmarks, *(None,) * 6)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("select_chunks", _run_forward, _device)
+    _library.impl("select_chunks_backward", _run_backward, _device)
+torch.library.register_fake("hsa_compile::select_chunks", _fake_forward, lib=_library)
+torch.library.register_fake("hsa_compile::select_chunks_backward", _fake_backward, lib=_library)
+register_gradient(_library, "select_chunks", _save, _gradient)

@@ -1,0 +1,95 @@
+"""Tensors to tune and check chunk selection on, and the door to those of any op."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsa_compile.kernels.gumbel import noise_keys
+from hsa_compile.kernels.hsa_attention.inputs import LOCAL_BLOCK, Inputs, make_inputs, pick_chunks
+from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs, make_decode_inputs
+from hsa_compile.problem import Problem
+
+NOISE_SEED = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectInputs:
+    """Arguments of both kernels of one selection problem.
+
+    Attributes:
+        query `[B, T, H, Dr]`, landmarks `[B, N, H, Dr]`, noise_keys `[B, T, H]` int32 or None, chunk_indices and
+        grad_weights `[B, T, H, K]`, as the backward kernel gets them.
+        top_k: `K`.
+        offset: position of the first query row: queries are the last `T` of `N·C` positions.
+    """
+
+    query: Tensor
+    landmarks: Tensor
+    noise_keys: Tensor | None
+    chunk_indices: Tensor
+    grad_weights: Tensor
+    top_k: int
+    offset: int
+
+    def arguments(self, op: str) -> tuple[Tensor | None, ...]:
+        """Positional arguments of the emitted entry of `op`."""
+        if op == "select_chunks":
+            return (self.query, self.landmarks, self.noise_keys)
+        return (self.query, self.landmarks, self.chunk_indices, self.grad_weights)
+
+    def options(self, op: str) -> dict[str, int]:
+        """Keyword arguments of the emitted entry of `op`."""
+        return {"top_k": self.top_k, "offset": self.offset} if op == "select_chunks" else {}
+
+    def positions(self) -> Tensor:
+        """`[T]` absolute positions of the query rows."""
+        return torch.arange(self.query.shape[1], device=self.query.device) + self.offset
+
+
+def inputs_of(
+    problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
+) -> Inputs | SelectInputs | DecodeInputs:
+    """Random tensors of a problem's shapes, whichever its op is.
+
+    Raises:
+        InvalidArgument: the distribution is unknown.
+    """
+    if problem.decodes:
+        return make_decode_inputs(problem, device, distribution=distribution, seed=seed)
+    make = make_select_inputs if problem.selects else make_inputs
+    return make(problem, device, distribution=distribution, seed=seed)
+
+
+def make_select_inputs(
+    problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
+) -> SelectInputs:
+    """Queries and landmarks whose picks fall as `distribution` says.
+
+    `random`: all normal. `local`: neighbouring queries are alike. `hot`: early landmarks score far from zero.
+
+    Raises:
+        InvalidArgument: the distribution is unknown.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, problem.dtype)
+    B, T, H, N, D = problem.batch, problem.seq_len, problem.num_kv_heads, problem.num_chunks, problem.head_dim
+    picks = pick_chunks(problem, distribution, generator)
+    query = torch.randn(B, T, H, D, generator=generator)
+    landmarks = torch.randn(B, N, H, D, generator=generator)
+    if distribution == "local":
+        query = 0.3 * query + query[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
+    if distribution == "hot":
+        landmarks[:, : N // 8] *= 3
+    offset = max(0, N * problem.chunk_size - T)
+    keys = noise_keys(NOISE_SEED, B, H, torch.arange(T) + offset).to(device) if problem.noise else None
+    grad_dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    return SelectInputs(
+        query=query.to(device, dtype),
+        landmarks=landmarks.to(device, dtype),
+        noise_keys=keys,
+        chunk_indices=picks.sort(dim=-1, descending=True).values.to(device),
+        grad_weights=torch.randn(B, T, H, problem.top_k, generator=generator).to(device, grad_dtype),
+        top_k=problem.top_k,
+        offset=offset,
+    )

@@ -1,0 +1,122 @@
+"""Chunk selection as users call it: arguments checked, then PyTorch's dispatcher finds the kernel and its gradient."""
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.gumbel import MAX_SEED
+from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES
+from hsa_compile.kernels.select_chunks import dispatch as select_ops
+from hsa_compile.problem import (
+    DTYPES,
+    FUSIONS,
+    MAX_CHUNK_SIZE,
+    MAX_RETRIEVAL_DIM,
+    MAX_SELECTED,
+)
+
+MAX_OFFSET = 2**40
+
+
+def select_chunks(
+    query: Tensor,
+    landmarks: Tensor,
+    *,
+    chunk_size: int,
+    top_k: int,
+    offset: int = 0,
+    fusion: str = "softmax",
+    noise_seed: int | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The chunks that each token attends to, and how much: what `hsa_attention` takes.
+
+    A chunk's score is `query · landmark / √Dr`. Row `t` stands at position `p = offset + t` and sees chunk `i` iff
+    it is complete, `p ≥ (i + 1)·C`. The K visible chunks of the highest scores are picked; of equal scores the
+    lower chunk wins. Scores are compared in float32 (float64 for float64 inputs). Weights come from the scores of
+    the picks: their softmax, or stick-breaking from the most recent chunk on,
+    `w_i = σ(s_i) · Π (1 − σ(s_j))` over the more recent picks `j`.
+
+    Differentiable in query and landmarks, through the weights: K landmarks a token. Forward and backward need
+    memory linear in T and N; saved for backward are query, landmarks and chunk_indices. Beyond inputs, outputs and
+    gradients they allocate at most: a key `[B, T, H]` int32 where there is noise, and on a GPU `[B, T, H, K]` score
+    gradients in float32 with the inverse index, three int32 arrays of that size, or for the split schedule one
+    `[splits, B, T, H, K]` array of int64.
+
+    Args:
+        query: `[B, T, H, Dr]`, float32, bfloat16 or float16; float64 on a CPU. `Dr` at most 1024.
+        landmarks: `[B, N, H, Dr]`, dtype and device of query; one for each chunk. `N` may be 0.
+        chunk_size: `C`, keys in a chunk.
+        top_k: `K`, at most 128; may exceed `N`.
+        offset: position of the first query row: 0 in training, the number of earlier tokens in decoding.
+        fusion: `softmax` or `stick_breaking`.
+        noise_seed: 0 … 2⁶⁴ − 1 adds standard Gumbel noise to the scores for the comparison, None does not. The
+            noise depends on seed, batch, head, position and chunk alone: another schedule, device or split of the
+            sequence draws the same.
+        deterministic: only schedules that give the same bits in every run, gradients included.
+
+    Returns:
+        chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K are visible;
+        chunk_weights `[B, T, H, K]` float32 (float64 for float64 inputs), 0 in that tail.
+
+    Raises:
+        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is.
+
+    Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
+    """
+    _check(query, landmarks)
+    _check_options(chunk_size, top_k, offset, fusion, noise_seed)
+    if query.numel() == 0 or landmarks.numel() == 0 or offset + query.shape[1] <= chunk_size:
+        return _nothing_to_select(query, landmarks, top_k)
+    if noise_seed is not None and noise_seed >= 2**63:
+        noise_seed -= 2**64  # PyTorch's integers have a sign; the bits are the same
+    chunk_weights, chunk_indices = select_ops.select_chunks(
+        query, landmarks, chunk_size, top_k, offset, fusion, noise_seed, deterministic
+    )
+    return chunk_indices, chunk_weights
+
+
+def _nothing_to_select(query: Tensor, landmarks: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Empty slots whose zero weights still belong to the graph."""
+    shape = (*query.shape[:3], top_k)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    weights = torch.zeros(shape, dtype=dtype, device=query.device)
+    weights = weights + 0 * (query[:0].sum() + landmarks[:0].sum()).to(dtype)
+    return torch.full(shape, -1, dtype=torch.int32, device=query.device), weights
+
+
+def _check(query: Tensor, landmarks: Tensor) -> None:
+    for name, x in (("query", query), ("landmarks", landmarks)):
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
+        if x.dim() != 4:
+            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
+        if x.device != query.device:
+            raise InvalidArgument(f"{name} is on {x.device}, query on {query.device}; both must be on one device")
+        if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
+            raise InvalidArgument(f"{name} has dtype {x.dtype}; both tensors must share one of {', '.join(DTYPES)}")
+    if query.device.type not in DEVICE_TYPES:
+        raise InvalidArgument(f"device '{query.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+    batch, _, num_heads, dim = query.shape
+    expected = [batch, landmarks.shape[1], num_heads, dim]
+    if list(landmarks.shape) != expected:
+        raise InvalidArgument(f"landmarks has shape {list(landmarks.shape)}; [B, N, H, Dr] = {expected} is needed")
+    if not 1 <= dim <= MAX_RETRIEVAL_DIM:
+        raise InvalidArgument(f"retrieval dim Dr = {dim} must be in 1 … {MAX_RETRIEVAL_DIM}")
+
+
+def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_seed: int | None) -> None:
+    ranges = (
+        ("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE),
+        ("top_k", top_k, 1, MAX_SELECTED),
+        ("offset", offset, 0, MAX_OFFSET),
+        ("noise_seed", noise_seed, 0, MAX_SEED),
+    )
+    for name, value, low, high in ranges:
+        if name == "noise_seed" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            ending = ", or None for no noise" if name == "noise_seed" else ""
+            raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}{ending}")
+    if fusion not in FUSIONS:
+        raise InvalidArgument(f"fusion = {fusion!r} is not one of {', '.join(FUSIONS)}")

@@ -1,0 +1,247 @@
+"""A training step on many devices, on paper: how it is spread, what it keeps in memory, what it computes and sends."""
+
+import math
+from dataclasses import dataclass, replace
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.cost.info import LayerInfo
+from hsa_compile.model.cost.scale import (
+    ITEMSIZE,
+    NETWORK_GB_S,
+    NODE_DEVICES,
+    USABLE_MEMORY,
+    Figure,
+    Paper,
+    Times,
+    longest,
+)
+
+DEFAULT_BATCH_TOKENS = 4 * 2**20
+STATE_BYTES = 16  # of a parameter: float32 weight and gradient, AdamW's two moments
+WIRE_BYTES = 8  # of a parameter: gathered in bfloat16 forward and backward, its gradient summed in float32
+LOGITS = 4096  # tokens whose logits exist at a time, train.loss_chunk
+_DAY = 86400.0
+_TRILLION = 1e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How the rows of a step lie on the devices.
+
+    Attributes:
+        rows: texts of a step.
+        data_parallel: groups of devices that have rows of their own.
+        context_parallel: devices that share each row.
+        expert_parallel: devices of a node that share the experts of a layer; FSDP spreads what each holds.
+        parts: into which a group's rows are cut, one after the other.
+    """
+
+    rows: int
+    data_parallel: int
+    context_parallel: int
+    expert_parallel: int
+    parts: int = 1
+
+    def tokens_at_once(self, context: int) -> int:
+        """On one device."""
+        return -(-self.rows // (self.data_parallel * self.parts)) * -(-context // self.context_parallel)
+
+
+def split_rows(paper: Paper, batch_tokens: int) -> Split:
+    """As few devices to a row as there are rows for; in as few parts as memory allows.
+
+    Raises:
+        InvalidArgument: batch_tokens is below 1.
+    """
+    if batch_tokens < 1:
+        raise InvalidArgument(f"batch_tokens = {batch_tokens} must be at least 1")
+    devices, rows = paper.cluster.count, max(1, batch_tokens // paper.info.context)
+    groups = math.gcd(devices, rows)
+    experts = paper.config.num_experts if paper.num_moe else 1
+    split = Split(
+        rows=rows,
+        data_parallel=groups,
+        context_parallel=devices // groups,
+        expert_parallel=math.gcd(paper.cluster.node_devices, experts),
+    )
+    rows_of_a_group = rows // groups
+    for parts in (number for number in range(1, rows_of_a_group + 1) if rows_of_a_group % number == 0):
+        tried = replace(split, parts=parts)
+        if sum(bytes_ for _, bytes_, _ in _memory(paper, tried)) <= _usable(paper):
+            return tried
+    return replace(split, parts=rows_of_a_group)
+
+
+def training_figures(paper: Paper, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> list[Figure]:
+    """All lines on training.
+
+    Args:
+        paper: model and devices.
+        batch_tokens: of an optimizer step; at least one row of the context length.
+    """
+    split = split_rows(paper, batch_tokens)
+    return [*_split_figures(paper, split), *_memory_figures(paper, split), *_time_figures(paper, split)]
+
+
+def _split_figures(paper: Paper, split: Split) -> list[Figure]:
+    def plain(name: str, value: int, formula: str) -> Figure:
+        return Figure(name=name, value=value, unit="", formula=formula)
+
+    tokens = split.rows * paper.info.context
+    return [
+        Figure(name="tokens a step", value=tokens, unit="tokens", formula="rows x context, near --batch-tokens"),
+        plain("data parallel", split.data_parallel, "gcd(devices, rows); weights and AdamW spread by FSDP2"),
+        plain("context parallel", split.context_parallel, "devices / data parallel: devices that share a row"),
+        plain("expert parallel", split.expert_parallel, "gcd(devices of a node, experts)"),
+        plain("parts of a step", split.parts, "fewest, one after the other, that fit in memory"),
+    ]
+
+
+def _memory_figures(paper: Paper, split: Split) -> list[Figure]:
+    rows = _memory(paper, split)
+    total = sum(bytes_ for _, bytes_, _ in rows)
+    fits = "fits" if total <= _usable(paper) else "DOES NOT FIT"
+    formula = f"{fits} in {USABLE_MEMORY:g} x {paper.limits.memory_gb:g} GB"
+    return [
+        Figure(name="memory a device", value=total, unit="B", formula=formula),
+        *(Figure(name=f"memory: {name}", value=bytes_, unit="B", formula=formula) for name, bytes_, formula in rows),
+    ]
+
+
+def _usable(paper: Paper) -> float:
+    return USABLE_MEMORY * paper.limits.memory_gb * 1e9
+
+
+def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
+    """Name, bytes and formula of what a device holds; layers compute their activations again (checkpointing)."""
+    info, config = paper.info, paper.config
+    tokens = split.tokens_at_once(info.context)
+    of_a_layer = max(_on_a_device(paper, layer, split) for layer in info.layers)
+    root = info.embedding_parameters + info.encoder_parameters
+    chunks = info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
+    rows_at_once = -(-split.rows // (split.data_parallel * split.parts))
+    return [
+        ("weights, gradients, AdamW", STATE_BYTES * info.parameters / paper.cluster.count,
+         f"{STATE_BYTES} B x parameters / devices"),
+        ("gathered weights", 3 * ITEMSIZE * of_a_layer + (ITEMSIZE + 4) * root,
+         "2 B x 3 x largest layer (experts / expert parallel) + 6 B x (embedding + encoder)"),
+        ("inputs of the layers", ITEMSIZE * tokens * config.dim * config.num_layers, "2 B x tokens x dim x layers"),
+        ("activations of a layer", ITEMSIZE * tokens * max(_kept(paper, layer) for layer in info.layers),
+         "2 B x tokens x widths of all that the largest layer keeps"),
+        ("activations of the encoder", ITEMSIZE * tokens * _kept_by_encoder(config),
+         "2 B x tokens x widths of all that the chunk encoder keeps"),
+        ("chunk memory", 2 * chunks * rows_at_once, "2 x (chunk keys, values, landmarks of the rows): with gradients"),
+        ("logits", 2 * 4 * LOGITS * config.vocab_size, f"2 x 4 B x {LOGITS} tokens x vocabulary"),
+    ]  # fmt: skip
+
+
+def _on_a_device(paper: Paper, layer: LayerInfo, split: Split) -> float:
+    """Parameters of a layer that are on a device while the layer runs."""
+    experts = paper.expert_parameters / paper.num_moe if layer.mlp == "moe" else 0
+    return layer.parameters - experts + experts / split.expert_parallel
+
+
+def _kept(paper: Paper, layer: LayerInfo) -> int:
+    """Numbers a token that a layer keeps for its backward pass: inputs and outputs of products, norms and gates."""
+    config = paper.config
+    width = 4 * config.dim
+    inner = config.mamba_expand * config.dim
+    pairs = config.num_heads + 2 * config.num_kv_heads
+    width += {"window": 3 * pairs * config.head_dim, "full": 3 * pairs * config.head_dim, "mamba": 6 * inner}.get(
+        layer.mixer, 0
+    )
+    if layer.reads_memory:
+        width += config.dim + 3 * config.memory_heads * config.memory_head_dim
+    if layer.retrieves:  # float32 weights and int32 indices
+        width += 2 * config.memory_kv_heads * (config.retrieval_dim + 2 * config.top_k)
+    if layer.mlp == "dense":
+        width += 2 * config.dim + 4 * config.ffn_dim
+    if layer.mlp == "moe":
+        width += 2 * config.dim + config.experts_per_token * (2 * config.dim + 4 * config.expert_dim)
+        width += config.num_shared_experts * 4 * config.expert_dim
+    return width
+
+
+def _kept_by_encoder(config: ModelConfig) -> int:
+    """Numbers a token that the chunk encoder keeps; it computes nothing again."""
+    if not config.has_memory:
+        return 0
+    pairs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    width = config.encoder_layers * (6 * config.dim + 3 * pairs + 4 * config.encoder_ffn_dim)
+    return (width + 2 * config.dim) * (config.chunk_size + 1) // config.chunk_size
+
+
+def _time_figures(paper: Paper, split: Split) -> list[Figure]:
+    tokens = split.rows * paper.info.context
+    share = split.rows / paper.cluster.count  # of a device in the whole texts
+    parts = {
+        "dense products": (
+            paper.matrix(3 * paper.dense_flops * tokens / paper.cluster.count),
+            "3 x forward FLOPs outside our kernels x tokens / devices / peak",
+        ),
+        "retrieval": (
+            (paper.kernels("select_chunks", training=True) + paper.kernels("select_chunks_backward", training=True))
+            * share,
+            "slowest clock of select_chunks, forward and backward, x layers that retrieve x rows / devices",
+        ),
+        "chunk attention": (
+            (paper.kernels("hsa_forward", training=True) + paper.kernels("hsa_backward", training=True)) * share,
+            f"slowest clock of hsa_attention, forward ({paper.dataflow('hsa_forward', training=True)}) and backward "
+            f"({paper.dataflow('hsa_backward', training=True)}), x layers that read x rows / devices",
+        ),
+    }
+    wires = _wires(paper, split)
+    compute = Times(peak=0.0, assumed=0.0)
+    for times, _ in parts.values():
+        compute = compute + times
+    step, bound = longest({"compute": compute, **wires})
+    wire_formulas = (
+        f"(all-to-all: 6 x 2 B x tokens x experts a token x dim x MoE layers, + FSDP's and the memory's share) / "
+        f"{paper.limits.scale_up_gb_s:g} GB/s",
+        f"({WIRE_BYTES} B x parameters x parts + gathered chunk memory + windows) x (1 - 1 / nodes) / "
+        f"({NODE_DEVICES} x {NETWORK_GB_S} GB/s)",
+    )
+    return [
+        Figure(name="FLOPs a token", value=paper.info.training_flops, unit="FLOPs", formula="3 x forward"),
+        compute.figure("compute", "the sum of:"),
+        *(times.figure(f"compute: {name}", formula) for name, (times, formula) in parts.items()),
+        *(
+            times.figure(name, formula)
+            for (name, times), formula in zip(wires.items(), wire_formulas, strict=True)
+        ),
+        step.figure("time a step", "the longest of compute, links, network: they overlap", bound),
+        *_rates(tokens, step),
+    ]  # fmt: skip
+
+
+def _rates(tokens: int, step: Times) -> list[Figure]:
+    a_day = Times(peak=tokens * _DAY / step.peak, assumed=tokens * _DAY / step.assumed)
+    return [
+        Figure(name="tokens a day", value=a_day.peak, assumed=a_day.assumed, unit="tokens",
+               formula="tokens a step x 86,400 s / time a step"),
+        Figure(name="days for 1T tokens", value=_TRILLION / a_day.peak, assumed=_TRILLION / a_day.assumed, unit="days",
+               formula="10^12 / tokens a day"),
+    ]  # fmt: skip
+
+
+def _wires(paper: Paper, split: Split) -> dict[str, Times]:
+    """All that a step sends; the rank of a device in a node does not matter, since all of them send at once."""
+    info, config, cluster = paper.info, paper.config, paper.cluster
+    tokens = split.rows * info.context / cluster.count
+    dispatched = 6 * ITEMSIZE * tokens * config.experts_per_token * config.dim * paper.num_moe
+    all_to_all = dispatched * (1 - 1 / split.expert_parallel)
+    experts = paper.expert_parameters
+    # Gathered by a device, and by a node: there, all experts come together whatever the expert parallelism.
+    device_bytes = WIRE_BYTES * (info.parameters - experts + experts / split.expert_parallel) * split.parts
+    node_bytes = float(WIRE_BYTES * info.parameters * split.parts)
+    memory = info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
+    if split.context_parallel > 1:  # the memory is gathered and its gradient scattered; windows come from a neighbour
+        texts = split.rows / split.data_parallel
+        window = 2 * 3 * config.num_layers * config.window * config.num_kv_heads * config.head_dim * 2 * ITEMSIZE
+        device_bytes += texts * (2 * memory + window)
+        node_bytes += texts * (2 * memory + window)
+    return paper.wires(
+        all_to_all + device_bytes * (1 - 1 / cluster.node_devices),
+        node_bytes * (1 - 1 / cluster.num_nodes),
+    )

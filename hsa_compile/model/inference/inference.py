@@ -1,0 +1,361 @@
+"""Reading texts of any length: the state that stays between pieces, extending it, and the exact fast prefill."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.layer import Cache, Piece
+from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.layers.window_attention import appended
+from hsa_compile.model.memory.memory import ChunkMemory
+from hsa_compile.model.transformer import HSATransformer
+
+PIECE = 4096  # tokens that prefill reads at once
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelState:
+    """All that a model keeps of the texts it has read; made by `new_state`, changed in place by reading on.
+
+    Attributes:
+        positions: tokens read of each row, landmark tokens of the model's own counted.
+        lower, upper: caches of the layers.
+        num_upper_past: tokens of each row that are in the upper caches.
+        pending: `[B, C − 1, dim]`, the lower half's newest outputs, the incomplete chunk at their end.
+        memory: the chunks that are complete; None in baselines.
+        carried: DRT's selections for the next token.
+        rows: DRT reads each row of a batch on its own, since landmark tokens come at different times: their states.
+    """
+
+    positions: list[int]
+    lower: list[Cache | None]
+    upper: list[Cache | None]
+    num_upper_past: list[int]
+    pending: Tensor
+    memory: ChunkMemory | None
+    carried: dict[int, Selection] = field(default_factory=dict)
+    rows: list["ModelState"] | None = None
+
+
+def new_state(
+    model: HSATransformer,
+    batch: int = 1,
+    *,
+    memory: str = "device",
+    directory: Path | None = None,
+    memory_dtype: torch.dtype | None = None,
+) -> ModelState:
+    """The state before the first token.
+
+    Args:
+        model: that will read.
+        batch: texts read at once.
+        memory: where chunk keys and values lie: `device`, `host` (pinned if there is a GPU) or `disk`.
+        directory: of the files for `disk`.
+        memory_dtype: of chunk keys and values; the weights' if None. Half precision is rounded once, when stored.
+
+    Raises:
+        InvalidArgument: batch or memory is not allowed.
+    """
+    if batch < 1:
+        raise InvalidArgument(f"batch = {batch} must be at least 1")
+    config, weight = model.config, model.embedding.weight.detach()
+    if config.has_landmark_tokens and batch > 1:
+        places = [directory / f"row{i}" if directory else None for i in range(batch)]
+        rows = [new_state(model, memory=memory, directory=place, memory_dtype=memory_dtype) for place in places]
+        return replace(rows[0], rows=rows)
+    chunks = None
+    if config.has_memory:
+        chunks = ChunkMemory(
+            batch=batch,
+            num_kv_heads=config.memory_kv_heads,
+            head_dim=config.memory_head_dim,
+            chunk_size=config.chunk_size,
+            retrieval_dim=config.retrieval_dim,
+            dtype=memory_dtype or weight.dtype,
+            landmark_dtype=weight.dtype,
+            device=weight.device,
+            placement=memory,
+            directory=directory,
+        )
+    return ModelState(
+        positions=[0] * batch,
+        lower=model.empty_caches(model.lower, batch),
+        upper=model.empty_caches(model.upper, batch),
+        num_upper_past=[0] * batch,
+        pending=weight.new_zeros(batch, config.chunk_size - 1, config.dim),
+        memory=chunks,
+    )
+
+
+@torch.no_grad()
+def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None = None) -> Tensor:
+    """Reads on: logits at each new token, given all that was read before.
+
+    Args:
+        model: in evaluation mode.
+        tokens: `[B, T]`; shorter rows end in padding.
+        state: is changed in place.
+        num_valid: tokens of each row that are no padding, 0 … T; None for all.
+
+    Returns:
+        `[B, T, V]`; at padding, anything.
+
+    Raises:
+        InvalidArgument: tokens do not fit the state.
+    """
+    valid = _valid(tokens, state, num_valid)
+    if state.rows is not None:
+        return _by_rows(
+            [
+                extend(model, tokens[b : b + 1, :n], row)
+                for b, (n, row) in enumerate(zip(valid, state.rows, strict=True))
+            ],
+            tokens.shape[1],
+        )
+    if max(valid) == 0:
+        return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size)
+    x, text = _embed(model, tokens, state)
+    inserted = x.shape[1] - tokens.shape[1]
+    valid = [n + inserted for n in valid]  # landmark tokens come one row at a time, where nothing is padding
+    start = list(state.positions)
+    x = _read_lower(model, x, state, valid)
+    x = _read_upper(model, x, state, start, valid)
+    return model.logits(model.norm(x if text is None else x[:, text]))
+
+
+@torch.no_grad()
+def prefill(
+    model: HSATransformer,
+    tokens: Tensor,
+    state: ModelState,
+    lengths: Sequence[int] | None = None,
+    *,
+    piece: int = PIECE,
+) -> Tensor:
+    """Reads long texts fast: the upper half runs over the last tokens alone, and nothing is lost by it.
+
+    The memory comes from the lower half, so that runs over all tokens, piece by piece. An upper window layer sees
+    `window − 1` tokens back: the last output, and the caches for what follows, depend on no more than the last
+    `upper layers · (window − 1) + 1` tokens of the upper half. Models whose upper half remembers more (`full`,
+    `ramba`) read all tokens through both halves.
+
+    Args:
+        model: in evaluation mode.
+        tokens: `[B, T]`, on any device; shorter rows end in padding.
+        state: is changed in place.
+        lengths: tokens of each row that are no padding, at least 1; None for all.
+        piece: tokens read at once.
+
+    Returns:
+        `[B, V]`, logits at the last token of each row: those of `extend` over the same tokens.
+
+    Raises:
+        InvalidArgument: tokens do not fit the state, or a row is empty.
+    """
+    valid = _valid(tokens, state, lengths)
+    if min(valid) < 1:
+        raise InvalidArgument(f"lengths = {valid}: prefill needs one token at least in each row")
+    if piece < 1:
+        raise InvalidArgument(f"piece = {piece} must be at least 1")
+    if state.rows is not None:
+        rows = zip(valid, state.rows, strict=True)
+        return torch.cat([prefill(model, tokens[b : b + 1, :n], row, piece=piece) for b, (n, row) in enumerate(rows)])
+    tail = upper_reach(model)
+    if tail is None:
+        return _last_of_pieces(model, tokens, state, valid, piece)
+    return _lower_then_tail(model, tokens, state, valid, piece, tail)
+
+
+def upper_reach(model: HSATransformer) -> int | None:
+    """How many of the newest tokens the upper half must run over for its last output and its caches to be exact;
+    None for all."""
+    config = model.config
+    mixers = {spec.mixer for spec in config.layers[config.num_lower_layers :]}
+    if mixers != {"window"}:
+        return None
+    reach = config.num_upper_layers * (config.window - 1) + 1
+    if config.has_landmark_tokens:  # a chunk's selection comes from the last token of the chunk before
+        reach += config.num_groups * config.chunk_size
+    return reach
+
+
+def _last_of_pieces(model: HSATransformer, tokens: Tensor, state: ModelState, valid: list[int], piece: int) -> Tensor:
+    last = tokens.new_zeros(tokens.shape[0], model.config.vocab_size, dtype=model.embedding.weight.dtype)
+    last = last.to(model.device)
+    for start in range(0, max(valid), piece):
+        here = [min(max(n - start, 0), piece) for n in valid]
+        logits = extend(model, tokens[:, start : start + max(here)].to(model.device), state, here)
+        for b, n in enumerate(here):
+            if n:
+                last[b] = logits[b, n - 1]
+    return last
+
+
+def _lower_then_tail(
+    model: HSATransformer, tokens: Tensor, state: ModelState, valid: list[int], piece: int, tail: int
+) -> Tensor:
+    begin = list(state.positions)
+    kept = model.embedding.weight.new_zeros(len(valid), tail, model.config.dim)
+    for start in range(0, max(valid), piece):
+        here = [min(max(n - start, 0), piece) for n in valid]
+        x, _ = _embed(model, tokens[:, start : start + max(here)].to(model.device), state)
+        here = [n + x.shape[1] - max(here) for n in here]
+        x = _read_lower(model, x, state, here)
+        kept = appended(kept, x, _count(here, x))
+    # What is new to the upper half, at most the tail, moved to the front of each row.
+    news = [after - before for after, before in zip(state.positions, begin, strict=True)]
+    num_new = [min(tail, new) for new in news]
+    order = (
+        torch.arange(max(num_new), device=kept.device)[None] + tail - torch.tensor(num_new, device=kept.device)[:, None]
+    )
+    x = kept.gather(1, order.clamp(max=tail - 1)[:, :, None].expand(-1, -1, kept.shape[2]))
+    # Where tokens were left out, the upper caches do not join on: they count as empty.
+    state.num_upper_past = [0 if new > tail else past for new, past in zip(news, state.num_upper_past, strict=True)]
+    if max(news) > tail:
+        state.carried.clear()
+    starts = [after - n for after, n in zip(state.positions, num_new, strict=True)]
+    x = _read_upper(model, x, state, starts, num_new)
+    last = torch.tensor(
+        [_last_text(model, start, n) for start, n in zip(starts, num_new, strict=True)], device=x.device
+    )
+    return model.logits(model.norm(x[torch.arange(x.shape[0], device=x.device), last]))
+
+
+def _last_text(model: HSATransformer, start: int, count: int) -> int:
+    """The row of the last token that is text: before it, if that is a landmark token of the model's own."""
+    ends_in_landmark = model.config.has_landmark_tokens and (start + count) % model.config.chunk_size == 0
+    return count - 1 - ends_in_landmark
+
+
+def _embed(model: HSATransformer, tokens: Tensor, state: ModelState) -> tuple[Tensor, Tensor | None]:
+    x = model.embed(tokens)
+    if model.landmark_token is None:
+        return x, None
+    return model.with_landmark_tokens(x, state.positions[0])
+
+
+def _read_lower(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> Tensor:
+    """Runs the lower half and adds the chunks that became complete to the memory."""
+    piece = _piece(model, x, state.positions, state.positions, valid)
+    x, state.lower = model.run(model.lower, x, piece, state.lower)
+    if state.memory is not None:
+        _remember(model, x, state, valid)
+    state.positions = [position + n for position, n in zip(state.positions, valid, strict=True)]
+    return x
+
+
+def _read_upper(model: HSATransformer, x: Tensor, state: ModelState, starts: list[int], valid: list[int]) -> Tensor:
+    piece = _piece(model, x, starts, state.num_upper_past, valid)
+    carried = state.carried if model.config.has_landmark_tokens else None
+    piece = replace(piece, memory=state.memory, carried=carried)
+    x, state.upper = model.run(model.upper, x, piece, state.upper)
+    state.num_upper_past = [past + n for past, n in zip(state.num_upper_past, valid, strict=True)]
+    return x
+
+
+def _piece(model: HSATransformer, x: Tensor, starts: list[int], past: list[int], valid: list[int]) -> Piece:
+    piece = model.piece(starts, x)
+    grows = any(spec.mixer == "full" for spec in model.config.layers)
+    num_past = _tensor(past, x) if grows or min(past) < model.config.window - 1 else None
+    return replace(piece, num_past=num_past, num_valid=_count(valid, x))
+
+
+def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> None:
+    """Encodes the chunks that the piece completes; `state.positions` is still where the piece begins."""
+    assert model.chunk_encoder is not None
+    assert state.memory is not None
+    C = model.config.chunk_size
+    waiting = [position % C for position in state.positions]
+    counts = [(w + n) // C for w, n in zip(waiting, valid, strict=True)]
+    most = max(counts)
+    if most:
+        rows = torch.cat((state.pending, x), dim=1)
+        first = C - 1 - _tensor(waiting, x)
+        index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
+        chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])).unflatten(1, (most, C))
+        encoded = model.chunk_encoder(chunks)
+        state.memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
+    state.pending = appended(state.pending, x, _count(valid, x))
+
+
+def _count(valid: list[int], x: Tensor) -> Tensor | None:
+    """Valid tokens as the layers take them: None where nothing is padding."""
+    return None if all(n == x.shape[1] for n in valid) else _tensor(valid, x)
+
+
+def _tensor(values: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)
+
+
+def _by_rows(rows: list[Tensor], length: int) -> Tensor:
+    padded = rows[0].new_zeros(len(rows), length, rows[0].shape[2])
+    for b, row in enumerate(rows):
+        padded[b, : row.shape[1]] = row[0]
+    return padded
+
+
+def _valid(tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None) -> list[int]:
+    batch = len(state.rows) if state.rows is not None else len(state.positions)
+    if tokens.dim() != 2 or tokens.shape[0] != batch:
+        raise InvalidArgument(f"tokens have shape {list(tokens.shape)}; [{batch}, T] is needed")
+    valid = [tokens.shape[1]] * batch if num_valid is None else [int(n) for n in num_valid]
+    if len(valid) != batch or not all(0 <= n <= tokens.shape[1] for n in valid):
+        raise InvalidArgument(f"num_valid = {valid} must be {batch} numbers in 0 … {tokens.shape[1]}")
+    return valid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Where a state stood. Nothing large is copied: reading on makes new caches, and the memory only grows.
+
+    Attributes:
+        state: the small parts of it.
+        num_chunks: of each row of its memory.
+        rows: of a state that has rows of its own.
+    """
+
+    state: ModelState
+    num_chunks: tuple[int, ...]
+    rows: tuple["Snapshot", ...]
+
+
+def snapshot(state: ModelState) -> Snapshot:
+    """A point to which `rewind` goes back, for as long as chunks that are there now are not overwritten."""
+    return Snapshot(
+        state=_copy(state),
+        num_chunks=tuple(state.memory.num_chunks) if state.memory is not None else (),
+        rows=tuple(snapshot(row) for row in state.rows or ()),
+    )
+
+
+def rewind(state: ModelState, point: Snapshot) -> None:
+    """Makes a state what it was; a point can be gone back to many times.
+
+    Args:
+        state: that the point was taken of, read on since.
+        point: of it.
+    """
+    before = _copy(point.state)
+    state.positions, state.num_upper_past = before.positions, before.num_upper_past
+    state.lower, state.upper, state.pending = before.lower, before.upper, before.pending
+    state.carried = before.carried
+    if state.memory is not None:
+        state.memory.truncate(point.num_chunks)
+    for row, row_point in zip(state.rows or (), point.rows, strict=True):
+        rewind(row, row_point)
+
+
+def _copy(state: ModelState) -> ModelState:
+    return replace(
+        state,
+        positions=list(state.positions),
+        lower=list(state.lower),
+        upper=list(state.upper),
+        num_upper_past=list(state.num_upper_past),
+        carried=dict(state.carried),
+    )

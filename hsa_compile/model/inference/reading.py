@@ -1,0 +1,168 @@
+"""What a model has read, as a directory: a book is read once and asked many times."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import SaveError
+from hsa_compile.files import make_directory, read_json, read_tensors, sync_directory, write_json, write_tensors
+from hsa_compile.model.inference.inference import ModelState
+from hsa_compile.model.layer import Cache
+from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.memory.memory import ChunkMemory
+from hsa_compile.model.transformer import HSATransformer
+
+INDEX_FILE = "reading.json"
+FORMAT, FORMAT_VERSION = "hsa-compile reading", 1
+_PREFIX = "reading-"
+_SAMPLES = 4096  # numbers of each tensor that a fingerprint is made of
+
+
+def save_state(model: HSATransformer, state: ModelState, directory: str | Path) -> None:
+    """Writes all that a model keeps of the texts it has read.
+
+    The new reading is written beside the old one, and one rename of the index makes it the current one: a kill at
+    any moment leaves a whole reading.
+
+    Args:
+        model: that has read.
+        state: is not changed.
+        directory: is made if it is not there.
+
+    Raises:
+        SaveError: a file cannot be written; the reading that was there is intact.
+    """
+    directory = Path(directory)
+    place = directory / f"{_PREFIX}{uuid.uuid4().hex}"
+    make_directory(place)
+    states = [state] if state.rows is None else state.rows
+    try:
+        rows = [_save_row(row, place / f"row{i}") for i, row in enumerate(states)]
+        sync_directory(place)
+        index = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": fingerprint(model),
+            "config": model.config.to_dict(),
+            "place": place.name,
+            "by_rows": state.rows is not None,
+            "rows": rows,
+        }
+        write_json(directory / INDEX_FILE, index)
+    except (SaveError, OSError) as error:
+        shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(f"{place} cannot be written ({error}); what was there is untouched") from error
+    for old in directory.glob(f"{_PREFIX}*"):
+        if old != place:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(model: HSATransformer, directory: str | Path, *, memory: str = "device") -> ModelState:
+    """The state that `save_state` wrote; what is read on leaves the files as they are.
+
+    Args:
+        model: the same that has read: config, weights and dtype.
+        directory: of the reading.
+        memory: where chunk keys and values will lie: `device`, `host` or `disk`, where they are mapped, not read.
+
+    Raises:
+        SaveError: a file is missing, damaged or foreign, or another model has read; the message names it.
+        InvalidArgument: the same of the memory's files, or `memory` is not allowed.
+    """
+    directory = Path(directory)
+    path = directory / INDEX_FILE
+    index = read_json(path)
+    if index.get("format") != FORMAT or index.get("format_version") != FORMAT_VERSION:
+        raise SaveError(
+            f"{path} has format {index.get('format')!r}, version {index.get('format_version')!r}; this hsa-compile "
+            f"reads {FORMAT!r}, version {FORMAT_VERSION}"
+        )
+    if index["config"] != model.config.to_dict():
+        changed = [name for name, value in model.config.to_dict().items() if index["config"].get(name) != value]
+        raise SaveError(f"{path} was read by another model: {', '.join(changed)} of its config differ")
+    if index["model"] != fingerprint(model):
+        raise SaveError(f"{path} was read by another model: the same config, but other weights or another dtype")
+    place = directory / index["place"]
+    states = [_load_row(model, values, place / f"row{i}", memory) for i, values in enumerate(index["rows"])]
+    return replace(states[0], rows=states) if index["by_rows"] else states[0]
+
+
+def fingerprint(model: HSATransformer) -> str:
+    """A digest of the config and of a few thousand numbers of each tensor: it tells models apart, in little time even
+    for large ones, but does not prove that no bit differs."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save_row(state: ModelState, place: Path) -> dict[str, Any]:
+    make_directory(place)
+    tensors = {"pending": state.pending}
+    for half, caches in (("lower", state.lower), ("upper", state.upper)):
+        for i, cache in enumerate(caches):
+            if cache is not None:
+                tensors |= {f"{half}.{i}.{name}": getattr(cache, name) for name in cache.__slots__}
+    for layer, selection in state.carried.items():
+        tensors[f"carried.{layer}.indices"] = selection.indices
+        tensors[f"carried.{layer}.weights"] = selection.weights
+    write_tensors(place / "caches.safetensors", tensors, {"format_version": str(FORMAT_VERSION)})
+    if state.memory is not None:
+        state.memory.save(place / "memory")
+    return {
+        "positions": state.positions,
+        "num_upper_past": state.num_upper_past,
+        "carried": list(state.carried),
+    }
+
+
+def _load_row(model: HSATransformer, values: dict[str, Any], place: Path, memory: str) -> ModelState:
+    path = place / "caches.safetensors"
+    tensors = {name: tensor.to(model.device) for name, tensor in read_tensors(path).items()}
+    batch = len(values["positions"])
+    try:
+        halves = {
+            half: [
+                _cache(empty, f"{half}.{i}", tensors)
+                for i, empty in enumerate(model.empty_caches(getattr(model, half), batch))
+            ]
+            for half in ("lower", "upper")
+        }
+        carried = {
+            layer: Selection(indices=tensors[f"carried.{layer}.indices"], weights=tensors[f"carried.{layer}.weights"])
+            for layer in values["carried"]
+        }
+        pending = tensors["pending"]
+    except KeyError as error:
+        raise SaveError(f"{path} does not belong to {INDEX_FILE}: it lacks {error}") from error
+    chunks = None
+    if model.config.has_memory:
+        chunks = ChunkMemory.load(place / "memory", device=model.device, placement=memory)
+    return ModelState(
+        positions=values["positions"],
+        lower=halves["lower"],
+        upper=halves["upper"],
+        num_upper_past=values["num_upper_past"],
+        pending=pending,
+        memory=chunks,
+        carried=carried,
+    )
+
+
+def _cache(empty: Cache | None, name: str, tensors: dict[str, Tensor]) -> Cache | None:
+    """A cache of the kind of `empty`."""
+    if empty is None:
+        return None
+    return type(empty)(**{slot: tensors[f"{name}.{slot}"] for slot in empty.__slots__})

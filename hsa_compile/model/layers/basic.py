@@ -1,0 +1,94 @@
+"""The small parts that every layer is built from: RMSNorm, RoPE, SwiGLU."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467).
+
+    Args:
+        dim: of what is normalised.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., dim]` → the same shape in the weight's dtype; the mean is taken in float32 at least."""
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202).
+
+    Args:
+        dim: of input and output.
+        hidden_dim: between them.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., dim]` → `[..., dim]`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864), good to the last bit at any position.
+
+    An angle is a position times a frequency; beyond a million tokens float32 would be wrong in the first digit of
+    its fraction, so it is made in float64 and rounded last.
+
+    Args:
+        positions: `[...]` integers.
+        head_dim: `D`, even.
+        theta: base of the frequencies.
+        dtype: of the result.
+
+    Returns:
+        cos and sin `[..., D / 2]`.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angles = positions.to(torch.float64)[..., None] * theta**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs `(i, i + D/2)` of `x [B, T, heads, D]` by the angles `[B or 1, T, D / 2]` of `rope_angles`."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside run in the dtype of their tensors."""
+    return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would multiply `x` in, or that of `x` where autocast is off."""
+    return torch.get_autocast_dtype(x.device.type) if _is_on(x.device) else x.dtype
+
+
+def without_cpu_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[Any], tuple[Tensor, ...]]:
+    """For kernels that are for float32 on a CPU: under autocast there, a context without it and float32 tensors."""
+    device = tensors[0].device
+    if device.type == "cpu" and _is_on(device):
+        return no_autocast(device), tuple(x.float() for x in tensors)
+    return nullcontext(), tensors
+
+
+def _is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # the meta device knows no autocast

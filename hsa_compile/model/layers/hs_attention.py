@@ -1,0 +1,288 @@
+"""How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hsa_compile.kernels.hsa_attention.op import hsa_attention
+from hsa_compile.kernels.select_chunks.op import select_chunks
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
+from hsa_compile.model.layers.basic import RMSNorm, SwiGLU, rope_angles, rotate, without_cpu_autocast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedChunks:
+    """Chunks as the memory holds them.
+
+    Attributes:
+        k, v: `[..., C, H, D]`.
+        landmarks: `[..., H, Dr]`.
+    """
+
+    k: Tensor
+    v: Tensor
+    landmarks: Tensor
+
+
+class EncoderLayer(GroupedQueryAttention):
+    """One bidirectional layer over a chunk; as in the authors' code, with biases on q, k and v.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, bias=True)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.encoder_ffn_dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """`x [n, L, dim]`, one chunk a row → the same shape."""
+        q, k, v = self.project(self.norm(x))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        x = x + self.o_proj(attend(q, k, v).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ChunkEncoder(nn.Module):
+    """Encodes whole chunks on their own (arXiv 2511.23319, section 3): positions restart in each.
+
+    A learned CLS is appended to a chunk and its output, through a linear layer, is the chunk's landmark; keys and
+    values come from the outputs at the tokens, keys with QK norm. In DRT the chunk's last token is the landmark
+    token and takes the place of the CLS.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_dim = config.memory_kv_heads, config.memory_head_dim
+        self.retrieval_dim, self.encoder_head_dim = config.retrieval_dim, config.head_dim
+        self.rope_theta = config.rope_theta
+        self.cls = None if config.has_landmark_tokens else nn.Parameter(torch.zeros(config.dim))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.k_proj = nn.Linear(config.dim, config.memory_kv_heads * config.memory_head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.memory_kv_heads * config.memory_head_dim, bias=False)
+        self.k_norm = RMSNorm(config.memory_head_dim, config.norm_eps)
+        self.landmark_proj = nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
+        self.landmark_norm = RMSNorm(config.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
+
+    def forward(self, chunks: Tensor) -> EncodedChunks:
+        """`chunks [..., C, dim]`, outputs of the lower half → keys, values and landmarks."""
+        *shape, num_tokens, dim = chunks.shape
+        x = chunks.reshape(math.prod(shape), num_tokens, dim)
+        if self.cls is not None:
+            x = torch.cat((x, self.cls.to(x.dtype).expand(x.shape[0], 1, dim)), dim=1)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        rope = rope_angles(positions, self.encoder_head_dim, self.rope_theta, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rope)
+        x = self.norm(x)
+        tokens = x[:, :num_tokens]
+        heads = (*shape, num_tokens, self.num_kv_heads, self.head_dim)
+        return EncodedChunks(
+            k=self.k_norm(self.k_proj(tokens).view(heads)),
+            v=self.v_proj(tokens).view(heads),
+            landmarks=self.landmark_norm(
+                self.landmark_proj(x[:, -1]).view(*shape, self.num_kv_heads, self.retrieval_dim)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The chunks that each token reads, and how much.
+
+    Attributes:
+        indices: `[B, T, H, K]` int32, −1 where a slot is empty.
+        weights: `[B, T, H, K]`.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+class Memory(Protocol):
+    """What retrieval and HSAttention ask of a memory: `SequenceMemory` in training, `ChunkMemory` in inference."""
+
+    def select(
+        self, query: Tensor, positions: list[int], *, top_k: int, fusion: str, once_a_chunk: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The best chunks that are complete at each token, as (indices, weights) `[B, T, H, K]`.
+
+        With `once_a_chunk`, query row t is the last token of chunk `position + t`, which sees the chunks before.
+        """
+
+    def attend(
+        self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
+    ) -> Tensor:
+        """What the tokens read from their chunks, `[B, T, HQ, D]`."""
+
+
+class SequenceMemory:
+    """The chunks of the sequences that are being trained on; gradients reach them.
+
+    Args:
+        chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
+        in_batch: whether each sequence also sees the chunks of all others, as if they were text before it: what is
+            found among B · N chunks is found in a longer text.
+    """
+
+    def __init__(self, chunks: EncodedChunks, *, in_batch: bool = False) -> None:
+        batch, num_chunks, self.chunk_size = chunks.k.shape[:3]
+        k, v, landmarks = chunks.k, chunks.v, chunks.landmarks
+        self._num_others = (batch - 1) * num_chunks if in_batch else 0
+        if self._num_others:
+            k, v, landmarks = (
+                torch.cat([x.roll(shift, dims=0) for shift in range(batch - 1, -1, -1)], dim=1)
+                for x in (k, v, landmarks)
+            )
+        self.k, self.v, self.landmarks = k.flatten(1, 2), v.flatten(1, 2), landmarks
+
+    def select(
+        self,
+        query: Tensor,
+        positions: list[int],
+        *,
+        top_k: int,
+        fusion: str,
+        once_a_chunk: bool,
+        noise_seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
+        assert not any(positions), "a training sequence begins at 0"
+        chunk_size = 1 if once_a_chunk else self.chunk_size
+        context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
+        with context:
+            return select_chunks(
+                query,
+                landmarks,
+                chunk_size=chunk_size,
+                top_k=top_k,
+                offset=self._num_others * chunk_size,
+                fusion=fusion,
+                noise_seed=noise_seed,
+            )
+
+    def attend(
+        self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
+    ) -> Tensor:
+        """`Memory.attend`."""
+        context, (q, k, v) = without_cpu_autocast(q, self.k, self.v)
+        with context:
+            return hsa_attention(
+                q,
+                k,
+                v,
+                indices,
+                weights,
+                chunk_size=self.chunk_size,
+                softmax_off_by_one=softmax_off_by_one,
+                mask_last_token=mask_last_token,
+            )
+
+
+class Retrieval(nn.Module):
+    """Chooses chunks by the scores of landmarks: once a token, or in DRT once a chunk.
+
+    The query is a linear function of RMSNorm(h), one retrieval head for each kv head of the memory.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.retrieval_dim = config.memory_kv_heads, config.retrieval_dim
+        self.top_k, self.fusion, self.scale = config.top_k, config.fusion, config.retrieval_scale
+        self.chunk_size = config.chunk_size
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.q_proj = nn.Linear(config.dim, self.num_heads * self.retrieval_dim, bias=False)
+        self.q_norm = RMSNorm(self.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
+
+    def forward(self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None = None) -> Selection:
+        """The chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
+        return self._select(x, memory, positions, noise_seed, once_a_chunk=False)
+
+    def once_a_chunk(
+        self, x: Tensor, memory: Memory, position: int, carried: Selection | None, noise_seed: int | None = None
+    ) -> tuple[Selection, Selection]:
+        """DRT's way: the last token of a chunk, its landmark token, chooses for all tokens of the next chunk.
+
+        Args:
+            x: `[B, T, dim]`; all rows begin at `position`.
+            memory: to choose from; chunk c sees chunks up to c − 2.
+            position: of the first token.
+            carried: what was chosen for the chunk that `x` begins in; None at the beginning of a text.
+            noise_seed: of the Gumbel noise, or None.
+
+        Returns:
+            the selection for the tokens of `x`, and for the first token after them.
+        """
+        C, T = self.chunk_size, x.shape[1]
+        first = position // C
+        end = (first + 1) * C - 1 - position
+        ends = torch.arange(end, max(end, T), C, device=x.device)
+        chosen = self._select(x[:, ends], memory, [first] * x.shape[0], noise_seed, once_a_chunk=True)
+        if carried is None:
+            shape = (x.shape[0], 1, self.num_heads, self.top_k)
+            carried = Selection(indices=chosen.indices.new_full(shape, -1), weights=chosen.weights.new_zeros(shape))
+        indices = torch.cat((carried.indices, chosen.indices), dim=1)
+        weights = torch.cat((carried.weights, chosen.weights), dim=1)
+        chunk = (position + torch.arange(T + 1, device=x.device)) // C - first
+        now, after = chunk[:-1], chunk[-1:]
+        return (
+            Selection(indices=indices[:, now], weights=weights[:, now]),
+            Selection(indices=indices[:, after], weights=weights[:, after]),
+        )
+
+    def _select(
+        self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None, *, once_a_chunk: bool
+    ) -> Selection:
+        query = self.q_norm(self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim))
+        query = query * self.scale
+        select = memory.select
+        if noise_seed is not None:
+            assert isinstance(memory, SequenceMemory), "noise is for training"
+            select = functools.partial(memory.select, noise_seed=noise_seed)
+        indices, weights = select(query, positions, top_k=self.top_k, fusion=self.fusion, once_a_chunk=once_a_chunk)
+        return Selection(indices=indices, weights=weights)
+
+
+class HSAttention(nn.Module):
+    """Hierarchical sparse attention to the memory, without position encoding, with QK norm (arXiv 2511.23319).
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.memory_heads, config.memory_head_dim
+        self.softmax_off_by_one = config.reads_off_by_one
+        self.mask_last_token = config.has_landmark_tokens
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.q_proj = nn.Linear(config.dim, self.num_heads * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, memory: Memory, selection: Selection) -> Tensor:
+        """What the tokens of `x [B, T, dim]` read from their chunks, `[B, T, dim]`; the residual is the caller's."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(self.norm(x)).view(B, T, self.num_heads, self.head_dim))
+        o = memory.attend(
+            q,
+            selection.indices,
+            selection.weights,
+            softmax_off_by_one=self.softmax_off_by_one,
+            mask_last_token=self.mask_last_token,
+        )
+        return self.o_proj(o.reshape(B, T, self.num_heads * self.head_dim))

@@ -1,0 +1,193 @@
+"""Mixture of SwiGLU experts: sigmoid router, top-k, a shared expert, and a bias that balances the load without a loss.
+
+As in Ling-2.0 and DeepSeek-V3; the balancing is arXiv 2408.15664.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.layers.basic import SwiGLU, compute_dtype, no_autocast
+from hsa_compile.model.layers.grouped_product import ExpertOrder, grouped_swiglu, sort_by_expert
+
+FEW_PAIRS = 8  # up to here, which is a step of decoding, sorting costs more than it saves
+
+
+class MoE(nn.Module):
+    """Replaces the MLP of a layer: each token passes `experts_per_token` of the experts, and the shared one.
+
+    The balancing bias decides only which experts are chosen; their weights are the scores without it, normalised to
+    the sum 1. Router and bias work in float32 at least, whatever the dtype of the model.
+
+    Args:
+        dim: of input and output.
+        num_experts: `E`.
+        experts_per_token: `K`.
+        expert_dim: hidden size of one expert.
+        num_shared_experts: their hidden sizes add up to that of the one shared SwiGLU; 0 for none.
+
+    Raises:
+        InvalidArgument: a size below 1, or `experts_per_token` above `num_experts`.
+    """
+
+    balance_bias: Tensor  # [E], float32
+    load: Tensor  # [E], int64: pairs since the last `update_bias`
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        experts_per_token: int,
+        expert_dim: int,
+        num_shared_experts: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("num_experts", num_experts), ("expert_dim", expert_dim)):
+            if size < 1:
+                raise InvalidArgument(f"{name} is {size}; it must be at least 1")
+        if not 1 <= experts_per_token <= num_experts:
+            raise InvalidArgument(f"experts_per_token is {experts_per_token}; allowed are 1 to {num_experts}")
+        if num_shared_experts < 0:
+            raise InvalidArgument(f"num_shared_experts is {num_shared_experts}; it must be at least 0")
+        self.num_experts = num_experts
+        self.experts_per_token = experts_per_token
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * expert_dim))
+        self.down = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+        self.shared = SwiGLU(dim, num_shared_experts * expert_dim) if num_shared_experts else None
+        self.register_buffer("balance_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws all weights anew from a normal distribution; bias and load become zero."""
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=std)
+        self.balance_bias.zero_()
+        self.load.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., dim]` → `[..., dim]`."""
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen, weights = self._route(tokens)
+        out = self._experts(tokens, chosen, weights).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`tokens [T, dim]` → chosen experts and their weights, both `[T, K]`."""
+        with no_autocast(tokens.device):
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            scores = F.linear(tokens.to(dtype), self.router.weight.to(dtype)).sigmoid()
+        chosen = (scores.detach() + self.balance_bias).topk(self.experts_per_token, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+    def _experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # Small products of halves are slow on a CPU: a step of `tiny` takes 0.79 s with them and 0.56 s in float32.
+        dtype = tokens.dtype if tokens.device.type == "cpu" else compute_dtype(tokens)
+        tokens, weights = tokens.to(dtype), weights.to(dtype)
+        gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        few, count = pair_by_pair, count_in_backward
+        if "torch._dynamo" in sys.modules:
+            from hsa_compile.model.layers import uncompiled
+
+            few, count = uncompiled.pair_by_pair, uncompiled.count_in_backward
+        with no_autocast(tokens.device):
+            # Shapes without values cannot be sorted; gathered weights also show the right number of FLOPs.
+            if tokens.is_meta or (chosen.numel() <= FEW_PAIRS and not torch.is_grad_enabled()):
+                few = few if tokens.device.type == "cpu" else _gathered
+                return few(tokens, chosen, weights, gate_up, down)
+            pairs = sort_by_expert(chosen, self.num_experts)
+            out = grouped_swiglu(tokens, weights, pairs, gate_up, down)
+        if self.training and out.requires_grad:
+            count(self, out, pairs)
+        return out
+
+    @property
+    def max_over_mean_load(self) -> float:
+        """The busiest expert's load over the mean since the last `update_bias`, on this process; 1 if nothing ran."""
+        total = int(self.load.sum())
+        return int(self.load.max()) * self.num_experts / total if total else 1.0
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """Moves each bias by `rate` against its expert's load and forgets the load; call it once an optimizer step.
+
+        In a distributed run the load is the sum over all processes, so the biases stay equal.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load)
+        load = self.load.to(torch.float64)
+        self.balance_bias += rate * torch.sign(load.mean() - load).to(torch.float32)
+        self.load.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keeps the bias in float32 when the model is cast: in bfloat16 its steps would be rounded away."""
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if self.balance_bias.dtype != torch.float32:
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
+
+
+def moe_reference(moe: MoE, x: Tensor) -> Tensor:
+    """What `moe` computes, as a loop over its experts; for tests, in any dtype.
+
+    Args:
+        moe: whose weights are used.
+        x: `[..., dim]`.
+
+    Returns:
+        `[..., dim]`.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    scores = torch.sigmoid(tokens @ moe.router.weight.T)
+    chosen = torch.topk(scores + moe.balance_bias, moe.experts_per_token, dim=-1).indices
+    mask = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+    weights = scores * mask / (scores * mask).sum(dim=-1, keepdim=True)  # [T, E]
+    out = torch.zeros_like(tokens)
+    for e in range(moe.num_experts):
+        gate, up = (tokens @ moe.gate_up[e]).chunk(2, dim=-1)
+        out = out + weights[:, e, None] * ((F.silu(gate) * up) @ moe.down[e])
+    out = out.view(x.shape)
+    return out if moe.shared is None else out + moe.shared(x)
+
+
+def count_in_backward(moe: MoE, out: Tensor, pairs: ExpertOrder) -> None:
+    """Adds to the load when the gradient comes by.
+
+    Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
+    counts each token once with or without it; a forward pass that trains nothing is not counted.
+    """
+
+    def add(_: Tensor) -> None:
+        moe.load.add_(pairs.counts)
+
+    out.register_hook(add)
+
+
+def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A few tokens on the CPU: the experts' weights are read where they are."""
+    out = torch.zeros_like(tokens)
+    scales = weights.tolist()
+    for t, experts in enumerate(chosen.tolist()):
+        for k, e in enumerate(experts):
+            gate, up = (tokens[t : t + 1] @ gate_up[e]).chunk(2, dim=-1)
+            out[t : t + 1].addmm_(F.silu(gate) * up, down[e], alpha=scales[t][k])
+    return out
+
+
+def _gathered(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A few tokens on a device: no sort, no wait for the host, one batched product a weight."""
+    rows = tokens.repeat_interleave(chosen.shape[1], dim=0).unsqueeze(1)  # [P, 1, dim]
+    experts = chosen.flatten()
+    gate, up = torch.bmm(rows, gate_up.index_select(0, experts)).chunk(2, dim=-1)
+    pairs = torch.bmm(F.silu(gate) * up, down.index_select(0, experts))
+    return torch.bmm(weights.unsqueeze(1), pairs.view(*chosen.shape, -1)).squeeze(1)

@@ -1,0 +1,13 @@
+"""The functions of a mixture of experts that `torch.compile` leaves alone.
+
+To mark them imports `torch._dynamo`, which takes longer than all the rest of a model. So this file is imported only
+where something else has imported that already; before, nothing can have been compiled.
+"""
+
+import torch
+
+from hsa_compile.model.layers import grouped_product, moe
+
+sliced = torch.compiler.disable(grouped_product.sliced)
+pair_by_pair = torch.compiler.disable(moe.pair_by_pair)
+count_in_backward = torch.compiler.disable(moe.count_in_backward)

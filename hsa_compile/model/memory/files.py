@@ -1,0 +1,282 @@
+"""A saved chunk memory on disk: safetensors shards in a directory of their own, and a manifest that names it.
+
+Nothing that is there is changed: new shards are written beside the old ones and synced, and a rename of the manifest
+makes them the save. A kill at any moment leaves the old save or the new one.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.memory.landmarks import LandmarkStore
+from hsa_compile.model.memory.pages import PagePool, mapped_tensor
+from hsa_compile.model.memory.shape import PageTable
+
+FORMAT, VERSION = "hsa-compile chunk memory", 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 2**27
+_OURS = re.compile(r"manifest\.json(\.new)?|(\.writing|chunks)-\w+")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_READ_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One file: k `[n, H, C, D]`, v `[n, H, C, Dv]`, landmarks `[n, H, Dr]` of chunks that follow one another."""
+
+    name: str
+    num_chunks: int
+    num_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
+            raise ValueError(f"name {self.name!r} is not that of a shard")
+        for value in (self.num_chunks, self.num_bytes):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"shard {self.name!r} has a size of {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What the manifest says.
+
+    Attributes:
+        shape: arguments of `ChunkMemory`, dtypes by name.
+        counts: chunks of each row; shards hold row after row.
+        data: the directory of the shards.
+        shards: in order.
+    """
+
+    shape: dict[str, int | str]
+    counts: list[int]
+    data: str
+    shards: list[Shard]
+
+
+def write_save(
+    directory: Path, shape: dict[str, int | str], counts: list[int], shards: Iterable[dict[str, Tensor]]
+) -> None:
+    """Makes `directory` the save of these shards, which are written one at a time.
+
+    Raises:
+        InvalidArgument: something else lies in the directory.
+        OSError: the disk is full or cannot be written; the save that was there is untouched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign(directory)
+    made = Path(tempfile.mkdtemp(dir=directory, prefix=".writing-"))
+    final = made.with_name(made.name.replace(".writing-", "chunks-"))
+    try:
+        written = [_write_shard(made / f"{i:05d}.safetensors", shard) for i, shard in enumerate(shards)]
+        _sync_directory(made)
+        made.rename(final)
+        _sync_directory(directory)
+        content = asdict(Saved(shape=shape, counts=counts, data=final.name, shards=written))
+        manifest = {"format": FORMAT, "version": VERSION, "sha256": _checksum(content), **content}
+        new = directory / f"{MANIFEST}.new"
+        _write(new, json.dumps(manifest, indent=1).encode())
+    except BaseException:  # also an interrupt: what was begun is of no use
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        raise
+    new.replace(directory / MANIFEST)
+    _sync_directory(directory)
+    for old in directory.iterdir():  # the save before, and what killed savers left
+        if old.is_dir() and _OURS.fullmatch(old.name) and old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(directory: Path, *, verify: bool) -> Saved:
+    """What the manifest says, after a look at the shards.
+
+    Args:
+        directory: of the save.
+        verify: read all shards, to compare their checksums; sizes are compared in any case.
+
+    Raises:
+        InvalidArgument: there is no save, it is of another version, or a file is damaged; the message names the file.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InvalidArgument(f"{directory} holds no saved memory: {path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise InvalidArgument(f"{path} cannot be read as a manifest ({error})") from error
+    if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
+        raise InvalidArgument(f"{path} is not the manifest of a {FORMAT}")
+    if (version := manifest.pop("version", None)) != VERSION:
+        raise InvalidArgument(f"{path} is of version {version!r}; version {VERSION} can be read")
+    if manifest.pop("sha256", None) != _checksum(manifest):
+        raise InvalidArgument(f"{path} is damaged: its checksum does not match")
+    try:
+        saved = Saved(**{**manifest, "shards": [Shard(**shard) for shard in manifest["shards"]]})
+        whole = sum(shard.num_chunks for shard in saved.shards) == sum(saved.counts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument(f"{path} is not a manifest of version {VERSION} ({error})") from error
+    if not whole or not _OURS.fullmatch(saved.data):
+        raise InvalidArgument(f"{path} contradicts itself: {saved.data!r} with chunks {saved.counts}")
+    for shard in saved.shards:
+        _check_shard(directory / saved.data / shard.name, shard, verify)
+    return saved
+
+
+def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a shard, which lie in the mapped file, and the mapping. They are never written to.
+
+    Raises:
+        InvalidArgument: the file is not a shard of these shapes.
+    """
+    try:
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(mapping[:8], "little")
+        header = json.loads(mapping[8:start])
+        tensors = {}
+        for name, (shape, dtype) in expected.items():
+            entry = header[name]
+            if tuple(entry["shape"]) != shape or _DTYPES.get(entry["dtype"]) != dtype:
+                raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
+            tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"{path} is not a shard of this memory ({error})") from error
+    return tensors, mapping
+
+
+def _refuse_foreign(directory: Path) -> None:
+    for path in directory.iterdir():
+        if not _OURS.fullmatch(path.name):
+            raise InvalidArgument(f"{directory} holds {path.name!r}; a directory is needed that is empty or a save")
+    if (directory / MANIFEST).exists():
+        try:
+            manifest = json.loads((directory / MANIFEST).read_bytes())
+        except ValueError as error:
+            raise InvalidArgument(f"{directory / MANIFEST} is not a manifest; it is not overwritten") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InvalidArgument(f"{directory / MANIFEST} is not the manifest of a {FORMAT}; it is not overwritten")
+
+
+def _check_shard(path: Path, shard: Shard, verify: bool) -> None:
+    try:
+        size = path.stat().st_size
+        if size != shard.num_bytes:
+            raise InvalidArgument(f"{path} has {size} bytes, not the {shard.num_bytes} that were written")
+        if not verify:
+            return
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while data := file.read(_READ_BYTES):
+                digest.update(data)
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read ({error.strerror})") from error
+    if digest.hexdigest() != shard.sha256:
+        raise InvalidArgument(f"{path} is damaged: its checksum does not match")
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> Shard:
+    data = safetensors.torch.save({name: x.cpu().contiguous() for name, x in tensors.items()})
+    _write(path, data)
+    return Shard(
+        name=path.name,
+        num_chunks=len(tensors["landmarks"]),
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """So that names in it survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shards_of(pages: PagePool, table: PageTable, landmarks: LandmarkStore) -> Iterator[dict[str, Tensor]]:
+    """The chunks of all rows, row after row, as many at a time as a shard takes."""
+    numbers = torch.cat([table.pages(row, 0, count) for row, count in enumerate(table.counts)])
+    size = max(1, SHARD_BYTES // pages.shape.page_bytes)
+    for first in range(0, len(numbers), size):
+        last = min(first + size, len(numbers))
+        k, v = _pages(pages, numbers[first:last])
+        parts = [landmarks.read(*part) for part in _rows(table.counts, first, last)]
+        yield {"k": k, "v": v, "landmarks": torch.cat(parts)}
+
+
+def restore(pages: PagePool, table: PageTable, landmarks: LandmarkStore, directory: Path, saved: Saved) -> None:
+    """Fills an empty memory from a save. On `disk` keys and values stay in the shards, which are mapped.
+
+    Raises:
+        InvalidArgument: a shard is not what the manifest says.
+    """
+    shape, first = pages.shape, 0
+    for shard in saved.shards:
+        n = shard.num_chunks
+        expected = {
+            "k": (shape.keys(n), shape.dtype),
+            "v": (shape.values(n), shape.dtype),
+            "landmarks": ((n, shape.num_kv_heads, shape.retrieval_dim), shape.landmark_dtype),
+        }
+        tensors, mapping = map_shard(directory / saved.data / shard.name, expected)
+        k, v, near = (tensors[name] for name in ("k", "v", "landmarks"))
+        if pages.placement == "disk":
+            pages.attach(k, v, mapping)
+        else:
+            pages.append(k, v)
+        begin = first
+        for row, chunk, end in _rows(saved.counts, first, first + n):
+            landmarks.write(row, chunk, near[begin - first : begin - first + end - chunk])
+            begin += end - chunk
+        first += n
+    first = 0
+    for row, count in enumerate(saved.counts):
+        table.append(row, first, count)
+        first += count
+
+
+def _pages(pages: PagePool, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys `[n, H, C, D]` and values of pages in any order, on the CPU."""
+    heads = pages.shape.num_kv_heads
+    rising, order = numbers.sort()
+    slots = (rising.view(-1, 1) * heads + torch.arange(heads)).flatten()
+    k, v = (x.unflatten(0, (-1, heads)) for x in pages.read(slots, len(slots), device=torch.device("cpu")))
+    if torch.equal(rising, numbers):
+        return k, v
+    back = order.argsort()
+    return k[back], v[back]
+
+
+def _rows(counts: list[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Chunks `first … last − 1` of all rows laid end to end, as (row, its first chunk, the end)."""
+    start = 0
+    for row, count in enumerate(counts):
+        begin, end = max(first - start, 0), min(last - start, count)
+        if begin < end:
+            yield row, begin, end
+        start += count

@@ -1,0 +1,194 @@
+"""The landmarks of the whole past, in segments that never move, and the best chunks among them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
+
+from hsa_compile.kernels.select_chunks.op import select_chunks
+from hsa_compile.kernels.select_host import stable_topk
+from hsa_compile.model.memory.shape import MemoryShape
+
+FIRST_SEGMENT_CHUNKS = 1024
+SEGMENT_BYTES = 2**26  # at most
+SCAN_TOKENS = 4  # up to as many are compared with each landmark directly on a CPU, at the speed of its RAM
+SCAN_ELEMENTS = 2**17  # of landmarks at a time, which a CPU's cache holds
+GATHER_ELEMENTS = 2**23  # of picked landmarks at a time
+
+
+class LandmarkStore:
+    """Landmarks by row and chunk.
+
+    All rows share segments `[B, n, H, Dr]`, so that rows of equal length take one call of a kernel. On a CPU the part
+    of a row that is not there costs addresses alone.
+
+    Args:
+        shape: of the memory.
+        device: of the landmarks.
+    """
+
+    def __init__(self, shape: MemoryShape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self._segments: list[tuple[int, Tensor]] = []  # the first chunk, [B, n, H, Dr]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return sum(data.nbytes for _, data in self._segments)
+
+    def write(self, row: int, chunk: int, landmarks: Tensor) -> None:
+        """Puts `landmarks [n, H, Dr]` of any dtype at chunks `chunk …` of a row."""
+        while self._capacity < chunk + len(landmarks):
+            self._grow()
+        for data, first, last in self._parts(chunk, chunk + len(landmarks)):
+            data[row, first:last].copy_(landmarks[: last - first])
+            landmarks = landmarks[last - first :]
+
+    def read(self, row: int, first: int, last: int) -> Tensor:
+        """Landmarks `[last − first, H, Dr]` of a row."""
+        return torch.cat([data[row, begin:end] for data, begin, end in self._parts(first, last)])
+
+    def select(
+        self, query: Tensor, positions: list[int], counts: list[int], *, chunk_size: int, top_k: int, fusion: str
+    ) -> tuple[Tensor, Tensor]:
+        """What `select_chunks` finds among the first `counts` landmarks of each row.
+
+        Args:
+            query: `[B, T, H, Dr]`, in the dtype of the landmarks.
+            positions: of the first token of each row.
+            counts: chunks of each row.
+            chunk_size: a token at position p sees chunk i iff `p ≥ (i + 1) · chunk_size`.
+            top_k: `K`.
+            fusion: `softmax` or `stick_breaking`.
+        """
+        # Mostly positions alone say what can be seen. Tokens far behind the last chunk, padding, see them all.
+        seen = [(position + query.shape[1] - 1) // chunk_size for position in positions]
+        limits = [None if n <= count else count for n, count in zip(seen, counts, strict=True)]
+        rows = list(zip(positions, limits, strict=True))
+        if len(set(rows)) == 1:
+            return self._select(query, slice(None), *rows[0], chunk_size, top_k, fusion)
+        parts = [
+            self._select(query[b : b + 1], slice(b, b + 1), *row, chunk_size, top_k, fusion)
+            for b, row in enumerate(rows)
+        ]
+        indices, weights = zip(*parts, strict=True)
+        return torch.cat(indices), torch.cat(weights)
+
+    def _select(
+        self,
+        query: Tensor,
+        rows: slice,
+        position: int,
+        limit: int | None,
+        chunk_size: int,
+        top_k: int,
+        fusion: str,
+    ) -> tuple[Tensor, Tensor]:
+        """For rows that are equally long and see chunks below `limit`."""
+        T = query.shape[1]
+        scans = query.device.type == "cpu" and T <= SCAN_TOKENS
+        found, scored = [], []
+        for first, data in self._segments:
+            size = data.shape[1] if limit is None else min(data.shape[1], limit - first)
+            if size <= 0 or position + T - 1 < (first + 1) * chunk_size:
+                break
+            skip = max(0, first * chunk_size - position)  # tokens before these chunks
+            landmarks, later, offset = data[rows, :size], query[:, skip:], position + skip - first * chunk_size
+            if scans:
+                picks = _scan(later, landmarks, offset, chunk_size, top_k)
+            else:
+                picks, weights = select_chunks(
+                    later, landmarks, chunk_size=chunk_size, top_k=top_k, offset=offset, fusion=fusion
+                )
+                if len(self._segments) == 1:
+                    return picks, weights
+            scores = _scores(later, landmarks, picks)
+            scored.append(pad(scores, (0, 0, 0, 0, skip, 0), value=float("-inf")))
+            found.append(pad(torch.where(picks >= 0, picks + first, -1), (0, 0, 0, 0, skip, 0), value=-1))
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if not found:
+            shape = (*query.shape[:3], top_k)
+            nothing = torch.full(shape, -1, dtype=torch.int32, device=query.device)
+            return nothing, torch.zeros(shape, dtype=dtype, device=query.device)
+        # Recent segments in front, so that candidates fall, but for empty slots.
+        chunks, scores = torch.cat(found[::-1], dim=-1), torch.cat(scored[::-1], dim=-1)
+        return _best(chunks, scores, top_k, fusion, dtype)
+
+    @property
+    def _capacity(self) -> int:
+        return self._segments[-1][0] + self._segments[-1][1].shape[1] if self._segments else 0
+
+    def _grow(self) -> None:
+        """As many again as there are, within bounds."""
+        shape = self.shape
+        chunk_bytes = shape.batch * shape.num_kv_heads * shape.retrieval_dim * shape.landmark_dtype.itemsize
+        size = max(1, min(SEGMENT_BYTES // chunk_bytes, max(FIRST_SEGMENT_CHUNKS, self._capacity)))
+        # Zeros, since kernels may compute a score before they mask it; a CPU's system gives them out as they are used.
+        whole = (shape.batch, size, shape.num_kv_heads, shape.retrieval_dim)
+        self._segments.append((self._capacity, torch.zeros(whole, dtype=shape.landmark_dtype, device=self.device)))
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[Tensor, int, int]]:
+        """The segments that hold any of these chunks, each with the range of its own that it holds."""
+        for start, data in self._segments:
+            begin, end = max(first - start, 0), min(last - start, data.shape[1])
+            if begin < end:
+                yield data, begin, end
+
+
+def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k: int) -> Tensor:
+    """`select_chunks` for few tokens, indices alone, on a CPU: one pass over the landmarks for each token."""
+    B, T, H, dim = query.shape
+    query = query if query.dtype == torch.float64 else query.float()
+    picks = torch.full((B, T, H, top_k), -1, dtype=torch.int32)
+    n = min(landmarks.shape[1], (offset + T - 1) // chunk_size)
+    rows = max(1, SCAN_ELEMENTS // (B * H * dim))
+    # One for all tiles: memory of its own for each would cost more than the arithmetic.
+    products, all_scores = query.new_empty(B, min(rows, n), H, dim), query.new_empty(B, n, H)
+    for t in range(T):
+        scores = all_scores[:, : (offset + t) // chunk_size]
+        for begin in range(0, scores.shape[1], rows):
+            part, out = landmarks[:, begin : begin + rows], scores[:, begin : begin + rows]
+            # Multiply and add up row by row: a matrix product may round equal rows differently by their place.
+            part = part[:, : out.shape[1]]
+            product = torch.mul(part, query[:, t, None], out=products[:, : out.shape[1]])
+            torch.sum(product, dim=-1, out=out)
+        columns = stable_topk(scores.transpose(1, 2).flatten(0, 1), min(top_k, scores.shape[1]))
+        best = columns.view(B, H, columns.shape[1])
+        picks[:, t, :, : best.shape[2]] = best.flip(-1)
+    return picks
+
+
+def _scores(query: Tensor, landmarks: Tensor, picks: Tensor) -> Tensor:
+    """float64 scores `[b, T, H, K]` of landmarks that were picked, −∞ for empty slots."""
+    B, _, H, K = picks.shape
+    b = torch.arange(B, device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(H, device=query.device).view(-1, 1)
+    tokens = max(1, GATHER_ELEMENTS // max(1, B * H * K * query.shape[3]))
+    scores = []
+    for q, index in zip(query.split(tokens, dim=1), picks.split(tokens, dim=1), strict=True):
+        picked = landmarks[b, index.clamp(min=0), h].double()  # [b, t, H, K, Dr]
+        scores.append((picked * q.unsqueeze(3).double()).sum(-1) * query.shape[3] ** -0.5)
+    return torch.cat(scores, dim=1).masked_fill(picks < 0, float("-inf"))
+
+
+def _best(chunks: Tensor, scores: Tensor, top_k: int, fusion: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The best `top_k` of candidates that fall, with float64 scores, by the rules of `select_chunks`."""
+    M = chunks.shape[-1]
+    if top_k < M:
+        # Rising, so that of equal scores the lower chunk wins; compared in float32, as kernels do.
+        rising = scores.to(dtype).flip(-1).view(-1, M)
+        columns = M - 1 - stable_topk(rising, top_k).view(*chunks.shape[:-1], top_k)
+        chunks, scores = chunks.gather(-1, columns), scores.gather(-1, columns)
+    chunks, order = chunks.sort(dim=-1, descending=True, stable=True)
+    return chunks, _weights(scores.gather(-1, order), fusion).to(dtype)
+
+
+def _weights(scores: Tensor, fusion: str) -> Tensor:
+    """Weights of scores that stand most recent first, −∞ in empty slots at the end; as `select_weights_reference`."""
+    filled = scores > float("-inf")
+    if fusion == "softmax":
+        return scores.masked_fill(~filled.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~filled, 0)
+    scores = scores.masked_fill(~filled, 0)
+    before = pad(logsigmoid(-scores).cumsum(-1)[..., :-1], (1, 0))
+    return (logsigmoid(scores) + before).exp().masked_fill(~filled, 0)
