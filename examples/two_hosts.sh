@@ -31,8 +31,8 @@ done
 
 "$PYTHON" - "$work/study.journal" <<'PY'
 import collections, sys
-from hsa_compile.autotune.storage import open_storage
-from hsa_compile.autotune.trial_states import SKIPPED
+from hsa_compile.autotune.study.storage import open_storage
+from hsa_compile.autotune.study.trials import SKIPPED
 
 storage = open_storage(sys.argv[1])
 for study in storage.get_all_studies():

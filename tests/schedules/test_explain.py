@@ -27,7 +27,7 @@ def _table(monkeypatch: pytest.MonkeyPatch) -> None:
         for up_to, mean in ((2.0, 0.03), (4.0, 0.07))
     )
     table = RegretTable(device="Some CPU", shapes=4, bins=bins)
-    for module in ("regret", "explain"):
+    for module in ("lookup", "explain"):
         monkeypatch.setattr(
             f"hsa_compile.schedules.{module}.regret_table", lambda kind: table if kind == "cpu" else None
         )

@@ -154,8 +154,6 @@ _COST_POWER = 0.25  # of the expected gain, per cost; 1 would make the cheapest 
 _DRAWN_POINTS, _DRAWS = 200, 200  # for the gain that is left: the most promising points, drawn together so often
 _NOBODY = -1  # no trial has this number
 
-Array = NDArray[np.float64]
-
 
 class SurrogateSampler(PointSampler):
     """Proposes the point with the greatest expected improvement under a Gaussian process.

@@ -10,13 +10,11 @@ import click
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, fitted_table, json_option, print_json
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import DEFAULT_MFU, VARIANTS
-from hsa_compile.model.cost.scale import Figure, Paper, figures_to_dict
-from hsa_compile.model.cost.serving import serving_figures
-from hsa_compile.model.cost.training import training_figures
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
     from hsa_compile.model.cost.info import LayerInfo, ModelInfo
+    from hsa_compile.model.cost.scale import Figure, Paper
 
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -25,6 +23,10 @@ _TIMES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")
 
 def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
     """Both tables, ready for JSON."""
+    from hsa_compile.model.cost.scale import figures_to_dict
+    from hsa_compile.model.cost.serving import serving_figures
+    from hsa_compile.model.cost.training import training_figures
+
     return {
         "devices": paper.cluster.count,
         "target": paper.cluster.target.to_dict(),
@@ -36,6 +38,9 @@ def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
 
 def print_scale(paper: Paper, batch_tokens: int) -> None:
     """Both tables, each line with its formula."""
+    from hsa_compile.model.cost.serving import serving_figures
+    from hsa_compile.model.cost.training import training_figures
+
     cluster, limits = paper.cluster, paper.limits
     click.echo(
         f"\n{cluster.count} x {cluster.target.name}: {limits.tflops:g} TFLOP/s dense bf16, {limits.memory_gb:g} GB, "

@@ -12,9 +12,7 @@ from hsa_compile.autotune.choices import (
     MAX_SEED,
     SAMPLERS,
 )
-from hsa_compile.cli.models.argument import config_of
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.cost.workload import problems
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 from hsa_compile.target import Target
 
@@ -122,6 +120,9 @@ def preset_problems(
     Raises:
         InvalidArgument: the model is not known, has no memory, or something else is chosen.
     """
+    from hsa_compile.cli.models.argument import config_of
+    from hsa_compile.model.cost.workload import problems
+
     chosen = dict(chosen or {})
     on_cpu = target.kind == "cpu"
     batch, seq_len = _CPU_STEP if on_cpu else _GPU_STEP
