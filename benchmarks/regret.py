@@ -27,7 +27,7 @@ from hsa_compile.autotune.bench.bench import prepare
 from hsa_compile.cli.options import default_fields
 from hsa_compile.errors import CompileError, OutOfResources, WrongResult
 from hsa_compile.kernels.measure import measure, quantile
-from hsa_compile.kernels.select_chunks.inputs import inputs_of
+from hsa_compile.kernels.ops import inputs_of
 from hsa_compile.paths import REGRET_FILE
 from hsa_compile.problem import OPS
 from hsa_compile.schedules.key import ScheduleKey

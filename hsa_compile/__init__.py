@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from hsa_compile.errors import HSACompileError
     from hsa_compile.kernels.compile import Kernel, compile_kernel
     from hsa_compile.kernels.emit import KernelSource, emit
-    from hsa_compile.kernels.hsa_attention.check import check
     from hsa_compile.kernels.hsa_attention.op import hsa_attention
     from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
     from hsa_compile.kernels.hsa_decode.op import hsa_decode
     from hsa_compile.kernels.hsa_decode.reference import hsa_decode_reference
     from hsa_compile.kernels.measure import measure
+    from hsa_compile.kernels.ops import check
     from hsa_compile.kernels.resolve import resolve
     from hsa_compile.kernels.select_chunks.op import select_chunks
     from hsa_compile.kernels.select_chunks.reference import select_chunks_reference
@@ -76,7 +76,7 @@ _HOMES = {
     "SearchSpace": "hsa_compile.schedules.space",
     "Target": "hsa_compile.target",
     "TuningRecord": "hsa_compile.schedules.record",
-    "check": "hsa_compile.kernels.hsa_attention.check",
+    "check": "hsa_compile.kernels.ops",
     "compile_kernel": "hsa_compile.kernels.compile",
     "default_cache": "hsa_compile.schedules.cache",
     "default_schedule": "hsa_compile.schedules.space",

@@ -14,6 +14,8 @@ OPS = ("hsa_forward", "hsa_backward")  # of hsa_attention
 SELECT_OPS = ("select_chunks", "select_chunks_backward")
 DECODE_OPS = ("hsa_decode",)
 ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
+# What `hsa-compile tune --op` calls a family of ops.
+FAMILIES = {"all": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
 FUSIONS = ("softmax", "stick_breaking")
 # What changes the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
@@ -109,6 +111,11 @@ class Problem:
         return self.op in DECODE_OPS
 
     @property
+    def family(self) -> str:
+        """The name in `FAMILIES` of the ops that this one belongs to; its own name where it belongs to none."""
+        return next((name for name, ops in FAMILIES.items() if self.op in ops), self.op)
+
+    @property
     def group(self) -> int:
         """`G`, the query heads that share a kv head."""
         return self.num_heads // self.num_kv_heads
@@ -139,6 +146,23 @@ class Problem:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
+
+    def tune_flags(self) -> str:
+        """The flags with which `hsa-compile tune` tunes this shape."""
+        op = "" if self.family == "all" else f"--op {self.family} "
+        seq_len = self.kv_len if self.decodes else self.seq_len
+        return (
+            f"{op}--batch {self.batch} --seq-len {seq_len} --heads {self.num_heads} --kv-heads {self.num_kv_heads} "
+            f"--head-dim {self.head_dim} --chunk-size {self.chunk_size} --top-k {self.top_k} --dtype {self.dtype}"
+        )
+
+    def describe_kernel(self) -> str:
+        """What the text of a kernel depends on, in one line: everything but lengths and numbers."""
+        options = [name for name in OPTIONS if getattr(self, name)]
+        shape = f"G {self.group}, D {self.head_dim}, Dv {self.value_dim}, C {self.chunk_size}"
+        if self.selects:
+            shape = f"Dr {self.head_dim}, C {self.chunk_size}, {self.fusion}"
+        return ", ".join([self.dtype, shape, *options])
 
     def describe(self) -> str:
         """One line for people."""

@@ -1,13 +1,10 @@
 """Tuning when a call finds no schedule: off unless a program asks for it, since the call then takes a minute."""
 
-from hsa_compile.autotune.study.ledger import default_ledger
-from hsa_compile.autotune.study.storage import default_storage
-from hsa_compile.autotune.tune import tune
+from hsa_compile.autotune.tune import tune_missing
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.resolve import set_on_miss
 from hsa_compile.log import logger
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
 from hsa_compile.target import Target
 
 MODES = ("off", "on-miss")
@@ -26,23 +23,11 @@ def set_autotune(mode: str) -> None:
     """
     if mode not in MODES:
         raise InvalidArgument(f"autotune = {mode!r} is not one of {', '.join(MODES)}")
-    set_on_miss(tune_and_store if mode == "on-miss" else None)
+    set_on_miss(_tune if mode == "on-miss" else None)
 
 
-def tune_and_store(problem: Problem, target: Target) -> None:
-    """Tunes with the defaults of `hsa-compile tune`, and goes on with its study where there is one.
-
-    Stores nothing where there was time for too few candidates; the log says so.
-
-    Raises:
-        HSACompileError: as `tune`.
-    """
-    record = tune(
-        problem,
-        target,
-        storage=default_storage(target),
-        ledger=default_ledger(target),
-        on_record=default_cache().put,
-    )
+def _tune(problem: Problem, target: Target) -> None:
+    """Tunes with the defaults of `hsa-compile tune`; the log says so where nothing could be stored."""
+    record, _ = tune_missing(problem, target)
     if record.shortfall:
         logger.info("%s: nothing is stored: %s", problem.describe(), record.shortfall)

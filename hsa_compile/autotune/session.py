@@ -48,15 +48,15 @@ def predicted_times(problem: Problem, schedules: Sequence[Schedule], target: Tar
 
 
 def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
-    """What lookup would use, then winners for the same op and template, of other devices, too."""
+    """What lookup would use, then winners for the same op and backend, of other devices, too."""
     cache, space = default_cache(), SearchSpace.of(problem, target)
     if found := cache.lookup(problem, target):
         yield found.schedule
-    template, key = backend_for(problem, target), ScheduleKey.of(problem, target)
+    backend, key = backend_for(problem, target), ScheduleKey.of(problem, target)
     records = [
         record
         for _, record in cache.entries()
-        if record.problem.op == problem.op and backend_for(record.problem, record.target) == template
+        if record.problem.op == problem.op and backend_for(record.problem, record.target) == backend
     ]
     records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
     fitting = (space.fit(record.schedule) for record in records)

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,10 +16,12 @@ from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
 from hsa_compile.autotune.search import SearchResult
 from hsa_compile.autotune.session import Session
-from hsa_compile.autotune.study.storage import answering
+from hsa_compile.autotune.study.ledger import default_ledger
+from hsa_compile.autotune.study.storage import answering, default_storage
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -58,12 +60,13 @@ class Progress:
 def tune(
     problem: Problem,
     target: Target | None = None,
+    options: TuneOptions | None = None,
     *,
     device: str | torch.device | Sequence[str] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[TuningRecord], object] = lambda record: None,
-    **options: Any,
+    **changes: Any,
 ) -> TuningRecord:
     """Searches the schedule of one problem on the device at hand. Stores no schedule: `ScheduleCache.put` does.
 
@@ -73,14 +76,15 @@ def tune(
 
     Args:
         problem: what to tune.
-        target: of the device; found out if None.
-        device: to run on; the target's own by default (`cpu` or `cuda`). Several of a kind search at once.
+        target: what the device is; it is found out if None.
+        options: what to do; the defaults of `TuneOptions` if None.
+        device: where to run; the target's own by default (`cpu` or `cuda`). Several of a kind search at once.
         on_progress: called after each candidate.
         should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
             the record is marked incomplete.
         on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
             Not called where the search was too small (`TuningRecord.shortfall`): its study waits to be gone on with.
-        options: fields of `TuneOptions`, such as `trials`, `timeout`, `seed`, `distribution`, `sampler`, `storage`.
+        changes: fields of `TuneOptions` that replace those of `options`: `trials=20`, `timeout=30`, `seed=1`, …
 
     Raises:
         InvalidArgument: an option is out of range.
@@ -90,7 +94,7 @@ def tune(
         CompileError, OutOfResources, WrongResult, CandidateCrashed, CandidateError, TimedOut: the default schedule
             itself fails.
     """
-    chosen = TuneOptions(**options)
+    chosen = replace(options or TuneOptions(), **changes)
     devices = _devices(target, device)
     target = _target_of(devices)
     for place in devices:
@@ -129,6 +133,57 @@ def tune(
             if not stopped:
                 session.finish()
     return record
+
+
+def tune_missing(
+    problem: Problem,
+    target: Target,
+    options: TuneOptions | None = None,
+    *,
+    device: str | Sequence[str] | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[TuningRecord, bool]:
+    """Tunes a problem that the cache has no finished search of, and stores the winner: the one policy for both.
+
+    A search that was interrupted goes on with its study. Nothing is stored where there was time for too few
+    candidates (`TuningRecord.shortfall`), and what an interrupted search found does not push out what a whole one did.
+
+    Args:
+        problem, target: what to tune, and for what.
+        options: what to do. With `anew`, a finished search is done again. Study and ledger lie beside the schedules
+            unless the options name others.
+        device, on_progress, should_stop: as in `tune`.
+
+    Returns:
+        the record, and whether it was in the cache.
+
+    Raises:
+        HSACompileError: as `tune`.
+    """
+    chosen, cache = options or TuneOptions(), default_cache()
+    if not chosen.anew and (found := cache.finished(problem, target)):
+        return found, True
+
+    def store(record: TuningRecord) -> None:
+        if record.complete or cache.finished(problem, record.target) is None:
+            cache.put(record)
+
+    chosen = replace(
+        chosen,
+        storage=chosen.storage or default_storage(target),
+        ledger=chosen.ledger or default_ledger(target),
+    )
+    record = tune(
+        problem,
+        None if device else target,
+        chosen,
+        device=device,
+        on_progress=on_progress,
+        should_stop=should_stop,
+        on_record=store,
+    )
+    return record, False
 
 
 def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elapsed_s: float) -> Progress:

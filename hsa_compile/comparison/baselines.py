@@ -18,7 +18,7 @@ from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD
 from hsa_compile.comparison.contender import DENSE, SPARSE, Contender, available
 from hsa_compile.comparison.gather import too_large
 from hsa_compile.errors import NotFinite, WrongResult
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.paths import cxx_compiler
 
 _SAMPLED_TOKENS = 16

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
+from hsa_compile.comparison.choices import BOTH, KINDS
 from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.kernels.hsa_attention.inputs import Inputs
 from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs
-from hsa_compile.kernels.select_chunks.inputs import SelectInputs, inputs_of
+from hsa_compile.kernels.ops import OpInputs, inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
@@ -37,7 +37,7 @@ class Case:
     kind: str
     problem: Problem
     device: torch.device
-    inputs: Inputs | SelectInputs | DecodeInputs
+    inputs: OpInputs
 
     def __post_init__(self) -> None:
         if KINDS.get(self.kind) != self.problem.op:
@@ -58,12 +58,6 @@ class Case:
     def attention(self) -> Inputs:
         """The tensors of hsa_attention."""
         assert isinstance(self.inputs, Inputs)
-        return self.inputs
-
-    @property
-    def selection(self) -> SelectInputs:
-        """The tensors of select_chunks."""
-        assert isinstance(self.inputs, SelectInputs)
         return self.inputs
 
     @property
@@ -88,10 +82,7 @@ def check_length(problem: Problem) -> None:
 
 def sparse_work(case: Case) -> Work:
     """Products of the picks that are there, each tensor moved once; of every contender that works on the picks."""
-    filled = 1.0
-    if case.kind != SELECT:
-        indices = case.decoding.chunk_indices if case.kind == DECODE else case.attention.chunk_indices
-        filled = float((indices >= 0).double().mean())
+    filled = case.inputs.filled()
     works = [count_work(case.problem.with_op(op), _LEAST) for op in case.ops]
     return replace(
         works[0],

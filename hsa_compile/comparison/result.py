@@ -128,7 +128,7 @@ TITLES = {
 def rows_of(comparison: Comparison) -> list[dict[str, str]]:
     """One row a result, those that were left out aside; where each op has one shape, only the length is shown."""
     results, (unit, factor) = comparison.results, rate_unit(comparison)
-    one_shape = len(shapes_of(results)) == len({result.problem.selects for result in results})
+    one_shape = len(shapes_of(results)) == len({result.problem.family for result in results})
     return [_row(result, one_shape, unit, factor) for result in results if result.status != LEFT_OUT]
 
 
@@ -165,7 +165,9 @@ def length_of(problem: Problem) -> int:
 
 def shape_of(problem: Problem) -> str:
     """All of a shape but its length."""
-    heads = f"HQ{problem.num_heads} H{problem.num_kv_heads}" if not problem.selects else f"H{problem.num_kv_heads}"
+    heads = (
+        f"HQ{problem.num_heads} H{problem.num_kv_heads}" if problem.family != "select" else f"H{problem.num_kv_heads}"
+    )
     return f"B{problem.batch} {heads} D{problem.head_dim} C{problem.chunk_size} K{problem.top_k} {problem.dtype}"
 
 

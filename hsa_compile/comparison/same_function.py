@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from hsa_compile.comparison.case import Call, Case
-from hsa_compile.comparison.choices import BOTH, DECODE, KINDS, SELECT
+from hsa_compile.comparison.choices import BOTH, KINDS
 from hsa_compile.comparison.contender import SAME, Contender, available
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.emit import KernelSource
-from hsa_compile.kernels.hsa_attention.check import check
-from hsa_compile.kernels.hsa_decode.check import check_decode
-from hsa_compile.kernels.select_chunks.check import check_select
+from hsa_compile.kernels.ops import check
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -48,21 +46,9 @@ def same_function(
     )
 
 
-def arguments(case: Case) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """How the op of a case is called: positional arguments and keywords."""
-    chunk_size = case.problem.chunk_size
-    if case.kind == SELECT:
-        inputs = case.selection
-        return (inputs.query, inputs.landmarks), {"chunk_size": chunk_size, "top_k": inputs.top_k}
-    if case.kind == DECODE:
-        paged = case.decoding
-        return paged.arguments(case.problem.op), {"page_table": paged.page_table}
-    return case.attention.arguments("hsa_forward"), {"chunk_size": chunk_size}
-
-
 def bind(function: Function, case: Case) -> Call:
     """A call of the function on the case's tensors; with gradients of q, k, v and weights where those are asked for."""
-    tensors, options = arguments(case)
+    tensors, options = case.inputs.call(case.problem)
     if case.kind == BOTH:
         return with_gradients(lambda leaves: function(*leaves[:3], tensors[3], leaves[3], **options), case)
 
@@ -95,12 +81,7 @@ def check_function(function: Function, case: Case) -> None:
     for op in case.ops:
         problem = case.problem.with_op(op)
         kernel = _as_kernel(function, problem)
-        if case.kind == SELECT:
-            check_select(kernel, problem, case.selection)
-        elif case.kind == DECODE:
-            check_decode(kernel, problem, case.decoding)
-        else:
-            check(kernel, problem, case.attention)
+        check(kernel, problem, case.inputs)
 
 
 def _as_kernel(function: Function, problem: Problem) -> Kernel:
@@ -115,7 +96,7 @@ def _as_kernel(function: Function, problem: Problem) -> Kernel:
         problem=problem,
         schedule=Schedule.of("none"),
         target=Target.parse("cpu"),
-        template="torch",
+        backend="torch",
         text="",
         entry=problem.op,
         fingerprint="",

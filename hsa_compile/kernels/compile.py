@@ -12,10 +12,22 @@ from typing import Any
 
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
 from hsa_compile.kernels.emit import KernelSource
+from hsa_compile.kernels.hsa_attention.native import attention_entry
 from hsa_compile.kernels.hsa_decode.native import decode_entry
-from hsa_compile.kernels.native import build_library, native_entry
+from hsa_compile.kernels.native import build_library
 from hsa_compile.kernels.select_chunks.native import select_entry
 from hsa_compile.paths import source_dir
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+
+# Op → what makes the function of its built library a callable on tensors.
+NATIVE_ENTRIES: dict[str, Callable[[ctypes.CDLL, Problem, Schedule], Callable[..., Any]]] = {
+    "hsa_forward": attention_entry,
+    "hsa_backward": attention_entry,
+    "select_chunks": select_entry,
+    "select_chunks_backward": select_entry,
+    "hsa_decode": decode_entry,
+}
 
 _modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded library
 
@@ -48,11 +60,11 @@ def compile_kernel(source: KernelSource) -> Kernel:
         CompileError: the module cannot be imported, or the C++ compiler refuses it.
         CacheError: no directory can be written.
     """
-    if source.template == "cpp":
+    if source.backend == "cpp":
         return _compile_native(source)
     module = _modules.get(source.fingerprint)
     if module is None:
-        if source.template == "triton" and importlib.util.find_spec("triton") is None:
+        if source.backend == "triton" and importlib.util.find_spec("triton") is None:
             raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
         path = _write(source)
         module = _import(path, f"hsa_compile_emitted_{path.stem}")
@@ -81,22 +93,15 @@ def _compile_native(source: KernelSource) -> Kernel:
             library = _modules[source.fingerprint] = ctypes.CDLL(str(build_native(source)))
         except OSError as error:
             raise CacheError(f"cannot load the library of {path}: {error}") from error
-    entry = _native_entry(library, source)
+    # An op that is not in the table has no C++.
+    entry = NATIVE_ENTRIES[source.problem.op](library, source.problem, source.schedule)
     return Kernel(source=source, path=path, entry=entry, module=library)
-
-
-def _native_entry(library: ctypes.CDLL, source: KernelSource) -> Callable[..., Any]:
-    """The library's function as a callable on tensors."""
-    if source.problem.decodes:
-        return decode_entry(library, source.problem, source.schedule.number("split"))
-    make_entry = select_entry if source.problem.selects else native_entry
-    return make_entry(library, source.problem, source.schedule.number("super_tile"))
 
 
 def _write(source: KernelSource) -> Path:
     """Puts the text where it belongs, whole or not at all; a damaged file of that name is replaced."""
     directory = source_dir()
-    suffix = "cpp" if source.template == "cpp" else "py"
+    suffix = "cpp" if source.backend == "cpp" else "py"
     path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
     text = source.text.encode()
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.paths import TEMPLATE_DIR
-from hsa_compile.problem import OPTIONS, Problem, next_power_of_2
+from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.ops.limits import vector_lanes
 from hsa_compile.schedules.schedule import Schedule
@@ -24,7 +24,7 @@ class KernelSource:
 
     Attributes:
         problem, schedule, target: what it was emitted for.
-        template: the family: `triton`, `cpp` or `torch`.
+        backend: what it is written in: `triton`, `cpp` or `torch`.
         text: the source.
         entry: name of the function to call, which is the op's.
         fingerprint: 16 hex digits of the text's SHA-256.
@@ -33,7 +33,7 @@ class KernelSource:
     problem: Problem
     schedule: Schedule
     target: Target
-    template: str
+    backend: str
     text: str
     entry: str
     fingerprint: str
@@ -50,9 +50,9 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
     """
     if reason := SearchSpace.of(problem, target).why_invalid(schedule):
         raise InvalidSchedule(f"schedule '{schedule}' cannot run {problem.describe()} on {target.arch}: {reason}")
-    family = backend_for(problem, target)
-    suffix = "cpp" if family == "cpp" else "py"
-    template = _environment().get_template(f"{family}/{problem.op}_{schedule.dataflow}.{suffix}.jinja")
+    backend = backend_for(problem, target)
+    suffix = "cpp" if backend == "cpp" else "py"
+    template = _environment().get_template(f"{backend}/{problem.op}_{schedule.dataflow}.{suffix}.jinja")
     header = _header(problem, schedule, target, comment=suffix == "cpp")
     text = template.render(problem=problem, schedule=schedule, target=target, header=header)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -60,7 +60,7 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
         problem=problem,
         schedule=schedule,
         target=target,
-        template=family,
+        backend=backend,
         text=text,
         entry=problem.op,
         fingerprint=fingerprint,
@@ -68,15 +68,11 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
 
 
 def _header(problem: Problem, schedule: Schedule, target: Target, *, comment: bool) -> str:
-    options = [name for name in OPTIONS if getattr(problem, name)]
-    shape = f"{problem.dtype}, G {problem.group}, D {problem.head_dim}, Dv {problem.value_dim}, C {problem.chunk_size}"
-    if problem.selects:
-        shape = f"{problem.dtype}, Dr {problem.head_dim}, C {problem.chunk_size}, {problem.fusion}"
     device = "cpu" if target.kind == "cpu" and not comment else f"{target.kind} {target.arch}"
     lines = [
         f"{problem.op}, dataflow {schedule.dataflow}: emitted by hsa-compile, do not edit.",
         "",
-        f"problem   {', '.join([shape, *options])}",
+        f"problem   {problem.describe_kernel()}",
         f"schedule  {schedule}",
         f"target    {device}",
     ]

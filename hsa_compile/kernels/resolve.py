@@ -116,24 +116,15 @@ def _lookup(problem: Problem, target: Target, on_miss: OnMiss | None) -> Lookup 
 def _warn_once(problem: Problem, target: Target, what: str, category: type[UntunedWarning] = UntunedWarning) -> None:
     """Says what is missing and which command tunes it, once for each kind of problem."""
     kind = (
-        target, problem.selects, problem.decodes, problem.dtype, problem.head_dim, problem.value_dim,
-        problem.chunk_size, problem.group,
+        target, problem.family, problem.dtype, problem.head_dim, problem.value_dim, problem.chunk_size, problem.group,
     )  # fmt: skip
     # The backward of select_chunks has next to nothing to tune.
     if kind in _warned or problem.op == "select_chunks_backward":
         return
     _warned.add(kind)
     device = "cpu" if target.kind == "cpu" else "cuda"
-    if problem.selects:
-        device += " --op select"
-    if problem.decodes:
-        device += " --op decode"
-    seq_len = problem.kv_len if problem.decodes else problem.seq_len  # as `tune` takes it
     warnings.warn(
-        f"{what}; tune it with: "
-        f"hsa-compile tune --device {device} --batch {problem.batch} --seq-len {seq_len} "
-        f"--heads {problem.num_heads} --kv-heads {problem.num_kv_heads} --head-dim {problem.head_dim} "
-        f"--chunk-size {problem.chunk_size} --top-k {problem.top_k} --dtype {problem.dtype}",
+        f"{what}; tune it with: hsa-compile tune --device {device} {problem.tune_flags()}",
         category,
         stacklevel=7,
     )

@@ -93,6 +93,11 @@ class ScheduleCache:
         candidate = Candidate(record=record, origin="user", mismatches=(), distances={})
         return record if use(problem, target, candidate) else None
 
+    def finished(self, problem: Problem, target: Target) -> TuningRecord | None:
+        """The measured entry that a whole search of this problem left; None if its search has to begin or go on."""
+        record = self.exact(problem, target)
+        return record if record is not None and record.complete else None
+
     def entries(self) -> Iterator[tuple[str, TuningRecord]]:
         """All entries, as (origin, record)."""
         for origin, records in self._origins.items():

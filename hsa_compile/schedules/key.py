@@ -36,7 +36,7 @@ class ScheduleKey:
     op: str = _must_match("other kernels have other knobs")
     kind: str = _must_match("cuda, hip and cpu have other templates")
     arch: str = _must_match("of the device; on a CPU the vector extension that PyTorch uses")
-    template: str = _must_match("Triton, C++ and PyTorch kernels have other knobs")
+    backend: str = _must_match("Triton, C++ and PyTorch kernels have other knobs")
     kernel_source: str = _must_match("what was tuned is another kernel than what would run")
     dtype: str = _must_match("decides tile bytes and the matrix instruction")
     head_dim: int = _must_match("decides tile bytes")
@@ -76,7 +76,7 @@ class ScheduleKey:
             op=bucket.op,
             kind=target.kind,
             arch=target.arch,
-            template=backend_for(bucket, target),
+            backend=backend_for(bucket, target),
             kernel_source=source_version(problem, target) if kernel_source is None else kernel_source,
             dtype=bucket.dtype,
             head_dim=bucket.head_dim,
@@ -111,7 +111,7 @@ class ScheduleKey:
     def mismatches(self, other: "ScheduleKey") -> list[str]:
         """Names of the `exact` fields in which two keys differ; the kernels' source is named where it alone does."""
         names = [name for name in _EXACT if getattr(self, name) != getattr(other, name)]
-        if "op" in names or "template" in names:
+        if "op" in names or "backend" in names:
             return [name for name in names if name != "kernel_source"]
         return names
 

@@ -15,10 +15,10 @@ def source_version(problem: Problem, target: Target) -> str:
 
 
 @functools.cache
-def _digest(family: str, op: str) -> str:
-    """Of the op's own templates and of all that the family shares, whose names begin with an underscore."""
+def _digest(backend: str, op: str) -> str:
+    """The digest of the op's own templates and of those that all ops share, whose names begin with an underscore."""
     digest = hashlib.sha256()
-    for path in sorted((TEMPLATE_DIR / family).glob("*.jinja")):
+    for path in sorted((TEMPLATE_DIR / backend).glob("*.jinja")):
         # `hsa_forward_chunk.py.jinja`: the op, then a dataflow without underscores.
         if path.name.startswith("_") or path.name.rpartition("_")[0] == op:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

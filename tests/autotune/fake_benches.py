@@ -17,8 +17,8 @@ from hsa_compile.autotune.cost.resources import Resources
 from hsa_compile.errors import CompileError, NotFinite, WrongResult
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import check
 from hsa_compile.kernels.hsa_attention.inputs import make_inputs
+from hsa_compile.kernels.ops import check
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule

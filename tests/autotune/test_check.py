@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import WrongResult
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import RESULT_NAMES, TOLERANCES, check, relative_error
+from hsa_compile.kernels.hsa_attention.check import RESULT_NAMES
 from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs
+from hsa_compile.kernels.ops import check
 from hsa_compile.problem import DTYPES, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import hsa_compile
-from hsa_compile.autotune import on_miss as on_miss_module
 from hsa_compile.autotune.on_miss import set_autotune
+from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
@@ -22,11 +22,11 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TuningRecord]]:
     """Records of the searches that a miss began, which are short and in this process here."""
     records: list[TuningRecord] = []
 
-    def short(problem: Problem, target: Target, **options: Any) -> TuningRecord:
-        records.append(tune(problem, target, **{**options, "trials": 5, "timeout": 600.0, "isolate": False}))
+    def short(problem: Problem, target: Target, options: TuneOptions, **more: Any) -> TuningRecord:
+        records.append(tune(problem, target, options, trials=5, timeout=600.0, isolate=False, **more))
         return records[-1]
 
-    monkeypatch.setattr(on_miss_module, "tune", short)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", short)
     yield records
     set_autotune("off")
 

@@ -13,7 +13,6 @@ import torch
 from shell import Shell
 
 from hsa_compile.cli.models import train as train_module
-from hsa_compile.cli.models import train_tuning
 from hsa_compile.model.training import metrics
 from hsa_compile.model.training import run as run_module
 from hsa_compile.schedules.record import TuningRecord
@@ -188,11 +187,11 @@ def test_without_tune_nothing_is_tuned_and_with_it_what_is_missing(
 ) -> None:
     tuned = []
 
-    def tune(problem: object, **options: object) -> TuningRecord:
+    def tune(problem: object, *_: object, **__: object) -> TuningRecord:
         tuned.append(problem)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_tuning, "tune", tune)
+    monkeypatch.setattr("hsa_compile.autotune.tune.tune", tune)
     assert run("train", "--config", config, "--out", str(tmp_path / "a"), "--steps", "1").code == 0
     assert tuned == []
     stopped = run("train", "--config", config, "--out", str(tmp_path / "b"), "--steps", "1", "--tune")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hsa_compile import Problem, Schedule, Target, hsa_attention, hsa_attention_reference
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
 from hsa_compile.kernels.hsa_attention.op import global_indices
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.problem import DTYPES

@@ -16,7 +16,7 @@ from hsa_compile import Schedule, Target, hsa_attention_reference, hsa_decode, h
 from hsa_compile.autotune.bench.bench import prepare
 from hsa_compile.cli.options import expand
 from hsa_compile.errors import InvalidArgument, InvalidProblem, WrongResult
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
 from hsa_compile.kernels.hsa_decode import native as native_decode
 from hsa_compile.kernels.hsa_decode.inputs import make_decode_inputs

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hsa_compile import Problem, Schedule, SearchSpace, Target, hsa_attention_reference
+from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import relative_error
 from hsa_compile.kernels.hsa_attention.op import global_indices
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import NAMED_TARGETS

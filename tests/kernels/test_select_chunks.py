@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from hsa_compile import Problem, Target, select_chunks, select_chunks_reference
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.gumbel import gumbel, noise_keys
-from hsa_compile.kernels.hsa_attention.check import relative_error
 from hsa_compile.kernels.select_chunks.reference import select_weights_reference
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import this_cpu
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarni
 
 CPU = Target.parse("cpu")
 FUSIONS = ("softmax", "stick_breaking")
-GRADIENT_TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def test_other_dtypes_keep_the_weights_in_full_precision(family: str, dtype: tor
     gradients = torch.autograd.grad(weights.sin().sum(), leaves)
     for one, other in zip(gradients, torch.autograd.grad(expected.sin().sum(), precise), strict=True):
         assert one.dtype == dtype
-        assert relative_error(one, other) <= GRADIENT_TOLERANCES[str(dtype).removeprefix("torch.")]
+        assert relative_error(one, other) <= TOLERANCES[str(dtype).removeprefix("torch.")]
 
 
 @both_families

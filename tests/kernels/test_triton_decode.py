@@ -13,8 +13,8 @@ import torch
 from decode_cases import SHAPES, Case, Shape
 from in_turn import in_turn
 
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 

@@ -11,9 +11,9 @@ import torch
 from in_turn import in_turn
 from torch import Tensor
 
+from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Knob, Schedule

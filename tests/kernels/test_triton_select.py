@@ -12,10 +12,10 @@ import torch
 from in_turn import in_turn
 from torch import Tensor
 
+from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.gumbel import noise_keys
-from hsa_compile.kernels.hsa_attention.check import relative_error
 from hsa_compile.kernels.select_chunks.reference import select_chunks_reference, select_weights_reference
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule

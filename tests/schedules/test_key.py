@@ -19,7 +19,7 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kind": ({}, {"kind": "hip"}),
     "device": ({}, {"name": "Another GPU"}),
     "arch": ({}, {"arch": "sm_80"}),
-    "template": ({}, {"has_compiler": False}),
+    "backend": ({}, {"has_compiler": False}),
     "dtype": ({"dtype": "float16"}, {}),
     "head_dim": ({"head_dim": 128, "value_dim": 64}, {}),
     "value_dim": ({"value_dim": 128}, {}),
@@ -48,7 +48,7 @@ MakeRecord = Callable[..., TuningRecord]
 @pytest.fixture
 def base(name: str, gpu: Target, cpu: Target) -> Target:
     """The target that `OTHER[name]` changes: one with a choice of templates where that is what changes."""
-    return replace(cpu, has_compiler=True) if name == "template" else gpu
+    return replace(cpu, has_compiler=True) if name == "backend" else gpu
 
 
 def named(match: str) -> list[str]:

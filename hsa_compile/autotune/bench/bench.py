@@ -12,13 +12,8 @@ from hsa_compile.errors import CandidateCrashed, CandidateError, CompileError, O
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import check
-from hsa_compile.kernels.hsa_attention.inputs import Inputs
-from hsa_compile.kernels.hsa_decode.check import check_decode
-from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs
 from hsa_compile.kernels.measure import measure
-from hsa_compile.kernels.select_chunks.check import check_select
-from hsa_compile.kernels.select_chunks.inputs import SelectInputs, inputs_of
+from hsa_compile.kernels.ops import OpInputs, check, inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -39,9 +34,7 @@ class Candidate:
     call: Callable[[], object]
 
 
-def prepare(
-    problem: Problem, schedule: Schedule, target: Target, inputs: Inputs | SelectInputs | DecodeInputs
-) -> Candidate:
+def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInputs) -> Candidate:
     """Emits, imports and checks one schedule; running the check also warms it up.
 
     Raises:
@@ -49,13 +42,8 @@ def prepare(
     """
     source = emit(problem, schedule, target)
     kernel = compile_kernel(source)
-    with _launch_errors(source.template):
-        if isinstance(inputs, SelectInputs):
-            check_select(kernel, problem, inputs)
-        elif isinstance(inputs, DecodeInputs):
-            check_decode(kernel, problem, inputs)
-        else:
-            check(kernel, problem, inputs)
+    with _launch_errors(source.backend):
+        check(kernel, problem, inputs)
     arguments, options = inputs.arguments(problem.op), inputs.options(problem.op)
     return Candidate(
         schedule=schedule,
@@ -65,9 +53,9 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _launch_errors(template: str) -> Iterator[None]:
+def _launch_errors(backend: str) -> Iterator[None]:
     """Gives the errors of a first launch, at which Triton compiles, their names in this project."""
-    no_resources, no_code = _triton_errors() if template == "triton" else ((), ())
+    no_resources, no_code = _triton_errors() if backend == "triton" else ((), ())
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -118,13 +106,13 @@ class LocalBench:
     ) -> None:
         self.problem, self.target, self.device = problem, target, torch.device(device)
         self._distribution, self._seed = distribution, seed
-        self._inputs: Inputs | SelectInputs | DecodeInputs | None = None
+        self._inputs: OpInputs | None = None
         self._ready: dict[Schedule, Candidate] = {}
 
     def compile(self, schedule: Schedule) -> Resources | None:
         """Emits and compiles; of a GPU's kernels the compiler tells what they use."""
         kernel = compile_kernel(emit(self.problem, schedule, self.target))
-        if kernel.source.template != "triton":
+        if kernel.source.backend != "triton":
             return None
         return Resources.of(compile_launches(kernel.module, self.target), self.target)
 

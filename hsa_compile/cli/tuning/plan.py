@@ -58,8 +58,7 @@ def _row(
     problem: Problem, target: Target, options: TuneOptions, past: Sequence[tuple[dict[str, Any], Outcome]]
 ) -> dict[str, Any]:
     valid = sum(1 for _ in SearchSpace.of(problem, target).schedules())
-    record = None if options.anew else default_cache().exact(problem, target)
-    cached = record is not None and record.complete
+    cached = not options.anew and default_cache().finished(problem, target) is not None
     own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]
     same_op = [outcome.seconds for fields, outcome in past if fields["op"] == problem.op]
     seconds = own or same_op

@@ -10,6 +10,7 @@ import tqdm
 from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.options import TuneOptions
 from hsa_compile.autotune.session import Session
+from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.sweeps import RecordedSweep, sweep
 from hsa_compile.cli.options import stop_on_ctrl_c
 from hsa_compile.errors import CacheError
@@ -29,6 +30,7 @@ def record_sweeps(
         KeyboardInterrupt: it was stopped before it was whole; nothing is written.
         CacheError: a file cannot be written.
     """
+    options = replace(options, storage=None, ledger=default_ledger(target), workers=1)
     for number, problem in enumerate(problems, start=1):
         outcomes = _sweep(problem, target, devices, options)
         default_ms = next(outcome.median_ms for outcome in outcomes.values() if outcome.median_ms is not None)
@@ -44,7 +46,7 @@ def record_sweeps(
 def _sweep(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> dict[Schedule, Outcome]:
     with (
         stop_on_ctrl_c() as stopped,
-        Session(problem, target, devices[:1], replace(options, storage=None, workers=1)) as session,
+        Session(problem, target, devices[:1], options) as session,
         tqdm.tqdm(desc=f"{problem.op:12}", unit="candidate", leave=False, disable=None) as bar,
     ):
 

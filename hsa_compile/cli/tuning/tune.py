@@ -23,8 +23,8 @@ from hsa_compile.cli.options import (
 from hsa_compile.cli.tuning.search_options import search_options, tune_options
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import ScheduleCache, default_cache
-from hsa_compile.schedules.record import MEASURED, TuningRecord
+from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 if TYPE_CHECKING:
@@ -88,8 +88,6 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
 
     from hsa_compile.autotune.bench.device import check_memory
     from hsa_compile.autotune.cost.predict_schedule import check_predictable
-    from hsa_compile.autotune.study.ledger import default_ledger
-    from hsa_compile.autotune.study.storage import default_storage
 
     shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     if absent:
@@ -103,12 +101,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     devices, target = _devices(device)
     if report_prediction:
         check_predictable(target)
-    options = replace(
-        tune_options(flags),
-        storage=flags["storage"] or default_storage(target),
-        ledger=default_ledger(target),
-        anew=force,
-    )
+    options = replace(tune_options(flags), storage=flags["storage"], anew=force)
     problems = _problems(preset, target, shape, ops)
     for problem in problems:  # before the first is tuned, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
@@ -168,28 +161,9 @@ def _devices(text: str) -> tuple[list[str], Target]:
 
 
 def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> Outcome:
-    cache = default_cache()
-    found = None if options.anew else _finished(cache, problem, target)
-    record = found or _tune(problem, devices, options, cache)
-    return Outcome(problem=problem, record=record, cached=found is not None)
-
-
-def _finished(cache: ScheduleCache, problem: Problem, target: Target) -> TuningRecord | None:
-    """The entry that a search of this problem left when it ended; one that was interrupted goes on."""
-    record = cache.exact(problem, target)
-    return record if record is not None and record.kind == MEASURED and record.complete else None
-
-
-def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache: ScheduleCache) -> TuningRecord:
     import tqdm
 
-    from hsa_compile.autotune.options import TuneOptions
-    from hsa_compile.autotune.tune import tune as tune_problem
-
-    def store(record: TuningRecord) -> None:
-        # What an interrupted --force found does not push out what a whole search did.
-        if record.complete or _finished(cache, problem, record.target) is None:
-            cache.put(record)
+    from hsa_compile.autotune.tune import tune_missing
 
     with (
         stop_on_ctrl_c() as stopped,
@@ -202,14 +176,10 @@ def _tune(problem: Problem, devices: Sequence[str], options: TuneOptions, cache:
             disable=None,  # shown on a terminal only
         ) as bar,
     ):
-        return tune_problem(
-            problem,
-            device=devices,
-            on_progress=_shower(bar),
-            should_stop=stopped.is_set,
-            on_record=store,
-            **{name: getattr(options, name) for name in TuneOptions.__slots__},
+        record, cached = tune_missing(
+            problem, target, options, device=devices, on_progress=_shower(bar), should_stop=stopped.is_set
         )
+    return Outcome(problem=problem, record=record, cached=cached)
 
 
 def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:

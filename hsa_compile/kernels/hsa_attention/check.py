@@ -8,14 +8,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hsa_compile.errors import NotFinite, WrongResult
+from hsa_compile.errors import NotFinite
+from hsa_compile.kernels.compare import TOLERANCES, compare
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.problem import Problem
 
-# ‖a − b‖ / ‖b‖, for outputs and gradients alike
-TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 RESULT_NAMES = {"hsa_forward": ("o",), "hsa_backward": ("dq", "dk", "dv", "dw")}
 
 _SMALL_TOKENS = 200  # with whole chunks, a tail and rows that see nothing
@@ -35,7 +34,7 @@ class _Sample(NamedTuple):
 _samples: WeakKeyDictionary[Inputs, dict[Problem, list[_Sample]]] = WeakKeyDictionary()
 
 
-def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
+def check_attention(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
     """Runs a kernel on a small problem with every oddity, then compares a sample of the full one.
 
     The full problem is too large for the reference: outputs and dq, dw are compared on some tokens, dk and dv on
@@ -51,7 +50,9 @@ def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
         WrongResult: a result is not finite or too far off; the message names it and the error.
     """
     small, small_inputs, expected = _small_case(problem, inputs.q.device)
-    _compare(small.op, _run(kernel, small_inputs), expected, problem.dtype, "a small odd shape")
+    tolerance = TOLERANCES[problem.dtype]
+    for name, one, other in zip(RESULT_NAMES[small.op], _run(kernel, small_inputs), expected, strict=True):
+        compare(name, one, other, tolerance, "a small odd shape")
     results = dict(zip(RESULT_NAMES[problem.op], _run(kernel, inputs), strict=True))
     for name, result in results.items():
         if not result.isfinite().all():
@@ -60,15 +61,7 @@ def check(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
     if problem not in known:
         known[problem] = _sample(problem, inputs)
     for sample in known[problem]:
-        _compare_one(sample.name, results[sample.name][sample.at], sample.expected, problem.dtype, sample.where)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖, in float64; infinite where actual is not finite."""
-    difference = (actual.double() - expected.double()).norm()
-    norm = expected.double().norm()
-    error = float(difference / norm) if norm > 0 else float(difference)
-    return error if error == error else float("inf")
+        compare(sample.name, results[sample.name][sample.at], sample.expected, tolerance, sample.where)
 
 
 def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
@@ -155,18 +148,3 @@ def _reference(op: str, inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
             return (o,)
         # Where there is no whole chunk, o depends on no weight.
         return torch.autograd.grad(o, leaves, inputs.grad_o.double(), materialize_grads=True)
-
-
-def _compare(op: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str, where: str) -> None:
-    for name, one, other in zip(RESULT_NAMES[op], actual, expected, strict=True):
-        _compare_one(name, one, other, dtype, where)
-
-
-def _compare_one(name: str, actual: Tensor, expected: Tensor, dtype: str, where: str) -> None:
-    if actual.shape != expected.shape:
-        raise WrongResult(f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}")
-    if not actual.isfinite().all():
-        raise NotFinite(f"{name} has values that are not finite on {where}")
-    error = relative_error(actual, expected)
-    if not error <= TOLERANCES[dtype]:
-        raise WrongResult(f"{name} is off by {error:.1e} (relative norm, at most {TOLERANCES[dtype]:.0e}) on {where}")

@@ -1,6 +1,7 @@
 """Tensors to tune and check on: a problem's shapes filled by a named distribution."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ class Inputs:
         """Keyword arguments of the emitted entry of `op`."""
         del op
         return {"scale": self.q.shape[-1] ** -0.5}
+
+    def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Positional and keyword arguments of `hsa_attention`."""
+        return self.arguments("hsa_forward"), {"chunk_size": problem.chunk_size}
+
+    def filled(self) -> float:
+        """The share of the slots that hold a pick, 0 … 1."""
+        return float((self.chunk_indices >= 0).double().mean())
 
     def with_indices(self, chunk_indices: Tensor) -> "Inputs":
         """The same tensors with other picks."""

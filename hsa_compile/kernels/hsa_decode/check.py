@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hsa_compile.errors import NotFinite, WrongResult
+from hsa_compile.errors import NotFinite
+from hsa_compile.kernels.compare import TOLERANCES, compare
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.hsa_attention.check import TOLERANCES, relative_error
 from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs, make_decode_inputs
 from hsa_compile.kernels.hsa_decode.reference import hsa_decode_reference
 from hsa_compile.problem import Problem
@@ -61,10 +61,7 @@ def _compare(kernel: Kernel, inputs: DecodeInputs, problem: Problem, where: str)
         raise NotFinite(f"o has values that are not finite on {where}")
     sequences = torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES).long().unique().to(inputs.q.device)
     expected = _reference(inputs, sequences, problem)
-    error = relative_error(o[sequences], expected)
-    if not error <= TOLERANCES[problem.dtype]:
-        limit = TOLERANCES[problem.dtype]
-        raise WrongResult(f"o is off by {error:.1e} (relative norm, at most {limit:.0e}) on {where}")
+    compare("o", o[sequences], expected, TOLERANCES[problem.dtype], where)
 
 
 def _reference(inputs: DecodeInputs, sequences: Tensor, problem: Problem) -> Tensor:

@@ -1,6 +1,7 @@
 """Tensors to tune and check decoding on: a pool of pages, and tables that scatter each sequence over it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class DecodeInputs:
         del op
         options: dict[str, float | Tensor] = {"scale": self.q.shape[-1] ** -0.5}
         return options if self.page_table is None else {**options, "page_table": self.page_table}
+
+    def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Positional and keyword arguments of `hsa_decode`."""
+        return self.arguments(problem.op), {"page_table": self.page_table}
+
+    def filled(self) -> float:
+        """The share of the slots that hold a pick, 0 … 1."""
+        return float((self.chunk_indices >= 0).double().mean())
 
 
 def make_decode_inputs(

@@ -10,10 +10,12 @@ from hsa_compile.kernels.native import pointer, sizes
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops.hsa_decode import SHARED_BYTES
+from hsa_compile.schedules.schedule import Schedule
 
 
-def decode_entry(library: ctypes.CDLL, problem: Problem, split: int) -> Callable[..., Tensor]:
+def decode_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Tensor]:
     """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    split = schedule.number("split")
     decode, value_dim = library.hsa_decode, problem.value_dim
     pick_bytes = problem.chunk_size * (problem.head_dim + value_dim) * problem.itemsize
 

@@ -7,17 +7,12 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import NotFinite, WrongResult
+from hsa_compile.kernels.compare import SCORE_TOLERANCE, TOLERANCES, WEIGHT_TOLERANCE, compare
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gumbel import gumbel
 from hsa_compile.kernels.select_chunks.inputs import SelectInputs, make_select_inputs
 from hsa_compile.kernels.select_chunks.reference import select_weights_reference
 from hsa_compile.problem import Problem
-
-# What weights may be off by (relative norm): scores are float32 sums, whatever the inputs are.
-WEIGHT_TOLERANCE = 1e-5
-# What a pick may score less than the best one that was left out, relative to the largest score.
-SCORE_TOLERANCE = 1e-5
-GRADIENT_TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 _SMALL_TOKENS, _SMALL_CHUNKS = 131, 37
 _SAMPLED_TOKENS = 64
@@ -71,25 +66,25 @@ def _check_picks(
     if (gap > SCORE_TOLERANCE * largest).any():
         raise WrongResult(f"a chunk that was left out scores {float(gap.max()):.1e} more than one picked on {where}")
     expected = select_weights_reference(query, landmarks, indices, fusion=problem.fusion)
-    _compare("chunk_weights", weights, expected, WEIGHT_TOLERANCE, where)
+    compare("chunk_weights", weights, expected, WEIGHT_TOLERANCE, where)
 
 
 def _check_gradients(
     results: tuple[Tensor, Tensor], inputs: SelectInputs, tokens: Tensor, problem: Problem, where: str
 ) -> None:
     dquery, dlandmarks = results
-    tolerance = GRADIENT_TOLERANCES[problem.dtype]
+    tolerance = TOLERANCES[problem.dtype]
     for name, x in (("dquery", dquery), ("dlandmarks", dlandmarks)):
         if not x.isfinite().all():
             raise NotFinite(f"{name} has values that are not finite")
     expected, _ = _reference_gradients(_at_tokens(inputs, tokens), problem)
-    _compare("dquery", dquery[:, tokens], expected, tolerance, where)
+    compare("dquery", dquery[:, tokens], expected, tolerance, where)
     # The reference gets all tokens that picked one chunk: its gradient is then whole.
     chunk = int(inputs.chunk_indices[0, inputs.query.shape[1] // 2].max())
     picked = (inputs.chunk_indices == chunk).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
     if chunk >= 0:
         _, expected = _reference_gradients(_at_tokens(inputs, picked), problem)
-        _compare("dlandmarks", dlandmarks[:, chunk], expected[:, chunk], tolerance, f"chunk {chunk}")
+        compare("dlandmarks", dlandmarks[:, chunk], expected[:, chunk], tolerance, f"chunk {chunk}")
 
 
 def _at_tokens(inputs: SelectInputs, tokens: Tensor) -> SelectInputs:
@@ -106,10 +101,3 @@ def _reference_gradients(inputs: SelectInputs, problem: Problem) -> tuple[Tensor
         weights = select_weights_reference(query, landmarks, inputs.chunk_indices, fusion=problem.fusion)
         dquery, dlandmarks = torch.autograd.grad(weights, (query, landmarks), inputs.grad_weights.double())
         return dquery, dlandmarks
-
-
-def _compare(name: str, actual: Tensor, expected: Tensor, tolerance: float, where: str) -> None:
-    norm = expected.norm().clamp(min=1e-30)
-    error = float((actual.double() - expected).norm() / norm) if actual.shape == expected.shape else float("inf")
-    if not error <= tolerance:
-        raise WrongResult(f"{name} is off by {error:.1e} (relative norm, at most {tolerance:.0e}) on {where}")

@@ -1,13 +1,13 @@
-"""Tensors to tune and check chunk selection on, and the door to those of any op."""
+"""Tensors to tune and check chunk selection on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hsa_compile.kernels.gumbel import noise_keys
-from hsa_compile.kernels.hsa_attention.inputs import LOCAL_BLOCK, Inputs, make_inputs, pick_chunks
-from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs, make_decode_inputs
+from hsa_compile.kernels.hsa_attention.inputs import LOCAL_BLOCK, pick_chunks
 from hsa_compile.problem import Problem
 
 NOISE_SEED = 1
@@ -42,23 +42,17 @@ class SelectInputs:
         """Keyword arguments of the emitted entry of `op`."""
         return {"top_k": self.top_k, "offset": self.offset} if op == "select_chunks" else {}
 
+    def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Positional and keyword arguments of `select_chunks`."""
+        return (self.query, self.landmarks), {"chunk_size": problem.chunk_size, "top_k": self.top_k}
+
+    def filled(self) -> float:
+        """All slots count: a selection scores every visible chunk, whatever is picked."""
+        return 1.0
+
     def positions(self) -> Tensor:
         """`[T]` absolute positions of the query rows."""
         return torch.arange(self.query.shape[1], device=self.query.device) + self.offset
-
-
-def inputs_of(
-    problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
-) -> Inputs | SelectInputs | DecodeInputs:
-    """Random tensors of a problem's shapes, whichever its op is.
-
-    Raises:
-        InvalidArgument: the distribution is unknown.
-    """
-    if problem.decodes:
-        return make_decode_inputs(problem, device, distribution=distribution, seed=seed)
-    make = make_select_inputs if problem.selects else make_inputs
-    return make(problem, device, distribution=distribution, seed=seed)
 
 
 def make_select_inputs(

@@ -10,10 +10,12 @@ from torch import Tensor
 from hsa_compile.kernels.native import pointer, sizes
 from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
 
 
-def select_entry(library: ctypes.CDLL, problem: Problem, super_tile: int) -> Callable[..., Any]:
+def select_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Any]:
     """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    super_tile = schedule.number("super_tile")
 
     def forward(
         query: Tensor, landmarks: Tensor, noise_keys: Tensor | None, *, top_k: int, offset: int
