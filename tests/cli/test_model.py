@@ -93,7 +93,7 @@ def test_what_a_preset_decides_cannot_be_chosen() -> None:
 def test_tune_preset_begins_with_the_first_of_those(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
 
-    def tune(problem: Problem, *_: object, **_: object) -> None:
+    def tune(problem: Problem, *_: object, **__: object) -> None:
         asked.append(problem)
         raise KeyboardInterrupt
 
