@@ -45,7 +45,7 @@ class MemoryUse:
 
     Attributes:
         weights: the weights of the model.
-        caches: what the mixers keep: windows, Mamba-2 states, or all keys and values of `full`; and the incomplete chunk.
+        caches: what the mixers keep (windows, Mamba-2 states, all keys and values of `full`), and the open chunk.
         chunk_keys, chunk_values, landmarks: the three parts of the memory.
     """
 
