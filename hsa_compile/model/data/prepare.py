@@ -116,7 +116,7 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-_VALIDATION = 0.05  # of few megabytes this is enough for contexts of 64K tokens that do not overlap
+_VALIDATION = 0.05  # enough of a few megabytes for contexts of 64K tokens that do not overlap
 
 
 def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:
