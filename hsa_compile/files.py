@@ -17,7 +17,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Puts a new file in the place of an old one: at any moment the one or the other is there, never a part.
 
     Args:
-        path: of the file.
+        path: where the file is.
         write: fills the file whose path it is given.
 
     Raises:
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SaveError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # the text is no JSON or no UTF-8
         raise SaveError(f"{path} is damaged or no JSON: {error}") from error
     if not isinstance(value, dict):
         raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")

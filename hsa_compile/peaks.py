@@ -11,17 +11,17 @@ class Limits:
     """What bounds a kernel on one device; peak figures of the vendors' data sheets, dense.
 
     Attributes:
-        tflops: of 16-bit matrix products.
-        float32_tflops: of float32 products that keep all bits.
+        tflops: the rate of 16-bit matrix products.
+        float32_tflops: the rate of float32 products that keep all bits.
         memory_gb_s, cache_gb_s: bandwidth of device memory and of the last cache that all programs share.
         cache_mb: size of that cache.
         clock_mhz: boost clock, at which the peaks hold.
-        registers, threads, programs: of one multiprocessor, what its resident programs share.
+        registers, threads, programs: what the resident programs of one multiprocessor share.
         shared_memory: bytes of one multiprocessor.
         register_unit: registers are given to a warp in steps of this many for each thread.
         memory_gb: size of device memory, in 10⁹ bytes.
-        scale_up_gb_s: to the other devices of a node, over NVLink or Infinity Fabric, one way.
-        host_gb_s: to the host's memory, over PCIe x16, one way.
+        scale_up_gb_s: bandwidth to the other devices of a node, over NVLink or Infinity Fabric, one way.
+        host_gb_s: bandwidth to the host's memory, over PCIe x16, one way.
     """
 
     tflops: float

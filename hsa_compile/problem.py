@@ -10,7 +10,7 @@ from typing import Any
 
 from hsa_compile.errors import InvalidProblem
 
-OPS = ("hsa_forward", "hsa_backward")  # of hsa_attention
+OPS = ("hsa_forward", "hsa_backward")  # the ops behind hsa_attention
 SELECT_OPS = ("select_chunks", "select_chunks_backward")
 DECODE_OPS = ("hsa_decode",)
 ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
@@ -22,10 +22,10 @@ OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed"
 DISTRIBUTIONS = ("random", "local", "hot")  # how the picks of inputs may fall
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
-MAX_RETRIEVAL_DIM = 1024  # of select_chunks
+MAX_RETRIEVAL_DIM = 1024  # the largest in select_chunks
 MAX_SELECTED = 128  # chunks that select_chunks keeps for a token
 MAX_CHUNK_SIZE = 1024
-MAX_DECODE_TOKENS = 16  # of one call of hsa_decode
+MAX_DECODE_TOKENS = 16  # the most tokens in one call of hsa_decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Problem:
             retrieval dim, at most 1024.
         chunk_size: `C`, keys in a chunk.
         top_k: `K`, slots of a token.
-        dtype: of q, k and v, one of `DTYPES`.
+        dtype: the dtype of q, k and v, one of `DTYPES`.
         softmax_off_by_one: an extra 1 in the normaliser of each chunk.
         per_head_weights: chunk weights for each query head rather than for each kv head.
         mask_last_token: the last key of each chunk is a landmark and is not attended to.

@@ -1,4 +1,7 @@
-"""PyTorch's dense attention: its own choice on a CPU, each of its kernels by name on a GPU."""
+"""What people run today, as contenders: PyTorch's dense attention, FlexAttention, and native sparse attention (NSA).
+
+None of them computes our op: each is checked against its own definition, dense or with one softmax over all picks.
+"""
 
 import contextlib
 import functools
@@ -22,11 +25,11 @@ from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.paths import cxx_compiler
 
 _SAMPLED_TOKENS = 16
-_LARGEST_SCORES = 1 << 25  # of the sampled tokens, in float64
+_LARGEST_SCORES = 1 << 25  # the most scores of sampled tokens that are made in float64
 
 
 def check_other(computes: str) -> Callable[[Case, Call], None]:
-    """A check against the definition of `DENSE` or `SPARSE`: o, and dq where there is one, on some tokens.
+    """Makes a check against the definition of `DENSE` or `SPARSE`: o, and dq where there is one, on some tokens.
 
     Tokens that picked nothing are left out: libraries differ in what they give there.
     """
@@ -50,7 +53,7 @@ def check_other(computes: str) -> Callable[[Case, Call], None]:
 
 
 def sampled_tokens(case: Case, computes: str) -> Tensor:
-    """Tokens spread over the sequence, the last among them; few enough to score them against all keys."""
+    """Picks tokens spread over the sequence, the last among them; few enough to score them against all keys."""
     problem = case.problem
     scores = problem.batch * problem.num_heads * problem.kv_len
     count = max(1, min(_SAMPLED_TOKENS, problem.seq_len, _LARGEST_SCORES // scores))
@@ -62,7 +65,7 @@ def sampled_tokens(case: Case, computes: str) -> Tensor:
 
 
 def definition(case: Case, computes: str, tokens: Tensor) -> tuple[Tensor, ...]:
-    """o `[B, tokens, HQ, Dv]` in float64, and dq of those tokens if gradients are asked for."""
+    """Returns o `[B, tokens, HQ, Dv]` in float64, and dq of those tokens if gradients are asked for."""
     if case.kind == DECODE:
         inputs = case.decoding
         k, v = (pages_in_order(x, inputs.page_table) for x in (inputs.k_chunks, inputs.v_chunks))
@@ -84,7 +87,7 @@ def definition(case: Case, computes: str, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def allowed_keys(case: Case, tokens: Tensor) -> Tensor:
-    """`[B, tokens, H, S]`: whether a token picked the chunk of a key."""
+    """Returns `[B, tokens, H, S]`: whether a token picked the chunk of a key."""
     indices = case.attention.chunk_indices[:, tokens].long()
     chunks = torch.arange(case.problem.kv_len, device=case.device) // case.problem.chunk_size
     picked = torch.zeros(*indices.shape[:3], case.problem.kv_len, dtype=torch.bool, device=case.device)
@@ -94,7 +97,7 @@ def allowed_keys(case: Case, tokens: Tensor) -> Tensor:
 
 
 def pages_in_order(pages: Tensor, page_table: Tensor | None) -> Tensor:
-    """`[B, S, H, D]` from pages `[P, H, C, D]`, each sequence's in the order of its table."""
+    """Returns `[B, S, H, D]` from pages `[P, H, C, D]`, those of each sequence in the order of its table."""
     ordered = pages.unsqueeze(0) if page_table is None else pages[page_table.long()]  # [B, N, H, C, D]
     return ordered.transpose(2, 3).flatten(1, 2)
 
@@ -115,7 +118,7 @@ _BACKENDS = {
 
 
 def dense_contenders(device: torch.device) -> list[Contender]:
-    """Causal attention to everything; what one runs who has no sparse attention."""
+    """Returns causal attention to everything, which one runs who has no sparse attention."""
     if device.type == "cpu":
         return [_contender("SDPA", None)]
     return [_contender(f"SDPA {name}", name) for name in _BACKENDS]
@@ -134,7 +137,7 @@ def _contender(name: str, backend: str | None) -> Contender:
 
 
 def _make_dense(backend: str | None, case: Case) -> Call:
-    """A call on tensors that lie as `[B, HQ, T, D]`; its results lie as ours do."""
+    """Makes a call on tensors that lie as `[B, HQ, T, D]`; its results lie as ours do."""
     if case.kind == DECODE:
         inputs = case.decoding
         tensors = (inputs.q, *(pages_in_order(x, inputs.page_table) for x in (inputs.k_chunks, inputs.v_chunks)))
@@ -156,7 +159,7 @@ def _make_dense(backend: str | None, case: Case) -> Call:
 
 
 def call_of(forward: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, case: Case) -> Call:
-    """Of a function of q, k and v `[B, H, T, D]`: gives o, and dq where gradients are asked for, as `[B, T, HQ, D]`."""
+    """Makes a call of a function of q, k and v `[B, H, T, D]`; it gives o, and dq if asked for, as `[B, T, HQ, D]`."""
 
     def without_gradients() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -182,11 +185,11 @@ def _scores_too_large(case: Case) -> str | None:
     return too_large("its score matrix", copies * scores * problem.itemsize, case.device)
 
 
-_BLOCK = 128  # tokens and keys: the granularity of FlexAttention's own masks
+_BLOCK = 128  # tokens and keys in a block, which is the granularity of FlexAttention's own masks
 
 
 def flex_contenders() -> list[Contender]:
-    """FlexAttention, where PyTorch compiles it."""
+    """Returns FlexAttention, where PyTorch compiles it."""
     return [
         Contender(
             name="FlexAttention",
@@ -195,19 +198,19 @@ def flex_contenders() -> list[Contender]:
             check=check_other(SPARSE),
             why_not=_why_not_flex,
             kinds=(FORWARD, BOTH),
-            effort=lambda case: dense_work(case).flops,  # among 128 tokens' picks are most of the chunks
+            effort=lambda case: dense_work(case).flops,  # the picks of 128 tokens together are most of the chunks
         )
     ]
 
 
 def block_mask(case: Case) -> BlockMask:
-    """The picks as FlexAttention takes them: blocks that any of 128 tokens picked, and a mask by token inside them."""
+    """Turns the picks into FlexAttention's mask: blocks that any of 128 tokens picked, and by token inside them."""
     problem, indices = case.problem, case.attention.chunk_indices.long()
     B, T, H, _ = indices.shape
     slots = torch.where(indices >= 0, indices, problem.num_chunks)
     picked = torch.zeros(B, T, H, problem.num_chunks + 1, dtype=torch.bool, device=case.device)
     picked.scatter_(3, slots, torch.ones_like(slots, dtype=torch.bool))
-    picked[..., -1] = False  # of empty slots, and of keys past the last whole chunk
+    picked[..., -1] = False  # empty slots, and keys past the last whole chunk, are not picked
     picked = picked.transpose(1, 2).contiguous()  # [B, H, T, N + 1]
     visited = _visited(picked, problem.chunk_size, problem.kv_len)  # [B, H, nQ, nKV]
     visited = visited.repeat_interleave(problem.group, dim=1).int()
@@ -229,7 +232,7 @@ def block_mask(case: Case) -> BlockMask:
 
 
 def _visited(picked: Tensor, chunk_size: int, kv_len: int) -> Tensor:
-    """`[B, H, nQ, nKV]`: whether any token of a block picked any key of a block."""
+    """Returns `[B, H, nQ, nKV]`: whether any token of a block picked any key of a block."""
     blocks = torch.nn.functional.pad(picked, (0, 0, 0, -picked.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK)).any(3)
     chunks = torch.arange(kv_len, device=picked.device) // chunk_size
     keys = blocks[..., chunks.clamp(max=picked.shape[3] - 1)]  # [B, H, nQ, S]
@@ -239,7 +242,7 @@ def _visited(picked: Tensor, chunk_size: int, kv_len: int) -> Tensor:
 def _make_flex(case: Case) -> Call:
     inputs, mask = case.attention, block_mask(case)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
-    torch.compiler.reset()  # a mask is code to PyTorch, which after some kinds of it would compile no more
+    torch.compiler.reset()  # to PyTorch a mask is code, and after some kinds of it PyTorch would compile no more
     attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
     grouped = case.problem.group > 1
 
@@ -266,7 +269,7 @@ _LEAST_GROUP = 16
 
 
 def nsa_contenders() -> list[Contender]:
-    """The selected branch of `fla.ops.nsa`, where it is installed."""
+    """Returns the selected branch of `fla.ops.nsa`, where it is installed."""
     return [
         Contender(
             name="fla NSA",

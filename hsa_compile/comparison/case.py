@@ -1,4 +1,4 @@
-"""One row of contests: what is computed, on which shape and tensors."""
+"""What a contest is about: what is computed, on which shape and tensors, and the work that this takes at least."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from hsa_compile.schedules.work import Work
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]
 
-# One pass over the chunks, five products backward: what has to be done, whatever a schedule does beyond it.
+# Forward is one pass over the chunks, backward five products: that has to be done, whatever a schedule does beyond.
 _LEAST = Schedule.of("chunk")
 
 
@@ -28,9 +28,9 @@ class Case:
     """A problem with its tensors on a device.
 
     Attributes:
-        kind: `forward` or `both` (forward and backward) of hsa_attention, `select`, or `decode`.
-        problem: its op is that of the forward kernel.
-        device: where it runs.
+        kind: `forward` or `both` (forward and backward), which are hsa_attention's, `select`, or `decode`.
+        problem: the problem whose op is that of the forward kernel.
+        device: the device on which it runs.
         inputs: the tensors, which no contender may write to.
     """
 
@@ -45,13 +45,13 @@ class Case:
 
     @staticmethod
     def of(kind: str, problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0) -> "Case":
-        """A case whose tensors are those that a tuning would take."""
+        """Makes a case whose tensors are those that a tuning would take."""
         inputs = inputs_of(problem, device, distribution=distribution, seed=seed)
         return Case(kind=kind, problem=problem, device=device, inputs=inputs)
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Of the kernels that take part."""
+        """The ops of the kernels that take part."""
         return (self.problem.op, "hsa_backward") if self.kind == BOTH else (self.problem.op,)
 
     @property
@@ -68,10 +68,10 @@ class Case:
 
 
 def check_length(problem: Problem) -> None:
-    """Whether there is anything to compute: the last token must see a chunk, which is one that ended before it.
+    """Checks that there is anything to compute: the last token must see a chunk, which is one that ended before it.
 
     Raises:
-        InvalidProblem: no token sees any.
+        InvalidProblem: no token sees any chunk.
     """
     if problem.kv_len <= problem.chunk_size:
         raise InvalidProblem(
@@ -81,7 +81,7 @@ def check_length(problem: Problem) -> None:
 
 
 def sparse_work(case: Case) -> Work:
-    """Products of the picks that are there, each tensor moved once; of every contender that works on the picks."""
+    """Counts the products of the picks that are there, with each tensor moved once; for contenders that use picks."""
     filled = case.inputs.filled()
     works = [count_work(case.problem.with_op(op), _LEAST) for op in case.ops]
     return replace(
@@ -93,7 +93,7 @@ def sparse_work(case: Case) -> Work:
 
 
 def dense_work(case: Case) -> Work:
-    """Products of every query with all keys before it, each tensor moved once."""
+    """Counts the products of every query with all keys before it, with each tensor moved once."""
     problem = case.problem
     D, Dv, T, S = problem.head_dim, problem.value_dim, problem.seq_len, problem.kv_len
     pairs = problem.batch * problem.num_heads * (T * (T + 1) / 2 + T * (S - T))

@@ -1,4 +1,4 @@
-"""Something that can be timed on a case, with what it claims to compute."""
+"""A contender: something that can be timed on a case, with what it claims to compute."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CLAIMS = (SAME, DENSE, SPARSE)
 
 
 def available(case: Case) -> str | None:
-    """Nothing speaks against it."""
+    """Returns None: nothing speaks against it."""
     del case
     return None
 
@@ -31,16 +31,16 @@ class Contender:
     """A way to compute something from the tensors of a case.
 
     Attributes:
-        name: for tables.
+        name: the name that tables show.
         computes: `SAME`, what the op is defined to be; `DENSE`, attention to everything before; or `SPARSE`, one
             softmax over the same chunks together.
-        make: a call that does it once, on tensors that are laid out beforehand as it likes them.
-        check: compares it with the float64 definition of what it claims, and raises WrongResult.
-        why_not: why it cannot run a case, in words; None if it can.
-        kinds: of the cases that it is made for.
-        work: what it has to do at least, by which its rates are counted.
-        effort: FLOPs, or what grows like them, by which its time on a longer case is foreseen; those of `work` if None.
-        note: what else a reader of its times should know.
+        make: makes a call that computes it once, on tensors that are laid out beforehand as it likes them.
+        check: compares a call with the float64 definition of what it claims, and raises WrongResult.
+        why_not: says why it cannot run a case, in words; None if it can.
+        kinds: the kinds of cases that it is made for.
+        work: says what it has to do at least, by which its rates are counted.
+        effort: FLOPs, or what grows like them, which foretell its time on a longer case; those of `work` if None.
+        note: says what else a reader of its times should know.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Contender:
         return self.effort(case) if self.effort is not None else self.work(case).flops
 
 
-# By name, so that an interrupt, an exit or an error without a name ends the run as everywhere else.
+# Errors are caught by name, so that an interrupt, an exit or an error without a name ends the run as elsewhere.
 FOREIGN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
     OSError, RuntimeError, SyntaxError, TypeError, ValueError,
@@ -75,7 +75,7 @@ _LONGEST = 300
 
 
 def one_line(error: BaseException) -> str:
-    """Name and message of an error; the first lines if they are many."""
+    """Returns name and message of an error; of a long one, only the first lines."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

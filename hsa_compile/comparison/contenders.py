@@ -1,4 +1,4 @@
-"""Who takes part: ours first, then what people use today."""
+"""Who takes part in a contest: our ops first, then what people use today, and functions that a person names."""
 
 import importlib.util
 import inspect
@@ -27,7 +27,7 @@ OURS = "hsa-compile"
 
 
 def contenders_for(device: torch.device, families: Sequence[str] = FAMILIES) -> list[Contender]:
-    """Ours, through the public ops and so on the schedules that lookup gives, and those of the families."""
+    """Returns ours, which run through the public ops on the schedules that lookup gives, and those of the families."""
     made = {
         "sdpa": dense_contenders(device),
         "flex": flex_contenders(),
@@ -44,7 +44,7 @@ def _ours(case: Case) -> Function:
 
 
 def _schedules(case: Case) -> str:
-    """Which schedules run, and where they are from."""
+    """Says which schedules run, and where they are from."""
     target = Target.of(case.device)
     texts = []
     for op in case.ops:
@@ -55,7 +55,7 @@ def _schedules(case: Case) -> str:
     return "; ".join(texts)
 
 
-# How each kind is called: so many tensors, and these keywords (as `same_function.arguments` gives them).
+# Each kind is called with so many tensors and these keywords, as `same_function.arguments` gives them.
 _CALLS = {
     FORWARD: (5, ("chunk_size",)),
     BOTH: (5, ("chunk_size",)),
@@ -70,11 +70,11 @@ _SIGNATURES = (
 
 
 def load_contender(text: str, kinds: Sequence[str]) -> Contender:
-    """The contender that a person named; it takes part in the kinds of cases that it can be called for.
+    """Loads the contender that a person named; it takes part in the kinds of cases that it can be called for.
 
     Args:
         text: `FILE.py:function`.
-        kinds: of the cases that there will be.
+        kinds: the kinds of cases that there will be.
 
     Raises:
         InvalidArgument: there is no such file or function, the file cannot be imported, or the function takes the

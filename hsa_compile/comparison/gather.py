@@ -9,12 +9,12 @@ from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import Contender
 from hsa_compile.comparison.same_function import Function, same_function
 
-_BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of gathered keys and values at once; all of them would not fit
-_LARGEST_SHARE = 0.5  # of free memory
+_BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # bytes gathered of keys and values at once; all would not fit
+_LARGEST_SHARE = 0.5  # a share of the memory that is free
 
 
 def gather_contenders() -> list[Contender]:
-    """Gathering for attention and decoding, dense scores for selection."""
+    """Returns gathering for attention and decoding, and dense scores for selection."""
     return [
         same_function("gather", _gather, why_not=_too_large, kinds=(FORWARD, BOTH, DECODE)),
         same_function("matmul + topk", lambda case: dense_topk, why_not=_too_many_scores, kinds=(SELECT,)),
@@ -24,10 +24,10 @@ def gather_contenders() -> list[Contender]:
 def gather_attention(
     q: Tensor, k: Tensor, v: Tensor, chunk_indices: Tensor, chunk_weights: Tensor, *, chunk_size: int
 ) -> Tensor:
-    """hsa_attention by the definition, a block of tokens after the other."""
+    """Computes hsa_attention by the definition, a block of tokens after the other."""
     row = chunk_indices[:, :1].numel() * chunk_size * (k.shape[3] + v.shape[3]) * k.element_size()
     step = max(1, _BLOCK_BYTES[q.device.type] // row)
-    if k.requires_grad and k.element_size() < 4:  # else a chunk's gradients would be summed up in 16 bits
+    if k.requires_grad and k.element_size() < 4:  # otherwise a chunk's gradients would be summed up in 16 bits
         k, v = k.float(), v.float()
     num_chunks = k.shape[1] // chunk_size
     k_chunks, v_chunks = (  # [B, H, N, C, D]
@@ -54,7 +54,7 @@ def _attend(q: Tensor, k_chunks: Tensor, v_chunks: Tensor, chunk_indices: Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32, as a softmax is taken in."""
+    """Widens to float32 at least, in which a softmax is taken."""
     return x.float() if x.element_size() < 4 else x
 
 
@@ -67,7 +67,7 @@ def gather_decode(
     *,
     page_table: Tensor | None,
 ) -> Tensor:
-    """hsa_decode by indexing the pages."""
+    """Computes hsa_decode by indexing the pages."""
     pages = chunk_indices.long()
     if page_table is not None:
         listed = page_table.long().gather(1, pages.clamp(min=0).flatten(1)).view_as(pages)
@@ -84,7 +84,7 @@ def gather_decode(
 
 
 def dense_topk(query: Tensor, landmarks: Tensor, *, chunk_size: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """select_chunks by all scores, the causal mask and `topk`."""
+    """Computes select_chunks by all scores, the causal mask and `topk`."""
     if query.dtype != torch.float64:
         query, landmarks = query.float(), landmarks.float()
     (_, seq_len, _, dim), num_chunks = query.shape, landmarks.shape[1]
@@ -102,7 +102,7 @@ def dense_topk(query: Tensor, landmarks: Tensor, *, chunk_size: int, top_k: int)
 
 
 def too_large(what: str, needed: float, device: torch.device) -> str | None:
-    """A reason to leave out what would need most of the memory that is free."""
+    """Returns a reason to leave out what would need most of the memory that is free; None if it fits."""
     free = free_bytes(device)
     if free is None or needed <= _LARGEST_SHARE * free:
         return None

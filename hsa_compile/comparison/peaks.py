@@ -1,4 +1,4 @@
-"""What bounds every contender on a device: data sheet figures of a GPU, measured ones of a CPU."""
+"""What bounds every contender on a device: a GPU's figures from its data sheet, a CPU's as measured."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from hsa_compile.peaks import LIMITS, limits_of
 from hsa_compile.target import Target
 
 _PRODUCTS = ((512, 20), (2048, 3))  # sizes of square matrices, and how many times each
-_COPY_BYTES, _COPIES = 256 << 20, 3  # beyond any cache
+_COPY_BYTES, _COPIES = 256 << 20, 3  # larger than any cache
 _ENOUGH_S = 1.0
 _SLOW_S = 4.0  # a product that would take longer is not tried: some dtypes have no fast ones on a CPU
 
@@ -21,9 +21,9 @@ class Peaks:
     """The two roofs of a device.
 
     Attributes:
-        tflops: of matrix products in the dtype at hand.
-        gb_s: from and to memory.
-        source: where the figures are from.
+        tflops: the rate of matrix products in the dtype at hand.
+        gb_s: the rate of reading and writing memory.
+        source: says where the figures are from.
     """
 
     tflops: float
@@ -36,16 +36,16 @@ class Peaks:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be positive")
 
     def attainable_tflops(self, flops_a_byte: float) -> float:
-        """The lower of both roofs."""
+        """Returns the lower of both roofs."""
         return min(self.tflops, self.gb_s * flops_a_byte / 1e3)
 
     def or_better(self, other: "Peaks") -> "Peaks":
-        """The best of two measurements: what else runs on the machine can only lower them."""
+        """Takes the best of two measurements, since what else runs on the machine can only lower them."""
         return replace(max(self, other, key=lambda peaks: peaks.tflops), gb_s=max(self.gb_s, other.gb_s))
 
 
 def peaks_of(target: Target, dtype: str) -> Peaks | None:
-    """The roofs of a device; None for a GPU whose figures are not known."""
+    """Returns the roofs of a device; None for a GPU whose figures are not known."""
     if target.kind == "cpu":
         return _measured(getattr(torch, dtype))
     if target.arch not in LIMITS or dtype == "float64":
@@ -56,9 +56,9 @@ def peaks_of(target: Target, dtype: str) -> Peaks | None:
 
 
 def _measured(dtype: torch.dtype) -> Peaks:
-    """The best of some products and copies.
+    """Measures the best of some products and copies.
 
-    Short ones among them: where other processes run, only those find a moment without.
+    Short ones are among them: where other processes run, only those find a moment without.
     """
     seconds = {size: _product_s(size, dtype, rounds) for size, rounds in _PRODUCTS[:1]}
     for size, rounds in _PRODUCTS[1:]:
@@ -82,7 +82,7 @@ def _product_s(size: int, dtype: torch.dtype, rounds: int) -> float:
 
 
 def _best(call: Callable[[], object], rounds: int) -> float:
-    """Seconds of the quickest of some calls, of fewer if they are slow."""
+    """Returns the seconds of the quickest of some calls, of fewer if they are slow."""
     begun, best = time.perf_counter(), float("inf")
     for _ in range(rounds):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: time by length, and what of the device's peaks was reached."""
+"""Pictures of a comparison: time by length, and which rates were reached beside the device's peaks."""
 
 import math
 import textwrap
@@ -15,11 +15,11 @@ from hsa_compile.versions import require
 TIME_PICTURE, ROOFLINE_PICTURE = "bench_time.png", "bench_roofline.png"
 _LINES = {SAME: "-", DENSE: "--", SPARSE: ":"}
 _PANEL_INCHES = (3.7, 3.1)
-_WIDE_INCHES = 10  # has room for three columns of the legend
-_LETTERS_PER_INCH = 12  # of a title
+_WIDE_INCHES = 10  # this has room for three columns of the legend
+_LETTERS_PER_INCH = 12  # how many letters of a title fit in an inch
 _ROOF = "0.45"  # a grey
 _PEAK, _BOUND = "the device's peak", "roofline: what memory lets the op reach"
-_FEW_DECADES = 300  # of a log axis, from top to bottom, that has room for 1, 2, 5 in each
+_FEW_DECADES = 300  # up to so far from top to bottom a log axis has room for 1, 2, 5 in each decade
 
 Panels = Mapping[tuple[str, str], Sequence[Result]]  # by kind and shape
 
@@ -83,7 +83,7 @@ def _rates(comparison: Comparison, panels: Panels) -> Any:
 
 
 def _roofs(upper: Any, lower: Any, rows: Sequence[Result], peaks: Peaks, factor: float) -> None:
-    """The device's two peaks, and what both of them together allow at the FLOPs a byte of these rows."""
+    """Draws the device's two peaks, and what both of them together allow at the FLOPs a byte of these rows."""
     upper.axhline(factor * peaks.tflops, color=_ROOF, linewidth=1.5, label=_PEAK)
     lower.axhline(peaks.gb_s, color=_ROOF, linewidth=1.5)
     counted = [(row.problem, row.tflops / row.gb_s) for row in rows if row.tflops and row.gb_s]
@@ -101,7 +101,7 @@ def _grid(rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def _colours(comparison: Comparison) -> dict[str, str]:
-    """One for each contender, the same in all panels."""
+    """Gives each contender one colour, the same in all panels."""
     names = dict.fromkeys(row.contender for row in comparison.results)
     return {name: f"C{index}" for index, name in enumerate(names)}
 

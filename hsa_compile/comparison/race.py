@@ -18,12 +18,12 @@ from hsa_compile.kernels.measure import measure, quantile, summarize
 from hsa_compile.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-MOST_ROUNDS, _QUICK_S = 101, 1.0  # of calls so quick that all rounds together take no longer
-_CALLS_BEFORE = 2  # a contender's check, which warms it up, and one to see how long it takes
-_LARGEST_SHARE = 0.7  # of the time that is left, that one contender may take on the last case; before, half of it
-_ALWAYS_S = 1.0  # what takes no longer takes part, though no time be left
+MOST_ROUNDS, _QUICK_S = 101, 1.0  # the most rounds, of calls so quick that all of them together take no longer
+_CALLS_BEFORE = 2  # a contender's check, which warms it up, and a call to see how long it takes
+_LARGEST_SHARE = 0.7  # the share of the time left that a contender may take on the last case; before that, half of it
+_ALWAYS_S = 1.0  # what takes no longer takes part even if no time is left
 _CHEAP_FIRST = (DECODE, SELECT, FORWARD, BOTH)
-# Where other processes run, two threads of ours may share a core for as long as they do not rest.
+# Where other processes run, two threads of ours may share a core as long as they do not rest.
 _BATCH, _PAUSE_S, _TRIES = 9, 0.05, 3
 
 Progress = Callable[[str], None]
@@ -31,7 +31,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How long a contender took on the last shape of a kind: to be made ready, its calls aside, and for a FLOP."""
+    """What a contender took on the last shape of a kind: to be made ready, its calls aside, and for a FLOP."""
 
     overhead_s: float
     flop_s: float
@@ -50,12 +50,12 @@ class Race:
     """Runs cases one after the other, short ones first, and shares a budget of time out among them.
 
     Args:
-        contenders: the first of them ours, which the others are compared with.
-        device: where all run.
-        peaks: of the device, by dtype.
-        seconds: for all cases together, compilation and checks included. A contender for which it leaves no time is
-            left out; ours never is.
-        distribution, seed: of the inputs.
+        contenders: who takes part; the first is ours, with which the others are compared.
+        device: the device on which all run.
+        peaks: the peaks of the device, by dtype.
+        seconds: the time for all cases together, compilation and checks included. A contender for which it leaves no
+            time is left out; ours never is.
+        distribution, seed: how the picks of the inputs fall, and the seed that draws them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Race:
     def run(
         self, entries: Sequence[tuple[str, Problem]], *, on_progress: Progress = lambda what: None
     ) -> Iterator[list[Result]]:
-        """The results of each case, when it is finished.
+        """Yields the results of each case when it is finished.
 
         Args:
             entries: kind and problem of each.
@@ -121,7 +121,7 @@ class Race:
         except torch.OutOfMemoryError as error:
             return _untimed(contender, case, LEFT_OUT, one_line(error))
         except FOREIGN_ERRORS as error:
-            # A library that does not run here disproves nothing; what claims to be the op must run all of it.
+            # A library that does not run here disproves nothing; one that claims to be the op must run all of it.
             status = FAILED if contender.computes == SAME else LEFT_OUT
             return _untimed(contender, case, status, one_line(error))
         overhead_s = max(0.0, time.monotonic() - begun - _CALLS_BEFORE * seconds)
@@ -129,7 +129,7 @@ class Race:
         return Ready(contender=contender, call=call, seconds=seconds)
 
     def _too_slow(self, contender: Contender, case: Case) -> str | None:
-        """By its pace on the last shape, or at the device's peak if there was none."""
+        """Judges by its pace on the last shape, or at the peak if there was none; None if it is quick enough."""
         if contender is self._contenders[0]:
             return None
         pace, peaks = self._paces.get((contender.name, case.kind)), self._peaks.get(case.problem.dtype)
@@ -184,7 +184,7 @@ def _num_rounds(a_round_s: float, left_s: float) -> int:
 
 
 def _seconds_of(call: Call, device: torch.device) -> float:
-    """Of one warm call; of the best of a few if it is quick."""
+    """Times one warm call; if it is quick, it takes the best of a few."""
     best = float("inf")
     for _ in range(_TRIES):
         synchronize(device)
@@ -199,13 +199,13 @@ def _seconds_of(call: Call, device: torch.device) -> float:
 
 
 def label(case: Case) -> str:
-    """Kind and length, for a progress bar."""
+    """Returns kind and length, for a progress bar."""
     return f"{case.kind} {case.problem.kv_len}"
 
 
 @contextlib.contextmanager
 def _told_by_errors(contender: Contender) -> Iterator[None]:
-    """Of other libraries no warnings: why one of their kernels cannot run is in the error that follows."""
+    """Silences the warnings of other libraries: why a kernel cannot run is in the error that follows."""
     with warnings.catch_warnings():
         if contender.computes != SAME:
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What came of one contender on one case, and all of them as a file."""
+"""What came of one contender on one case, all of them as a file, and the rows and notes that are shown of them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ STATUSES = (TIMED, WRONG, FAILED, LEFT_OUT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One row.
+    """What came of one contender on one case.
 
     Attributes:
-        kind, problem: of the case.
-        contender, computes: its name and its claim.
+        kind, problem: what the case is.
+        contender, computes: the contender's name and its claim.
         status: `timed`, `wrong` (its check failed), `failed` (it raised an error) or `left out`.
-        note: why it was not timed; of ours, which schedules ran.
+        note: why it was not timed; for ours, which schedules ran.
         measurement: its times; None unless timed.
         ratio: its time over ours, the median over rounds, with p20 and p80; None where either was not timed.
-        tflops, gb_s: achieved, by the least that has to be computed and moved.
+        tflops, gb_s: the rates achieved, by the least that has to be computed and moved.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Result:
 
     @property
     def bad(self) -> bool:
-        """Whether it disproves what it claims: no figure of it may be shown."""
+        """Whether it disproves what it claims, so that no figure of it may be shown."""
         return self.status in (WRONG, FAILED)
 
 
@@ -63,9 +63,9 @@ class Comparison:
     Attributes:
         device: name, architecture and number of cores.
         command, date, versions: how, when and with what it was run.
-        inputs: name of the distribution of picks.
-        peaks: of the device, by dtype.
-        results: rows, in the order of the table.
+        inputs: the name of the distribution of picks.
+        peaks: the peaks of the device, by dtype.
+        results: the rows, in the order of the table.
     """
 
     device: str
@@ -77,15 +77,15 @@ class Comparison:
     results: Sequence[Result]
 
     def to_json(self) -> str:
-        """All of it as indented JSON."""
+        """Returns all of it as indented JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Comparison":
-        """What `to_json` gave.
+        """Reads what `to_json` gave.
 
         Raises:
-            InvalidArgument: it is something else.
+            InvalidArgument: the text is something else.
         """
         try:
             fields = json.loads(text)
@@ -95,10 +95,10 @@ class Comparison:
             raise InvalidArgument(f"this is no comparison as JSON: {type(error).__name__} {error}") from error
 
     def write(self, path: Path) -> None:
-        """As a JSON file.
+        """Writes all of it as a JSON file.
 
         Raises:
-            SaveError: it cannot be written.
+            SaveError: the file cannot be written.
         """
         try:
             path.write_text(self.to_json(), encoding="utf-8")
@@ -126,14 +126,14 @@ TITLES = {
 
 
 def rows_of(comparison: Comparison) -> list[dict[str, str]]:
-    """One row a result, those that were left out aside; where each op has one shape, only the length is shown."""
+    """Makes rows, one a result that was not left out; where each op has one shape, they show only the length."""
     results, (unit, factor) = comparison.results, rate_unit(comparison)
     one_shape = len(shapes_of(results)) == len({result.problem.family for result in results})
     return [_row(result, one_shape, unit, factor) for result in results if result.status != LEFT_OUT]
 
 
 def shapes_of(results: Sequence[Result]) -> list[str]:
-    """All that is equal in the shapes but their lengths, a line each, after the ops that have it."""
+    """Says what is equal in the shapes, without their lengths: a line each, after the ops that have it."""
     kinds: dict[str, list[str]] = {}
     for result in results:
         kinds.setdefault(shape_of(result.problem), []).append(result.kind)
@@ -141,14 +141,14 @@ def shapes_of(results: Sequence[Result]) -> list[str]:
 
 
 def rate_unit(comparison: Comparison) -> tuple[str, float]:
-    """What rates are shown in, and how many there are in a TFLOP/s: GFLOP/s where no peak reaches a TFLOP/s."""
+    """Returns the unit of rates, and how many make a TFLOP/s: GFLOP/s where no peak reaches a TFLOP/s."""
     rates = [peaks.tflops for peaks in comparison.peaks.values() if peaks]
     rates += [result.tflops for result in comparison.results if result.tflops]
     return ("TFLOP/s", 1.0) if max(rates, default=0.0) >= 1 else ("GFLOP/s", 1e3)
 
 
 def notes_of(results: Sequence[Result]) -> list[str]:
-    """A line for each reason why a contender was not timed, with the cases that it holds for."""
+    """Writes a line for each reason why a contender was not timed, with the cases that it holds for."""
     cases: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         if result.status != TIMED:
@@ -159,20 +159,20 @@ def notes_of(results: Sequence[Result]) -> list[str]:
 
 
 def length_of(problem: Problem) -> int:
-    """Tokens of the context: what a shape is called by."""
+    """Returns the tokens of the context, by which a shape is called."""
     return problem.kv_len
 
 
 def shape_of(problem: Problem) -> str:
-    """All of a shape but its length."""
-    heads = (
-        f"HQ{problem.num_heads} H{problem.num_kv_heads}" if problem.family != "select" else f"H{problem.num_kv_heads}"
-    )
+    """Describes all of a shape but its length."""
+    heads = f"H{problem.num_kv_heads}"
+    if problem.family != "select":
+        heads = f"HQ{problem.num_heads} {heads}"
     return f"B{problem.batch} {heads} D{problem.head_dim} C{problem.chunk_size} K{problem.top_k} {problem.dtype}"
 
 
 def short_count(count: int) -> str:
-    """16384 as 16K."""
+    """Writes 16384 as 16K."""
     for factor, letter in ((1 << 20, "M"), (1 << 10, "K")):
         if count % factor == 0:
             return f"{count // factor}{letter}"
@@ -180,7 +180,7 @@ def short_count(count: int) -> str:
 
 
 def digits(value: float) -> str:
-    """Three of them, and no exponent where there are more before the point."""
+    """Writes three digits, and no exponent where there are more before the point."""
     return f"{value:.3g}" if value < 1e3 else f"{value:.0f}"
 
 

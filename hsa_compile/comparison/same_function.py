@@ -1,4 +1,4 @@
-"""Functions with an op's own signature: bound to a case, and held to the op's definition like any candidate."""
+"""Functions with an op's own signature: they are bound to a case, and held to the op's definition like candidates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +29,12 @@ def same_function(
     why_not: Callable[[Case], str | None] = available,
     kinds: tuple[str, ...] = tuple(KINDS),
 ) -> Contender:
-    """A contender that claims to be the op itself.
+    """Makes a contender that claims to be the op itself.
 
     Args:
-        name: for tables.
-        function: what computes a case, called as the op is: `hsa_attention`, `select_chunks` or `hsa_decode`.
-        why_not, kinds: as of `Contender`.
+        name: the name that tables show.
+        function: gives what computes a case, called as the op is: `hsa_attention`, `select_chunks` or `hsa_decode`.
+        why_not, kinds: as in `Contender`.
     """
     return Contender(
         name=name,
@@ -47,7 +47,7 @@ def same_function(
 
 
 def bind(function: Function, case: Case) -> Call:
-    """A call of the function on the case's tensors; with gradients of q, k, v and weights where those are asked for."""
+    """Makes a call of the function on the case's tensors, with gradients where the case asks for them."""
     tensors, options = case.inputs.call(case.problem)
     if case.kind == BOTH:
         return with_gradients(lambda leaves: function(*leaves[:3], tensors[3], leaves[3], **options), case)
@@ -61,7 +61,7 @@ def bind(function: Function, case: Case) -> Call:
 
 
 def with_gradients(forward: Callable[[list[Tensor]], Tensor], case: Case) -> Call:
-    """A call of `forward` on q, k, v and weights, and of its backward."""
+    """Makes a call of `forward` on q, k, v and weights, and of its backward."""
     inputs = case.attention
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
 
@@ -85,7 +85,7 @@ def check_function(function: Function, case: Case) -> None:
 
 
 def _as_kernel(function: Function, problem: Problem) -> Kernel:
-    """The function in the place of an emitted entry, which gets the same tensors and other keywords."""
+    """Puts the function in the place of an emitted entry, which gets the same tensors and other keywords."""
     entries = {
         "hsa_forward": _forward_entry,
         "hsa_backward": _backward_entry,

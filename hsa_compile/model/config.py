@@ -1,4 +1,8 @@
-"""What a model is made of: one frozen config for the whole family, and the list of layers that follows from it."""
+"""What a model is made of: one frozen config for the whole family, and the list of layers that follows from it.
+
+It also holds the names and limits that the model and the command line share: where a memory lies, how an answer is
+judged, which steps can be profiled.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,6 +12,51 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
 
 VARIANTS = ("hsa-ultralong", "ramba", "drt", "swa", "full")
+
+PLACEMENTS = ("device", "host", "disk")  # where a memory keeps its keys and values
+MAX_SEED = 2**63 - 1  # the largest seed of a text that is continued
+
+TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
+PROTOCOLS = {
+    TEACHER_FORCED: "the authors' protocol: arg-max at each byte of an answer given the true bytes before it; "
+    "every byte of every answer must be right",
+    GREEDY: "greedy generation, byte by byte, from each question, with the true answers to earlier questions; "
+    "the text up to the first full stop must be the answer",
+}
+PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks
+
+TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
+STEPS = (TRAIN, PREFILL, DECODE)  # that can be profiled
+
+DEFAULT_MFU = 0.4  # share of the peak that training and serving are assumed to reach on paper
+
+_COUNT = 2**31
+_RANGES = (
+    ("vocab_size", 1, _COUNT),
+    ("dim", 1, _COUNT),
+    ("num_lower_layers", 0, 1000),
+    ("num_groups", 1, 1000),
+    ("layers_per_group", 1, 1000),
+    ("num_heads", 1, _COUNT),
+    ("num_kv_heads", 1, _COUNT),
+    ("head_dim", 2, MAX_HEAD_DIM),
+    ("window", 1, _COUNT),
+    ("ffn_dim", 1, _COUNT),
+    ("chunk_size", 1, MAX_CHUNK_SIZE),
+    ("top_k", 1, MAX_SELECTED),
+    ("memory_heads", 1, _COUNT),
+    ("memory_kv_heads", 1, _COUNT),
+    ("memory_head_dim", 2, MAX_HEAD_DIM),
+    ("retrieval_dim", 1, MAX_RETRIEVAL_DIM),
+    ("encoder_layers", 0, 100),
+    ("encoder_ffn_dim", 1, _COUNT),
+    ("num_experts", 0, 100_000),
+    ("num_dense_layers", 0, 1000),
+    ("num_shared_experts", 0, 100),
+    ("state_dim", 1, 1024),
+    ("mamba_head_dim", 1, 1024),
+    ("mamba_expand", 1, 16),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,27 +86,30 @@ class ModelConfig:
         vocab_size: `V`; 256 for bytes.
         dim: width of the residual stream.
         num_lower_layers: layers below the memory.
-        num_groups, layers_per_group: of the upper half; the first layer of a group retrieves.
-        num_heads, num_kv_heads, head_dim: of the attention inside a layer (window or full).
+        num_groups, layers_per_group: how many groups the upper half has, and how many layers each has; the first
+            layer of a group retrieves.
+        num_heads, num_kv_heads, head_dim: `HQ`, `H` and `D` of the attention inside a layer (window or full).
         window: tokens that sliding-window attention sees, the own one included.
         ffn_dim: inner width of a dense SwiGLU.
         rope_theta: base of RoPE.
         chunk_size, top_k: `C` and `K` of the memory.
         memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
         retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
-        retrieval_norm: whether retrieval queries and landmarks are normalised, an option of the authors' code.
-        retrieval_scale: of the scores of landmarks: the larger, the less do chunks weigh that were chosen only because
-            no others were better.
+        retrieval_norm: whether retrieval queries and landmarks are normalised, which is an option of the authors' code.
+        retrieval_scale: factor on the scores of landmarks. The larger it is, the less weight goes to chunks that were
+            chosen only because no others were better.
         softmax_off_by_one: whether each chunk's softmax has an extra 1 in its normaliser, so that a chunk may say that
             it holds nothing of use; `drt` always has it.
-        encoder_layers, encoder_ffn_dim: of the chunk encoder.
+        encoder_layers, encoder_ffn_dim: how many layers the chunk encoder has, and the inner width of their MLPs.
         selection_noise: whether Gumbel noise is added when chunks are chosen in training.
         num_experts: `E` of a MoE layer; 0 makes every MLP dense.
-        experts_per_token, expert_dim, num_shared_experts: of a MoE layer.
+        experts_per_token, expert_dim, num_shared_experts: how many experts a token passes in a MoE layer, the inner
+            width of one expert, and how many shared experts there are.
         num_dense_layers: how many of the first layers keep a dense MLP.
-        state_dim, mamba_head_dim, mamba_expand: of a Mamba-2 layer.
+        state_dim, mamba_head_dim, mamba_expand: sizes of a Mamba-2 layer: its state, its heads, and its inner width as
+            a multiple of `dim`.
         tie_embeddings: whether the output layer is the embedding.
-        norm_eps: of every RMSNorm.
+        norm_eps: what every RMSNorm adds to the mean square.
         init_std: standard deviation of initial weights.
 
     Raises:
@@ -212,50 +264,3 @@ class ModelConfig:
             return ModelConfig(**values)
         except TypeError as error:
             raise InvalidArgument(f"the model config is not complete: {error}") from error
-
-
-_COUNT = 2**31
-_RANGES = (
-    ("vocab_size", 1, _COUNT),
-    ("dim", 1, _COUNT),
-    ("num_lower_layers", 0, 1000),
-    ("num_groups", 1, 1000),
-    ("layers_per_group", 1, 1000),
-    ("num_heads", 1, _COUNT),
-    ("num_kv_heads", 1, _COUNT),
-    ("head_dim", 2, MAX_HEAD_DIM),
-    ("window", 1, _COUNT),
-    ("ffn_dim", 1, _COUNT),
-    ("chunk_size", 1, MAX_CHUNK_SIZE),
-    ("top_k", 1, MAX_SELECTED),
-    ("memory_heads", 1, _COUNT),
-    ("memory_kv_heads", 1, _COUNT),
-    ("memory_head_dim", 2, MAX_HEAD_DIM),
-    ("retrieval_dim", 1, MAX_RETRIEVAL_DIM),
-    ("encoder_layers", 0, 100),
-    ("encoder_ffn_dim", 1, _COUNT),
-    ("num_experts", 0, 100_000),
-    ("num_dense_layers", 0, 1000),
-    ("num_shared_experts", 0, 100),
-    ("state_dim", 1, 1024),
-    ("mamba_head_dim", 1, 1024),
-    ("mamba_expand", 1, 16),
-)
-
-
-PLACEMENTS = ("device", "host", "disk")  # where a memory keeps its keys and values
-MAX_SEED = 2**63 - 1  # the largest seed of a text that is continued
-
-TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
-PROTOCOLS = {
-    TEACHER_FORCED: "the authors' protocol: arg-max at each byte of an answer given the true bytes before it; "
-    "every byte of every answer must be right",
-    GREEDY: "greedy generation, byte by byte, from each question, with the true answers to earlier questions; "
-    "the text up to the first full stop must be the answer",
-}
-PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks
-
-TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
-STEPS = (TRAIN, PREFILL, DECODE)  # that can be profiled
-
-DEFAULT_MFU = 0.4  # share of the peak that training and serving are assumed to reach on paper

@@ -50,8 +50,8 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
     `.model`, reads the prompt once and keeps a memory.
 
     Args:
-        config: with `hsa_config`.
-        model: to wrap; a new one if None.
+        config: a config with `hsa_config`.
+        model: the model to wrap; a new one if None.
     """
 
     config_class = HSACompileConfig
@@ -76,15 +76,15 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         device_map: Any = None,
         **__: Any,
     ) -> "HSACompileForCausalLM":
-        """Reads a directory of ours; what else `transformers` lets one choose has no meaning here.
+        """Reads a model that hsa-compile saved; what else `transformers` lets one choose has no meaning here.
 
         Args:
-            pretrained_model_name_or_path: the directory.
-            dtype: of the weights, also as `torch_dtype`; as saved for None and `auto`.
+            pretrained_model_name_or_path: the directory of the model.
+            dtype: the dtype of the weights, also as `torch_dtype`; the saved one for None and `auto`.
             device_map: a device, `auto`, or `{"": device}`.
 
         Raises:
-            SaveError, InvalidArgument: as `pretrained.from_pretrained`.
+            SaveError, InvalidArgument: for the reasons of `pretrained.from_pretrained`.
         """
         path = Path(pretrained_model_name_or_path)
         device = device_map.get("", "auto") if isinstance(device_map, Mapping) else device_map or "cpu"
@@ -98,26 +98,26 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         return cls(config, model).eval()
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes a directory of ours."""
+        """Writes a directory that `from_pretrained` reads."""
         name = self.config.name_or_path
         tokenizer = read_tokenizer(name) if name and Path(name).is_dir() else BYTES
         save_pretrained(self.model, save_directory, tokenizer=tokenizer)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: `HSATransformer` draws its own."""
+        """Does nothing: `HSATransformer` draws its own weights."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The embedding."""
         return self.model.embedding
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
-        """The output layer; None where it is the embedding."""
+        """Returns the output layer; None where it is the embedding."""
         return self.model.output
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole text each time."""
+        """Passes the whole text each time, since there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(
@@ -128,13 +128,13 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         return_dict: bool | None = None,
         **_: Any,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
-        """Logits, and with labels the mean cross entropy of the next tokens.
+        """Computes logits, and with labels the mean cross entropy of the next tokens.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 at padding, which may stand before or behind a text.
             labels: `[B, T]`, −100 where nothing is asked; they are shifted here.
-            return_dict: False gives a tuple.
+            return_dict: whether to return an object rather than a tuple; only False gives a tuple.
         """
         first = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
@@ -154,7 +154,7 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
 
 
 class HSABytesTokenizer(transformers.PreTrainedTokenizer):
-    """UTF-8 bytes as tokens; byte 0 ends a document and pads."""
+    """A tokenizer whose tokens are UTF-8 bytes; byte 0 ends a document and pads."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 as in the base class
     vocab_files_names: dict[str, str] = {}  # noqa: RUF012
@@ -168,7 +168,7 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
         return 256
 
     def get_vocab(self) -> dict[str, int]:
-        """Bytes as the characters of the same number."""
+        """Returns bytes as the characters of the same number."""
         return {chr(byte): byte for byte in range(256)}
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
@@ -181,11 +181,11 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
         return chr(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """Joins tokens to text; bytes that are no UTF-8 become U+FFFD."""
         return bytes(ord(token) for token in tokens).decode(errors="replace")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """There is none to save."""
+        """Saves nothing: there is no vocabulary."""
         return ()
 
 
@@ -203,6 +203,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _rolled(x: Tensor, by: Tensor) -> Tensor:
-    """Row b of `x [B, T, …]` moved left by `by[b]`; what leaves at the left comes in at the right."""
+    """Moves row b of `x [B, T, …]` left by `by[b]`; what leaves at the left comes in at the right."""
     index = (torch.arange(x.shape[1], device=x.device) + by[:, None].to(x.device)) % x.shape[1]
     return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))

@@ -17,16 +17,16 @@ Cache = WindowCache | FullCache | Mamba2State
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Where in its texts the piece lies that runs through the layers.
+    """Says where the piece of text that runs through the layers lies in its texts.
 
     Attributes:
-        positions: of the first token of each row.
+        positions: where the first token of each row stands in its text.
         rope: cosines and sines `[B or 1, T, head_dim / 2]`.
-        num_past: `[B]`, tokens in the caches; None if these are full, or there are none.
-        num_valid: `[B]`, tokens of a row that are no padding; None for all.
-        memory: to retrieve from; None below it and in baselines.
-        noise_seed: of the Gumbel noise in training, or None.
-        carried: DRT, by layer: what was chosen for the next token. Filled in; None in training.
+        num_past: `[B]`, how many tokens the caches hold; None if the caches are full, or if there are none.
+        num_valid: `[B]`, how many tokens of a row are no padding; None if all are.
+        memory: the memory to retrieve from; None below it and in baselines.
+        noise_seed: the seed of the Gumbel noise in training, or None for no noise.
+        carried: for DRT, by layer: what was chosen for the next token. It is filled in; None in training.
     """
 
     positions: list[int]
@@ -39,12 +39,12 @@ class Piece:
 
 
 class Layer(nn.Module):
-    """A residual layer.
+    """A residual layer: a mixer, then retrieval and attention to the memory, then an MLP, as far as its spec has them.
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
         spec: what this layer holds.
-        index: from the bottom.
+        index: the layer's number, counted from the bottom.
     """
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, index: int) -> None:
@@ -61,16 +61,16 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, piece: Piece, selection: Selection | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Selection | None, Cache | None]:
-        """One layer's step.
+        """Runs a piece through the layer.
 
         Args:
             x: `[B, T, dim]`.
             piece: what is the same for all layers.
-            selection: of the last layer that retrieved.
-            cache: the mixer's; None in training.
+            selection: what the last layer that retrieved has chosen.
+            cache: the mixer's cache; None in training.
 
         Returns:
-            `[B, T, dim]`, the selection for the layers above, the cache after this piece.
+            `[B, T, dim]`, the selection for the layers above, and the cache after this piece.
         """
         if self.mixer_norm is not None:
             y, cache = self._mix(self.mixer_norm(x), piece, cache)

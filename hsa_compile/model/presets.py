@@ -1,11 +1,11 @@
-"""The models that have a name."""
+"""The presets: configs of models that have a name."""
 
 from dataclasses import replace
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS, ModelConfig
 
-# About a million active parameters on bytes: trains in minutes on two CPU cores.
+# The smallest preset has about a million active parameters, reads bytes, and trains in minutes on two CPU cores.
 _TINY = ModelConfig(
     vocab_size=256,
     dim=128,
@@ -32,7 +32,7 @@ _TINY = ModelConfig(
     init_std=0.05,
 )
 
-# About 30 million parameters, half of them active, with a MoE in all layers but the first; for one GPU and a day.
+# About 30 million parameters, half of them active, with a MoE in all layers but the first; it needs one GPU and a day.
 _SMALL = ModelConfig(
     vocab_size=256,
     dim=384,

@@ -23,7 +23,8 @@ from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
-MODEL_TYPE, ARCHITECTURE = "hsa_compile", "HSACompileForCausalLM"  # by which `transformers` finds the wrapper in hf.py
+# By these `transformers` finds the wrapper in hf.py.
+MODEL_TYPE, ARCHITECTURE = "hsa_compile", "HSACompileForCausalLM"
 
 
 def save_pretrained(
@@ -34,9 +35,9 @@ def save_pretrained(
     Other files of the directory stay. A save that is killed leaves the model that was there before.
 
     Args:
-        model: on any device, in any dtype.
-        directory: is made if it is not there.
-        tokenizer: by whose name texts become tokens.
+        model: the model, on any device, in any dtype.
+        directory: where it is written; it is made if it is not there.
+        tokenizer: the name of the tokenizer that turns texts into the model's tokens.
         extra: plain values to keep beside the model, such as how it was trained; `read_extra` gives them back.
 
     Raises:
@@ -76,9 +77,9 @@ def from_pretrained(
     """Reads what `save_pretrained` wrote; nothing is unpickled.
 
     Args:
-        directory: of the model.
-        device: for the weights.
-        dtype: of the weights; as saved if None.
+        directory: the directory of the model.
+        device: where the weights are put.
+        dtype: the dtype that the weights get; the saved one if None.
 
     Returns:
         the model, in evaluation mode.
@@ -105,7 +106,7 @@ def from_pretrained(
 
 
 def fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Counters that no file holds begin at zero where the meta device left them without values."""
+    """Sets counters that no file holds to zero, where the meta device left them without values."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -113,7 +114,7 @@ def fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config of a saved model.
+    """Reads the config of a saved model.
 
     Raises:
         SaveError: there is no model that this version reads.
@@ -127,12 +128,12 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def read_tokenizer(directory: str | Path) -> str:
-    """The name of the tokenizer of a saved model; errors as of `read_config`."""
+    """Reads the name of a saved model's tokenizer; errors are those of `read_config`."""
     return str(_current_config(Path(directory))["tokenizer"])
 
 
 def read_extra(directory: str | Path) -> dict[str, Any]:
-    """The `extra` of a saved model; errors as of `read_config`."""
+    """Reads the `extra` of a saved model; errors are those of `read_config`."""
     return dict(_current_config(Path(directory))["extra"])
 
 
@@ -141,7 +142,7 @@ def _waiting_config(directory: Path, save_id: str) -> Path:
 
 
 def _current_config(directory: Path) -> dict[str, Any]:
-    """The config that belongs to the weights."""
+    """Reads the config that belongs to the weights."""
     if not directory.is_dir():
         raise SaveError(f"{directory} is not a directory; a model is one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     weights, path = directory / WEIGHTS_FILE, directory / CONFIG_FILE

@@ -1,4 +1,4 @@
-"""The language model: embedding, lower half, chunk encoder, upper half, output; the whole family through one config."""
+"""The language model: embedding, lower half, chunk encoder, upper half, output; one config describes each variant."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class HSATransformer(nn.Module):
     length piece by piece.
 
     Args:
-        config: sizes and variant.
+        config: the sizes and the variant of the model.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -61,24 +61,24 @@ class HSATransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device on which the weights are."""
         return self.embedding.weight.device
 
     def generate(self, prompt: Tensor, lengths: Sequence[int] | None = None, **options: Any) -> list[list[int]]:
-        """The continuation of each prompt: `generate.generate`, where the options are."""
+        """Continues each prompt; `generate.generate` has the options."""
         from hsa_compile.model.inference.generate import generate  # it imports this module
 
         return generate(self, prompt, lengths, **options)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
-        """Writes the model: `pretrained.save_pretrained`."""
+        """Writes the model, as `pretrained.save_pretrained` does."""
         from hsa_compile.model.pretrained import save_pretrained  # it imports this module
 
         save_pretrained(self, directory, **options)
 
     @staticmethod
     def from_pretrained(directory: str | Path, **options: Any) -> "HSATransformer":
-        """Reads a model: `pretrained.from_pretrained`."""
+        """Reads a model, as `pretrained.from_pretrained` does."""
         from hsa_compile.model.pretrained import from_pretrained  # it imports this module
 
         return from_pretrained(directory, **options)
@@ -86,13 +86,13 @@ class HSATransformer(nn.Module):
     def forward(
         self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None
     ) -> Tensor:
-        """Logits of the next token at every position of whole texts.
+        """Returns the logits of the next token at every position of whole texts.
 
         Args:
-            tokens: `[B, T]` integers below `V`. Texts may end in padding: it changes nothing before it.
-            noise_seed: of the Gumbel noise on selection, 0 … 2⁶³ − 1. If None, it is drawn from PyTorch's generator in
-                training where the config asks for noise; else there is none.
-            selections: filled with what each retrieval chose.
+            tokens: `[B, T]` integers below `V`. Texts may end in padding, which changes nothing before it.
+            noise_seed: seed of the Gumbel noise on selection, 0 … 2⁶³ − 1. If None, it is drawn from PyTorch's
+                generator in training where the config asks for noise; otherwise there is none.
+            selections: a list that is filled with what each retrieval chose.
 
         Returns:
             `[B, T, V]`.
@@ -110,9 +110,10 @@ class HSATransformer(nn.Module):
         selections: list[Selection] | None = None,
         in_batch_memory: bool = False,
     ) -> Tensor:
-        """The normalised output of the last layer `[B, T, dim]`, from which `logits` are made; arguments as above.
+        """Returns the normalised output of the last layer `[B, T, dim]`, from which `logits` are made.
 
-        With `in_batch_memory` each text also sees the chunks of all others: see `SequenceMemory`.
+        The arguments are those of `forward`. With `in_batch_memory` each text also sees the chunks of all others: see
+        `SequenceMemory`.
         """
         x = self.embed(tokens)
         text = None
@@ -130,13 +131,13 @@ class HSATransformer(nn.Module):
         return self.norm(x if text is None else x[:, text])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., dim]` → `[..., V]`."""
+        """Turns `hidden [..., dim]` into logits `[..., V]`."""
         if self.output is not None:
             return self.output(hidden)
         return nn.functional.linear(hidden, self.embedding.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """`tokens [B, T]` → `[B, T, dim]`.
+        """Looks up the embeddings of `tokens [B, T]`, `[B, T, dim]`.
 
         Raises:
             InvalidArgument: tokens have another shape or dtype.
@@ -148,14 +149,14 @@ class HSATransformer(nn.Module):
         return self.embedding(tokens.to(torch.int64) if tokens.dtype == torch.uint8 else tokens)
 
     def with_landmark_tokens(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """DRT: puts the landmark token behind each C − 1 tokens of text.
+        """Puts DRT's landmark token behind each C − 1 tokens of text.
 
         Args:
-            x: `[B, T, dim]`, embedded text.
-            position: where its first token stands, landmark tokens counted.
+            x: `[B, T, dim]`, the embedded text.
+            position: where its first token stands; landmark tokens count.
 
         Returns:
-            `[B, T', dim]`, and `[T]` the places of the text in it.
+            `[B, T', dim]`, and `[T]`, the places of the text in it.
         """
         assert self.landmark_token is not None
         per_chunk = self.config.chunk_size - 1
@@ -167,7 +168,7 @@ class HSATransformer(nn.Module):
         return filled.index_copy(1, text, x), text
 
     def piece(self, positions: Sequence[int], x: Tensor) -> Piece:
-        """Where `x [B, T, dim]` lies whose rows begin at `positions`, with its RoPE."""
+        """Says where `x [B, T, dim]` lies, whose rows begin at `positions`, with its RoPE."""
         starts = list(positions)
         first = torch.tensor(starts[:1] if len(set(starts)) <= 1 else starts, device=x.device)
         places = first[:, None] + torch.arange(x.shape[1], device=x.device)
@@ -182,7 +183,7 @@ class HSATransformer(nn.Module):
         caches: Sequence[Cache | None] | None = None,
         selections: list[Selection] | None = None,
     ) -> tuple[Tensor, list[Cache | None]]:
-        """Runs `x [B, T, dim]` through layers of one half; with caches, returns them after it."""
+        """Runs `x [B, T, dim]` through the layers of one half; where caches are given, it also returns the new ones."""
         selection: Selection | None = None
         after: list[Cache | None] = []
         for i, layer in enumerate(layers):
@@ -197,7 +198,7 @@ class HSATransformer(nn.Module):
         return x, after
 
     def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache | None]:
-        """The caches of layers before the first token; None for a layer without a mixer."""
+        """Returns the caches of layers before the first token; None for a layer without a mixer."""
         like = self.embedding.weight.detach()
         return [layer.empty_cache(batch, like) for layer in layers]  # type: ignore[operator]
 
@@ -209,13 +210,13 @@ class HSATransformer(nn.Module):
 
 
 def empty_model(config: ModelConfig) -> HSATransformer:
-    """The model on the meta device: shapes without values, for counting or for weights from a file."""
+    """Makes a model on the meta device: shapes without values, for counting or for weights from a file."""
     with torch.device("meta"), _WithoutInitialization():
         return HSATransformer(config)
 
 
 class _WithoutInitialization(TorchFunctionMode):
-    """Leaves tensors as `torch.nn.init` finds them: to draw numbers on the meta device imports `torch._dynamo`."""
+    """Leaves tensors as `torch.nn.init` finds them, since drawing on the meta device imports `torch._dynamo`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -19,14 +19,14 @@ MAX_CONTEXT = 2**40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInfo:
-    """One layer.
+    """What one layer is made of, and how many parameters it has.
 
     Attributes:
-        index: from the bottom.
+        index: the layer's number, counted from the bottom.
         half: `lower` or `upper`.
         mixer, retrieves, reads_memory, mlp: as in `LayerSpec`.
-        parameters: all of them.
-        active_parameters: those that one token passes; experts that are not chosen are left out.
+        parameters: how many parameters it has.
+        active_parameters: how many of them one token passes; experts that are not chosen are left out.
     """
 
     index: int
@@ -41,12 +41,12 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes that reading takes, for one text.
+    """Bytes that reading a text takes.
 
     Attributes:
-        weights: of the model.
-        caches: of the mixers: windows, Mamba-2 states, or all keys and values of `full`; with the incomplete chunk.
-        chunk_keys, chunk_values, landmarks: of the memory.
+        weights: the weights of the model.
+        caches: what the mixers keep (windows, Mamba-2 states, all keys and values of `full`), and the open chunk.
+        chunk_keys, chunk_values, landmarks: the three parts of the memory.
     """
 
     weights: int
@@ -57,7 +57,7 @@ class MemoryUse:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes together."""
         return self.weights + self.caches + self.chunk_keys + self.chunk_values + self.landmarks
 
 
@@ -66,16 +66,16 @@ class ModelInfo:
     """What `model_info` counts.
 
     Attributes:
-        config: of the model.
+        config: the config of the model.
         layers: from the bottom up.
-        parameters: all of them, tied embeddings once.
-        embedding_parameters: of the embedding, and of the output layer where it is not the embedding.
-        encoder_parameters: of the chunk encoder.
+        parameters: how many parameters there are, with tied embeddings counted once.
+        embedding_parameters: those of the embedding, and of the output layer where it is not the embedding.
+        encoder_parameters: those of the chunk encoder.
         active_parameters: those that one token passes, without embeddings.
         context: the length that memory and FLOPs are for, in tokens of text.
-        memory: at that length.
-        flops: of the forward pass, a token of text, on average over the context; by part of the model.
-        kernel_flops: what our own kernels do of these: scores of landmarks, attention to chunks.
+        memory: what reading takes at that length.
+        flops: what a token of text costs in the forward pass, on average over the context, by part of the model.
+        kernel_flops: the part of it that our own kernels do: scores of landmarks, attention to chunks.
     """
 
     config: ModelConfig
@@ -91,24 +91,27 @@ class ModelInfo:
 
     @property
     def forward_flops(self) -> float:
-        """Of all parts, a token."""
+        """FLOPs of all parts for a token of text."""
         return sum(self.flops.values())
 
     @property
     def training_flops(self) -> float:
-        """Forward and backward, a token."""
+        """FLOPs of the forward and backward pass for a token of text."""
         return TRAINING_OVER_FORWARD * self.forward_flops
 
     @property
     def prefill_flops(self) -> float:
-        """A token of a long prompt: through the lower half and the chunk encoder alone, where the exact fast prefill
-        can leave the upper half to the last tokens; through everything but the output in `ramba` and `full`."""
+        """FLOPs for a token of a long prompt.
+
+        It goes through the lower half and the chunk encoder alone, where the exact fast prefill can leave the upper
+        half to the last tokens; in `ramba` and `full` it goes through everything but the output.
+        """
         if self.config.variant in ("ramba", "full"):
             return self.forward_flops - self.flops["output"]
         return self.flops["lower layers"] + self.flops["chunk encoder"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         values = asdict(self)
         values["memory"]["total"] = self.memory.total
         for name in ("forward_flops", "training_flops", "prefill_flops"):
@@ -117,12 +120,12 @@ class ModelInfo:
 
 
 def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype = torch.bfloat16) -> ModelInfo:
-    """Counts a model on the meta device: no weight is allocated.
+    """Counts a model on the meta device; no weight is allocated.
 
     Args:
-        config: of the model.
-        context: tokens of text.
-        dtype: of weights, caches and memory.
+        config: the config of the model.
+        context: how many tokens of text it reads.
+        dtype: the dtype of weights, caches and memory.
 
     Raises:
         InvalidArgument: context is out of range.
@@ -149,12 +152,12 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
 
 
 def training_flops(model: HSATransformer, context: int, other_chunks: int = 0) -> float:
-    """FLOPs of training, forward and backward, a token of text: `ModelInfo.training_flops` of a model that is there.
+    """Returns the FLOPs of training, forward and backward, for a token of text, as `ModelInfo.training_flops` does.
 
     Args:
-        model: on any device; its config's window and top-k count, as a stage of training has set them.
-        context: tokens of a text.
-        other_chunks: chunks that each token sees beside those of its own text.
+        model: a model on any device; its config's window and top-k count, as a stage of training has set them.
+        context: how many tokens a text has.
+        other_chunks: how many chunks each token sees beside those of its own text.
     """
     return TRAINING_OVER_FORWARD * sum(_flops(model, context, other_chunks)[0].values())
 
@@ -180,7 +183,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _idle(module: nn.Module) -> int:
-    """Parameters of the experts that a token does not choose."""
+    """Counts parameters of the experts that a token does not choose."""
     return sum(
         (moe.gate_up.numel() + moe.down.numel()) * (moe.num_experts - moe.experts_per_token) // moe.num_experts
         for moe in module.modules()
@@ -189,7 +192,7 @@ def _idle(module: nn.Module) -> int:
 
 
 def _positions(config: ModelConfig, context: int) -> int:
-    """Tokens that run through the layers: with those that DRT puts in."""
+    """Counts the tokens that run through the layers, with those that DRT puts in."""
     return context + (context // (config.chunk_size - 1) if config.has_landmark_tokens else 0)
 
 
@@ -217,7 +220,7 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
 def _flops(
     model: HSATransformer, context: int, other_chunks: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-    """All parts, and what our kernels do of them.
+    """Returns the FLOPs of all parts, and what our kernels do of them.
 
     Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out.
     """
@@ -250,7 +253,7 @@ def _flops(
 
 
 def _encoder_flops(model: HSATransformer) -> float:
-    """A token's share of its chunk."""
+    """Returns a token's share of its chunk."""
     encoder, config = model.chunk_encoder, model.config
     assert encoder is not None
     length = config.chunk_size + (encoder.cls is not None)
@@ -261,23 +264,23 @@ def _encoder_flops(model: HSATransformer) -> float:
 
 
 def _multiplied(module: nn.Module) -> int:
-    """Weights that one token is multiplied with."""
+    """Counts the weights that one token is multiplied with."""
     return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1) - _idle(module)
 
 
 def _mixing_flops(config: ModelConfig, mixer: str, T: int) -> float:
-    """What a mixer does beyond its projections, a token, on average over T of them."""
+    """Returns what a mixer does for a token beyond its projections, on average over T of them."""
     inner = config.mamba_expand * config.dim
     widths = {"window": min(config.window, T), "full": T}
     if mixer in widths:
         width = widths[mixer]
         keys = (width * (width + 1) / 2 + (T - width) * width) / T
         return 4 * config.num_heads * config.head_dim * keys
-    # The recurrence: decay, update and output of each number of the state.
+    # This is the recurrence: decay, update and output of each number of the state.
     return 5.0 * inner * config.state_dim if mixer == "mamba" else 0.0
 
 
 def _sum_of_chunks(T: int, chunk_size: int, most: int) -> int:
-    """`Σ min(⌊t / C⌋, most)` over t = 0 … T − 1: chunks that are complete at a token."""
+    """Returns `Σ min(⌊t / C⌋, most)` over t = 0 … T − 1: chunks that are complete at a token, at most so many."""
     n = min(T // chunk_size, most)
     return chunk_size * n * (n - 1) // 2 + (T - n * chunk_size) * n

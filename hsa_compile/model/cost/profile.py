@@ -1,6 +1,6 @@
-"""Where the time of a step goes, by op, so that all shares of a table make up the whole step.
+"""Where the time of a step goes, by op, so that all shares of a table make up the whole step; and the steps to profile.
 
-What an op of ours calls inside belongs to it. On a GPU the time of an op is that of the kernels which it launched.
+What one of our ops calls inside belongs to it. On a GPU the time of an op is that of the kernels which it launched.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ IDLE = "(GPU idle)"
 OTHER = "(kernels of no op)"
 TRACE_ENDINGS = (".json", ".json.gz")
 _STEP = "hsa-compile profile: one step"
-_US = 1e-3  # of a millisecond
-_LEAST_US = 1e-3  # less is what is left of a difference of sums
+_US = 1e-3  # in milliseconds
+_LEAST_US = 1e-3  # a shorter time is what is left of a difference of sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,8 @@ class OpTime:
     """A row of the table.
 
     Attributes:
-        name: of the op; in parentheses what is none.
-        self_ms: its own time, without that of the ops it calls; of ours, with it.
+        name: the name of the op; what is no op stands in parentheses.
+        self_ms: its own time, without that of the ops it calls; with it, where the op is ours.
         calls: how often it ran.
     """
 
@@ -72,16 +72,16 @@ class StepProfile:
     ops: tuple[OpTime, ...]
 
     def share(self, op: OpTime) -> float:
-        """Of the step's time, 0 to 1."""
+        """Returns an op's share of the step's time, 0 to 1."""
         return op.self_ms / self.step_ms
 
     @property
     def tuned_share(self) -> float:
-        """That of our ops together."""
+        """The share of our ops together, 0 to 1."""
         return sum(self.share(op) for op in self.ops if op.is_ours)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return {
             "step_ms": self.step_ms,
             "unprofiled_ms": self.unprofiled_ms,
@@ -99,9 +99,9 @@ def profile_step(
     """Profiles one call of `step`.
 
     Args:
-        step: can be called again and again.
-        device: that it computes on.
-        warmup: calls before; the first builds kernels.
+        step: what is profiled; it can be called again and again.
+        device: the device that it computes on.
+        warmup: how many calls come before; the first builds kernels.
         trace: where a Chrome trace of the profiled call is written, `.json` or `.json.gz`.
 
     Raises:
@@ -117,7 +117,7 @@ def profile_step(
     for _ in range(warmup):
         step()
     with _profiler(device):
-        step()  # the profiler's own first time
+        step()  # the profiler itself needs a first time
     _wait(device)
     began = time.perf_counter()
     step()
@@ -138,13 +138,13 @@ def _profiler(device: torch.device) -> Iterator[torch.profiler.profile]:
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\.(profiler|autograd).*")  # what it says of itself
+        warnings.filterwarnings("ignore", module=r"torch\.(profiler|autograd).*")  # what it says about itself
         with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             yield profiler
 
 
 def _table(events: Sequence[Any], *, on_gpu: bool) -> tuple[tuple[OpTime, ...], float]:
-    """The rows, and the time of the step in milliseconds that they sum to."""
+    """Returns the rows, and the time of the step in milliseconds that they sum to."""
     (step,) = (event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU)
     times: dict[str, float] = {}
     calls: dict[str, int] = {}
@@ -178,7 +178,7 @@ def _is_below(event: Any, step: Any) -> bool:
 
 
 def _owner(event: Any) -> Any:
-    """The outermost op of ours that the event is part of, else the event."""
+    """Returns the outermost of our ops that the event is part of, or the event if there is none."""
     owner, above = event, event
     while above is not None:
         owner = above if above.name.startswith(OURS) else owner
@@ -192,7 +192,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _check_trace(path: Path) -> None:
-    """Before anything runs: PyTorch says nothing of a file that it could not write."""
+    """Checks the name before anything runs, since PyTorch says nothing of a file that it could not write."""
     if not path.name.endswith(TRACE_ENDINGS):
         raise InvalidArgument(f"trace {str(path)!r} must end in {' or '.join(TRACE_ENDINGS)}")
     try:
@@ -205,13 +205,13 @@ Step = Callable[[], object]
 
 
 def make_step(kind: str, model: HSATransformer, *, batch: int, seq_len: int) -> Step:
-    """A step over random tokens that can be called again and again.
+    """Makes a step over random tokens that can be called again and again.
 
     Args:
         kind: `train`, one optimizer step over `batch` rows of `seq_len` tokens; `prefill`, reading them from the first
             token on; `decode`, one token for each row after so many were read.
-        model: on its device; `train` moves its weights.
-        batch, seq_len: at least 1; 2 tokens for `train`.
+        model: a model on its device; `train` moves its weights.
+        batch, seq_len: how many rows, and tokens in each: at least 1, or 2 tokens for `train`.
 
     Raises:
         InvalidArgument: a value is not allowed.

@@ -1,4 +1,4 @@
-"""What training and serving a model would take on many devices, on paper: by roofline, each figure with its formula."""
+"""Models on many devices, on paper: what devices and wires can do by the roofline, and figures with their formulas."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ from hsa_compile.schedules.work import Work, clocks
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 NODE_DEVICES = 8  # HGX A100, H100, H200 and B200 boards, and the MI300X platform
-# An assumption, as usual where such nodes are sold: a 400 Gb/s InfiniBand or RoCE adapter for each device, one way.
+# As usual where such nodes are sold, each device has a 400 Gb/s InfiniBand or RoCE adapter; this is what one way takes.
 NETWORK_GB_S = 50
 MAX_DEVICES = 1_000_000
 
@@ -29,7 +29,7 @@ class Cluster:
     """Nodes of eight devices; fewer than eight are one node.
 
     Attributes:
-        count: of devices.
+        count: how many devices there are.
         target: what each of them is.
     """
 
@@ -47,12 +47,12 @@ class Cluster:
 
     @property
     def limits(self) -> Limits:
-        """Peaks of one device."""
+        """The peaks of one device."""
         return limits_of(self.target)
 
     @property
     def node_devices(self) -> int:
-        """Devices of a node."""
+        """How many devices a node has."""
         return min(self.count, NODE_DEVICES)
 
     @property
@@ -62,7 +62,7 @@ class Cluster:
 
     @staticmethod
     def parse(text: str) -> "Cluster":
-        """From `64xH100`, `h200` or `16xsm_90`: a count, and a product or an architecture.
+        """Reads `64xH100`, `h200` or `16xsm_90`: a count, and a product or an architecture.
 
         Raises:
             InvalidTarget: the name is unknown, or the count is not allowed.
@@ -76,21 +76,21 @@ class Cluster:
         return Cluster(count=int(match[1] or 1), target=known[match[2]])
 
 
-USABLE_MEMORY = 0.9  # of a device's memory; the rest is the runtime's, and what an allocator loses
-DTYPE, ITEMSIZE = "bfloat16", 2  # of everything but the optimizer's state
+USABLE_MEMORY = 0.9  # a share of a device's memory; the rest is the runtime's, and what an allocator loses
+DTYPE, ITEMSIZE = "bfloat16", 2  # all but the optimizer's state is kept in this dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One line.
+    """One line of the tables that are printed.
 
     Attributes:
-        name: what is told.
-        value: at the device's peaks, which is a bound where it is a time or a rate.
+        name: what the figure is.
+        value: the figure at the device's peaks, which is a bound where it is a time or a rate.
         unit: `B`, `s`, `FLOPs`, `tokens`, `tokens/s`, `texts`, `days` or empty for a plain number.
-        assumed: the same where matrix products reach the assumed share of their peak; None where that changes nothing.
-        formula: how it comes about.
-        bound: the slowest part, of a time that is the longest of several; at the peaks and as assumed.
+        assumed: the figure if matrix products reach the assumed share of their peak; None where that changes nothing.
+        formula: how the figure comes about.
+        bound: where a time is the longest of several, the name of the slowest, at the peaks and as assumed.
     """
 
     name: str
@@ -106,8 +106,8 @@ class Times:
     """Seconds for which something keeps a device or a wire busy.
 
     Attributes:
-        peak: if matrix products run at their peak.
-        assumed: if they reach the assumed share of it.
+        peak: seconds if matrix products run at their peak.
+        assumed: seconds if they reach the assumed share of it.
     """
 
     peak: float
@@ -120,13 +120,13 @@ class Times:
         return Times(peak=self.peak * factor, assumed=self.assumed * factor)
 
     def figure(self, name: str, formula: str, bound: tuple[str, str] | None = None) -> Figure:
-        """As a line."""
+        """Makes a line of these times."""
         return Figure(name=name, value=self.peak, assumed=self.assumed, unit="s", formula=formula, bound=bound)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paper:
-    """What all figures come from.
+    """A model on a cluster: what all figures come from.
 
     Attributes:
         info: the model, counted at the context length in bfloat16.
@@ -144,54 +144,54 @@ class Paper:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """The config of the model."""
         return self.info.config
 
     @property
     def limits(self) -> Limits:
-        """Peaks of a device."""
+        """The peaks of one device."""
         return self.cluster.limits
 
     @property
     def dense_flops(self) -> float:
-        """Of a forward pass, a token, outside of our own kernels."""
+        """FLOPs of a forward pass for a token, outside of our own kernels."""
         return self.info.forward_flops - sum(self.info.kernel_flops.values())
 
     @property
     def num_retrieving(self) -> int:
-        """Layers that choose chunks."""
+        """How many layers choose chunks."""
         return sum(spec.retrieves for spec in self.config.layers)
 
     @property
     def num_reading(self) -> int:
-        """Layers that attend to chunks."""
+        """How many layers attend to chunks."""
         return sum(spec.reads_memory for spec in self.config.layers)
 
     @property
     def num_moe(self) -> int:
-        """Layers with experts."""
+        """How many layers have experts."""
         return sum(spec.mlp == "moe" for spec in self.config.layers)
 
     @property
     def expert_parameters(self) -> int:
-        """Of all experts that are chosen among."""
+        """How many parameters all experts have that are chosen among."""
         return self.num_moe * self.config.num_experts * 3 * self.config.dim * self.config.expert_dim
 
     def matrix(self, flops: float) -> Times:
-        """Of products on one device."""
+        """Returns the time of matrix products on one device."""
         seconds = flops / (self.limits.tflops * 1e12)
         return Times(peak=seconds, assumed=seconds / self.mfu)
 
     def kernels(self, op: str, *, training: bool) -> Times:
-        """Of all layers' calls of one of our ops over a whole text on one device.
+        """Returns the time of all layers' calls of one of our ops over a whole text on one device.
 
-        The schedule is the one of the whole space that the roofline favours: what tuning may find.
+        The schedule is the one that the roofline favours in the whole space, which is what tuning may find.
         """
         layers = self.num_retrieving if op.startswith("select") else self.num_reading
         return _sum(self._roofline(problem) for problem in self._problems(op, training)) * layers
 
     def dataflow(self, op: str, *, training: bool) -> str:
-        """Which one the roofline favours for an op; empty if the model does not ask for the op."""
+        """Returns the dataflow that the roofline favours for an op; empty if the model does not ask for the op."""
         for problem in self._problems(op, training):
             return _favoured(problem, self.cluster.target).dataflow
         return ""
@@ -207,7 +207,7 @@ class Paper:
         return Times(peak=peak, assumed=assumed)
 
     def wires(self, scale_up_bytes: float, node_bytes: float) -> dict[str, Times]:
-        """Of what a device takes from others of its node, and of what enters a node from other nodes."""
+        """Returns the time to bring what a device takes from its node, and what enters a node from other nodes."""
         network = node_bytes / (self.cluster.node_devices * NETWORK_GB_S * 1e9)
         links = scale_up_bytes / (self.limits.scale_up_gb_s * 1e9)
         return {"links in a node": Times(peak=links, assumed=links), "network": Times(peak=network, assumed=network)}
@@ -215,7 +215,7 @@ class Paper:
 
 @functools.cache
 def _favoured(problem: Problem, target: Target) -> Schedule:
-    """Of all valid schedules the one with the shortest time by the roofline."""
+    """Returns the schedule with the shortest time by the roofline, of all valid ones."""
     limits, valid = limits_of(target), SearchSpace.of(problem, target).schedules()
     return min(
         valid, key=lambda schedule: max(clocks(count_work(problem, schedule), problem.itemsize, limits).values())
@@ -223,19 +223,19 @@ def _favoured(problem: Problem, target: Target) -> Schedule:
 
 
 def longest(times: dict[str, Times]) -> tuple[Times, tuple[str, str]]:
-    """The slowest of what runs at the same time, at the peaks and as assumed, with their names."""
+    """Returns the longest of times that run at once, at the peaks and as assumed, with the names of the two."""
     peak = max(times, key=lambda name: times[name].peak)
     assumed = max(times, key=lambda name: times[name].assumed)
     return Times(peak=times[peak].peak, assumed=times[assumed].assumed), (peak, assumed)
 
 
 def memory_seconds(bytes_: float, limits: Limits) -> float:
-    """To read so many bytes of device memory once, by the tuner's clock."""
+    """Returns the seconds that reading so many bytes of device memory once takes, by the tuner's clock."""
     return clocks(Work(flops=0, memory_bytes=bytes_, cache_bytes=0), ITEMSIZE, limits)["memory"] / 1e3
 
 
 def figures_to_dict(figures: Sequence[Figure]) -> dict[str, Any]:
-    """Plain values by name, ready for JSON."""
+    """Returns plain values by name, ready for JSON."""
     rows = [asdict(figure) for figure in figures]
     return {row.pop("name"): row for row in rows}
 

@@ -6,18 +6,18 @@ from hsa_compile.model.transformer import empty_model
 
 
 def serving_figures(paper: Paper) -> list[Figure]:
-    """All lines on serving: each device holds the whole model, and texts of its own."""
+    """Returns all lines on serving; each device holds the whole model, and has texts of its own."""
     return [*_room(paper), *_prefill(paper), *_decode(paper)]
 
 
 def _kept(paper: Paper) -> tuple[float, float]:
-    """Bytes a text: what stays on the device in any case, and chunk keys and values."""
+    """Returns the bytes that a text takes: what stays on the device in any case, and chunk keys and values."""
     memory = paper.info.memory
     return memory.caches + memory.landmarks, memory.chunk_keys + memory.chunk_values
 
 
 def _texts(paper: Paper, bytes_: float) -> int:
-    """So large that fit beside the weights."""
+    """Returns how many texts of so many bytes fit beside the weights."""
     room = USABLE_MEMORY * paper.limits.memory_gb * 1e9 - paper.info.memory.weights
     return max(0, int(room // bytes_))
 
@@ -95,7 +95,7 @@ def _rate(paper: Paper, texts: int, time: Times) -> Figure:
 
 
 def _token(paper: Paper, texts: int, host: bool) -> tuple[Times, tuple[str, str]]:
-    """One token more of so many texts at once."""
+    """Returns the time of one token more for each of so many texts at once."""
     config, memory = paper.config, paper.info.memory
     picks = paper.num_reading * config.top_k * config.chunk_size * config.memory_kv_heads * config.memory_head_dim
     picked = min(2 * ITEMSIZE * picks, paper.num_reading * (memory.chunk_keys + memory.chunk_values))
@@ -112,7 +112,7 @@ def _token(paper: Paper, texts: int, host: bool) -> tuple[Times, tuple[str, str]
 
 
 def _weights_used(paper: Paper, texts: int) -> float:
-    """Bytes of the weights that a step reads: of the experts, those that some text is expected to choose."""
+    """Returns the bytes of weights that a step reads; experts count if some text is expected to choose them."""
     config, info = paper.config, paper.info
     rest = info.parameters - paper.expert_parameters
     if not paper.num_moe:

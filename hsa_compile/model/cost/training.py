@@ -18,9 +18,9 @@ from hsa_compile.model.cost.scale import (
 )
 
 DEFAULT_BATCH_TOKENS = 4 * 2**20
-STATE_BYTES = 16  # of a parameter: float32 weight and gradient, AdamW's two moments
-WIRE_BYTES = 8  # of a parameter: gathered in bfloat16 forward and backward, its gradient summed in float32
-LOGITS = 4096  # tokens whose logits exist at a time, train.loss_chunk
+STATE_BYTES = 16  # bytes that a parameter takes: float32 weight and gradient, AdamW's two moments
+WIRE_BYTES = 8  # bytes it sends: gathered in bfloat16 forward and backward, its gradient summed in float32
+LOGITS = 4096  # how many tokens have logits at a time, as train.loss_chunk
 _DAY = 86400.0
 _TRILLION = 1e12
 
@@ -30,11 +30,11 @@ class Split:
     """How the rows of a step lie on the devices.
 
     Attributes:
-        rows: texts of a step.
-        data_parallel: groups of devices that have rows of their own.
-        context_parallel: devices that share each row.
-        expert_parallel: devices of a node that share the experts of a layer; FSDP spreads what each holds.
-        parts: into which a group's rows are cut, one after the other.
+        rows: how many texts a step has.
+        data_parallel: how many groups of devices have rows of their own.
+        context_parallel: how many devices share each row.
+        expert_parallel: how many devices of a node share the experts of a layer; FSDP spreads what each holds.
+        parts: into how many parts a group's rows are cut, which run one after the other.
     """
 
     rows: int
@@ -44,12 +44,12 @@ class Split:
     parts: int = 1
 
     def tokens_at_once(self, context: int) -> int:
-        """On one device."""
+        """Returns how many tokens are on one device at a time."""
         return -(-self.rows // (self.data_parallel * self.parts)) * -(-context // self.context_parallel)
 
 
 def split_rows(paper: Paper, batch_tokens: int) -> Split:
-    """As few devices to a row as there are rows for; in as few parts as memory allows.
+    """Gives each row as few devices as there are rows for, and cuts a step into as few parts as memory allows.
 
     Raises:
         InvalidArgument: batch_tokens is below 1.
@@ -74,11 +74,11 @@ def split_rows(paper: Paper, batch_tokens: int) -> Split:
 
 
 def training_figures(paper: Paper, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> list[Figure]:
-    """All lines on training.
+    """Returns all lines on training.
 
     Args:
-        paper: model and devices.
-        batch_tokens: of an optimizer step; at least one row of the context length.
+        paper: the model and the devices.
+        batch_tokens: how many tokens an optimizer step takes; it has at least one row of the context length.
     """
     split = split_rows(paper, batch_tokens)
     return [*_split_figures(paper, split), *_memory_figures(paper, split), *_time_figures(paper, split)]
@@ -114,7 +114,7 @@ def _usable(paper: Paper) -> float:
 
 
 def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
-    """Name, bytes and formula of what a device holds; layers compute their activations again (checkpointing)."""
+    """Returns name, bytes and formula of what a device holds; layers compute activations again (checkpointing)."""
     info, config = paper.info, paper.config
     tokens = split.tokens_at_once(info.context)
     of_a_layer = max(_on_a_device(paper, layer, split) for layer in info.layers)
@@ -137,13 +137,13 @@ def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
 
 
 def _on_a_device(paper: Paper, layer: LayerInfo, split: Split) -> float:
-    """Parameters of a layer that are on a device while the layer runs."""
+    """Counts the parameters of a layer that are on a device while the layer runs."""
     experts = paper.expert_parameters / paper.num_moe if layer.mlp == "moe" else 0
     return layer.parameters - experts + experts / split.expert_parallel
 
 
 def _kept(paper: Paper, layer: LayerInfo) -> int:
-    """Numbers a token that a layer keeps for its backward pass: inputs and outputs of products, norms and gates."""
+    """Counts the numbers that a layer keeps of a token for its backward pass: what products, norms and gates need."""
     config = paper.config
     width = 4 * config.dim
     inner = config.mamba_expand * config.dim
@@ -153,7 +153,7 @@ def _kept(paper: Paper, layer: LayerInfo) -> int:
     )
     if layer.reads_memory:
         width += config.dim + 3 * config.memory_heads * config.memory_head_dim
-    if layer.retrieves:  # float32 weights and int32 indices
+    if layer.retrieves:  # it keeps float32 weights and int32 indices
         width += 2 * config.memory_kv_heads * (config.retrieval_dim + 2 * config.top_k)
     if layer.mlp == "dense":
         width += 2 * config.dim + 4 * config.ffn_dim
@@ -164,7 +164,7 @@ def _kept(paper: Paper, layer: LayerInfo) -> int:
 
 
 def _kept_by_encoder(config: ModelConfig) -> int:
-    """Numbers a token that the chunk encoder keeps; it computes nothing again."""
+    """Counts the numbers that the chunk encoder keeps of a token; it computes nothing again."""
     if not config.has_memory:
         return 0
     pairs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -174,7 +174,7 @@ def _kept_by_encoder(config: ModelConfig) -> int:
 
 def _time_figures(paper: Paper, split: Split) -> list[Figure]:
     tokens = split.rows * paper.info.context
-    share = split.rows / paper.cluster.count  # of a device in the whole texts
+    share = split.rows / paper.cluster.count  # how many whole texts a device's work amounts to
     parts = {
         "dense products": (
             paper.matrix(3 * paper.dense_flops * tokens / paper.cluster.count),
@@ -226,13 +226,13 @@ def _rates(tokens: int, step: Times) -> list[Figure]:
 
 
 def _wires(paper: Paper, split: Split) -> dict[str, Times]:
-    """All that a step sends; the rank of a device in a node does not matter, since all of them send at once."""
+    """Returns all that a step sends; a device's rank in its node does not matter, since all send at once."""
     info, config, cluster = paper.info, paper.config, paper.cluster
     tokens = split.rows * info.context / cluster.count
     dispatched = 6 * ITEMSIZE * tokens * config.experts_per_token * config.dim * paper.num_moe
     all_to_all = dispatched * (1 - 1 / split.expert_parallel)
     experts = paper.expert_parameters
-    # Gathered by a device, and by a node: there, all experts come together whatever the expert parallelism.
+    # A device gathers its experts; in a node all experts come together, whatever the expert parallelism.
     device_bytes = WIRE_BYTES * (info.parameters - experts + experts / split.expert_parallel) * split.parts
     node_bytes = float(WIRE_BYTES * info.parameters * split.parts)
     memory = info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks

@@ -14,22 +14,22 @@ def problems(
     training: bool = True,
     in_batch_memory: bool = False,
 ) -> list[Problem]:
-    """The problems of a step of training, or of reading without gradients.
+    """Returns the problems of a step of training, or of reading without gradients.
 
     Training asks for attention and selection, forward and backward, with noise on the selection where the config has
     it. Reading asks for a forward pass over whole texts, and for decoding with all slots filled; what the memory asks
     for while it takes in a prompt depends on how much it holds, and is left out.
 
     Args:
-        config: of the model.
-        batch: texts in a step.
-        seq_len: tokens of a text.
-        dtype: of the activations that reach the kernels: under autocast its dtype.
-        training: which of the two.
+        config: the config of the model.
+        batch: how many texts a step has.
+        seq_len: how many tokens a text has.
+        dtype: the dtype of the activations that reach the kernels; under autocast, autocast's.
+        training: whether the step trains; otherwise it reads.
         in_batch_memory: whether, in training, each text also sees the chunks of all others.
 
     Returns:
-        no problem twice; none for the baselines, which have no memory, or where no token sees a chunk.
+        each problem once; none for the baselines, which have no memory, or where no token sees a chunk.
 
     Raises:
         InvalidArgument: batch, seq_len or dtype is not allowed.
@@ -77,7 +77,7 @@ def _attention(config: ModelConfig, batch: int, positions: int, dtype: str, shar
 def _select(
     config: ModelConfig, batch: int, positions: int, dtype: str, shared: int, *, noise: bool = False
 ) -> list[Problem]:
-    """One problem, or none if no token sees a chunk; DRT selects for chunks, which are its tokens then."""
+    """Returns one problem, or none if no token sees a chunk; DRT selects for chunks, which are its tokens then."""
     num_chunks = positions // config.chunk_size
     chunk_size = 1 if config.has_landmark_tokens else config.chunk_size
     queries = num_chunks if config.has_landmark_tokens else positions
@@ -101,7 +101,7 @@ def _select(
 
 
 def _decode(config: ModelConfig, batch: int, positions: int, dtype: str, num_tokens: int) -> Problem:
-    """As `ChunkMemory.attend` asks: a batch of kv heads, each with its chosen chunks to itself; DRT row by row."""
+    """Asks as `ChunkMemory.attend` does: a batch of kv heads, each with its chosen chunks to itself; DRT by rows."""
     rows = (1 if config.has_landmark_tokens else batch) * config.memory_kv_heads
     chosen = rows * min(config.top_k, positions // config.chunk_size)
     return Problem(

@@ -1,4 +1,7 @@
-"""A prepared corpus, mapped into memory: its documents, and windows that a seed and an index alone decide."""
+"""A prepared corpus, mapped into memory: its documents, and windows that a seed and an index alone decide.
+
+A `TrainingSample` is a row to train on; `corpus_sample` makes one of such a window.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -26,16 +29,16 @@ class TokenCorpus:
     """One split of a prepared corpus; nothing is read until it is asked for.
 
     Args:
-        directory: that `hsa-compile prepare` wrote.
+        directory: the folder that `hsa-compile prepare` wrote.
         split: `train` or `validation`.
-        checksum: compare the files with the manifest's SHA-256, which reads them once.
+        checksum: whether to compare the files with the manifest's SHA-256, which reads them once.
 
     Attributes:
         tokens: `[num_tokens]` of uint8, uint16 or uint32, read-only; every document is followed by the separator.
 
     Raises:
         CorpusError: there is no manifest, or a file is missing, has another size or another checksum.
-        InvalidArgument: no such split.
+        InvalidArgument: there is no such split.
     """
 
     def __init__(self, directory: str | Path, *, split: str = TRAIN, checksum: bool = False) -> None:
@@ -57,14 +60,14 @@ class TokenCorpus:
 
     @property
     def documents(self) -> "Documents":
-        """All documents of the split, in the order of their sources, without separators."""
+        """All documents of the split, in the order of their sources and without separators."""
         return Documents(self.tokens, self._ends, self.manifest.separator is not None)
 
     def sample(self, index: int, length: int, *, seed: int = 0) -> TokenArray:
-        """A random window, the same for the same (seed, index, length) in every process.
+        """Returns a random window, the same for the same (seed, index, length) in every process.
 
         Returns:
-            `[length]`, a view of the file; documents and their separators as they come.
+            `[length]`, a view of the file, with documents and their separators as they come.
 
         Raises:
             InvalidArgument: the split has fewer tokens.
@@ -76,10 +79,10 @@ class TokenCorpus:
         return self.tokens[start : start + length]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was prepared with.
+        """Loads the tokenizer that the corpus was prepared with.
 
         Raises:
-            CorpusError: its file is not the one any more.
+            CorpusError: the tokenizer's file is not the same any more.
         """
         settings = self.manifest.settings
         is_bytes = settings.tokenizer_digest == BYTES
@@ -114,7 +117,7 @@ class Documents(Sequence[TokenArray]):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document, `[num_documents]`, separators not counted."""
+        """How many tokens each document has, `[num_documents]`, without separators."""
         return np.diff(self._ends, prepend=np.int64(0)) - self._separators
 
 
@@ -135,11 +138,11 @@ def _check(path: Path, sha256: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingSample:
-    """One row.
+    """One row to train on.
 
     Attributes:
         tokens: `[length]`, unsigned integers.
-        loss_weights: `[length]` of float32: what the prediction of `tokens[i]` from `tokens[:i]` counts in the loss;
+        loss_weights: `[length]` float32, what the prediction of `tokens[i]` from `tokens[:i]` counts in the loss;
             that of the first token is 0.
         answer_spans: (start, end) of the answers to questions; none in plain text.
     """
@@ -150,7 +153,7 @@ class TrainingSample:
 
 
 def corpus_sample(corpus: TokenCorpus, *, length: int, seed: int, index: int, weight: float = 1.0) -> TrainingSample:
-    """A window of plain text; all its tokens but the first count the same."""
+    """Makes a row of a window of plain text; all its tokens but the first count the same."""
     loss_weights = np.full(length, weight, np.float32)
     loss_weights[0] = 0
     return TrainingSample(tokens=corpus.sample(index, length, seed=seed), loss_weights=loss_weights)

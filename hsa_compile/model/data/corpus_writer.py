@@ -37,13 +37,13 @@ class CorpusWriter:
 
     Args:
         out: an existing folder that nobody else writes in.
-        tokenizer: of the corpus.
-        settings: that it is prepared with.
-        sources: that will be added, in order; those that a former run finished are known (`num_finished`).
+        tokenizer: the tokenizer of the corpus.
+        settings: the settings that it is prepared with.
+        sources: the sources that will be added, in order; those that a former run finished are known (`num_finished`).
 
     Raises:
         InvalidArgument: the folder holds an unfinished corpus with other settings.
-        CorpusError: here and in every method, a file cannot be written.
+        CorpusError: a file cannot be written; the constructor and every method may raise it.
     """
 
     def __init__(self, out: Path, tokenizer: Tokenizer, settings: Settings, sources: list[Source]) -> None:
@@ -58,7 +58,7 @@ class CorpusWriter:
 
     @property
     def num_finished(self) -> int:
-        """Sources that need not be read again."""
+        """How many sources need not be read again."""
         return len(self._journal.entries)
 
     def add(self, source: Source, on_progress: Callable[[int], None]) -> None:
@@ -171,19 +171,19 @@ class CorpusWriter:
         )
 
     def close(self) -> None:
-        """Closes all files; what is finished stands in the journal."""
+        """Closes all files; the journal knows what is finished."""
         for file in self._files.values():
             file.close()
         self._journal.close()
 
 
 def split_of(digest: bytes, validation: float) -> str:
-    """The split of a document, by the first eight bytes of its SHA-256."""
+    """Returns the split of a document, which the first eight bytes of its SHA-256 decide."""
     return VALIDATION if int.from_bytes(digest[:8], "big") < validation * 2**64 else TRAIN
 
 
 def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Documents in groups that a tokenizer can work on with all cores."""
+    """Yields documents in groups that a tokenizer can work on with all cores."""
     batch: list[bytes] = []
     size = 0
     for document in documents:

@@ -1,7 +1,7 @@
 """The documents of one source, in bounded memory; what cannot be used is named, never guessed at.
 
 A text file is one document; above the limit it is cut at line ends, and a single line above it is skipped. A text
-file with a NUL byte (binary) or with invalid UTF-8 is not used at all. Of JSONL, a bad line is skipped and the rest is
+file with a NUL byte (binary) or with invalid UTF-8 is not used at all. In JSONL, a bad line is skipped and the rest is
 read. A source that breaks off (vanished, damaged archive, no permission) is not used at all.
 """
 
@@ -48,9 +48,9 @@ def read_documents(
 
     Args:
         source: what to read.
-        field: that holds the text, of JSONL, Parquet and data sets.
-        max_bytes: longest document, which bounds the memory.
-        on_progress: told the bytes that were read from disk since the last call.
+        field: the field that holds the text in JSONL, Parquet and data sets.
+        max_bytes: size of the longest document, which bounds the memory.
+        on_progress: is told how many bytes were read from disk since the last call.
 
     Raises:
         UnreadableSource: nothing of this source shall be used; the message says why.
@@ -75,7 +75,7 @@ def read_documents(
 
 
 def _opened(raw: IO[bytes], path: str) -> IO[bytes]:
-    """The stream of the text itself, unpacked if the name says that it is packed."""
+    """Opens the stream of the text itself, unpacked if the name says that it is packed."""
     if path.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if path.endswith(".zst"):
@@ -85,7 +85,7 @@ def _opened(raw: IO[bytes], path: str) -> IO[bytes]:
 
 
 class _ZstdErrors(io.RawIOBase):
-    """zstandard's reader, whose own errors become the EOFError that a damaged gzip raises."""
+    """Reads as zstandard does, but raises the EOFError that a damaged gzip raises instead of zstandard's own errors."""
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
@@ -118,7 +118,7 @@ class _Told:
 
 
 def _lines(stream: _Told, max_bytes: int) -> Iterator[bytes | None]:
-    """Lines with their ends; None for one that is too long, of which at most `max_bytes` are ever in memory."""
+    """Yields lines with their ends, and None for one that is too long; at most `max_bytes` of it are in memory."""
     while line := stream.readline(max_bytes + 1):
         if len(line) <= max_bytes:
             yield line

@@ -18,20 +18,20 @@ _READ_BLOCK = 4 * 2**20
 
 
 class AppendFile:
-    """Bytes appended to a file, written in large blocks.
+    """A file that only grows, written in large blocks.
 
     Args:
-        path: created if it is not there.
-        size: what it is cut to at first; what lies beyond was half written by a process that died.
+        path: the file; it is created if it is not there.
+        size: the size that it is cut to at first; what lies beyond was half written by a process that died.
 
     Raises:
-        CorpusError: at any call, the file cannot be written; the message names it and the reason.
+        CorpusError: the file cannot be written; any call may raise it. The message names the file and the reason.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self.path = path
         self.size = self._start = size
-        self.crc = 0  # of what was appended since the last `mark`
+        self.crc = 0  # the CRC of what was appended since the last `mark`
         self._pending = bytearray()
         try:
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -61,7 +61,7 @@ class AppendFile:
         self._pending.clear()
 
     def mark(self) -> None:
-        """Flushes; this is where `rollback` returns to and where the CRC begins anew."""
+        """Flushes; `rollback` returns to this place, and the CRC begins anew here."""
         self.flush()
         self._start, self.crc = self.size, 0
 
@@ -84,7 +84,7 @@ class AppendFile:
             raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        """Closes without flushing: what was not marked counts for nothing."""
+        """Closes without flushing; what was not marked counts for nothing."""
         os.close(self._handle)
 
 
@@ -102,13 +102,13 @@ class Entry:
     """One source that was read to its end, or found unusable.
 
     Attributes:
-        source: as it was listed when it was read.
-        documents: that were kept.
-        duplicates: documents that an earlier one equals byte by byte.
+        source: the source, as it was listed when it was read.
+        documents: how many documents were kept.
+        duplicates: how many documents equal an earlier one byte by byte.
         skipped: how many parts were left out, by reason.
         examples: the first of them, as (where, reason).
-        sizes: of each file of the corpus afterwards.
-        crcs: of what the source added to each file.
+        sizes: the size of each file of the corpus afterwards.
+        crcs: the CRC of what the source added to each file.
     """
 
     source: Source
@@ -125,10 +125,10 @@ class Settings:
     """What makes two preparations of the same sources write the same files.
 
     Attributes:
-        tokenizer: name, and `tokenizer_digest` the SHA-256 of its file.
-        validation: share of documents in the validation split, in [0, 1).
-        field: of JSONL, Parquet and data sets, that holds the text.
-        max_document_bytes: the longest document.
+        tokenizer, tokenizer_digest: the tokenizer's name, and the SHA-256 of its file.
+        validation: the share of documents in the validation split, in [0, 1).
+        field: the field that holds the text in JSONL, Parquet and data sets.
+        max_document_bytes: the size of the longest document.
     """
 
     tokenizer: str
@@ -148,9 +148,9 @@ class Journal:
     """The lines of an unfinished preparation, read at the start and appended to.
 
     Args:
-        path: of the journal.
-        settings: of this run.
-        sources: that this run shall read, in order; entries that do not match them in order are dropped.
+        path: where the journal is.
+        settings: the settings of this run.
+        sources: the sources that this run shall read, in order; entries that do not match them in order are dropped.
 
     Raises:
         InvalidArgument: the journal was written with other settings.
@@ -193,7 +193,7 @@ class Journal:
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The lines up to the first that is torn, each with where in the file it ends."""
+    """Returns the lines up to the first that is torn, each with where in the file it ends."""
     lines: list[tuple[int, dict[str, Any]]] = []
     end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
@@ -214,7 +214,7 @@ def _entry(line: dict[str, Any]) -> Entry:
 
 
 def _proved(folder: Path, entries: list[Entry]) -> list[Entry]:
-    """The entries up to the first whose bytes are not in the files."""
+    """Returns the entries up to the first whose bytes are not in the files."""
     starts = dict.fromkeys(entries[0].sizes, 0) if entries else {}
     proved = len(entries)
     for name in starts:
@@ -232,7 +232,7 @@ def _proved(folder: Path, entries: list[Entry]) -> list[Entry]:
 
 
 def _crc(file: Any, size: int) -> int | None:
-    """Of the next bytes of a file; None if there are fewer."""
+    """Returns the CRC of the next bytes of a file; None if there are fewer."""
     crc = 0
     while size > 0:
         block = file.read(min(size, _BLOCK))

@@ -1,4 +1,4 @@
-"""What a prepared corpus says of itself. It is written last: a folder without it holds no corpus."""
+"""What a prepared corpus says about itself. It is written last: a folder without it holds no corpus."""
 
 import hashlib
 import json
@@ -30,18 +30,18 @@ class SplitSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A prepared corpus.
+    """A prepared corpus, described.
 
     Attributes:
-        settings: that it was prepared with.
-        vocab_size: of the tokenizer.
-        separator: id after each document, None if there is none.
-        dtype: of the token files, little endian: `uint8`, `uint16` or `uint32`.
-        splits: `train` and `validation`.
-        duplicates: documents left out because an earlier one is equal.
+        settings: the settings that it was prepared with.
+        vocab_size: the size of the tokenizer's vocabulary.
+        separator: the id after each document; None if there is none.
+        dtype: the dtype of the token files, little endian: `uint8`, `uint16` or `uint32`.
+        splits: the counts of `train` and of `validation`.
+        duplicates: how many documents were left out because an earlier one is equal.
         skipped: how many parts of sources were left out, by reason.
         sources: one dictionary a source: path, kind, size, modified_ns, documents, duplicates, skipped, examples.
-        format: version of the layout.
+        format: the version of the layout.
     """
 
     settings: Settings
@@ -56,27 +56,27 @@ class Manifest:
 
     @property
     def documents(self) -> int:
-        """Of both splits."""
+        """How many documents both splits have."""
         return sum(split.documents for split in self.splits.values())
 
     @property
     def tokens(self) -> int:
-        """Of both splits, separators included."""
+        """How many tokens both splits have, separators included."""
         return sum(split.tokens for split in self.splits.values())
 
 
 def tokens_name(split: str) -> str:
-    """File of a split's tokens."""
+    """Returns the name of the file of a split's tokens."""
     return f"{split}.tokens"
 
 
 def ends_name(split: str) -> str:
-    """File of where each document of a split ends: int64, in tokens, its separator included."""
+    """Returns the name of the file that says where each document of a split ends: int64, in tokens, with separators."""
     return f"{split}.ends"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it whole or not at all.
+    """Writes the manifest whole or not at all.
 
     Raises:
         CorpusError: the disk is full, or the folder cannot be written.
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a prepared corpus.
 
     Raises:
-        CorpusError: there is none, so nothing was prepared or not to its end; or it cannot be read.
+        CorpusError: there is no manifest, so nothing was prepared, or not to its end; or it cannot be read.
     """
     path = folder / MANIFEST
     try:
@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,8 +1,8 @@
-"""Sources become a folder that training maps into memory: tokens and document ends of two splits, and a manifest.
+"""How sources become a folder that training maps into memory: tokens and document ends of two splits, and a manifest.
 
 Documents that equal an earlier one byte by byte are left out. A document's hash alone decides its split, so that the
-same document is never in both, whatever else is prepared with it. Killed at any moment, the next call goes on after
-the last finished source.
+same document is never in both, whatever else is prepared with it. After a kill at any moment, the next call goes on
+after the last finished source.
 """
 
 import contextlib
@@ -41,18 +41,18 @@ def prepare(
     """Prepares a corpus, or goes on with one that was interrupted.
 
     Args:
-        sources: in the order in which they are read (`find_sources`, `stdlib_sources`).
-        out: folder of the corpus, made if it is not there.
+        sources: what is read, in this order (`find_sources` and `stdlib_sources` list them).
+        out: the folder of the corpus; it is made if it is not there.
         tokenizer: `bytes`, or the path of a `tokenizer.json`, which is copied beside the tokens.
-        validation: share of documents that go to the validation split.
-        field: of JSONL, Parquet and data sets, that holds the text.
-        max_document_bytes: longer lines are skipped, longer text files cut at line ends.
-        overwrite: start anew, whatever the folder holds of a corpus.
-        wait: for a process that prepares in the same folder, instead of an error.
-        on_progress: told of bytes that need not be read any more.
+        validation: the share of documents that go to the validation split.
+        field: the field that holds the text in JSONL, Parquet and data sets.
+        max_document_bytes: longer lines are skipped, and longer text files are cut at line ends.
+        overwrite: whether to start anew, whatever the folder holds of a corpus.
+        wait: whether to wait for a process that prepares in the same folder, instead of raising.
+        on_progress: is told how many bytes need not be read any more.
 
     Returns:
-        The manifest; where the folder already holds this very corpus, its own, and no source is read.
+        The manifest; where the folder already holds this very corpus, the one that is there, and no source is read.
 
     Raises:
         InvalidArgument: the folder holds another corpus, or an unfinished one with other settings.
@@ -71,7 +71,7 @@ def prepare(
     )
     with _locked(out, wait):
         if overwrite:
-            _remove(out, MANIFEST, JOURNAL, *FILES)  # removed, not cut: who has them mapped still reads the old ones
+            _remove(out, MANIFEST, JOURNAL, *FILES)  # removed, not cut: a map of the old ones stays readable
         if (out / MANIFEST).exists():
             return _already_there(out, settings, sources)
         with contextlib.closing(CorpusWriter(out, chosen, settings, sources)) as writer:
@@ -91,7 +91,7 @@ def _already_there(out: Path, settings: Settings, sources: list[Source]) -> Mani
         raise InvalidArgument(
             f"{out} holds a finished corpus of other sources or settings; allowed are another folder or --overwrite"
         )
-    _remove(out, JOURNAL, HASHES)  # of a process that died after its last write
+    _remove(out, JOURNAL, HASHES)  # a process that died after its last write left them
     return manifest
 
 
@@ -116,14 +116,14 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-_VALIDATION = 0.05  # of few megabytes: enough for contexts of 64K tokens that do not overlap
+_VALIDATION = 0.05  # enough of a few megabytes for contexts of 64K tokens that do not overlap
 
 
 def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:
-    """A split of it, in the user's cache; it is prepared where it is not there.
+    """Opens a split of the standard library's corpus in the user's cache; it is prepared where it is not there.
 
     Raises:
-        CorpusError: it is damaged or cannot be written.
+        CorpusError: the corpus is damaged or cannot be written.
     """
     directory = cache_dir() / "corpora" / f"stdlib-{platform.python_version()}"  # another Python has other sources
     prepare(stdlib_sources(), directory, validation=_VALIDATION, wait=True)

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of: what a person named, folders opened, in an order that never changes."""
+"""Which files a corpus is made of: what a person named, with folders opened, in an order that never changes."""
 
 import os
 import sysconfig
@@ -20,10 +20,10 @@ class Source:
     """A file of documents, as it was when it was listed; two are equal if nothing was written in between.
 
     Attributes:
-        path: absolute; of kind `hub` the name of a data set, with `@split` where one was named.
+        path: the absolute path; for kind `hub` the name of a data set, with `@split` where one was named.
         kind: `text`, one document a file; `jsonl`, one a line; `parquet`, one a row; `hub`, one a row.
-        size: bytes on disk, 0 for `hub`.
-        modified_ns: time of the last change, 0 for `hub`.
+        size: how many bytes it has on disk, 0 for `hub`.
+        modified_ns: when it was last changed, 0 for `hub`.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Source:
 
 
 def find_sources(named: Sequence[str | Path], *, without: Path | None = None) -> list[Source]:
-    """All files to read, each once: of a folder every file but hidden ones, sorted by path.
+    """Lists all files to read, each once; a folder stands for every file in it but hidden ones, sorted by path.
 
     Args:
         named: files, folders, and data sets as `hf:NAME` or `hf:NAME@SPLIT`.
-        without: a folder to leave out: that of the corpus itself, which may lie among its sources.
+        without: a folder to leave out, which is that of the corpus itself where it lies among its sources.
 
     Raises:
         InvalidArgument: a name leads to nothing, or to what is neither a file nor a folder.
@@ -63,7 +63,7 @@ def find_sources(named: Sequence[str | Path], *, without: Path | None = None) ->
 
 
 def stdlib_sources() -> list[Source]:
-    """The Python standard library's own sources, without its tests, which many distributions leave out."""
+    """Lists the Python standard library's own sources, without its tests, which many distributions leave out."""
     root = Path(sysconfig.get_paths()["stdlib"]).resolve()
     files = (path for path in _files_under(root, None) if path.suffix == ".py")
     found: dict[str, Source] = {}
@@ -72,7 +72,7 @@ def stdlib_sources() -> list[Source]:
 
 
 def kind_of(path: Path) -> str:
-    """How a file is read, by its name without `.gz` or `.zst`; what is not known is text."""
+    """Says how a file is read, by its name without `.gz` or `.zst`; what is not known is text."""
     stem = path.with_suffix("") if path.suffix in COMPRESSIONS else path
     return {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}.get(stem.suffix, TEXT)
 

@@ -1,4 +1,4 @@
-"""From text to token ids and back: bytes, which need nothing, or a `tokenizer.json` of Hugging Face's `tokenizers`."""
+"""From text to token ids and back: by bytes, which need nothing, or by a `tokenizer.json` of Hugging Face's library."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Tokenizer(Protocol):
-    """What a corpus needs of a tokenizer.
+    """What a corpus asks of a tokenizer.
 
     Attributes:
         name: `bytes`, or the file's name.
-        digest: SHA-256 of the file, so that a corpus is never read with another tokenizer; of bytes their name.
+        digest: SHA-256 of the file, so that a corpus is never read with another tokenizer; for bytes, of their name.
         vocab_size: one more than the largest id.
-        separator: id that stands after each document; None if the tokenizer has none.
+        separator: the id that stands after each document; None if the tokenizer has none.
     """
 
     name: str
@@ -33,24 +33,24 @@ class Tokenizer(Protocol):
     separator: int | None
 
     def encode(self, text: str) -> TokenArray:
-        """Ids of a text, without any that mark its beginning or end."""
+        """Returns the ids of a text, without any that mark its beginning or end."""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[TokenArray]:
-        """Ids of several texts, each in UTF-8."""
+        """Returns the ids of several texts, each in UTF-8."""
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """The text of ids; the separator becomes a line of its own kind that the tokenizer chooses."""
+        """Returns the text of ids; the separator becomes what the tokenizer shows for it."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned integers that hold the ids of a vocabulary."""
+    """Returns the smallest unsigned integer type that holds the ids of a vocabulary."""
     if not 1 <= vocab_size <= 2**32:
         raise InvalidArgument(f"vocabulary of {vocab_size}; allowed are 1 to 2^32")
     return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 class BytesTokenizer:
-    """UTF-8 bytes as ids, 256 of them; byte 0, which no document may hold, stands between documents."""
+    """A tokenizer whose ids are the 256 UTF-8 bytes; byte 0, which no document may hold, stands between documents."""
 
     name = BYTES
     digest = BYTES
@@ -58,15 +58,15 @@ class BytesTokenizer:
     separator: int | None = 0
 
     def encode(self, text: str) -> TokenArray:
-        """Ids of a text, one a byte."""
+        """Returns the ids of a text, one a byte."""
         return np.frombuffer(text.encode(), np.uint8)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[TokenArray]:
-        """The bytes themselves, without a copy."""
+        """Returns the bytes themselves, without a copy."""
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """The text of ids; bytes that are no UTF-8, as a model may write them, become U+FFFD.
+        """Returns the text of ids; bytes that are no UTF-8, as a model may write them, become U+FFFD.
 
         Raises:
             InvalidArgument: an id is outside 0 … 255.
@@ -106,19 +106,19 @@ class FileTokenizer:
         self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, text: str) -> TokenArray:
-        """Ids of a text, without special tokens around it."""
+        """Returns the ids of a text, without special tokens around it."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, self._dtype)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[TokenArray]:
-        """Ids of several texts, by all cores."""
+        """Returns the ids of several texts, computed by all cores."""
         found = self._tokenizer.encode_batch([text.decode() for text in texts], add_special_tokens=False)
         return [np.array(item.ids, self._dtype) for item in found]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """The text of ids, special tokens among them."""
+        """Returns the text of ids, with special tokens among them."""
         return str(self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False))
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that a person named: `bytes`, or the path of a `tokenizer.json`."""
+    """Loads the tokenizer that a person named: `bytes`, or the path of a `tokenizer.json`."""
     return BytesTokenizer() if str(spec) == BYTES else FileTokenizer(Path(spec))

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of texts, of any length: a text is read once for all that may follow it."""
+"""How likely a model finds continuations of texts, and what it writes itself; a text is read once for all of them."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from hsa_compile.model.inference.generate import Sampling, TextStream, stream
 from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
 from hsa_compile.model.transformer import HSATransformer
 
-MAX_ROWS = 64  # texts of a batch; short ones would else fill the memory with caches
+MAX_ROWS = 64  # the most texts of a batch, since many short ones would fill the memory with caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Of a continuation.
+    """How likely a continuation is.
 
-    Attributes:
+    log_probability: the sum over its tokens, in nats.
         log_probability: the sum over its tokens, in nats.
         is_greedy: whether each of its tokens is the most likely one there.
     """
@@ -37,7 +37,7 @@ class Branches:
 
     Attributes:
         context: `[T]` tokens of the text, at least one.
-        continuations: `[n]` tokens each, n from 0 on; at least one of them.
+        continuations: what may follow, `[n]` tokens each, n from 0 on; at least one.
     """
 
     context: TokenArray
@@ -45,15 +45,15 @@ class Branches:
 
     @property
     def longest(self) -> int:
-        """Tokens of the text with its longest continuation."""
+        """How many tokens the text has with its longest continuation."""
         return len(self.context) + max(map(len, self.continuations))
 
 
 def branches_of(pairs: Sequence[tuple[TokenArray, TokenArray]]) -> tuple[list[Branches], list[list[int]]]:
-    """Pairs of context and continuation, those of one context together.
+    """Puts pairs of context and continuation that share a context together.
 
-    A continuation that is longer than its context stands alone: reading the context again costs less than to wait for
-    one another, since what stands alone shares a batch.
+    A continuation that is longer than its context stands alone: reading the context again costs less than waiting for
+    others, since what stands alone shares a batch.
 
     Returns:
         the texts, and for each of them the pairs that its continuations come from.
@@ -70,7 +70,7 @@ def branches_of(pairs: Sequence[tuple[TokenArray, TokenArray]]) -> tuple[list[Br
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Which texts are read at once: those of like length, the longest first."""
+    """Yields which texts are read at once: those of like length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     while order:
         size = min(num_rows(lengths[order[0]]), MAX_ROWS)
@@ -80,11 +80,11 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def scores(subject: Subject, texts: Sequence[Branches]) -> list[list[Score]]:
-    """The score of each continuation of each text, all texts read at once.
+    """Returns the score of each continuation of each text; all texts are read at once.
 
     Args:
-        subject: whose model reads.
-        texts: of like length.
+        subject: the model that reads, with its tokenizer.
+        texts: texts of like length.
     """
     model, state = subject.model, subject.new_state(len(texts))
     tokens, lengths = padded([text.context for text in texts])
@@ -101,7 +101,7 @@ def scores(subject: Subject, texts: Sequence[Branches]) -> list[list[Score]]:
 
 
 def padded(rows: Sequence[TokenArray]) -> tuple[Tensor, list[int]]:
-    """`[B, T]` int64 with 0 behind the shorter rows, and how long each is."""
+    """Returns `[B, T]` int64 with 0 behind the shorter rows, and how long each is."""
     lengths = [len(row) for row in rows]
     tokens = np.zeros((len(rows), max(lengths)), np.int64)
     for row, values in zip(tokens, rows, strict=True):
@@ -110,7 +110,7 @@ def padded(rows: Sequence[TokenArray]) -> tuple[Tensor, list[int]]:
 
 
 def _follow(model: HSATransformer, state: ModelState, first: Tensor, rows: Sequence[TokenArray]) -> list[Score]:
-    """The score of a row of tokens behind each text; `first [B, V]` are the logits at the texts' ends."""
+    """Scores a row of tokens behind each text; `first [B, V]` are the logits at the texts' ends."""
     tokens, lengths = padded(rows)
     tokens = tokens.to(model.device)
     sums, right = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
@@ -124,7 +124,7 @@ def _follow(model: HSATransformer, state: ModelState, first: Tensor, rows: Seque
 
 
 def _judge(logits: Tensor, targets: Tensor, num_valid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`[B]` sums of log-probabilities, and whether all are arg-max, of the valid ones of `targets [B, T]`."""
+    """Returns `[B]` sums of log-probabilities, and whether all are arg-max, of the valid ones of `targets [B, T]`."""
     place = torch.arange(targets.shape[1], device=targets.device)
     valid = place < torch.tensor(num_valid, device=targets.device)[:, None]
     logs = logits.double().log_softmax(dim=-1).gather(2, targets[:, :, None])[:, :, 0]
@@ -140,13 +140,13 @@ def generations(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[str]:
-    """What a model writes behind each prompt; all are read at once.
+    """Returns what a model writes behind each prompt; all are read at once.
 
     Args:
-        subject: whose model writes.
+        subject: the model that writes, with its tokenizer.
         prompts: `[T]` tokens each, at least one.
-        stops: of each prompt, strings before which its continuation ends.
-        max_new_tokens: after so many it ends too.
+        stops: for each prompt, the strings before which its continuation ends.
+        max_new_tokens: a continuation ends after so many tokens too.
         sampling: how tokens are chosen.
     """
     tokenizer = subject.tokenizer

@@ -1,4 +1,4 @@
-"""A long haystack is read once; each sample then costs only its edits and the question, with nothing lost.
+"""Reading a long haystack once; each sample then costs only its edits and the question, with nothing lost.
 
 The lower half's output at a token depends on no more than `lower layers · (window − 1)` tokens before it, so an edit
 changes few chunks of the memory: they are read again and put in their places. The upper half runs over the last
@@ -25,10 +25,10 @@ class EditedReading:
     """A haystack in a model's memory, in which samples replace what they change for as long as they are asked.
 
     Args:
-        model: in evaluation mode, with `resume_position` for the samples.
+        model: a model in evaluation mode, with a `resume_position` for the samples.
         haystack: `[length]` bytes.
-        prompt_length: bytes of every sample before its first answer.
-        state: of one text, empty; is filled.
+        prompt_length: how many bytes every sample has before its first answer.
+        state: the empty state of one text, which is filled.
     """
 
     def __init__(self, model: HSATransformer, haystack: ByteArray, prompt_length: int, state: ModelState) -> None:
@@ -41,7 +41,7 @@ class EditedReading:
 
     @contextmanager
     def sample(self, sample: TaskSample) -> Iterator[ModelState]:
-        """The state after the first `num_read` bytes of a sample; afterwards the memory holds the haystack again."""
+        """Yields the state after the first `num_read` bytes of a sample; afterwards the haystack is in memory again."""
         memory = self._state.memory
         kept: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
         before = snapshot(self._state)
@@ -85,7 +85,7 @@ class EditedReading:
         )
 
     def _embed(self, tokens: ByteArray, start: int, end: int) -> tuple[Tensor, int]:
-        """Input of the layers for positions up to `end`, from early enough on to be exact at `start`; and from where.
+        """Embeds positions from early enough on to be exact at `start`, up to `end`; returns them and where they begin.
 
         Both are multiples of the chunk size.
         """
@@ -99,14 +99,14 @@ class EditedReading:
 
 
 def resume_position(model: HSATransformer, prompt_length: int) -> int | None:
-    """Where in the layers each sample is taken up: a chunk's beginning from which the answers are exact.
+    """Returns where in the layers each sample is taken up: a chunk's beginning from which the answers are exact.
 
     Args:
-        model: that reads.
-        prompt_length: bytes before the first answer.
+        model: the model that reads.
+        prompt_length: how many bytes come before the first answer.
 
     Returns:
-        None where a sample must be read as a whole: it is short, or some layer remembers without end.
+        the position; None where a sample must be read whole, since it is short or some layer remembers without end.
     """
     config, reach = model.config, upper_reach(model)
     if reach is None or any(spec.mixer != "window" for spec in config.layers):
@@ -116,16 +116,16 @@ def resume_position(model: HSATransformer, prompt_length: int) -> int | None:
 
 
 def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[ChunkRange]:
-    """The chunks before position `end` whose keys and values a sample's needles can change; ascending, apart.
+    """Returns the chunks before position `end` whose keys and values a sample's needles can change, ascending.
 
     Args:
-        model: that reads.
-        plan: of the sample.
-        end: a multiple of the chunk size.
+        model: the model that reads.
+        plan: the plan of the sample.
+        end: a position that is a multiple of the chunk size.
     """
     config = model.config
     ranges: list[ChunkRange] = []
-    for edit in plan.edits:  # the question too, which may begin before
+    for edit in plan.edits:  # the question is among them, which may begin before `end`
         newest = layer_position(config, edit.end - 1) + lower_reach(config)
         first = layer_position(config, edit.start) // config.chunk_size
         last = min(newest // config.chunk_size + 1, end // config.chunk_size)
@@ -138,13 +138,13 @@ def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[Chunk
 
 
 def num_reread(model: HSATransformer, num_needles: int, length: int, prompt_length: int) -> int:
-    """Tokens that run through the lower half for one sample after its haystack was read; a little less, as a rule.
+    """Returns how many tokens run through the lower half for a sample once its haystack was read; a little too many.
 
     Args:
-        model: that reads.
-        num_needles: of the sample.
-        length: of the sample.
-        prompt_length: as of `resume_position`, which is not None.
+        model: the model that reads.
+        num_needles: how many needles the sample has.
+        length: how many bytes the sample has.
+        prompt_length: as in `resume_position`, which must not be None.
     """
     position = resume_position(model, prompt_length)
     assert position is not None
@@ -156,19 +156,19 @@ def num_reread(model: HSATransformer, num_needles: int, length: int, prompt_leng
 
 
 def lower_reach(config: ModelConfig) -> int:
-    """How many tokens back the lower half's output depends on."""
+    """Returns how many tokens back the lower half's output depends on."""
     return config.num_lower_layers * (config.window - 1)
 
 
 def layer_position(config: ModelConfig, place: int) -> int:
-    """Where a byte of text stands in the layers: DRT puts a landmark token behind each C − 1."""
+    """Returns where a byte of text stands in the layers: DRT puts a landmark token behind each C − 1."""
     return place + place // (config.chunk_size - 1) if config.has_landmark_tokens else place
 
 
 def text_length(config: ModelConfig, position: int) -> int:
-    """Bytes of text before a position of the layers that is a multiple of the chunk size."""
+    """Returns how many bytes of text come before a position of the layers that is a multiple of the chunk size."""
     return position - position // config.chunk_size if config.has_landmark_tokens else position
 
 
 def _tokens(text: ByteArray) -> Tensor:
-    return torch.from_numpy(text.copy())[None]  # a haystack is read-only, which PyTorch warns of
+    return torch.from_numpy(text.copy())[None]  # a haystack is read-only, about which PyTorch warns

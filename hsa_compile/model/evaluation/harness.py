@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     raise missing("lm_eval", "--harness") from error
 
 HARNESS = "harness"
-MAX_NEW_TOKENS = 256  # where a task names no limit, as in the harness's own models
+MAX_NEW_TOKENS = 256  # the limit where a task names none, as in the harness's own models
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 
 
@@ -35,9 +35,9 @@ class Generation:
     """How a task wants a text continued.
 
     Attributes:
-        until: strings before which it ends.
-        max_new_tokens: after so many it ends too.
-        temperature, top_p: as of `Sampling`.
+        until: strings before which the continuation ends.
+        max_new_tokens: the continuation ends after so many tokens too.
+        temperature, top_p: as in `Sampling`.
     """
 
     until: tuple[str, ...]
@@ -47,7 +47,7 @@ class Generation:
 
     @classmethod
     def from_kwargs(cls, kwargs: dict[str, Any]) -> "Generation":
-        """From the words of the harness; names that mean nothing here are warned of."""
+        """Reads the words of the harness; names that mean nothing here cause a warning."""
         rest = dict(kwargs)
         until = rest.pop("until", None) or ()
         limits = [limit for limit in (rest.pop(name, None) for name in _LIMITS) if limit is not None]
@@ -80,8 +80,8 @@ class HarnessModel(LM):
     Args:
         subject: the model.
         outcomes: where answers are kept.
-        seed: of generations that are drawn.
-        quiet: no progress bar.
+        seed: the seed of generations that are drawn.
+        quiet: whether to show no progress bar.
 
     Raises:
         InvalidArgument: the model's vocabulary is smaller than the tokenizer's.
@@ -99,20 +99,20 @@ class HarnessModel(LM):
         self._hidden = True if quiet else None  # None: shown on a terminal only
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation given its context, and whether greedy generation would write it."""
+        """Returns for each continuation its log-probability, and whether greedy generation would write it."""
         found = self._scores([self._encode_pair(*request.args) for request in requests])
         return [(score.log_probability, score.is_greedy) for score in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Log-probability of each whole text, behind the end-of-document token."""
+        """Returns the log-probability of each whole text, behind the end-of-document token."""
         pairs = [(self._end_of_document(), self._subject.tokenizer.encode(*request.args)) for request in requests]
         return [score.log_probability for score in self._scores(pairs)]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """What the model writes behind each context.
+        """Returns what the model writes behind each context.
 
-        What is greedy shares batches. What is drawn is drawn alone, from a seed of its own: of the seed given, the
-        context, the settings, and how many equal requests came before.
+        Greedy generations share batches. Each other one is drawn alone, from a seed of its own that follows from the
+        seed given, the context, the settings, and how many equal requests came before.
         """
         prompts = [self._subject.tokenizer.encode(request.args[0]) for request in requests]
         prompts = [prompt if len(prompt) else self._end_of_document() for prompt in prompts]
@@ -126,7 +126,7 @@ class HarnessModel(LM):
                 seen[digest] += 1
                 digest = _digest(digest.encode(), f"{self._seed} {seen[digest]}".encode())
             digests.append(digest)
-        groups: dict[object, dict[str, int]] = {}  # of those that may share a batch: digest and number
+        groups: dict[object, dict[str, int]] = {}  # digest and number of prompts that may share a batch
         for number, (digest, how) in enumerate(zip(digests, wanted, strict=True)):
             if self._outcomes.get(self._key(digest)) is None:
                 groups.setdefault(digest if how.temperature else how.max_new_tokens, {})[digest] = number
@@ -176,7 +176,7 @@ class HarnessModel(LM):
         return [Score(**self._answer(digest)) for digest in digests]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[TokenArray, TokenArray]:
-        """Tokens of a context and of its continuation, which together are those of the text as a whole.
+        """Returns the tokens of a context and of its continuation, which together are those of the text as a whole.
 
         White space at the context's end counts to the continuation, as everywhere in the harness; so does a token
         that reaches over the border.
@@ -208,5 +208,5 @@ class HarnessModel(LM):
 
 
 def _digest(*parts: bytes) -> str:
-    """Of several byte strings, and of where each ends."""
+    """Returns a digest of several byte strings and of where each ends."""
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).hexdigest()[:32]

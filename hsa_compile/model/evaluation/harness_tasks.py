@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: found by name, run by its own evaluator, and what it found as plain values."""
+"""Tasks of lm-evaluation-harness: found by name, run by its own evaluator, with what it found as plain values."""
 
 import contextlib
 import difflib
@@ -25,17 +25,17 @@ except ModuleNotFoundError as error:
     raise missing("lm_eval", "--harness") from error
 
 HARNESS_FILE = "harness.json"
-# Left out: long, or of the repository that a command happens to run in.
+# What is left out is long, or about the repository that a command happens to run in.
 _NOT_KEPT = ("pretty_env_info", "git_hash", "upper_git_hash", "samples")
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 class Tasks(TaskManager):
-    """The harness's tasks, whose failure to load is an error of ours.
+    """The harness's tasks; where they fail to load, they raise an error of ours.
 
     Args:
-        directory: of more tasks, as YAML files; None for none.
-        with_own: whether those that the harness brings are there too; there are so many that it takes seconds.
+        directory: a directory of more tasks, as YAML files; None for none.
+        with_own: whether the harness's own tasks are there too; there are so many that it takes seconds.
     """
 
     def __init__(self, directory: Path | None = None, *, with_own: bool = True) -> None:
@@ -45,10 +45,10 @@ class Tasks(TaskManager):
         )
 
     def named(self, patterns: Sequence[str]) -> list[str]:
-        """The tasks, groups and tags that names or patterns (`mmlu_*`) stand for, each once.
+        """Returns the tasks, groups and tags that names or patterns (`mmlu_*`) stand for, each once.
 
         Raises:
-            InvalidArgument: one stands for none.
+            InvalidArgument: a name stands for none.
         """
         if not patterns:
             raise InvalidArgument("--harness names no task; `lm-eval ls tasks` lists what there is")
@@ -63,14 +63,14 @@ class Tasks(TaskManager):
         return list(names)
 
     def load(self, task_list: Any) -> Any:
-        """As of the harness.
+        """Loads tasks as the harness does.
 
         Raises:
             InvalidArgument: a task's data or code cannot be had, or it needs what is not here.
         """
         try:
             found = super().load(task_list)
-        # What data sets, the network, a YAML file and a task's own code may raise.
+        # These are what data sets, the network, a YAML file and a task's own code may raise.
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
             raise InvalidArgument(f"--harness {_joined(task_list)} cannot be loaded: {error or repr(error)}") from error
         for name, task in found["tasks"].items():
@@ -86,11 +86,11 @@ class HarnessRun:
     """Tasks that were found, to be run by the harness's `simple_evaluate`.
 
     Attributes:
-        tasks: in which they are.
-        names: of them.
-        limit: samples of each; None for all.
-        seed: of the choice of examples and whatever else is drawn; None for the harness's own, which published
-            results have.
+        tasks: the collection in which they are.
+        names: the names of the tasks.
+        limit: how many samples each takes; None takes all.
+        seed: the seed of the choice of examples and whatever else is drawn; None takes the harness's own, which
+            published results have.
     """
 
     tasks: Tasks
@@ -99,12 +99,12 @@ class HarnessRun:
     seed: int | None = None
 
     def __call__(self, subject: Subject, outcomes: OutcomeFile, *, quiet: bool = False) -> "HarnessResults":
-        """Runs them.
+        """Runs the tasks.
 
         Args:
             subject: the model that answers.
             outcomes: where its answers are kept.
-            quiet: no progress bar of answers.
+            quiet: whether to show no progress bar of answers.
 
         Raises:
             InvalidArgument: a task cannot be loaded, or is not for this model.
@@ -135,7 +135,7 @@ class HarnessResults:
     """What the harness found.
 
     Attributes:
-        model: its name.
+        model: the model's name.
         settings: plain values: the model's key, and what was asked.
         found: plain values as the harness gives them.
     """
@@ -150,14 +150,14 @@ class HarnessResults:
         return {"model": self.model, "settings": self.settings, "versions": versions, "found": self.found}
 
     def tables(self) -> list[str]:
-        """The harness's own, of tasks and of groups."""
+        """The harness's own tables of tasks and of groups."""
         return [make_table(self.found, column).strip() for column in ("results", "groups") if column in self.found]
 
     def write(self, directory: Path) -> Path:
-        """Writes `harness.json`, as a whole or not at all, and gives its path.
+        """Writes `harness.json`, as a whole or not at all, and returns its path.
 
         Raises:
-            SaveError: it cannot be written.
+            SaveError: the file cannot be written.
         """
         path = directory / HARNESS_FILE
         write_json(path, self.to_dict())
@@ -170,9 +170,9 @@ def open_harness(
     """Finds tasks, groups and tags.
 
     Args:
-        names: of them, or patterns such as `mmlu_*`.
-        directory: of more tasks, as YAML files; they go before the harness's own of the same name.
-        limit, seed: as of `HarnessRun`.
+        names: names of tasks, groups and tags, or patterns such as `mmlu_*`.
+        directory: a directory of more tasks, as YAML files; they go before the harness's own of the same name.
+        limit, seed: as in `HarnessRun`.
 
     Raises:
         InvalidArgument: a name stands for nothing.

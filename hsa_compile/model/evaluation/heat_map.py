@@ -13,7 +13,7 @@ from hsa_compile.model.evaluation.settings import length_label
 from hsa_compile.versions import require
 
 PERPLEXITY_PICTURE = "ppl.png"
-_LETTERS_PER_INCH = 9  # of titles
+_LETTERS_PER_INCH = 9  # how many letters of a title fit in an inch
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def _heat_map(title: str, cells: Sequence[Cell]) -> Any:
             if cell.protocol == protocol and cell.depth is not None:
                 row, column = depths.index(cell.depth), lengths.index(cell.length)
                 shares[row][column] = 100 * cell.accuracy
-                color = "black" if 0.2 < cell.accuracy < 0.9 else "white"  # on light or dark ground
+                color = "black" if 0.2 < cell.accuracy < 0.9 else "white"  # whether the ground is light or dark
                 panel.text(column, row, f"{shares[row][column]:.0f}", ha="center", va="center", color=color)
         image = panel.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         panel.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])

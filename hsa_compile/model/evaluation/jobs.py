@@ -1,4 +1,4 @@
-"""What is left to compute, in parts, and running it with word of how far it is."""
+"""The jobs that an evaluation is made of, and running them with word of how far they are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ class Job:
 
     Attributes:
         label: what a progress bar says meanwhile.
-        tokens: that the model reads for it; roughly.
-        run: does it.
+        tokens: roughly how many tokens the model reads for it.
+        run: does the job.
     """
 
     label: str
@@ -32,9 +32,9 @@ def run_jobs(model: HSATransformer, jobs: Sequence[Job], on_tokens: OnTokens) ->
     """Runs jobs one after another.
 
     Args:
-        model: that they run.
-        jobs: what is left.
-        on_tokens: is told the label and how many tokens more were read; of each job they add up to `Job.tokens`.
+        model: the model that they run.
+        jobs: the jobs that are left.
+        on_tokens: is told the label and how many tokens more were read; for each job they add up to `Job.tokens`.
     """
     for job in jobs:
         on_tokens(job.label, 0)
@@ -58,7 +58,7 @@ class _Count:
 
 @contextmanager
 def _counted(model: HSATransformer, count: Callable[[int], None]) -> Iterator[None]:
-    """Tells how many tokens run through the first layer."""
+    """Tells `count` how many tokens run through the first layer."""
     first = next(iter([*model.lower, *model.upper]))
 
     def listen(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

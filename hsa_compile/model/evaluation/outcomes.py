@@ -24,10 +24,10 @@ class OutcomeFile:
     """Lines of `{"key": …, "values": …}` in a folder, held by one process at a time; a context manager.
 
     Args:
-        directory: of the file; is made if it is not there.
+        directory: the folder of the file; it is made if it is not there.
 
     Raises:
-        SaveError: another process writes to it, or it cannot be read or written.
+        SaveError: another process writes to the file, or it cannot be read or written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -63,7 +63,7 @@ class OutcomeFile:
         return len(self._values)
 
     def get(self, key: Key) -> Values | None:
-        """What was found for a sample, or None."""
+        """Returns what was found for a sample, or None."""
         return self._values.get(_text(key))
 
     def add(self, found: Iterable[tuple[Key, Values]]) -> None:
@@ -87,7 +87,7 @@ class OutcomeFile:
         self._values |= added
 
     def _read(self) -> None:
-        """All whole lines; a line that a dying process left unfinished is cut off."""
+        """Reads all whole lines; a line that a dying process left unfinished is cut off."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         if whole < len(data):

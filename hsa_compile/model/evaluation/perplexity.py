@@ -28,8 +28,8 @@ from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
 from hsa_compile.model.inference.inference import extend, prefill
 from hsa_compile.model.tasks.haystack import NOISE, STDLIB
 
-SCORED = 512  # last tokens of each text, fewer where half the shortest context is less
-LOGITS = 2**24  # at once
+SCORED = 512  # how many last tokens of each text count; fewer where half the shortest context is less
+LOGITS = 2**24  # how many logits are computed at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,11 +37,11 @@ class Texts:
     """Held-out texts, all as long as the longest context.
 
     Attributes:
-        name: of where they come from.
-        rows: `[longest]` each.
-        are_documents: whether each lies within one document; else the split's documents were joined.
-        num_scored: last tokens of each whose loss is taken.
-        lengths: contexts, ascending, scored tokens included.
+        name: the name of where they come from.
+        rows: the texts, `[longest]` each.
+        are_documents: whether each lies within one document; otherwise the split's documents were joined.
+        num_scored: how many last tokens of each have their loss taken.
+        lengths: lengths of the contexts, ascending, scored tokens included.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """Of one context length.
+    """The perplexity at one context length.
 
     Attributes:
         text: where the texts come from.
         are_documents: whether each text lies within one document.
-        length: of the context, scored tokens included.
-        num_texts: that were read.
-        num_scored: tokens of each.
+        length: the length of the context, scored tokens included.
+        num_texts: how many texts were read.
+        num_scored: how many tokens of each count.
         perplexity: e to the mean loss a token.
-        standard_error: of the perplexity, over texts; None of a single one.
-        bits_per_byte: of the scored text.
-        change: of the perplexity against the shortest context's, as a share of it; negative where more context helps.
+        standard_error: the standard error of the perplexity, over texts; None with a single one.
+        bits_per_byte: bits that a byte of the scored text takes.
+        change: by what share the perplexity exceeds that of the shortest context; negative where more context helps.
         change_error: standard error of `change`, over the differences of each text from itself, which vary far less
-            than texts do; None of a single one.
+            than texts do; None with a single one.
     """
 
     text: str
@@ -87,20 +87,20 @@ class Perplexity:
 
 
 def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts: int) -> Texts:
-    """Texts that training does not see: of the validation split of a corpus.
+    """Opens texts that training does not see: those of the validation split of a corpus.
 
-    They are documents where enough are as long as the longest context; else the split's documents are joined, with
+    They are documents where enough are as long as the longest context. Otherwise the split's documents are joined, with
     their separators between them, and cut at places spread evenly, as many as leave the scored tokens apart.
 
     Args:
-        subject: whose tokens they must be.
+        subject: the model whose tokens they must be.
         source: `stdlib`, which also stands for `noise`, or a prepared corpus.
-        lengths: of contexts in tokens, 2 or more.
-        num_texts: at most.
+        lengths: lengths of contexts in tokens, 2 or more.
+        num_texts: the most texts.
 
     Raises:
-        InvalidArgument: no such corpus, it is of other tokens, or it holds less than the shortest context; contexts
-            that are longer than it are left out with a warning.
+        InvalidArgument: there is no such corpus, its tokens are others, or it holds less than the shortest context;
+            contexts that are longer than it are left out with a warning.
     """
     if min(lengths) < 2:
         raise InvalidArgument(f"length {min(lengths)} is too short for {PERPLEXITY}; the least allowed is 2")
@@ -143,7 +143,7 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
 
 
 def perplexity_jobs(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> list[Job]:
-    """What is not in the file of outcomes yet, one job a batch."""
+    """Returns what is not in the file of outcomes yet, one job a batch."""
     jobs = []
     for length in texts.lengths:
         rows = [row[-length:] for row in texts.rows]
@@ -163,7 +163,7 @@ def perplexity_jobs(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> li
 
 
 def perplexities(subject: Subject, texts: Texts, outcomes: OutcomeFile) -> list[Perplexity]:
-    """By length, ascending; those lengths of which every text is in the file."""
+    """Returns the perplexities by length, ascending, of those lengths for which every text is in the file."""
     found: dict[int, list[Values]] = {}
     for length in texts.lengths:
         values = [outcomes.get(_key(subject, row[-length:], texts.num_scored)) for row in texts.rows]
@@ -197,7 +197,7 @@ def _summary(texts: Texts, length: int, values: Sequence[Values], shortest: Sequ
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:
-    """Of the mean."""
+    """Returns the standard error of the mean."""
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
@@ -216,7 +216,7 @@ def _score(subject: Subject, rows: Sequence[TokenArray], num_scored: int, outcom
 
 
 def _losses(logits: Tensor, tokens: Tensor) -> list[float]:
-    """Sums over each row, in nats."""
+    """Returns the sums over each row, in nats."""
     targets = tokens.to(logits.device, torch.int64)
     loss = F.cross_entropy(logits.double().transpose(1, 2), targets, reduction="none")
     return [float(value) for value in loss.sum(dim=1)]

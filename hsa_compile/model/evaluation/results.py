@@ -1,4 +1,4 @@
-"""Everything that an evaluation found, as JSON, CSV and text."""
+"""What an evaluation found: shares of right answers with their intervals, and perplexities, as JSON, CSV and text."""
 
 import csv
 import itertools
@@ -18,15 +18,15 @@ from hsa_compile.model.evaluation.settings import RetrievalSettings, haystack_ke
 from hsa_compile.model.evaluation.subject import Subject
 from hsa_compile.model.tasks.haystack import Haystack
 
-_Z = 1.959963984540054  # of 95 %
+_Z = 1.959963984540054  # standard deviations that a 95 % interval reaches to each side
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a share, which is right for few samples and for shares of 0 and 1 too.
+    """Returns Wilson's 95 % interval (1927) for a share; it is right for few samples and for shares of 0 and 1 too.
 
     Args:
-        num_correct: from 0 to the number of samples.
-        num_samples: 1 or more.
+        num_correct: how many were right, from 0 to the number of samples.
+        num_samples: how many there are, 1 or more.
     """
     assert 0 <= num_correct <= num_samples > 0, (num_correct, num_samples)
     share, z2 = num_correct / num_samples, _Z**2
@@ -40,12 +40,12 @@ def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A share of right answers.
+    """The share of right answers among samples of one kind.
 
     Attributes:
-        task, haystack, protocol, length: of its samples.
-        depth: of the first asked needle; None for all depths together.
-        num_samples, num_correct: of it.
+        task, haystack, protocol, length: what its samples have in common.
+        depth: where their first asked needle lies; None for all depths together.
+        num_samples, num_correct: how many samples there are, and how many were answered right.
     """
 
     task: str
@@ -58,19 +58,19 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """Share of samples of which every answer was right."""
+        """The share of samples whose every answer was right."""
         return self.num_correct / self.num_samples
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence."""
+        """The 95 % confidence interval of the accuracy."""
         return wilson_interval(self.num_correct, self.num_samples)
 
 
 def retrieval_cells(
     subject: Subject, settings: RetrievalSettings, haystack: Haystack, outcomes: OutcomeFile
 ) -> list[Cell]:
-    """The cells of which all samples are in the file; behind those of each length, all its depths together."""
+    """Returns the cells all of whose samples are in the file; behind those of a length, all its depths together."""
     common = subject.key() | haystack_key(haystack)
     cells = []
     for task, protocol, length in itertools.product(settings.tasks, settings.protocols, settings.lengths):
@@ -112,10 +112,10 @@ class Results:
     """What an evaluation found.
 
     Attributes:
-        model: its name.
+        model: the model's name.
         settings: plain values: the model's key, and what was asked.
-        cells: of retrieval tasks.
-        perplexities: by context length.
+        cells: the results of the retrieval tasks.
+        perplexities: the perplexities by context length.
     """
 
     model: str
@@ -124,7 +124,7 @@ class Results:
     perplexities: tuple[Perplexity, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; a cell of depth None holds all depths."""
+        """Returns plain values; a cell whose depth is None holds all depths."""
         used = dict.fromkeys(cell.protocol for cell in self.cells)
         return {
             "model": self.model,
@@ -146,7 +146,7 @@ class Results:
         return paths
 
     def tables(self) -> list[str]:
-        """One of each task, haystack and protocol, rows by length and columns by depth, and one of perplexities."""
+        """Returns a table for each task, haystack and protocol, by length and depth, and a table of perplexities."""
         groups: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in self.cells:
             groups.setdefault((cell.task, cell.haystack, cell.protocol), []).append(cell)

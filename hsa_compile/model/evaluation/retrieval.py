@@ -39,15 +39,15 @@ def answered(
     protocols: Sequence[str],
     piece: int,
 ) -> dict[str, list[bool]]:
-    """Whether each sample is answered, by protocol.
+    """Says for each protocol whether each sample is answered.
 
     Args:
-        model: in evaluation mode.
-        state: that has read the first `num_read` bytes of each sample; is changed.
-        samples: of equal length, with answers at equal places.
-        num_read: bytes, fewer than there are before the first answer.
-        protocols: of `PROTOCOLS`.
-        piece: tokens of a row read at once.
+        model: a model in evaluation mode.
+        state: the state that has read the first `num_read` bytes of each sample; it is changed.
+        samples: samples of equal length, with answers at equal places.
+        num_read: how many bytes were read, fewer than there are before the first answer.
+        protocols: some of `PROTOCOLS`.
+        piece: how many tokens of a row are read at once.
     """
     tokens = torch.from_numpy(np.stack([sample.tokens[num_read:] for sample in samples]))
     prompt = samples[0].answer_spans[0][0] - num_read
@@ -70,7 +70,7 @@ def answered(
 
 
 def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Tensor) -> Tensor:
-    """The byte that the model writes at each place, `[B, T]`.
+    """Returns the byte that the model writes at each place, `[B, T]`.
 
     After a byte that is wrong the true one is fed: a wrong answer stays wrong whatever follows, and a right one was fed
     what the model wrote. So whole answers come out right exactly where free generation gives them.
@@ -82,7 +82,7 @@ def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Te
 
 
 def _ends(sample: TaskSample, predicted: ByteArray) -> bool:
-    """Whether a full stop was written behind each answer; without it, the answer would go on."""
+    """Says whether a full stop was written behind each answer; without it, the answer would go on."""
     offset = len(sample.tokens) - len(predicted)
     return all(predicted[end - offset] == sample.tokens[end] for _, end in sample.answer_spans)
 
@@ -90,7 +90,7 @@ def _ends(sample: TaskSample, predicted: ByteArray) -> bool:
 def retrieval_jobs(
     subject: Subject, settings: RetrievalSettings, haystack: Haystack, outcomes: OutcomeFile
 ) -> list[Job]:
-    """What is not in the file of outcomes yet, one job a haystack.
+    """Returns what is not in the file of outcomes yet, one job a haystack.
 
     Raises:
         InvalidArgument: the model's tokens are no bytes.
@@ -120,8 +120,8 @@ class _Asked:
     """A sample that has not been asked by all protocols.
 
     Attributes:
-        depth, index: of the sample.
-        keys: under which its outcomes are kept, by protocol.
+        depth, index: the sample's depth and number.
+        keys: the keys under which its outcomes are kept, by protocol.
     """
 
     depth: float
@@ -143,7 +143,7 @@ class _Group:
 
     @property
     def tokens(self) -> int:
-        """To be read; roughly."""
+        """Roughly how many tokens must be read."""
         whole = len(self.pending) * self.length
         return min(whole, self._edited_tokens()) if self._is_edited() else whole
 
@@ -178,7 +178,7 @@ class _Group:
             ]
 
     def _plans(self) -> tuple[ByteArray, list[TaskPlan]]:
-        """The haystack, and a plan for each pending sample."""
+        """Returns the haystack, and a plan for each pending sample."""
         plans: dict[float, tuple[TaskPlan, ...]] = {}
         many = num_haystacks(self.length)
         for depth in dict.fromkeys(asked.depth for asked in self.pending):

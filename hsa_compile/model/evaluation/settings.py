@@ -14,22 +14,22 @@ from hsa_compile.model.tasks.facts import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS
 
-HAYSTACK_TOKENS = 2**18  # of all haystacks of a length; a longer one is alone
+HAYSTACK_TOKENS = 2**18  # how many tokens all haystacks of a length have together; a longer one is alone
 MAX_HAYSTACKS = 64
 _ASKING_BYTES = len(" ?abc=")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalSettings:
-    """What is asked.
+    """What the retrieval tasks ask.
 
     Attributes:
-        tasks: of `TASKS`.
-        lengths: in bytes, question and answers included.
-        depths: of the first asked needle, 0 to 1.
-        num_samples: of each task, length and depth.
-        protocols: of `PROTOCOLS`.
-        seed: of all that is random.
+        tasks: some of `TASKS`.
+        lengths: lengths in bytes, question and answers included.
+        depths: where the first asked needle lies, 0 to 1.
+        num_samples: how many samples there are for each task, length and depth.
+        protocols: some of `PROTOCOLS`.
+        seed: the seed of all that is random.
         min_distance: more than so many bytes lie between any needle and the question.
 
     Raises:
@@ -61,14 +61,14 @@ class RetrievalSettings:
 
 
 def least_length(task: str, min_distance: int) -> int:
-    """Bytes in which the needles of a task have room wherever the first one lies."""
+    """Returns in how many bytes the needles of a task have room, wherever the first one lies."""
     num_needles = TASKS[task].num_needles
     places = num_needles + (num_needles > 1)  # one may be lost to where the first one lies
     return places * NEEDLE_BYTES + min_distance + 1 + _question_bytes(task)
 
 
 def haystack_key(haystack: Haystack) -> dict[str, str]:
-    """Its name, and a digest of some of its text, which differs where the text does, in all likelihood."""
+    """Returns a haystack's name, and a digest of some of its text, which very likely differs where the text does."""
     text = haystack.fill(2**16, random.Random("haystack"))
     return {"haystack": haystack.name, "haystack_digest": hashlib.sha256(text).hexdigest()[:16]}
 
@@ -76,12 +76,12 @@ def haystack_key(haystack: Haystack) -> dict[str, str]:
 def sample_key(
     settings: RetrievalSettings, common: dict[str, Any], task: str, length: int, depth: float, index: int, protocol: str
 ) -> dict[str, Any]:
-    """Under which the outcome of a sample is kept.
+    """Returns the key under which the outcome of a sample is kept.
 
     Args:
         settings: what is asked.
         common: what all samples share: `Subject.key` and `haystack_key`.
-        task, length, depth, index, protocol: of the sample.
+        task, length, depth, index, protocol: what distinguishes the sample.
     """
     return common | {
         "task": task,
@@ -95,7 +95,7 @@ def sample_key(
 
 
 def num_haystacks(length: int) -> int:
-    """Different ones for samples of a length; a function of the length alone, so that samples stay what they are."""
+    """Returns how many haystacks samples of a length have; the length alone decides, so that samples stay the same."""
     return max(1, min(HAYSTACK_TOKENS // length, MAX_HAYSTACKS))
 
 
@@ -105,12 +105,12 @@ def _question_bytes(task: str) -> int:
 
 
 def prompt_length(task: str, length: int) -> int:
-    """Bytes of a sample before its first answer."""
+    """Returns how many bytes a sample has before its first answer."""
     return length - _question_bytes(task) + _ASKING_BYTES
 
 
 def length_label(length: int) -> str:
-    """`4K`, `64K`, `1M`, or plain digits where it is no multiple."""
+    """Returns `4K`, `64K`, `1M`, or plain digits where the length is no multiple."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if length % size == 0:
             return f"{length // size}{unit}"

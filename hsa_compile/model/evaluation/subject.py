@@ -1,4 +1,4 @@
-"""The model that is evaluated, and where its memory lies while it is."""
+"""The model that is evaluated, and where its memory lies meanwhile."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from hsa_compile.model.inference.inference import PIECE, ModelState, new_state
 from hsa_compile.model.inference.reading import fingerprint
 from hsa_compile.model.transformer import HSATransformer
 
-ROW_TOKENS = 2**16  # of all rows of a batch together
+ROW_TOKENS = 2**16  # how many tokens all rows of a batch have together
 PIECE_TOKENS = 2**14
 
 
@@ -20,13 +20,13 @@ class Subject:
     """A model with all that its answers depend on.
 
     Attributes:
-        name: as it is printed.
-        model: in evaluation mode.
-        tokenizer: of the model.
-        memory: where chunk keys and values lie, as of `new_state`.
-        memory_dtype: in which they are kept; the weights' if None.
-        directory: of their files, for `disk`.
-        fingerprint: of the model.
+        name: the name that is printed.
+        model: the model, in evaluation mode.
+        tokenizer: the tokenizer of the model.
+        memory: where chunk keys and values lie, as in `new_state`.
+        memory_dtype: the dtype in which they are kept; the weights' if None.
+        directory: where their files are made, for `disk`.
+        fingerprint: the fingerprint of the model.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Subject:
         object.__setattr__(self, "fingerprint", fingerprint(self.model))
 
     def new_state(self, batch: int = 1) -> ModelState:
-        """The state before the first token of `batch` texts."""
+        """Makes the state before the first token of `batch` texts."""
         return new_state(
             self.model, batch, memory=self.memory, directory=self.directory, memory_dtype=self.memory_dtype
         )
 
     def key(self) -> dict[str, str]:
-        """What tells its results from those of others; where the memory lies changes none."""
+        """Returns what tells its results from those of others; where the memory lies changes none."""
         dtype = self.memory_dtype or self.model.embedding.weight.dtype
         return {"model": self.fingerprint, "memory_dtype": str(dtype).removeprefix("torch.")}
 
@@ -61,10 +61,10 @@ class Subject:
 
 
 def num_rows(length: int) -> int:
-    """Texts of a length that are read at once."""
+    """Returns how many texts of a length are read at once."""
     return max(1, ROW_TOKENS // length)
 
 
 def piece_of(rows: int) -> int:
-    """Tokens of each of so many rows that run through the layers at once."""
+    """Returns how many tokens of each of so many rows run through the layers at once."""
     return min(PIECE, max(64, PIECE_TOKENS // rows))

@@ -1,4 +1,7 @@
-"""Continuing texts: the prompt by the exact fast prefill, then token by token, row by row until each has ended."""
+"""Continuing texts: the exact fast prefill reads the prompt, then tokens are drawn row by row until each has ended.
+
+`Sampling` and `Sampler` choose tokens, `generate` and `stream` make them, `TextStream` turns them into text.
+"""
 
 import codecs
 import contextlib
@@ -17,12 +20,12 @@ from hsa_compile.model.transformer import HSATransformer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """How the next token is chosen.
 
     Attributes:
-        temperature: that logits are divided by; 0 takes the most likely token.
-        top_p: only the most likely tokens whose probabilities sum up to this much are drawn from; 1 for all.
-        seed: row b of a batch draws with `seed + b`: as it would alone with that seed, whatever the other rows do.
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_p: a token is drawn only from the most likely ones whose probabilities sum up to this much; 1 for all.
+        seed: row b of a batch draws with `seed + b`, as it would alone with that seed, whatever the other rows do.
 
     Raises:
         InvalidArgument: a value is out of range.
@@ -45,17 +48,17 @@ class Sampler:
     """Draws tokens, with a stream of random numbers for each row.
 
     Args:
-        sampling: how.
-        batch: rows.
+        sampling: how tokens are chosen.
+        batch: how many rows there are.
     """
 
     def __init__(self, sampling: Sampling, batch: int) -> None:
         self.sampling = sampling
-        # On the CPU, so that every device draws the same numbers.
+        # The numbers are drawn on the CPU, so that every device draws the same.
         self._streams = [torch.Generator().manual_seed((sampling.seed + b) % 2**63) for b in range(batch)]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token `[B]` from `logits [B, V]`."""
+        """Draws the next token `[B]` from `logits [B, V]`."""
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
         uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=stream) for stream in self._streams])
@@ -63,12 +66,12 @@ class Sampler:
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token at which the sum of probabilities, from the most likely token on, passes a random number.
+    """Draws the token at which the sum of probabilities, from the most likely token on, passes a random number.
 
     Args:
         logits: `[B, V]`.
         uniform: `[B]` float64 in 0 … 1.
-        temperature, top_p: as of `Sampling`.
+        temperature, top_p: as in `Sampling`.
 
     Returns:
         `[B]` int64.
@@ -79,7 +82,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     kept = probabilities.masked_fill(sums - probabilities >= top_p, 0.0)  # the token that passes top_p stays
     kept[:, 0] = probabilities[:, 0]
     sums = kept.cumsum(dim=-1)
-    # `right`: a number on a border belongs to the next token; never one of probability 0 behind the last.
+    # `right` gives a number on a border to the next token, and never picks one of probability 0 behind the last.
     place = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
     last = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
@@ -101,18 +104,18 @@ def generate(
     state: ModelState | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """The continuation of each prompt.
+    """Continues each prompt.
 
     Args:
-        model: that continues.
+        model: the model that continues.
         prompt: `[T]` or `[B, T]` integers, on any device; shorter rows end in padding.
-        lengths: tokens of each row that are no padding, at least 1; None for all.
-        max_new_tokens: a row ends after so many, 0 or more.
-        temperature, top_p, seed: as of `Sampling`.
-        stop: sequences of tokens, `bytes` for a model of bytes; a row ends with the first one that it writes.
-        state: of texts that were read before and that the prompts go on from; is changed in place, and afterwards
-            holds the prompt and all new tokens but the last. None for an empty one.
-        on_token: is called with row and token as they come, those of a stop sequence included.
+        lengths: how many tokens of each row are no padding, at least 1; None if all are.
+        max_new_tokens: a row ends after so many tokens, 0 or more.
+        temperature, top_p, seed: as in `Sampling`.
+        stop: sequences of tokens, `bytes` for a model of bytes; a row ends with the first of them that it writes.
+        state: the state of texts that were read before and that the prompts go on from; None for an empty one. It is
+            changed in place, and afterwards holds the prompt and all new tokens but the last.
+        on_token: is called with row and token as they come, including the tokens of a stop sequence.
 
     Returns:
         the new tokens of each row, without the stop sequence that ended it.
@@ -153,10 +156,10 @@ def stream(
     state: ModelState | None = None,
     going: list[bool] | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next token of each row, step by step; what reads them says who goes on.
+    """Yields the next token of each row, step by step; whoever reads them says which rows go on.
 
     Args:
-        model, prompt, lengths, max_new_tokens, state: as of `generate`.
+        model, prompt, lengths, max_new_tokens, state: as in `generate`.
         sampling: how tokens are chosen.
         going: one truth value a row; a row whose value the caller makes false rests from then on.
 
@@ -164,7 +167,7 @@ def stream(
         a token for each row, None where it rests.
 
     Raises:
-        InvalidArgument: as of `generate`.
+        InvalidArgument: as in `generate`.
     """
     prompt = prompt[None] if prompt.dim() == 1 else prompt
     _check_prompt(model, prompt, max_new_tokens)
@@ -186,7 +189,7 @@ def stream(
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
+    """Sets the model to evaluation mode, and back to what it was afterwards."""
     training = model.training
     model.eval()
     try:
@@ -210,15 +213,15 @@ def _check_prompt(model: HSATransformer, prompt: Tensor, max_new_tokens: int) ->
 
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 8  # tokens that one character may be made of
+_LONGEST_CHARACTER = 8  # how many tokens one character may be made of
 
 
 class TextStream:
     """Turns tokens into text that can be shown at once.
 
     Args:
-        tokenizer: of the tokens.
-        stop: strings that end the text; none of one is shown.
+        tokenizer: the tokenizer that made the tokens.
+        stop: strings that end the text; no part of them is shown.
 
     Raises:
         InvalidArgument: a stop string is empty.
@@ -233,11 +236,11 @@ class TextStream:
         self._decode: _Bytes | _Tokens = _Bytes() if tokenizer.name == BYTES else _Tokens(tokenizer.decode)
 
     def feed(self, token: int) -> str:
-        """The text that is certain after one more token."""
+        """Returns the text that is certain after one more token."""
         return self._pass(self._decode.feed(token))
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Returns what was held back, when no more tokens come."""
         shown = self._pass(self._decode.finish())
         if not self.stopped:
             shown, self._held = shown + self._held, ""
@@ -257,12 +260,12 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Returns the length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class _Bytes:
-    """UTF-8, byte by byte; what is none becomes U+FFFD."""
+    """Decodes UTF-8 byte by byte; bytes that are none become U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -275,7 +278,7 @@ class _Bytes:
 
 
 class _Tokens:
-    """Tokens whose text may depend on those before and end inside a character: a few are decoded again each time."""
+    """Decodes tokens whose text may depend on those before and end inside a character, a few again each time."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode

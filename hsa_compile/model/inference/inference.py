@@ -1,4 +1,4 @@
-"""Reading texts of any length: the state that stays between pieces, extending it, and the exact fast prefill."""
+"""Reading texts of any length: the state between pieces, extending and rewinding it, and the exact fast prefill."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,21 +14,21 @@ from hsa_compile.model.layers.window_attention import appended
 from hsa_compile.model.memory.memory import ChunkMemory
 from hsa_compile.model.transformer import HSATransformer
 
-PIECE = 4096  # tokens that prefill reads at once
+PIECE = 4096  # how many tokens prefill reads at once
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelState:
-    """All that a model keeps of the texts it has read; made by `new_state`, changed in place by reading on.
+    """All that a model keeps of the texts it has read; `new_state` makes it, reading on changes it in place.
 
     Attributes:
-        positions: tokens read of each row, landmark tokens of the model's own counted.
-        lower, upper: caches of the layers.
-        num_upper_past: tokens of each row that are in the upper caches.
-        pending: `[B, C − 1, dim]`, the lower half's newest outputs, the incomplete chunk at their end.
+        positions: how many tokens of each row were read; landmark tokens of the model's own count.
+        lower, upper: caches of the layers of both halves.
+        num_upper_past: how many tokens of each row are in the upper caches.
+        pending: `[B, C − 1, dim]`, the newest outputs of the lower half, with the incomplete chunk at their end.
         memory: the chunks that are complete; None in baselines.
-        carried: DRT's selections for the next token.
-        rows: DRT reads each row of a batch on its own, since landmark tokens come at different times: their states.
+        carried: DRT's selections for the next token, by layer.
+        rows: the states of the rows in DRT, which reads each row on its own: landmark tokens come at different times.
     """
 
     positions: list[int]
@@ -49,14 +49,14 @@ def new_state(
     directory: Path | None = None,
     memory_dtype: torch.dtype | None = None,
 ) -> ModelState:
-    """The state before the first token.
+    """Makes the state before the first token.
 
     Args:
-        model: that will read.
-        batch: texts read at once.
+        model: the model that will read.
+        batch: how many texts are read at once.
         memory: where chunk keys and values lie: `device`, `host` (pinned if there is a GPU) or `disk`.
-        directory: of the files for `disk`.
-        memory_dtype: of chunk keys and values; the weights' if None. Half precision is rounded once, when stored.
+        directory: where the files of `disk` are made.
+        memory_dtype: dtype of chunk keys and values; the weights' if None. Half precision is rounded once, when stored.
 
     Raises:
         InvalidArgument: batch or memory is not allowed.
@@ -94,16 +94,16 @@ def new_state(
 
 @torch.no_grad()
 def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None = None) -> Tensor:
-    """Reads on: logits at each new token, given all that was read before.
+    """Reads on; returns the logits at each new token, given all that was read before.
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         tokens: `[B, T]`; shorter rows end in padding.
-        state: is changed in place.
-        num_valid: tokens of each row that are no padding, 0 … T; None for all.
+        state: the state to read on from; it is changed in place.
+        num_valid: how many tokens of each row are no padding, 0 … T; None if all are.
 
     Returns:
-        `[B, T, V]`; at padding, anything.
+        `[B, T, V]`; what stands at padding means nothing.
 
     Raises:
         InvalidArgument: tokens do not fit the state.
@@ -145,14 +145,14 @@ def prefill(
     `ramba`) read all tokens through both halves.
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         tokens: `[B, T]`, on any device; shorter rows end in padding.
-        state: is changed in place.
-        lengths: tokens of each row that are no padding, at least 1; None for all.
-        piece: tokens read at once.
+        state: the state to read on from; it is changed in place.
+        lengths: how many tokens of each row are no padding, at least 1; None if all are.
+        piece: how many tokens are read at once.
 
     Returns:
-        `[B, V]`, logits at the last token of each row: those of `extend` over the same tokens.
+        `[B, V]`, the logits at the last token of each row, as `extend` gives them for the same tokens.
 
     Raises:
         InvalidArgument: tokens do not fit the state, or a row is empty.
@@ -172,8 +172,7 @@ def prefill(
 
 
 def upper_reach(model: HSATransformer) -> int | None:
-    """How many of the newest tokens the upper half must run over for its last output and its caches to be exact;
-    None for all."""
+    """Returns how many of the newest tokens the upper half must read for exact output and caches; None for all."""
     config = model.config
     mixers = {spec.mixer for spec in config.layers[config.num_lower_layers :]}
     if mixers != {"window"}:
@@ -227,7 +226,7 @@ def _lower_then_tail(
 
 
 def _last_text(model: HSATransformer, start: int, count: int) -> int:
-    """The row of the last token that is text: before it, if that is a landmark token of the model's own."""
+    """Returns the place of the last token that is text: before it, if that is a landmark token of the model's own."""
     ends_in_landmark = model.config.has_landmark_tokens and (start + count) % model.config.chunk_size == 0
     return count - 1 - ends_in_landmark
 
@@ -284,7 +283,7 @@ def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[i
 
 
 def _count(valid: list[int], x: Tensor) -> Tensor | None:
-    """Valid tokens as the layers take them: None where nothing is padding."""
+    """Returns valid tokens as the layers take them: None where nothing is padding."""
     return None if all(n == x.shape[1] for n in valid) else _tensor(valid, x)
 
 
@@ -311,12 +310,12 @@ def _valid(tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Where a state stood. Nothing large is copied: reading on makes new caches, and the memory only grows.
+    """Notes where a state stood. Nothing large is copied: reading on makes new caches, and the memory only grows.
 
     Attributes:
-        state: the small parts of it.
-        num_chunks: of each row of its memory.
-        rows: of a state that has rows of its own.
+        state: the small parts of the state.
+        num_chunks: how many chunks each row of its memory has.
+        rows: the snapshots of its rows, if the state has rows of its own.
     """
 
     state: ModelState
@@ -325,7 +324,7 @@ class Snapshot:
 
 
 def snapshot(state: ModelState) -> Snapshot:
-    """A point to which `rewind` goes back, for as long as chunks that are there now are not overwritten."""
+    """Takes a point to which `rewind` goes back, for as long as chunks that are there now are not overwritten."""
     return Snapshot(
         state=_copy(state),
         num_chunks=tuple(state.memory.num_chunks) if state.memory is not None else (),
@@ -334,11 +333,11 @@ def snapshot(state: ModelState) -> Snapshot:
 
 
 def rewind(state: ModelState, point: Snapshot) -> None:
-    """Makes a state what it was; a point can be gone back to many times.
+    """Makes a state what it was; one can go back to a point many times.
 
     Args:
-        state: that the point was taken of, read on since.
-        point: of it.
+        state: the state that the point was taken from, and that has read on since.
+        point: what `snapshot` returned for it.
     """
     before = _copy(point.state)
     state.positions, state.num_upper_past = before.positions, before.num_upper_past

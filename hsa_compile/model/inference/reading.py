@@ -1,4 +1,4 @@
-"""What a model has read, as a directory: a book is read once and asked many times."""
+"""What a model has read, saved as a directory, so that a book is read once and asked many times."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from hsa_compile.model.transformer import HSATransformer
 INDEX_FILE = "reading.json"
 FORMAT, FORMAT_VERSION = "hsa-compile reading", 1
 _PREFIX = "reading-"
-_SAMPLES = 4096  # numbers of each tensor that a fingerprint is made of
+_SAMPLES = 4096  # how many numbers of each tensor go into a fingerprint
 
 
 def save_state(model: HSATransformer, state: ModelState, directory: str | Path) -> None:
@@ -32,9 +32,9 @@ def save_state(model: HSATransformer, state: ModelState, directory: str | Path) 
     any moment leaves a whole reading.
 
     Args:
-        model: that has read.
-        state: is not changed.
-        directory: is made if it is not there.
+        model: the model that has read.
+        state: what it has read; it is not changed.
+        directory: where it is written; it is made if it is not there.
 
     Raises:
         SaveError: a file cannot be written; the reading that was there is intact.
@@ -67,16 +67,16 @@ def save_state(model: HSATransformer, state: ModelState, directory: str | Path) 
 
 
 def load_state(model: HSATransformer, directory: str | Path, *, memory: str = "device") -> ModelState:
-    """The state that `save_state` wrote; what is read on leaves the files as they are.
+    """Opens the state that `save_state` wrote; what is read on leaves the files as they are.
 
     Args:
-        model: the same that has read: config, weights and dtype.
-        directory: of the reading.
+        model: the model that has read, with the same config, weights and dtype.
+        directory: the directory of the reading.
         memory: where chunk keys and values will lie: `device`, `host` or `disk`, where they are mapped, not read.
 
     Raises:
         SaveError: a file is missing, damaged or foreign, or another model has read; the message names it.
-        InvalidArgument: the same of the memory's files, or `memory` is not allowed.
+        InvalidArgument: a file of the memory is missing or damaged, or `memory` is not allowed.
     """
     directory = Path(directory)
     path = directory / INDEX_FILE
@@ -97,8 +97,10 @@ def load_state(model: HSATransformer, directory: str | Path, *, memory: str = "d
 
 
 def fingerprint(model: HSATransformer) -> str:
-    """A digest of the config and of a few thousand numbers of each tensor: it tells models apart, in little time even
-    for large ones, but does not prove that no bit differs."""
+    """Returns a digest of the config and of a few thousand numbers of each tensor.
+
+    It tells models apart in little time, even large ones, but does not prove that no bit differs.
+    """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
@@ -162,7 +164,7 @@ def _load_row(model: HSATransformer, values: dict[str, Any], place: Path, memory
 
 
 def _cache(empty: Cache | None, name: str, tensors: dict[str, Tensor]) -> Cache | None:
-    """A cache of the kind of `empty`."""
+    """Makes a cache of the kind of `empty`, or of None, from the tensors of that name."""
     if empty is None:
         return None
     return type(empty)(**{slot: tensors[f"{name}.{slot}"] for slot in empty.__slots__})

@@ -1,4 +1,4 @@
-"""What every attention inside the model has in common: its projections, QK norm, and PyTorch's kernel."""
+"""Attention inside the model: what all kinds share (projections, QK norm, PyTorch's kernel), and full attention."""
 
 from dataclasses import dataclass
 
@@ -42,8 +42,8 @@ class GroupedQueryAttention(nn.Module):
     """Queries, keys and values of an attention with fewer key/value heads than query heads, and its output layer.
 
     Args:
-        config: of the model.
-        bias: whether queries, keys and values have one.
+        config: the config of the model that the layer belongs to.
+        bias: whether the projections to queries, keys and values have one.
     """
 
     def __init__(self, config: ModelConfig, *, bias: bool = False) -> None:
@@ -57,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x [B, T, dim]` → q `[B, T, HQ, D]`, k and v `[B, T, H, D]`; q and k normalised."""
+        """Projects `x [B, T, dim]` to q `[B, T, HQ, D]` and to k and v `[B, T, H, D]`; q and k are normalised."""
         q = self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)
         k, v = (layer(x).view(*x.shape[:2], self.num_kv_heads, self.head_dim) for layer in (self.k_proj, self.v_proj))
         return self.q_norm(q), self.k_norm(k), v
@@ -68,7 +68,7 @@ class FullCache:
     """All keys and values of one layer so far.
 
     Attributes:
-        k, v: `[B, S, H, D]`; of row b the first `num_past[b]` are there.
+        k, v: `[B, S, H, D]`; the first `num_past[b]` rows of text b are filled.
     """
 
     k: Tensor
@@ -79,7 +79,7 @@ class FullAttention(GroupedQueryAttention):
     """Causal attention with grouped queries, QK norm and RoPE.
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
     """
 
     def forward(
@@ -90,8 +90,10 @@ class FullAttention(GroupedQueryAttention):
         num_past: Tensor | None = None,
         num_valid: Tensor | None = None,
     ) -> tuple[Tensor, FullCache | None]:
-        """Attends within `x [B, T, dim]`, and to the cache where there is one; arguments as of `WindowAttention`,
-        but that `num_past` is given wherever there is a cache."""
+        """Attends within `x [B, T, dim]`, and to the cache where there is one.
+
+        The arguments are those of `WindowAttention.forward`, except that `num_past` is given wherever there is a cache.
+        """
         q, k, v = self.project(x)
         q, k = rotate(q, *rope), rotate(k, *rope)
         mask = None

@@ -1,4 +1,4 @@
-"""The small parts that every layer is built from: RMSNorm, RoPE, SwiGLU."""
+"""The small parts that every layer is built from: RMSNorm, SwiGLU, RoPE, and the switches around autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +12,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension (arXiv 1910.07467).
 
     Args:
-        dim: of what is normalised.
+        dim: size of the dimension that is normalised.
         eps: added to the mean square.
     """
 
@@ -30,8 +30,8 @@ class SwiGLU(nn.Module):
     """The gated MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202).
 
     Args:
-        dim: of input and output.
-        hidden_dim: between them.
+        dim: width of the input and of the output.
+        hidden_dim: inner width.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -49,13 +49,13 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
     """Cosines and sines of RoPE (arXiv 2104.09864), good to the last bit at any position.
 
     An angle is a position times a frequency; beyond a million tokens float32 would be wrong in the first digit of
-    its fraction, so it is made in float64 and rounded last.
+    its fraction, so the angle is made in float64 and rounded last.
 
     Args:
         positions: `[...]` integers.
         head_dim: `D`, even.
         theta: base of the frequencies.
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
         cos and sin `[..., D / 2]`.

@@ -1,4 +1,4 @@
-"""The SwiGLU experts of a MoE on tokens sorted by expert: one product a group, nothing padded, nothing dropped."""
+"""The SwiGLU experts of a MoE, on tokens sorted by expert: one product a group, nothing padded, nothing dropped."""
 
 import sys
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class ExpertOrder:
     """The pairs (token, chosen expert) of `chosen [T, K]`, sorted by expert; `P = T·K`, pair `p` is token `p // K`.
 
     Attributes:
-        order: `[P]` pair at each place of the sorted list.
-        inverse: `[T, K]` place of each pair in the sorted list.
+        order: `[P]`, the pair at each place of the sorted list.
+        inverse: `[T, K]`, the place of each pair in the sorted list.
         ends: `[E]` int32, where each expert's part of the list ends.
-        counts: `[E]` int64, pairs of each expert.
+        counts: `[E]` int64, how many pairs each expert has.
     """
 
     order: Tensor
@@ -29,7 +29,7 @@ class ExpertOrder:
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int) -> ExpertOrder:
-    """`chosen [T, K]` → its stable order by expert; the sort is the only one, and nothing waits for the device."""
+    """Sorts `chosen [T, K]` by expert, stably; there is no other sort, and nothing waits for the device."""
     experts, order = torch.sort(chosen.flatten(), stable=True)
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, device=chosen.device))
     places = torch.arange(order.numel(), device=chosen.device)
@@ -38,15 +38,15 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> ExpertOrder:
 
 
 def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down: Tensor) -> Tensor:
-    """For each token the weighted sum of its experts' SwiGLU; all tensors but `pairs` in one dtype.
+    """Returns for each token the weighted sum of its experts' SwiGLU; all tensors but `pairs` have one dtype.
 
-    Where `grouped_mm` runs (bfloat16 on CUDA, rows of whole 16 bytes) all experts are one launch; elsewhere each
+    Where `grouped_mm` runs (bfloat16 on CUDA, rows of whole 16 bytes), all experts are one launch. Elsewhere each
     expert's slice is one product, which needs the counts on the host.
 
     Args:
         x: `[T, dim]`.
-        weights: `[T, K]` of the chosen experts.
-        pairs: of the chosen experts.
+        weights: `[T, K]`, the weights of the chosen experts.
+        pairs: the chosen experts, sorted by `sort_by_expert`.
         gate_up: `[E, dim, 2 · expert_dim]`, gate first.
         down: `[E, expert_dim, dim]`.
 
@@ -64,14 +64,14 @@ def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tens
 
 
 def sliced(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`grouped_swiglu` as one product an expert. It reads the counts, which differ from call to call, on the host."""
+    """Computes `grouped_swiglu` as one product an expert; it reads the counts, which differ by call, on the host."""
     bounds = [0, *pairs.ends.tolist()]
     slices = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
     return _Sliced.apply(x, weights, pairs.order, pairs.inverse, slices, gate_up, down)
 
 
 def _sum_pairs(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sorted `rows [P, dim]` → `[T, dim]`: gathered, weighted and added in one pass, always in the same order."""
+    """Sums sorted `rows [P, dim]` to `[T, dim]`: gathered, weighted and added in one pass, always in the same order."""
     return F.embedding_bag(inverse, rows, mode="sum", per_sample_weights=weights)
 
 
@@ -81,12 +81,12 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu_backward(gate_up: Tensor, d_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pointwise part of the backward pass; `d_hidden` is overwritten.
+    """Computes the pointwise part of the backward pass; `d_hidden` is overwritten.
 
     Args:
-        gate_up: `[n, 2F]` of the forward pass.
-        d_hidden: `[n, F]` gradient of the hidden rows for a weight of 1.
-        weight: `[n, 1]` of each row.
+        gate_up: `[n, 2F]`, as the forward pass left it.
+        d_hidden: `[n, F]`, gradient of the hidden rows for a weight of 1.
+        weight: `[n, 1]`, the weight of each row.
 
     Returns:
         weighted hidden rows `[n, F]`, gradient of `gate_up`, gradient of `weight`.
@@ -105,7 +105,7 @@ def _swiglu_backward(gate_up: Tensor, d_hidden: Tensor, weight: Tensor) -> tuple
 
 
 class _Sliced(torch.autograd.Function):
-    """Expert by expert: a slice's rows stay in the CPU's cache from the gather to the last product."""
+    """Computes expert by expert: a slice's rows stay in the CPU's cache from the gather to the last product."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ class _Sliced(torch.autograd.Function):
 
 
 class _Grouped(torch.autograd.Function):
-    """All experts at once with `grouped_mm`; the same steps as `_Sliced`, no host in between."""
+    """Computes all experts at once with `grouped_mm`: the same steps as `_Sliced`, without the host in between."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,7 @@
-"""How a layer uses the memory: retrieval chooses chunks for each token, HSAttention reads them."""
+"""The memory's side of a layer: the chunk encoder makes chunks, retrieval chooses some, HSAttention reads them.
+
+`Memory` says what the last two ask of a memory, and `SequenceMemory` is the one for training.
+"""
 
 import functools
 import math
@@ -30,10 +33,10 @@ class EncodedChunks:
 
 
 class EncoderLayer(GroupedQueryAttention):
-    """One bidirectional layer over a chunk; as in the authors' code, with biases on q, k and v.
+    """One bidirectional layer over a chunk, with biases on q, k and v as in the authors' code.
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,7 +46,7 @@ class EncoderLayer(GroupedQueryAttention):
         self.mlp = SwiGLU(config.dim, config.encoder_ffn_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """`x [n, L, dim]`, one chunk a row → the same shape."""
+        """Runs `x [n, L, dim]`, one chunk a row, through the layer; the shape stays."""
         q, k, v = self.project(self.norm(x))
         q, k = rotate(q, *rope), rotate(k, *rope)
         x = x + self.o_proj(attend(q, k, v).flatten(2))
@@ -51,14 +54,14 @@ class EncoderLayer(GroupedQueryAttention):
 
 
 class ChunkEncoder(nn.Module):
-    """Encodes whole chunks on their own (arXiv 2511.23319, section 3): positions restart in each.
+    """Encodes each chunk on its own (arXiv 2511.23319, section 3); positions restart in each.
 
-    A learned CLS is appended to a chunk and its output, through a linear layer, is the chunk's landmark; keys and
-    values come from the outputs at the tokens, keys with QK norm. In DRT the chunk's last token is the landmark
-    token and takes the place of the CLS.
+    A learned CLS is appended to a chunk, and its output, through a linear layer, is the chunk's landmark. Keys (with QK
+    norm) and values come from the outputs at the tokens. In DRT the chunk's last token is the landmark token and takes
+    the place of the CLS.
 
     Args:
-        config: of the model.
+        config: the config of the model that the encoder belongs to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,7 +79,7 @@ class ChunkEncoder(nn.Module):
         self.landmark_norm = RMSNorm(config.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, chunks: Tensor) -> EncodedChunks:
-        """`chunks [..., C, dim]`, outputs of the lower half → keys, values and landmarks."""
+        """Encodes `chunks [..., C, dim]`, outputs of the lower half, into keys, values and landmarks."""
         *shape, num_tokens, dim = chunks.shape
         x = chunks.reshape(math.prod(shape), num_tokens, dim)
         if self.cls is not None:
@@ -116,7 +119,7 @@ class Memory(Protocol):
     def select(
         self, query: Tensor, positions: list[int], *, top_k: int, fusion: str, once_a_chunk: bool
     ) -> tuple[Tensor, Tensor]:
-        """The best chunks that are complete at each token, as (indices, weights) `[B, T, H, K]`.
+        """Returns the best chunks that are complete at each token, as (indices, weights) `[B, T, H, K]`.
 
         With `once_a_chunk`, query row t is the last token of chunk `position + t`, which sees the chunks before.
         """
@@ -124,7 +127,7 @@ class Memory(Protocol):
     def attend(
         self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
     ) -> Tensor:
-        """What the tokens read from their chunks, `[B, T, HQ, D]`."""
+        """Returns what the tokens read from their chunks, `[B, T, HQ, D]`."""
 
 
 class SequenceMemory:
@@ -132,8 +135,8 @@ class SequenceMemory:
 
     Args:
         chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
-        in_batch: whether each sequence also sees the chunks of all others, as if they were text before it: what is
-            found among B · N chunks is found in a longer text.
+        in_batch: whether each sequence also sees the chunks of all others, as if they were text before it. A model that
+            finds a chunk among B · N in training finds it in a longer text.
     """
 
     def __init__(self, chunks: EncodedChunks, *, in_batch: bool = False) -> None:
@@ -157,7 +160,7 @@ class SequenceMemory:
         once_a_chunk: bool,
         noise_seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`Memory.select`, with Gumbel noise on the choice if there is a seed."""
+        """Selects as `Memory.select` does, with Gumbel noise on the choice if there is a seed."""
         assert not any(positions), "a training sequence begins at 0"
         chunk_size = 1 if once_a_chunk else self.chunk_size
         context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
@@ -175,7 +178,7 @@ class SequenceMemory:
     def attend(
         self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
     ) -> Tensor:
-        """`Memory.attend`."""
+        """Reads as `Memory.attend` does."""
         context, (q, k, v) = without_cpu_autocast(q, self.k, self.v)
         with context:
             return hsa_attention(
@@ -193,10 +196,10 @@ class SequenceMemory:
 class Retrieval(nn.Module):
     """Chooses chunks by the scores of landmarks: once a token, or in DRT once a chunk.
 
-    The query is a linear function of RMSNorm(h), one retrieval head for each kv head of the memory.
+    The query is a linear function of RMSNorm(h), with one retrieval head for each kv head of the memory.
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -209,20 +212,20 @@ class Retrieval(nn.Module):
         self.q_norm = RMSNorm(self.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None = None) -> Selection:
-        """The chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
+        """Chooses the chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
         return self._select(x, memory, positions, noise_seed, once_a_chunk=False)
 
     def once_a_chunk(
         self, x: Tensor, memory: Memory, position: int, carried: Selection | None, noise_seed: int | None = None
     ) -> tuple[Selection, Selection]:
-        """DRT's way: the last token of a chunk, its landmark token, chooses for all tokens of the next chunk.
+        """Chooses as DRT does: the last token of a chunk, its landmark token, chooses for all tokens of the next chunk.
 
         Args:
             x: `[B, T, dim]`; all rows begin at `position`.
-            memory: to choose from; chunk c sees chunks up to c − 2.
-            position: of the first token.
+            memory: the memory to choose from; chunk c sees chunks up to c − 2.
+            position: where the first token stands.
             carried: what was chosen for the chunk that `x` begins in; None at the beginning of a text.
-            noise_seed: of the Gumbel noise, or None.
+            noise_seed: the seed of the Gumbel noise, or None for no noise.
 
         Returns:
             the selection for the tokens of `x`, and for the first token after them.
@@ -261,7 +264,7 @@ class HSAttention(nn.Module):
     """Hierarchical sparse attention to the memory, without position encoding, with QK norm (arXiv 2511.23319).
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -275,7 +278,7 @@ class HSAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, memory: Memory, selection: Selection) -> Tensor:
-        """What the tokens of `x [B, T, dim]` read from their chunks, `[B, T, dim]`; the residual is the caller's."""
+        """Returns what the tokens of `x [B, T, dim]` read from their chunks, `[B, T, dim]`, without the residual."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(self.norm(x)).view(B, T, self.num_heads, self.head_dim))
         o = memory.attend(

@@ -23,10 +23,10 @@ PAIRS_PER_PASS_CPU = 2**18
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk_length: int
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(dt_t · A) h_{t-1} + dt_t x_t ⊗ B_t`, `y_t = h_t C_t`, in time and memory linear in T.
+    """Computes `h_t = exp(dt_t · A) h_{t-1} + dt_t x_t ⊗ B_t` and `y_t = h_t C_t`, in time and memory linear in T.
 
-    Ours: decays inside a chunk are differences of float64 sums. The listing sums each pair's steps instead, to the
-    same end: where a large step is followed by small ones, differences in float32 lose the small ones.
+    Here decays inside a chunk are differences of float64 sums. The paper's listing sums each pair's steps instead, to
+    the same end: where a large step is followed by small ones, differences in float32 lose the small ones.
 
     Args:
         x: `[B, T, heads, head_dim]`.
@@ -34,10 +34,10 @@ def ssd_scan(
         A: `[heads]`, negative.
         B, C: `[B, T, state_dim]`, shared by all heads.
         state: `[B, heads, head_dim, state_dim]` before the first token.
-        chunk_length: tokens that are computed pair by pair; beyond them the state carries.
+        chunk_length: how many tokens are computed pair by pair; the state carries what lies beyond them.
 
     Returns:
-        y `[B, T, heads, head_dim]`, the state after the last token.
+        y `[B, T, heads, head_dim]`, and the state after the last token.
     """
     num_tokens = x.shape[1]
     pairs_per_pass = PAIRS_PER_PASS_CPU if x.device.type == "cpu" else PAIRS_PER_PASS
@@ -55,7 +55,7 @@ def ssd_scan(
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` for one token; shapes as there, without T."""
+    """Computes `ssd_scan` for one token; shapes are as there, without T."""
     state = state * (dt * A).exp()[..., None, None] + (x * dt.unsqueeze(-1)).unsqueeze(-1) * B[:, None, None]
     return (state @ C[:, None, :, None]).squeeze(-1), state
 
@@ -84,25 +84,25 @@ def _scan_chunks(
 
 
 def _pair_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """`log_decay [b, c, l, heads]` → `[b, c, heads, l, l]`, decay from each token to each later one of its chunk."""
+    """Returns `[b, c, heads, l, l]`, the decay from each token to each later one of its chunk."""
     log_decay = log_decay.transpose(2, 3)
     length = log_decay.shape[-1]
     later = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu(1)
     between = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).to(dtype)
-    # Masked before the exponential: after it, infinity times zero would poison the gradient.
+    # The mask comes before the exponential: after it, infinity times zero would poison the gradient.
     return between.masked_fill(later, -torch.inf).exp()
 
 
 def _pass_states(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs over chunks.
+    """Passes the state on from chunk to chunk.
 
     Args:
-        added: `[b, c, heads, head_dim, n]` by each chunk.
-        decay: `[b, c, heads, 1, 1]` over each chunk.
-        state: `[b, heads, head_dim, n]` before the first.
+        added: `[b, c, heads, head_dim, n]`, what each chunk adds to the state.
+        decay: `[b, c, heads, 1, 1]`, what is left of the state after each chunk.
+        state: `[b, heads, head_dim, n]`, the state before the first chunk.
 
     Returns:
-        the state before each chunk, shaped as `added`, and the one after the last.
+        the state before each chunk, shaped as `added`, and the state after the last.
     """
     before = []
     for add, keep in zip(added.unbind(1), decay.unbind(1), strict=True):
@@ -111,13 +111,13 @@ def _pass_states(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, T
     return torch.stack(before, dim=1), state
 
 
-STEP_RANGE = (1e-3, 1e-1)  # of dt, and
-DECAY_RANGE = (1.0, 16.0)  # of -A, at the start of training; both as published
+STEP_RANGE = (1e-3, 1e-1)  # the range of dt at the start of training, as published
+DECAY_RANGE = (1.0, 16.0)  # the range of −A at the start of training, as published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba2State:
-    """All that a layer keeps of the tokens it has read.
+    """All that a Mamba-2 layer keeps of the tokens it has read.
 
     Attributes:
         conv: `[B, conv_width - 1, channels]`, the last inputs of the convolution.
@@ -135,26 +135,26 @@ class Mamba2State:
             )
 
     def to(self, *args: Any, **kwargs: Any) -> "Mamba2State":
-        """Both tensors through `Tensor.to`."""
+        """Moves or casts both tensors through `Tensor.to`."""
         return Mamba2State(conv=self.conv.to(*args, **kwargs), ssm=self.ssm.to(*args, **kwargs))
 
 
 class Mamba2(nn.Module):
-    """One Mamba-2 mixer with one group of B and C; parameters are named and shaped as in the published code.
+    """A Mamba-2 mixer with one group of B and C; parameters are named and shaped as in the published code.
 
     On CUDA the scan is `mamba_ssm`'s where that package is installed; the scan runs in float32 at least.
 
     Args:
-        dim: of input and output.
-        state_dim: `N`.
-        head_dim: `P`; `expand · dim` must be a multiple of it.
-        expand: inner size over `dim`.
-        conv_width: of the causal depthwise convolution.
-        chunk_length: of the scan; any value gives the same result.
-        norm_eps: of the gated RMSNorm.
+        dim: width of the input and of the output.
+        state_dim: `N`, the size of the state of a channel.
+        head_dim: `P`, the size of a head; `expand · dim` must be a multiple of it.
+        expand: inner width as a multiple of `dim`.
+        conv_width: width of the causal depthwise convolution.
+        chunk_length: chunk length of the scan; any value gives the same result.
+        norm_eps: what the gated RMSNorm adds to the mean square.
 
     Raises:
-        InvalidArgument: a size below 1, or heads that do not fill the inner size.
+        InvalidArgument: a size is below 1, or heads do not fill the inner width.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Mamba2(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
 
     def initial_state(self, batch: int, like: Tensor) -> Mamba2State:
-        """The state before the first token, on the device and for the dtype of `like`."""
+        """Returns the state before the first token, on the device and for the dtype of `like`."""
         ssm_dtype = torch.promote_types(like.dtype, torch.float32)
         return Mamba2State(
             conv=like.new_zeros(batch, self.conv_width - 1, self.channels),
@@ -218,12 +218,12 @@ class Mamba2(nn.Module):
 
         Args:
             x: `[B, T, dim]`; T may be 0.
-            state: after the tokens before; None at the start.
+            state: the state after the tokens before; None at the start.
             num_valid: `[B]` integers; the tokens of row b from `num_valid[b]` on are padding: they leave the state as
                 it is, and their outputs mean nothing. None where there is no padding.
 
         Returns:
-            `[B, T, dim]`, the state after each row's last valid token.
+            `[B, T, dim]`, and the state after each row's last valid token.
         """
         z, conv_in, dt = self.in_proj(x).split((self.inner, self.channels, self.num_heads), dim=-1)
         state = self.initial_state(x.shape[0], conv_in) if state is None else state
@@ -238,7 +238,7 @@ class Mamba2(nn.Module):
     def _convolve(self, window: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return F.silu(self.conv1d(window.transpose(1, 2)).transpose(1, 2))
-        # The same without a transposed copy, several times as fast; its backward pass would not be.
+        # This is the same without a transposed copy, and several times as fast; its backward pass would not be.
         assert self.conv1d.bias is not None
         y = self.conv1d.bias.to(window.dtype)
         num_tokens = window.shape[1] - self.conv_width + 1
@@ -247,7 +247,7 @@ class Mamba2(nn.Module):
         return F.silu(y)
 
     def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`xbc [B, T, channels]`, `dt [B, T, heads]` → y `[B, T, inner]`, the state."""
+        """Scans `xbc [B, T, channels]` with `dt [B, T, heads]`; returns y `[B, T, inner]` and the state."""
         dtype = state.dtype
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
         if valid is not None:
@@ -277,7 +277,7 @@ class Mamba2(nn.Module):
 
 @functools.cache
 def _fused_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`ssd_scan` by the kernels of `mamba_ssm`, which make their own chunks; None where it is not installed."""
+    """Returns `ssd_scan` by the kernels of `mamba_ssm`, which make their own chunks; None where it is not installed."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return None
     kernels = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")

@@ -1,6 +1,6 @@
-"""Mixture of SwiGLU experts: sigmoid router, top-k, a shared expert, and a bias that balances the load without a loss.
+"""A mixture of SwiGLU experts: a sigmoid router picks the top k, a shared expert is added, a bias balances the load.
 
-As in Ling-2.0 and DeepSeek-V3; the balancing is arXiv 2408.15664.
+The layer is that of Ling-2.0 and DeepSeek-V3; balancing without a loss is that of arXiv 2408.15664.
 """
 
 import sys
@@ -16,24 +16,24 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layers.basic import SwiGLU, compute_dtype, no_autocast
 from hsa_compile.model.layers.grouped_product import ExpertOrder, grouped_swiglu, sort_by_expert
 
-FEW_PAIRS = 8  # up to here, which is a step of decoding, sorting costs more than it saves
+FEW_PAIRS = 8  # Up to so many pairs, which is a step of decoding, sorting costs more than it saves.
 
 
 class MoE(nn.Module):
-    """Replaces the MLP of a layer: each token passes `experts_per_token` of the experts, and the shared one.
+    """Replaces the MLP of a layer: each token passes `experts_per_token` of the experts and the shared one.
 
     The balancing bias decides only which experts are chosen; their weights are the scores without it, normalised to
     the sum 1. Router and bias work in float32 at least, whatever the dtype of the model.
 
     Args:
-        dim: of input and output.
-        num_experts: `E`.
-        experts_per_token: `K`.
-        expert_dim: hidden size of one expert.
-        num_shared_experts: their hidden sizes add up to that of the one shared SwiGLU; 0 for none.
+        dim: width of the input and of the output.
+        num_experts: `E`, how many experts there are.
+        experts_per_token: `K`, how many of them a token passes.
+        expert_dim: inner width of one expert.
+        num_shared_experts: how many shared experts there are, computed as one SwiGLU; 0 for none.
 
     Raises:
-        InvalidArgument: a size below 1, or `experts_per_token` above `num_experts`.
+        InvalidArgument: a size is below 1, or `experts_per_token` is above `num_experts`.
     """
 
     balance_bias: Tensor  # [E], float32
@@ -74,14 +74,14 @@ class MoE(nn.Module):
         self.load.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., dim]` → `[..., dim]`."""
+        """Runs `x [..., dim]` through the experts; the shape stays."""
         tokens = x.reshape(-1, x.shape[-1])
         chosen, weights = self._route(tokens)
         out = self._experts(tokens, chosen, weights).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokens [T, dim]` → chosen experts and their weights, both `[T, K]`."""
+        """Returns for `tokens [T, dim]` the chosen experts and their weights, both `[T, K]`."""
         with no_autocast(tokens.device):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             scores = F.linear(tokens.to(dtype), self.router.weight.to(dtype)).sigmoid()
@@ -138,10 +138,10 @@ class MoE(nn.Module):
 
 
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
-    """What `moe` computes, as a loop over its experts; for tests, in any dtype.
+    """Computes what `moe` computes, as a loop over its experts; for tests, in any dtype.
 
     Args:
-        moe: whose weights are used.
+        moe: the layer whose weights are used.
         x: `[..., dim]`.
 
     Returns:
@@ -161,7 +161,7 @@ def moe_reference(moe: MoE, x: Tensor) -> Tensor:
 
 
 def count_in_backward(moe: MoE, out: Tensor, pairs: ExpertOrder) -> None:
-    """Adds to the load when the gradient comes by.
+    """Adds to the load when the gradient arrives.
 
     Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
     counts each token once with or without it; a forward pass that trains nothing is not counted.
@@ -174,7 +174,7 @@ def count_in_backward(moe: MoE, out: Tensor, pairs: ExpertOrder) -> None:
 
 
 def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """A few tokens on the CPU: the experts' weights are read where they are."""
+    """Computes a few tokens on the CPU; the experts' weights are read where they are."""
     out = torch.zeros_like(tokens)
     scales = weights.tolist()
     for t, experts in enumerate(chosen.tolist()):
@@ -185,7 +185,7 @@ def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tenso
 
 
 def _gathered(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """A few tokens on a device: no sort, no wait for the host, one batched product a weight."""
+    """Computes a few tokens on a device with one batched product a weight, without a sort or a wait for the host."""
     rows = tokens.repeat_interleave(chosen.shape[1], dim=0).unsqueeze(1)  # [P, 1, dim]
     experts = chosen.flatten()
     gate, up = torch.bmm(rows, gate_up.index_select(0, experts)).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """The functions of a mixture of experts that `torch.compile` leaves alone.
 
-To mark them imports `torch._dynamo`, which takes longer than all the rest of a model. So this file is imported only
-where something else has imported that already; before, nothing can have been compiled.
+Marking them imports `torch._dynamo`, which takes longer than all the rest of a model. So this file is imported only
+where something else has imported that already; before that, nothing can have been compiled.
 """
 
 import torch

@@ -25,10 +25,10 @@ def flex_window_attention(
     slopes: Tensor | None = None,
     compiled: bool = True,
 ) -> Tensor:
-    """As `window_attention`, whose arguments these are, in one fused kernel that visits only blocks of the window.
+    """Computes `window_attention`, whose arguments it takes, in a fused kernel that visits only blocks of the window.
 
     Args:
-        compiled: through `torch.compile`, which makes the kernel; eager execution, for tests, holds all scores.
+        compiled: whether `torch.compile` makes the kernel; eager execution, for tests, holds all scores.
     """
     past = k.shape[1] - q.shape[1]
     mask = (
@@ -88,13 +88,13 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int, num_past: Tensor | None = None, slopes: Tensor | None = None
 ) -> Tensor:
-    """Causal attention of each token to the last `window` ones; on a CPU, in blocks of queries.
+    """Computes causal attention of each token to the last `window` ones; on a CPU, in blocks of queries.
 
     Args:
         q: `[B, T, HQ, D]`.
         k, v: `[B, P + T, H, D]`; the first P rows lie before the first query. `P` is 0 or at least `window − 1`.
-        window: tokens seen, the own one included.
-        num_past: `[B]` integers, how many of the P rows, counted from their end, there really are; None for all.
+        window: how many tokens are seen, the own one included.
+        num_past: `[B]` integers: how many of the P rows, counted from their end, are really there; None if all are.
         slopes: `[HQ]`, ALiBi's factors of the distance (arXiv 2108.12409), or None for no such bias.
 
     Returns:
@@ -129,7 +129,7 @@ def window_attention(
 
 
 def _bias(block: int, width: int, window: int, q: Tensor, slopes: Tensor | None) -> Tensor:
-    """What is added to the logits of one block, `[1, block, width]`, or `[HQ, block, width]` with slopes."""
+    """Returns what is added to the logits of one block: `[1, block, width]`, or `[HQ, block, width]` with slopes."""
     distance = (
         torch.arange(block, device=q.device)[:, None] + window - 1 - torch.arange(width, device=q.device)[None, :]
     )
@@ -140,9 +140,9 @@ def _bias(block: int, width: int, window: int, q: Tensor, slopes: Tensor | None)
 
 
 def _hide_what_is_not_there(bias: Tensor, num_past: Tensor | None, block: int, num_blocks: int, before: int) -> Tensor:
-    """The bias `[B or 1, num_blocks, heads, block, width]` with keys before the beginning of the text left out.
+    """Hides keys before the beginning of the text from the bias `[B or 1, num_blocks, heads, block, width]`.
 
-    A query that has no key at all cannot come up: each sees itself.
+    No query is left without a key: each sees itself.
     """
     there = num_past.clamp(max=before)[:, None] if num_past is not None else torch.zeros(1, 1, device=bias.device)
     first = torch.arange(num_blocks, device=bias.device)[:, None] * block
@@ -164,7 +164,7 @@ class WindowCache:
 
 
 def appended(cache: Tensor, new: Tensor, num_valid: Tensor | None) -> Tensor:
-    """The last rows of `cache [B, P, …]` after the first `num_valid[b]` (all if None) rows of `new` were added."""
+    """Adds the first `num_valid[b]` rows of `new` (all if None) to `cache [B, P, …]` and returns the last P rows."""
     size = cache.shape[1]
     rows = torch.cat((cache, new), dim=1)
     if num_valid is None:
@@ -178,7 +178,7 @@ class WindowAttention(GroupedQueryAttention):
     """The sliding-window layer: grouped queries, QK norm, and RoPE, or ALiBi in DRT.
 
     Args:
-        config: of the model.
+        config: the config of the model that the layer belongs to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -199,9 +199,9 @@ class WindowAttention(GroupedQueryAttention):
         Args:
             x: `[B, T, dim]`.
             rope: cosines and sines `[B or 1, T, head_dim / 2]` of the positions.
-            cache: of what came before; None in training.
-            num_past: `[B]`, tokens that came before; None if at least `window − 1` did in each row.
-            num_valid: `[B]`, rows of `x` that are no padding; None for all.
+            cache: the cache of what came before; None in training.
+            num_past: `[B]`, how many tokens came before; None if at least `window − 1` did in each row.
+            num_valid: `[B]`, how many rows of `x` are no padding; None if all are.
 
         Returns:
             `[B, T, dim]`, and the cache after this piece (None if there was none).

@@ -12,12 +12,12 @@ from hsa_compile.model.memory.pages import PagePool
 from hsa_compile.model.memory.shape import PageTable
 from hsa_compile.problem import MAX_DECODE_TOKENS
 
-GATHER_BYTES = 2**28  # of chosen chunks that are brought together at once
+GATHER_BYTES = 2**28  # how many bytes of chosen chunks are brought together at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendOptions:
-    """What is passed on to the op: see `hsa_attention`."""
+    """What is passed on to the op; `hsa_attention` explains each."""
 
     scale: float | None
     softmax_off_by_one: bool
@@ -27,7 +27,7 @@ class AttendOptions:
 def attend(
     pages: PagePool, table: PageTable, q: Tensor, chunk_indices: Tensor, chunk_weights: Tensor, options: AttendOptions
 ) -> Tensor:
-    """`ChunkMemory.attend`: tokens in groups, where all chunks that they could choose would take too much room."""
+    """Computes `ChunkMemory.attend`, in groups of tokens where all chunks that they could choose would be too much."""
     _check(pages, table, q, chunk_indices, chunk_weights)
     shape, (B, T), K = pages.shape, q.shape[:2], chunk_indices.shape[3]
     most = GATHER_BYTES * shape.num_kv_heads // shape.page_bytes  # chunks of one head
@@ -48,13 +48,13 @@ def _attend(
     slots, order = slots.unique(return_inverse=True)
     if len(slots) == 0:
         return q.new_zeros(B, T, HQ, pages.shape.value_dim)
-    # Room for a power of two: each length is a kernel's shape, which is looked up once.
+    # The length is rounded up to a power of two: each length is a kernel's shape, which is looked up once.
     k, v = (x.to(q.dtype) for x in pages.read(slots, 1 << (len(slots) - 1).bit_length()))
     indices = torch.full(found.shape, -1, dtype=torch.int32)
     indices[filled] = order.int()
 
     def by_head(x: Tensor) -> Tensor:
-        """`[B, T, H · n, …]` as `[B · H, T, n, …]`: a head that chose has its chunks to itself."""
+        """Turns `[B, T, H · n, …]` into `[B · H, T, n, …]`, so that a head that chose has its chunks to itself."""
         return x.unflatten(2, (H, -1)).transpose(1, 2).flatten(0, 1)
 
     queries, weights, indices = by_head(q), by_head(chunk_weights), by_head(indices.to(q.device))
@@ -82,7 +82,7 @@ def _attend(
 
 
 def _check(pages: PagePool, table: PageTable, q: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """What the ops cannot check, since they see less; they check the rest."""
+    """Checks what the ops cannot, since they see less; they check the rest."""
     H, D, B = pages.shape.num_kv_heads, pages.shape.head_dim, len(table.counts)
     if q.dim() != 4 or q.shape[0] != B or q.shape[2] == 0 or q.shape[2] % H or q.shape[3] != D:
         raise InvalidArgument(f"q has shape {list(q.shape)}; [B, T, HQ, D] = [{B}, T, multiple of {H}, {D}] is needed")

@@ -35,7 +35,7 @@ _READ_BYTES = 2**22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One file: k `[n, H, C, D]`, v `[n, H, C, Dv]`, landmarks `[n, H, Dr]` of chunks that follow one another."""
+    """A file with k `[n, H, C, D]`, v `[n, H, C, Dv]` and landmarks `[n, H, Dr]` of chunks that follow one another."""
 
     name: str
     num_chunks: int
@@ -52,13 +52,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What the manifest says.
+    """What the manifest of a save says.
 
     Attributes:
-        shape: arguments of `ChunkMemory`, dtypes by name.
-        counts: chunks of each row; shards hold row after row.
+        shape: the arguments of `ChunkMemory`, with dtypes by name.
+        counts: how many chunks each row has; shards hold row after row.
         data: the directory of the shards.
-        shards: in order.
+        shards: the shards in order.
     """
 
     shape: dict[str, int | str]
@@ -95,17 +95,17 @@ def write_save(
         raise
     new.replace(directory / MANIFEST)
     _sync_directory(directory)
-    for old in directory.iterdir():  # the save before, and what killed savers left
+    for old in directory.iterdir():  # they are the save before and what killed savers left
         if old.is_dir() and _OURS.fullmatch(old.name) and old != final:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(directory: Path, *, verify: bool) -> Saved:
-    """What the manifest says, after a look at the shards.
+    """Reads what the manifest says, after a look at the shards.
 
     Args:
-        directory: of the save.
-        verify: read all shards, to compare their checksums; sizes are compared in any case.
+        directory: the directory of the save.
+        verify: whether to read all shards and compare their checksums; sizes are compared in any case.
 
     Raises:
         InvalidArgument: there is no save, it is of another version, or a file is damaged; the message names the file.
@@ -136,7 +136,7 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
 
 
 def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a shard, which lie in the mapped file, and the mapping. They are never written to.
+    """Maps a shard; returns its tensors, which lie in the mapped file and are never written to, and the mapping.
 
     Raises:
         InvalidArgument: the file is not a shard of these shapes.
@@ -206,7 +206,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """So that names in it survive a loss of power."""
+    """Makes the names in a directory survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -219,7 +219,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def shards_of(pages: PagePool, table: PageTable, landmarks: LandmarkStore) -> Iterator[dict[str, Tensor]]:
-    """The chunks of all rows, row after row, as many at a time as a shard takes."""
+    """Yields the chunks of all rows, row after row, as many at a time as a shard takes."""
     numbers = torch.cat([table.pages(row, 0, count) for row, count in enumerate(table.counts)])
     size = max(1, SHARD_BYTES // pages.shape.page_bytes)
     for first in range(0, len(numbers), size):
@@ -261,7 +261,7 @@ def restore(pages: PagePool, table: PageTable, landmarks: LandmarkStore, directo
 
 
 def _pages(pages: PagePool, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys `[n, H, C, D]` and values of pages in any order, on the CPU."""
+    """Returns keys `[n, H, C, D]` and values of pages in any order, on the CPU."""
     heads = pages.shape.num_kv_heads
     rising, order = numbers.sort()
     slots = (rising.view(-1, 1) * heads + torch.arange(heads)).flatten()
@@ -273,7 +273,7 @@ def _pages(pages: PagePool, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(counts: list[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Chunks `first … last − 1` of all rows laid end to end, as (row, its first chunk, the end)."""
+    """Yields chunks `first … last − 1` of all rows laid end to end, as (row, its first chunk, the end)."""
     start = 0
     for row, count in enumerate(counts):
         begin, end = max(first - start, 0), min(last - start, count)

@@ -1,4 +1,4 @@
-"""The landmarks of the whole past, in segments that never move, and the best chunks among them."""
+"""The landmarks of the whole past, in segments that never move, and the search for the best chunks among them."""
 
 from collections.abc import Iterator
 
@@ -11,21 +11,21 @@ from hsa_compile.kernels.select_host import stable_topk
 from hsa_compile.model.memory.shape import MemoryShape
 
 FIRST_SEGMENT_CHUNKS = 1024
-SEGMENT_BYTES = 2**26  # at most
-SCAN_TOKENS = 4  # up to as many are compared with each landmark directly on a CPU, at the speed of its RAM
-SCAN_ELEMENTS = 2**17  # of landmarks at a time, which a CPU's cache holds
-GATHER_ELEMENTS = 2**23  # of picked landmarks at a time
+SEGMENT_BYTES = 2**26  # a segment takes at most so many bytes
+SCAN_TOKENS = 4  # up to so many tokens are compared with each landmark directly on a CPU, at the speed of its RAM
+SCAN_ELEMENTS = 2**17  # how many elements of landmarks are scanned at a time, so that a CPU's cache holds them
+GATHER_ELEMENTS = 2**23  # how many elements of picked landmarks are gathered at a time
 
 
 class LandmarkStore:
-    """Landmarks by row and chunk.
+    """The landmarks of a memory, by row and chunk.
 
     All rows share segments `[B, n, H, Dr]`, so that rows of equal length take one call of a kernel. On a CPU the part
-    of a row that is not there costs addresses alone.
+    of a row that is not filled takes addresses but no RAM.
 
     Args:
-        shape: of the memory.
-        device: of the landmarks.
+        shape: the shape of the memory.
+        device: the device on which the landmarks are.
     """
 
     def __init__(self, shape: MemoryShape, device: torch.device) -> None:
@@ -46,23 +46,23 @@ class LandmarkStore:
             landmarks = landmarks[last - first :]
 
     def read(self, row: int, first: int, last: int) -> Tensor:
-        """Landmarks `[last − first, H, Dr]` of a row."""
+        """Returns landmarks `[last − first, H, Dr]` of a row."""
         return torch.cat([data[row, begin:end] for data, begin, end in self._parts(first, last)])
 
     def select(
         self, query: Tensor, positions: list[int], counts: list[int], *, chunk_size: int, top_k: int, fusion: str
     ) -> tuple[Tensor, Tensor]:
-        """What `select_chunks` finds among the first `counts` landmarks of each row.
+        """Returns what `select_chunks` finds among the first `counts` landmarks of each row.
 
         Args:
             query: `[B, T, H, Dr]`, in the dtype of the landmarks.
-            positions: of the first token of each row.
-            counts: chunks of each row.
+            positions: where the first token of each row stands.
+            counts: how many chunks each row has.
             chunk_size: a token at position p sees chunk i iff `p ≥ (i + 1) · chunk_size`.
-            top_k: `K`.
+            top_k: `K`, how many chunks a token picks.
             fusion: `softmax` or `stick_breaking`.
         """
-        # Mostly positions alone say what can be seen. Tokens far behind the last chunk, padding, see them all.
+        # Mostly positions alone say what can be seen. Tokens far behind the last chunk, padding, see all of them.
         seen = [(position + query.shape[1] - 1) // chunk_size for position in positions]
         limits = [None if n <= count else count for n, count in zip(seen, counts, strict=True)]
         rows = list(zip(positions, limits, strict=True))
@@ -85,7 +85,7 @@ class LandmarkStore:
         top_k: int,
         fusion: str,
     ) -> tuple[Tensor, Tensor]:
-        """For rows that are equally long and see chunks below `limit`."""
+        """Selects for rows that are equally long and see chunks below `limit`."""
         T = query.shape[1]
         scans = query.device.type == "cpu" and T <= SCAN_TOKENS
         found, scored = [], []
@@ -111,7 +111,7 @@ class LandmarkStore:
             shape = (*query.shape[:3], top_k)
             nothing = torch.full(shape, -1, dtype=torch.int32, device=query.device)
             return nothing, torch.zeros(shape, dtype=dtype, device=query.device)
-        # Recent segments in front, so that candidates fall, but for empty slots.
+        # Recent segments come in front, so that the chunks of the candidates fall, but for empty slots.
         chunks, scores = torch.cat(found[::-1], dim=-1), torch.cat(scored[::-1], dim=-1)
         return _best(chunks, scores, top_k, fusion, dtype)
 
@@ -120,16 +120,17 @@ class LandmarkStore:
         return self._segments[-1][0] + self._segments[-1][1].shape[1] if self._segments else 0
 
     def _grow(self) -> None:
-        """As many again as there are, within bounds."""
+        """Adds as many landmarks again as there are, within bounds."""
         shape = self.shape
         chunk_bytes = shape.batch * shape.num_kv_heads * shape.retrieval_dim * shape.landmark_dtype.itemsize
         size = max(1, min(SEGMENT_BYTES // chunk_bytes, max(FIRST_SEGMENT_CHUNKS, self._capacity)))
-        # Zeros, since kernels may compute a score before they mask it; a CPU's system gives them out as they are used.
+        # Zeros are needed, since kernels may compute a score before they mask it; a CPU's system gives RAM as they are
+        # used.
         whole = (shape.batch, size, shape.num_kv_heads, shape.retrieval_dim)
         self._segments.append((self._capacity, torch.zeros(whole, dtype=shape.landmark_dtype, device=self.device)))
 
     def _parts(self, first: int, last: int) -> Iterator[tuple[Tensor, int, int]]:
-        """The segments that hold any of these chunks, each with the range of its own that it holds."""
+        """Yields the segments that hold any of these chunks, each with the range of its own that it holds."""
         for start, data in self._segments:
             begin, end = max(first - start, 0), min(last - start, data.shape[1])
             if begin < end:
@@ -137,13 +138,13 @@ class LandmarkStore:
 
 
 def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k: int) -> Tensor:
-    """`select_chunks` for few tokens, indices alone, on a CPU: one pass over the landmarks for each token."""
+    """Computes the indices of `select_chunks` for few tokens on a CPU, one pass over the landmarks for each token."""
     B, T, H, dim = query.shape
     query = query if query.dtype == torch.float64 else query.float()
     picks = torch.full((B, T, H, top_k), -1, dtype=torch.int32)
     n = min(landmarks.shape[1], (offset + T - 1) // chunk_size)
     rows = max(1, SCAN_ELEMENTS // (B * H * dim))
-    # One for all tiles: memory of its own for each would cost more than the arithmetic.
+    # All tiles share one buffer: memory of its own for each would cost more than the arithmetic.
     products, all_scores = query.new_empty(B, min(rows, n), H, dim), query.new_empty(B, n, H)
     for t in range(T):
         scores = all_scores[:, : (offset + t) // chunk_size]
@@ -160,7 +161,7 @@ def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k:
 
 
 def _scores(query: Tensor, landmarks: Tensor, picks: Tensor) -> Tensor:
-    """float64 scores `[b, T, H, K]` of landmarks that were picked, −∞ for empty slots."""
+    """Returns float64 scores `[b, T, H, K]` of landmarks that were picked, −∞ for empty slots."""
     B, _, H, K = picks.shape
     b = torch.arange(B, device=query.device).view(-1, 1, 1, 1)
     h = torch.arange(H, device=query.device).view(-1, 1)
@@ -173,10 +174,10 @@ def _scores(query: Tensor, landmarks: Tensor, picks: Tensor) -> Tensor:
 
 
 def _best(chunks: Tensor, scores: Tensor, top_k: int, fusion: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The best `top_k` of candidates that fall, with float64 scores, by the rules of `select_chunks`."""
+    """Picks the best `top_k` of candidates whose chunks fall, with float64 scores, by the rules of `select_chunks`."""
     M = chunks.shape[-1]
     if top_k < M:
-        # Rising, so that of equal scores the lower chunk wins; compared in float32, as kernels do.
+        # They are sorted rising, so that the lower chunk wins of equal scores; compared in float32, as kernels do.
         rising = scores.to(dtype).flip(-1).view(-1, M)
         columns = M - 1 - stable_topk(rising, top_k).view(*chunks.shape[:-1], top_k)
         chunks, scores = chunks.gather(-1, columns), scores.gather(-1, columns)
@@ -185,7 +186,7 @@ def _best(chunks: Tensor, scores: Tensor, top_k: int, fusion: str, dtype: torch.
 
 
 def _weights(scores: Tensor, fusion: str) -> Tensor:
-    """Weights of scores that stand most recent first, −∞ in empty slots at the end; as `select_weights_reference`."""
+    """Computes weights as `select_weights_reference` does, from scores, most recent first and −∞ in empty slots."""
     filled = scores > float("-inf")
     if fusion == "softmax":
         return scores.masked_fill(~filled.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~filled, 0)

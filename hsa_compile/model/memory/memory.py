@@ -17,28 +17,27 @@ from hsa_compile.problem import FUSIONS, MAX_SELECTED
 
 
 class ChunkMemory:
-    """Chunks of the past, in pages that never move; landmarks stay on the device, and only chosen chunks travel.
+    """Holds chunks of the past in pages that never move; landmarks stay on the device, and only chosen chunks travel.
 
     Rows grow on their own. There are no gradients. `attend` runs kernels with one kv head, since a chunk is brought
     once for each head that chose it: `hsa_decode` with batch `B · H` for up to 16 tokens, `hsa_attention` with batch 1
-    and `B · H · T` tokens above; the number of chunks is rounded up to a power of two, so that few shapes are asked
-    for.
+    and `B · H · T` tokens above that. The number of chunks is rounded up to a power of two, so that few shapes come up.
 
     Args:
-        batch: `B`, texts.
-        num_kv_heads: `H`; one retrieval head for each.
-        head_dim, value_dim: `D`, `Dv`; equal if None.
+        batch: `B`, how many texts there are.
+        num_kv_heads: `H`; there is one retrieval head for each.
+        head_dim, value_dim: `D` and `Dv`, which is `D` if None.
         chunk_size: `C`.
         retrieval_dim: `Dr` of each retrieval head.
-        dtype: in which keys and values are kept: float32, bfloat16 or float16; float64 on a CPU.
-        landmark_dtype: the same if None.
-        device: of landmarks, queries and results.
-        placement: of keys and values: `device`; `host`, in RAM, pinned if the device is a GPU; `disk`, in a file
-            without a name in `directory`, mapped, which ends with this process.
-        directory: for `disk`.
+        dtype: the dtype in which keys and values are kept: float32, bfloat16 or float16; float64 on a CPU.
+        landmark_dtype: the dtype of landmarks; `dtype` if None.
+        device: where landmarks, queries and results are.
+        placement: where keys and values are: on the `device`; on the `host`, in RAM, pinned if the device is a GPU; on
+            `disk`, in a mapped file without a name in `directory`, which ends with this process.
+        directory: where the file of `disk` is made.
 
     Raises:
-        InvalidArgument: a value is not allowed; the message shows it and what is.
+        InvalidArgument: a value is not allowed; the message shows it and what is allowed.
     """
 
     def __init__(
@@ -78,14 +77,14 @@ class ChunkMemory:
 
     @property
     def num_chunks(self) -> list[int]:
-        """Chunks of each row."""
+        """How many chunks each row has."""
         return list(self.table.counts)
 
     @property
     def nbytes(self) -> Mapping[str, int]:
         """Bytes reserved: `landmarks` on the device; keys and values on the `device`, the `host` and the `disk`.
 
-        A CPU and a file system give room only to what is written, at most the size of one segment less.
+        A CPU and a file system give room only to what is written; that is less by at most the size of one segment.
         """
         return {"landmarks": self.landmarks.nbytes, **self.pages.nbytes()}
 
@@ -97,7 +96,7 @@ class ChunkMemory:
             k: `[B, n, C, H, D]`, of any float dtype.
             v: `[B, n, C, H, Dv]`.
             landmarks: `[B, n, H, Dr]`.
-            counts: of how many of the n each row takes the first; all if None.
+            counts: how many of the n chunks each row takes, from the first on; all if None.
 
         Raises:
             InvalidArgument: a shape or count is not allowed.
@@ -121,8 +120,8 @@ class ChunkMemory:
         """Replaces chunks that are there, when a text was edited and read again in part.
 
         Args:
-            row: of the batch.
-            first_chunk: that is replaced.
+            row: the number of the row in the batch.
+            first_chunk: the first chunk that is replaced.
             k: `[n, C, H, D]`, of any float dtype.
             v: `[n, C, H, Dv]`.
             landmarks: `[n, H, Dr]`.
@@ -147,7 +146,7 @@ class ChunkMemory:
 
     @torch.no_grad()
     def read(self, row: int, first_chunk: int, last_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Chunks `first_chunk … last_chunk − 1` of a row, as `overwrite` takes them.
+        """Returns chunks `first_chunk … last_chunk − 1` of a row, as `overwrite` takes them.
 
         Returns:
             k `[n, C, H, D]`, v `[n, C, H, Dv]`, landmarks `[n, H, Dr]`, in the dtypes in which they are kept.
@@ -171,10 +170,10 @@ class ChunkMemory:
         """Forgets the newest chunks.
 
         Args:
-            counts: of each row, how many of its first chunks stay.
+            counts: for each row, how many of its first chunks stay.
 
         Raises:
-            InvalidArgument: a row has fewer.
+            InvalidArgument: a row has fewer chunks than should stay.
         """
         counts = [int(count) for count in counts]
         there = self.num_chunks
@@ -194,14 +193,14 @@ class ChunkMemory:
         fusion: str = "softmax",
         once_a_chunk: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The best chunks for each token: `select_chunks` over all landmarks of its row, without gradients.
+        """Picks the best chunks for each token: `select_chunks` over all landmarks of its row, without gradients.
 
         Args:
             query: `[B, T, H, Dr]`, taken in the dtype of the landmarks.
-            positions: of the first token of each row; a token at p sees chunk i iff `p ≥ (i + 1) · C`.
-            top_k: `K`.
+            positions: where the first token of each row stands; a token at p sees chunk i iff `p ≥ (i + 1) · C`.
+            top_k: `K`, how many chunks a token picks.
             fusion: `softmax` or `stick_breaking`.
-            once_a_chunk: query row t stands for chunk `position + t`, which sees the chunks before it.
+            once_a_chunk: whether query row t stands for chunk `position + t`, which sees the chunks before it.
 
         Returns:
             chunk_indices `[B, T, H, K]` int32, most recent first, −1 in the tail where fewer than K are visible;
@@ -243,15 +242,15 @@ class ChunkMemory:
         softmax_off_by_one: bool = False,
         mask_last_token: bool = False,
     ) -> Tensor:
-        """What `hsa_attention` reads from the chosen chunks.
+        """Computes what `hsa_attention` reads from the chosen chunks.
 
         Args:
             q: `[B, T, HQ, D]`; keys and values are taken in its dtype.
             chunk_indices: `[B, T, H, K]` int32 or int64, in any order; −1 is an empty slot.
             chunk_weights: `[B, T, H, K]` or `[B, T, HQ, K]`.
             scale: factor of the logits; `D ** -0.5` if None.
-            softmax_off_by_one: an extra 1 in each chunk's normaliser.
-            mask_last_token: the last key of each chunk is not attended to.
+            softmax_off_by_one: whether each chunk's normaliser has an extra 1.
+            mask_last_token: whether the last key of each chunk is left out.
 
         Returns:
             `[B, T, HQ, Dv]` in the dtype of q; zeros where all slots are empty.
@@ -283,14 +282,14 @@ class ChunkMemory:
         placement: str = "device",
         verify: bool = True,
     ) -> "ChunkMemory":
-        """The memory that was saved; what is done with it leaves the save as it is.
+        """Opens the memory that was saved; what is done with it leaves the save as it is.
 
         Args:
-            directory: of the save. With `disk` keys and values are mapped, not read, and new ones go to a file
-                without a name in it.
+            directory: the directory of the save. With `disk` keys and values are mapped, not read, and new ones go to a
+                file without a name in it.
             device: as in the constructor.
             placement: as in the constructor.
-            verify: compare checksums, for which everything is read once.
+            verify: whether to compare checksums, for which everything is read once.
 
         Raises:
             InvalidArgument: there is no save, or a file of it is damaged; the message names the file.

@@ -1,4 +1,4 @@
-"""The pages of the chunk memory: keys and values of chunks by page number, in segments that only grow in number."""
+"""The pages of the chunk memory: keys and values by page number, in segments in RAM or in files, which never move."""
 
 import mmap
 import os
@@ -16,14 +16,14 @@ from hsa_compile.model.memory.shape import MemoryShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Pages `first … first + size − 1`.
+    """A run of pages, `first … first + size − 1`, that lie together.
 
     Attributes:
-        first, size: page numbers.
-        k, v: `[size, H, C, D]` and `[size, H, C, Dv]`; for reading alone unless the segment is in RAM.
+        first, size: the number of its first page, and how many pages it has.
+        k, v: `[size, H, C, D]` and `[size, H, C, Dv]`; they are only read unless the segment is in RAM.
         place: `device`, `host` or `disk`.
-        mapping: of a file, if there is one.
-        file: descriptor to write to, and where in it keys and values begin; None in RAM and in a saved shard.
+        mapping: the mapping of the file that holds the pages, if there is one.
+        file: the descriptor to write to, and where in it keys and values begin; None in RAM and in a saved shard.
     """
 
     first: int
@@ -36,7 +36,7 @@ class Segment:
 
     @property
     def writable(self) -> bool:
-        """Whether pages can be replaced: not in a saved shard."""
+        """Whether pages can be replaced; those of a saved shard cannot."""
         return self.mapping is None or self.file is not None
 
     def write(self, page: int, k: Tensor, v: Tensor) -> None:
@@ -49,7 +49,7 @@ class Segment:
             self.k[page : page + len(k)].copy_(k)
             self.v[page : page + len(v)].copy_(v)
             return
-        # Not through the mapping: there a full disk would be a SIGBUS, and pages written would count as resident.
+        # Nothing is written through the mapping: there a full disk would be a SIGBUS, and written pages stay resident.
         file, k_start, v_start = self.file
         for x, new, start in ((self.k, k, k_start), (self.v, v, v_start)):
             flat = new.to("cpu", self.k.dtype).contiguous().view(torch.uint8)
@@ -63,7 +63,7 @@ class Segment:
 def ram_segment(
     shape: MemoryShape, first: int, size: int, *, device: torch.device, pinned: bool, place: str
 ) -> Segment:
-    """Room for `size` pages; on a CPU the system gives RAM to pages only when they are written."""
+    """Makes room for `size` pages; on a CPU the system gives RAM to pages only when they are written."""
     k, v = (
         torch.empty(x, dtype=shape.dtype, device=device, pin_memory=pinned)
         for x in (shape.keys(size), shape.values(size))
@@ -72,7 +72,7 @@ def ram_segment(
 
 
 def scratch_file(directory: Path) -> int:
-    """The descriptor of a file without a name, so that whatever happens to the process, nothing is left behind.
+    """Opens a file without a name, so that whatever happens to the process nothing is left; returns its descriptor.
 
     Raises:
         OSError: the directory cannot be written.
@@ -83,7 +83,7 @@ def scratch_file(directory: Path) -> int:
 
 
 def file_segment(shape: MemoryShape, first: int, size: int, file: int) -> Segment:
-    """Room for `size` pages at the end of a file, which grows by as much; the disk is filled as they are written.
+    """Makes room for `size` pages at the end of a file, which grows by as much; the disk fills as they are written.
 
     Raises:
         OSError: the file cannot grow.
@@ -99,25 +99,26 @@ def file_segment(shape: MemoryShape, first: int, size: int, file: int) -> Segmen
 
 
 def mapped_tensor(mapping: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that lies in a mapping, `offset` bytes from its beginning; it keeps the mapping alive."""
+    """Returns a tensor that lies in a mapping, `offset` bytes from its beginning; it keeps the mapping alive."""
     count = torch.Size(shape).numel()
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 FIRST_SEGMENT_PAGES = 64
-SEGMENT_BYTES = {"device": 2**26, "host": 2**26, "disk": 2**30}  # at most; a file takes no more room than is written
-RESIDENT_BYTES = 2**26  # of mapped files that may stay in RAM between two reads
-FAULT_BYTES = 2**16  # that the system makes resident around a byte that is read
+# The most that a segment takes in each place; a file takes no more room than is written.
+SEGMENT_BYTES = {"device": 2**26, "host": 2**26, "disk": 2**30}
+RESIDENT_BYTES = 2**26  # how much of mapped files may stay in RAM between two reads
+FAULT_BYTES = 2**16  # how much the system makes resident around a byte that is read
 
 
 class PagePool:
-    """Pages that are appended, and read by number.
+    """Pages that are appended and read by number.
 
     Args:
-        shape: of a page.
-        device: where `read` brings pages.
+        shape: the shape of the memory, which says what a page is.
+        device: the device to which `read` brings pages.
         placement: where pages lie: `device`, `host` or `disk`.
-        directory: for the file of `disk`.
+        directory: where the file of `disk` is made.
     """
 
     def __init__(self, shape: MemoryShape, *, device: torch.device, placement: str, directory: Path | None) -> None:
@@ -135,7 +136,7 @@ class PagePool:
             v: `[n, H, C, Dv]`.
 
         Returns:
-            the number of the first; the others follow.
+            the number of the first new page; the others follow.
 
         Raises:
             OSError: the disk is full; then nothing was added.
@@ -156,7 +157,7 @@ class PagePool:
         return first
 
     def overwrite(self, pages: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Replaces pages, those of a saved shard by new ones, and returns the numbers that hold now.
+        """Replaces pages, those of a saved shard by new ones, and returns the numbers of the pages that hold them now.
 
         Args:
             pages: `[n]` int64, on the CPU.
@@ -178,7 +179,7 @@ class PagePool:
         return now
 
     def release(self, pages: Tensor) -> None:
-        """Pages that nobody needs any more; the newest ones, but for those of a saved shard, are used again.
+        """Gives back pages that nobody needs any more; the newest, but for those of a saved shard, are used again.
 
         Args:
             pages: `[n]` int64, each once, on the CPU.
@@ -189,12 +190,12 @@ class PagePool:
             self.num_pages = first
 
     def read(self, slots: Tensor, size: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Heads of pages, brought together on the device.
+        """Brings heads of pages together on the device.
 
         Args:
             slots: `[U]` int64, rising, on the CPU: `page · H + head`.
-            size: length of what is returned, at least U; what follows the U is not written.
-            device: the pool's if None.
+            size: length of what is returned, at least U; what follows the first U is not written.
+            device: where they are brought; the pool's device if None.
 
         Returns:
             keys `[size, C, D]` and values `[size, C, Dv]`.
@@ -218,7 +219,7 @@ class PagePool:
         return k.to(device, non_blocking=pinned), v.to(device, non_blocking=pinned)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes reserved by place: `device`, `host`, `disk`."""
+        """Bytes that are reserved, by place: `device`, `host`, `disk`."""
         total = {"device": 0, "host": 0, "disk": 0}
         for segment in self._segments:
             total[segment.place] += segment.k.nbytes + segment.v.nbytes
@@ -229,7 +230,7 @@ class PagePool:
         return self._segments[-1].first + self._segments[-1].size if self._segments else 0
 
     def _grow(self) -> None:
-        """As many pages again as there are, within bounds."""
+        """Adds as many pages again as there are, within bounds."""
         most = max(1, SEGMENT_BYTES[self.placement] // self.shape.page_bytes)
         first = self._capacity
         size = min(most, max(FIRST_SEGMENT_PAGES, first))
@@ -251,7 +252,7 @@ class PagePool:
                 segment.write(first - segment.first, k[first - page : last - page], v[first - page : last - page])
 
     def _parts(self, slots: Tensor) -> Iterator[tuple[Segment, int, int]]:
-        """The segments that hold any of the slots, each with the range of them that it holds."""
+        """Yields the segments that hold any of the slots, each with the range of them that it holds."""
         starts = torch.tensor([segment.first * self.shape.num_kv_heads for segment in self._segments])
         bounds = [*torch.searchsorted(slots, starts).tolist(), len(slots)]
         for segment, first, last in zip(self._segments, bounds, bounds[1:], strict=False):
@@ -259,7 +260,7 @@ class PagePool:
                 yield segment, first, last
 
     def _let_go(self) -> None:
-        """What was read from files stays in the system's cache, and no longer in this process."""
+        """Lets go of what was read from files: it stays in the system's cache, and no longer in this process."""
         for segment in self._segments:
             if segment.mapping is not None:
                 segment.mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""The shape of a chunk memory: what all of its chunks share."""
+"""The shape of a chunk memory, which all of its chunks share, and the table that says in which page a chunk lies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShape:
-    """Sizes and dtypes; a page is the keys `[H, C, D]` and values `[H, C, Dv]` of a chunk.
+    """Sizes and dtypes of a memory; a page is the keys `[H, C, D]` and values `[H, C, Dv]` of a chunk.
 
     Attributes:
-        batch: `B`, texts.
+        batch: `B`, how many texts there are.
         num_kv_heads: `H`.
         head_dim, value_dim: `D`, `Dv`.
         chunk_size: `C`.
-        retrieval_dim: `Dr` of each of `H` retrieval heads.
-        dtype, landmark_dtype: of keys and values, and of landmarks.
+        retrieval_dim: `Dr`, the size of each of the `H` retrieval heads.
+        dtype, landmark_dtype: the dtype of keys and values, and that of landmarks.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class MemoryShape:
 
     @classmethod
     def of_names(cls, values: dict[str, Any]) -> "MemoryShape":
-        """The shape that `as_names` wrote.
+        """Reads the shape that `as_names` wrote.
 
         Raises:
             InvalidArgument: a value is missing or not allowed.
@@ -65,21 +65,21 @@ class MemoryShape:
             raise InvalidArgument(f"shape {values} is not that of a memory ({error})") from error
 
     def as_names(self) -> dict[str, int | str]:
-        """The attributes, dtypes by name, as JSON takes them."""
+        """Returns the attributes as JSON takes them, with dtypes by name."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return {name: DTYPE_NAMES.get(value, value) for name, value in values.items()}
 
     def keys(self, num_pages: int) -> tuple[int, int, int, int]:
-        """Shape of the keys of so many pages."""
+        """Returns the shape of the keys of so many pages."""
         return num_pages, self.num_kv_heads, self.chunk_size, self.head_dim
 
     def values(self, num_pages: int) -> tuple[int, int, int, int]:
-        """Shape of the values of so many pages."""
+        """Returns the shape of the values of so many pages."""
         return num_pages, self.num_kv_heads, self.chunk_size, self.value_dim
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page."""
+        """How many bytes a page takes."""
         return self.num_kv_heads * self.chunk_size * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
     def check_chunks(self, k: Tensor, v: Tensor, landmarks: Tensor, lead: tuple[int, ...]) -> None:
@@ -102,10 +102,10 @@ class MemoryShape:
 
 
 class PageTable:
-    """Page numbers by row and chunk, on the CPU: four bytes a chunk.
+    """Page numbers by row and chunk, on the CPU, at four bytes a chunk.
 
     Args:
-        batch: rows.
+        batch: how many rows there are.
     """
 
     def __init__(self, batch: int) -> None:
@@ -113,7 +113,7 @@ class PageTable:
         self._rows = [torch.empty(0, dtype=torch.int32)] * batch
 
     def append(self, row: int, first_page: int, count: int) -> None:
-        """The next `count` chunks of a row lie in pages `first_page …`."""
+        """Notes that the next `count` chunks of a row lie in pages `first_page …`."""
         old, first, last = self._rows[row], self.counts[row], self.counts[row] + count
         if last > len(old):
             self._rows[row] = torch.empty(max(last, 2 * len(old)), dtype=torch.int32)
@@ -122,19 +122,19 @@ class PageTable:
         self.counts[row] = last
 
     def replace(self, row: int, first_chunk: int, pages: Tensor) -> None:
-        """Chunks `first_chunk …` of a row lie in other pages."""
+        """Notes that chunks `first_chunk …` of a row lie in other pages."""
         self._rows[row][first_chunk : first_chunk + len(pages)] = pages.int()
 
     def truncate(self, counts: Sequence[int]) -> None:
-        """Each row keeps its first so many chunks."""
+        """Forgets all chunks of each row but so many at its beginning."""
         self.counts = list(counts)
 
     def pages(self, row: int, first: int, last: int) -> Tensor:
-        """Pages of chunks `first … last − 1` of a row, int64."""
+        """Returns the pages of chunks `first … last − 1` of a row, int64."""
         return self._rows[row][first:last].long()
 
     def lookup(self, chunks: Tensor) -> Tensor:
-        """Pages of chunks `[B, …]` on the CPU, −1 where there is −1."""
+        """Returns the pages of chunks `[B, …]`, on the CPU; −1 stays −1."""
         found = torch.full(chunks.shape, -1, dtype=torch.int64)
         for b, row in enumerate(self._rows):
             if self.counts[b]:

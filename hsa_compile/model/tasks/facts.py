@@ -17,18 +17,18 @@ CHAIN_QUERY_BYTES = len(" ?ghi=def=abc=1234.")
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 _NUM_KEYS = len(_LETTERS) ** 3
 _NUM_VALUES = 10_000
-MAX_NEEDLES = 1_000  # of 17,576 keys, so that enough are left where a text holds many
+MAX_NEEDLES = 1_000  # out of 17,576 keys, so that enough are left where a text holds many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Needles and the question about them, not yet placed.
+    """Needles and the question about them, before they are placed.
 
     Attributes:
         needles: texts of at most `NEEDLE_BYTES`; those of a chain follow each other, and must do so when placed.
-        num_chains: 0 where needles are independent.
+        num_chains: how many chains there are; 0 where needles are independent.
         asked: which needles the answers need.
-        question: text with the answers in it.
+        question: the text of the question, with the answers in it.
         answer_spans: (start, end) of each answer in `question`.
     """
 
@@ -40,10 +40,10 @@ class Facts:
 
 
 def draw_keys(rng: random.Random, count: int, text: bytes | bytearray) -> list[bytes]:
-    """Different keys, none of which the text assigns a value to already.
+    """Draws different keys, none of which the text assigns a value to already.
 
     Raises:
-        InvalidArgument: the text leaves too few.
+        InvalidArgument: the text leaves too few keys.
     """
     if not 1 <= count <= MAX_NEEDLES:
         raise InvalidArgument(f"{count} needles; allowed are 1 to {MAX_NEEDLES}")
@@ -59,10 +59,10 @@ def draw_keys(rng: random.Random, count: int, text: bytes | bytearray) -> list[b
 
 
 def draw_similar_keys(rng: random.Random, count: int, text: bytes | bytearray) -> list[bytes]:
-    """As `draw_keys`, but about half of the keys differ from an earlier one in a single letter.
+    """Draws keys as `draw_keys` does, but about half of them differ from an earlier one in a single letter.
 
     Raises:
-        InvalidArgument: the text leaves too few.
+        InvalidArgument: the text leaves too few keys.
     """
     keys = draw_keys(rng, count, text)
     used = set(keys)
@@ -77,12 +77,12 @@ def draw_similar_keys(rng: random.Random, count: int, text: bytes | bytearray) -
 
 
 def lookup_facts(rng: random.Random, keys: list[bytes], num_queries: int) -> Facts:
-    """Independent needles, the first `num_queries` of which are asked for, in that order.
+    """Makes independent needles, the first `num_queries` of which are asked for, in that order.
 
     Args:
         rng: draws the values, all different.
-        keys: one a needle.
-        num_queries: from 1 to the number of keys.
+        keys: one for each needle.
+        num_queries: how many are asked for, from 1 to the number of keys.
     """
     if not 1 <= num_queries <= len(keys):
         raise InvalidArgument(f"num_queries {num_queries}; allowed are 1 to {len(keys)}, the number of needles")
@@ -98,12 +98,12 @@ def lookup_facts(rng: random.Random, keys: list[bytes], num_queries: int) -> Fac
 
 
 def chain_facts(rng: random.Random, keys: list[bytes], num_queries: int) -> Facts:
-    """Chains of `CHAIN_LENGTH` variables, of the first `num_queries` of which the last variable is asked for.
+    """Makes chains of `CHAIN_LENGTH` variables; the last variable of the first `num_queries` chains is asked for.
 
     Args:
         rng: draws the values.
-        keys: `CHAIN_LENGTH` a chain.
-        num_queries: from 1 to the number of chains.
+        keys: `CHAIN_LENGTH` for each chain.
+        num_queries: how many chains are asked for, from 1 to the number of chains.
     """
     num_chains, rest = divmod(len(keys), CHAIN_LENGTH)
     if rest or not 1 <= num_queries <= num_chains:

@@ -1,4 +1,4 @@
-"""What needles are hidden in: RULER's noise sentences, or real text."""
+"""What needles are hidden in: RULER's noise sentences, real text, or pieces of it that look like needles."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from hsa_compile.model.data.sources import Source, find_sources, stdlib_sources
 
 NOISE, STDLIB = "noise", "stdlib"
 SEPARATOR = b"\0"
-# RULER (2404.06654), niah_single_1.
+# The sentences are those of RULER (2404.06654), niah_single_1.
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _MAX_TEXT_BYTES = 64 * 2**20
 _PIECE_BYTES = 64
@@ -25,25 +25,25 @@ _TILED = _SENTENCES * 256
 
 
 class Haystack(Protocol):
-    """A supply of bytes.
+    """A supply of bytes to hide needles in.
 
     Attributes:
-        name: as it is printed beside results.
+        name: the name that is printed beside results.
     """
 
     name: str
 
     def fill(self, length: int, rng: random.Random) -> bytearray:
-        """`length` bytes that nobody else holds, decided by `rng` alone."""
+        """Returns `length` bytes that nobody else holds, decided by `rng` alone."""
 
 
 class NoiseHaystack:
-    """RULER's five sentences over and over, from a random place on."""
+    """Repeats RULER's five sentences, from a random place on."""
 
     name = NOISE
 
     def fill(self, length: int, rng: random.Random) -> bytearray:
-        """Sentences, cut off at both ends."""
+        """Returns sentences, cut off at both ends."""
         start = rng.randrange(len(_SENTENCES))
         if start + length <= len(_TILED):
             return bytearray(_TILED[start : start + length])
@@ -52,11 +52,11 @@ class NoiseHaystack:
 
 
 class TextHaystack:
-    """A window of a text; a longer one than the text goes on at its beginning.
+    """Gives windows of a text; one that is longer than the text goes on at its beginning.
 
     Args:
-        name: as it is printed beside results.
-        text: contiguous bytes, not empty; never written to.
+        name: the name that is printed beside results.
+        text: contiguous bytes, not empty; they are never written to.
     """
 
     def __init__(self, name: str, text: bytes | memoryview) -> None:
@@ -68,7 +68,7 @@ class TextHaystack:
         return len(self._text)
 
     def fill(self, length: int, rng: random.Random) -> bytearray:
-        """A window from a random place."""
+        """Returns a window from a random place."""
         size = len(self._text)
         start = rng.randrange(size - length + 1 if length <= size else size)
         filled = bytearray(self._text[start : start + length])
@@ -78,16 +78,16 @@ class TextHaystack:
 
 
 class AssignmentHaystack:
-    """Short pieces of a text that hold an `=` each: among them are all the ways to look like a needle and be none.
+    """Gives short pieces of a text that hold an `=` each; among them are all ways to look like a needle and be none.
 
-    In a row of training there is little of that, in a million bytes of source code thousands of times as much.
+    In a row of training there is little of that; a million bytes of source code hold thousands of times as much.
 
     Args:
-        name: as it is printed beside results.
-        text: contiguous bytes, never written to.
+        name: the name that is printed beside results.
+        text: contiguous bytes; they are never written to.
 
     Raises:
-        InvalidArgument: it has no `=`.
+        InvalidArgument: the text has no `=`.
     """
 
     def __init__(self, name: str, text: bytes | memoryview) -> None:
@@ -97,7 +97,7 @@ class AssignmentHaystack:
             raise InvalidArgument(f"haystack {name} of assignments: the text has no '='")
 
     def fill(self, length: int, rng: random.Random) -> bytearray:
-        """Pieces from random places, one after the other."""
+        """Returns pieces from random places, one after the other."""
         filled = bytearray()
         while len(filled) < length:
             place = int(self._places[rng.randrange(len(self._places))])
@@ -107,19 +107,19 @@ class AssignmentHaystack:
 
 
 def assignment_haystack(corpus: TokenCorpus) -> AssignmentHaystack:
-    """Pieces of a prepared corpus of bytes.
+    """Makes a haystack of pieces of a prepared corpus of bytes.
 
     Raises:
-        InvalidArgument: its tokens are no bytes, or none is an `=`.
+        InvalidArgument: the tokens are no bytes, or none is an `=`.
     """
     return AssignmentHaystack(f"{corpus.directory.name} assignments", _bytes_of(corpus))
 
 
 def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
-    """The text of a prepared corpus of bytes, which stays on disk.
+    """Makes a haystack of the text of a prepared corpus of bytes, which stays on disk.
 
     Raises:
-        InvalidArgument: its tokens are no bytes.
+        InvalidArgument: the tokens are no bytes.
     """
     return TextHaystack(corpus.directory.name, _bytes_of(corpus))
 
@@ -131,15 +131,15 @@ def _bytes_of(corpus: TokenCorpus) -> memoryview:
 
 
 def load_haystack(spec: str | Path, *, split: str = TRAIN) -> Haystack:
-    """The haystack that a person named.
+    """Opens the haystack that a person named.
 
     Args:
-        spec: `noise`; `stdlib`, the Python standard library's sources; a prepared corpus of bytes; or a folder or
-            file of text, JSONL or Parquet, of which the first 64 MiB are used.
-        split: of a prepared corpus.
+        spec: `noise`; `stdlib`, the Python standard library's sources; a prepared corpus of bytes; or a folder or file
+            of text, JSONL or Parquet, whose first 64 MiB are used.
+        split: which split of a prepared corpus is read.
 
     Raises:
-        InvalidArgument: nothing of that name, or no text in it.
+        InvalidArgument: nothing has that name, or it holds no text.
     """
     if spec == NOISE:
         return NoiseHaystack()
@@ -156,7 +156,7 @@ def _stdlib() -> TextHaystack:
 
 
 def _joined(sources: list[Source]) -> bytes:
-    """All documents, each followed by byte 0 as in a prepared corpus, up to the limit."""
+    """Joins all documents, each followed by byte 0 as in a prepared corpus, up to the limit."""
     parts: list[bytes] = []
     size = 0
     for source in sources:
@@ -169,6 +169,6 @@ def _joined(sources: list[Source]) -> bytes:
 
 
 def _usable(source: Source) -> Iterator[bytes]:
-    """Documents up to where a source breaks off; `hsa-compile prepare` is where bad files are named."""
+    """Yields documents up to where a source breaks off; `hsa-compile prepare` is where bad files are named."""
     with contextlib.suppress(UnreadableSource):
         yield from (item for item in read_documents(source) if isinstance(item, bytes))

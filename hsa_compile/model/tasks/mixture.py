@@ -29,24 +29,24 @@ _LATE_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What rows are drawn from.
+    """What training rows are drawn from, and what they count.
 
     Attributes:
-        haystacks: (haystack, weight) of synthetic rows.
-        corpus: of plain rows; None if all are synthetic.
-        synthetic_share: of rows, 0 to 1.
-        chain_share: of episodes that track variables in chains instead of looking up needles, 0 to 1.
-        late_share: of episodes, those whose first asked needle lies as late as `min_distance` allows, or a little
-            earlier: elsewhere a long row would have needles within a window of their question too seldom. 0 to 1.
-        similar_share: of rows, those in which many names differ in a single letter: among a million bytes of real text
-            some names come close to any, among those of a training row hardly one does by chance. 0 to 1.
-        num_needles: fewest and most an episode; fewer where they do not fit.
-        num_queries: fewest and most an episode; never more than needles (or chains) are there.
-        min_distance: more than so many bytes lie between an episode's needles and its questions: the window.
-        min_episode: shortest episode in bytes; None: one episode a row.
-        text_weight: of a synthetic row's bytes in the loss.
-        answer_weight: of its answers.
-        corpus_weight: of a plain row's tokens.
+        haystacks: (haystack, weight) for synthetic rows.
+        corpus: what plain rows are windows of; None if all rows are synthetic.
+        synthetic_share: the share of rows that are synthetic, 0 to 1.
+        chain_share: the share of episodes that track variables in chains instead of looking up needles, 0 to 1.
+        late_share: the share of episodes whose first asked needle lies as late as `min_distance` allows, or a little
+            earlier, 0 to 1. Otherwise a long row would have needles within a window of their question too seldom.
+        similar_share: the share of rows in which many names differ in a single letter, 0 to 1. Among a million bytes of
+            real text some names come close to any; among those of a training row hardly one does by chance.
+        num_needles: the fewest and the most that an episode has; fewer where they do not fit.
+        num_queries: the fewest and the most that an episode has; never more than there are needles (or chains).
+        min_distance: more than so many bytes lie between an episode's needles and its questions, such as the window.
+        min_episode: the length in bytes of the shortest episode; None makes one episode a row.
+        text_weight: what a synthetic row's bytes count in the loss.
+        answer_weight: what the bytes of its answers count.
+        corpus_weight: what a plain row's tokens count.
     """
 
     haystacks: tuple[tuple[Haystack, float], ...] = ()
@@ -88,12 +88,12 @@ class Mixture:
 
     @property
     def least_length(self) -> int:
-        """Bytes that the smallest episode takes: one needle, the distance, one question."""
+        """How many bytes the smallest episode takes: one needle, the distance, one question."""
         return NEEDLE_BYTES + self.min_distance + 1 + QUERY_BYTES
 
 
 def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> TrainingSample:
-    """A row of exactly `length`, the same for the same arguments in every process.
+    """Makes a row of exactly `length`, the same for the same arguments in every process.
 
     Raises:
         InvalidArgument: the row is too short for an episode, or longer than the corpus.
@@ -130,7 +130,7 @@ class _Size:
 
     @classmethod
     def draw(cls, mixture: Mixture, length: int, rng: random.Random) -> "_Size":
-        """At random, within what fits: a query is given up before a needle, a chain before either."""
+        """Draws sizes within what fits: a query is given up before a needle, a chain before either."""
         needles, queries = rng.randint(*mixture.num_needles), rng.randint(*mixture.num_queries)
         room = length - mixture.min_distance - 1
         chain_bytes = CHAIN_LENGTH * NEEDLE_BYTES
@@ -144,7 +144,7 @@ class _Size:
 
 
 def _late_start(num_needles: int, space: int, rng: random.Random) -> int | None:
-    """Where a needle begins that lies at the end of `[0, space)` or a little before; None if others find no room."""
+    """Returns where a needle begins that lies at or near the end of `[0, space)`; None if others find no room."""
     gap = int(rng.random() ** 2 * min(_LATE_BYTES, space - num_needles * NEEDLE_BYTES + 1))
     start = space - NEEDLE_BYTES - gap
     return start if start // NEEDLE_BYTES + gap // NEEDLE_BYTES >= num_needles - 1 else None

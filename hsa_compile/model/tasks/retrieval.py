@@ -1,8 +1,8 @@
 """The retrieval tasks of the papers: needles at chosen or random depths, the question at the end.
 
-`s-niah` one needle; `mk-niah` four, one asked; `mq-niah` six, two asked; `vt` two chains of three. The authors'
+`s-niah` has one needle; `mk-niah` four, one asked; `mq-niah` six, two asked; `vt` two chains of three. The authors'
 protocol is teacher-forced: an answer counts if every byte of it is the most likely one (`TaskSample.is_answered_by`).
-A sample depends on its arguments alone. `facts.py` has the wording.
+A sample depends on its arguments alone. The wording is in `facts.py`.
 """
 
 import random
@@ -18,17 +18,17 @@ from hsa_compile.model.tasks.sample import ByteArray, Edit, TaskPlan, TaskSample
 
 
 def place(rng: random.Random, count: int, size: int, space: int, *, fixed: int | None = None) -> list[int]:
-    """Starts of `count` intervals of `size` in `[0, space)`, in random order; every arrangement can come.
+    """Draws starts of `count` intervals of `size` in `[0, space)`, in random order; every arrangement can come.
 
     Args:
-        rng: decides.
-        count: of intervals, 1 or more.
-        size: of each.
-        space: that holds them all.
-        fixed: start of the first one returned; None if it is random too.
+        rng: the source of randomness.
+        count: how many intervals there are, 1 or more.
+        size: the size of each.
+        space: the size of what holds them all.
+        fixed: the first of the starts that are returned; None if it is random too.
 
     Raises:
-        InvalidArgument: they do not fit.
+        InvalidArgument: the intervals do not fit.
     """
     if fixed is None:
         starts = _spread(rng, count, size, 0, space)
@@ -61,7 +61,7 @@ def in_order(starts: list[int], num_chains: int, rng: random.Random) -> list[int
 
 
 def _spread(rng: random.Random, count: int, size: int, begin: int, end: int) -> list[int]:
-    """Ascending starts in `[begin, end)`: the gaps are drawn, and the intervals pushed between them."""
+    """Draws ascending starts in `[begin, end)`: the gaps are drawn, and the intervals pushed between them."""
     slack = end - begin - count * size
     if slack < 0:
         raise InvalidArgument(f"{count} needles of {size} bytes do not fit in {max(end - begin, 0)} bytes")
@@ -71,7 +71,7 @@ def _spread(rng: random.Random, count: int, size: int, begin: int, end: int) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """How many needles are hidden and how many asked for, if nobody says otherwise."""
+    """How many needles a task hides and how many it asks for, if nobody says otherwise."""
 
     num_needles: int
     num_queries: int
@@ -98,21 +98,21 @@ def make_sample(
     num_queries: int | None = None,
     min_distance: int = 0,
 ) -> TaskSample:
-    """One sample of exactly `length` bytes.
+    """Makes one sample of exactly `length` bytes.
 
     Args:
         task: one of `TASKS`.
-        length: in bytes, needles, question and answers included.
-        seed: with `index`, of everything that is random.
-        index: of the sample.
+        length: the length in bytes, with needles, question and answers.
+        seed: together with `index` the seed of everything that is random.
+        index: the number of the sample.
         haystack: what the needles are hidden in; they replace its bytes.
-        depth: of the first asked needle, 0 to 1; random if None.
-        num_needles: the task's own number if None; of `vt` a multiple of 3.
-        num_queries: the task's own number if None.
+        depth: where the first asked needle lies, 0 to 1; random if None.
+        num_needles: how many needles; the task's own number if None. `vt` needs a multiple of 3.
+        num_queries: how many of them are asked for; the task's own number if None.
         min_distance: more than so many bytes lie between any needle and the question.
 
     Raises:
-        InvalidArgument: no such task, or the needles do not fit.
+        InvalidArgument: there is no such task, or the needles do not fit.
     """
     rng = _rng(task, length, seed, index, depth)
     base = haystack.fill(length, rng)
@@ -131,13 +131,13 @@ def make_edits(
     num_queries: int | None = None,
     min_distance: int = 0,
 ) -> tuple[ByteArray, tuple[TaskPlan, ...]]:
-    """One haystack and several samples that differ from it in their needles and their question only.
+    """Makes one haystack, and several samples that differ from it in their needles and their question only.
 
     A model that has read a very long haystack once can read again only what an edit touches. The arguments are those
     of `make_sample`.
 
     Args:
-        depths: one sample for each.
+        depths: there is one sample for each.
 
     Returns:
         the haystack, `[length]` of uint8, and for each sample its edits and answers; `plan.apply(haystack)` is the
@@ -152,20 +152,20 @@ def make_edits(
 
 
 def position(facts: Facts, rng: random.Random, space: int, fixed: int | None = None) -> list[int]:
-    """Where each needle begins in `[0, space)`; the order within a chain is that of the text.
+    """Draws where each needle begins in `[0, space)`; the order within a chain is that of the text.
 
     Args:
-        facts: whose needles are placed.
-        rng: decides.
-        space: that holds them all.
-        fixed: start of the first asked needle, or of one of the first chain.
+        facts: the facts whose needles are placed.
+        rng: the source of randomness.
+        space: the size of what holds them all.
+        fixed: the start of the first asked needle, or of one of the first chain; None if it is random too.
     """
     starts = place(rng, len(facts.needles), NEEDLE_BYTES, space, fixed=fixed)
     return in_order(starts, facts.num_chains, rng) if facts.num_chains else starts
 
 
 def _rng(task: str, length: int, seed: int, index: int, depth: float | None) -> random.Random:
-    """Names and values are others at each depth: cells of a table are independent."""
+    """Seeds by depth too: names and values differ between depths, so that cells of a table are independent."""
     return random.Random(f"{task} {seed} {index} {length} {depth}")
 
 

@@ -1,4 +1,4 @@
-"""A question about needles in a haystack, as edits of the haystack and as the bytes that come of them."""
+"""A question about needles in a haystack, as edits of the haystack and as the bytes that result."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ ByteArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """Bytes that replace as many others, from `start` on."""
+    """Bytes that replace as many others from `start` on."""
 
     start: int
     text: bytes
 
     @property
     def end(self) -> int:
-        """One past the last byte."""
+        """The place after the last byte."""
         return self.start + len(self.text)
 
 
@@ -29,13 +29,13 @@ class TaskPlan:
 
     Attributes:
         task: its name, as in `TASKS`.
-        length: of the sample in bytes; the question ends there.
-        needles: in the order in which they were drawn, not that of the text.
+        length: the length of the sample in bytes; the question ends there.
+        needles: the needles, in the order in which they were drawn, which is not that of the text.
         asked: which of them the answers need.
-        question: with the answers in it, at the end of the sample.
+        question: the text at the end of the sample, with the answers in it.
         answer_spans: (start, end) of each answer in the sample; every byte of it is to be predicted.
-        depth: of the first asked needle, from 0, the beginning, to 1, as late as the distance to the question allows;
-            of a chain's three, of the one that was placed first.
+        depth: where the first asked needle lies, from 0, the beginning, to 1, as late as the distance to the question
+            allows; in a chain of three, where the one lies that was placed first.
     """
 
     task: str
@@ -57,7 +57,7 @@ class TaskPlan:
         return tuple(self.needles[index].start for index in self.asked)
 
     def apply(self, haystack: ByteArray | bytearray) -> "TaskSample":
-        """The sample: a copy of the haystack with the edits in place.
+        """Makes the sample: a copy of the haystack with the edits in place.
 
         Raises:
             InvalidArgument: the haystack has another length.
@@ -89,7 +89,7 @@ class TaskSample:
 
     @property
     def depth(self) -> float:
-        """Of the first asked needle."""
+        """Where the first asked needle lies, 0 to 1."""
         return self.plan.depth
 
     @property
@@ -110,7 +110,7 @@ class TaskSample:
                 stands for the sample's last byte; it may begin anywhere before the first answer.
 
         Raises:
-            InvalidArgument: it begins after the first answer, or is longer than the sample.
+            InvalidArgument: `predicted` begins after the first answer, or is longer than the sample.
         """
         found = np.asarray(predicted)
         offset = len(self.tokens) - len(found)

@@ -27,7 +27,7 @@ from hsa_compile.model.training.processes import Processes
 FORMAT_VERSION = 1
 STATE_FILE, TENSORS_FILE, SHARDS = "state.json", "tensors.safetensors", "shards"
 _PREFIX = "step-"
-_NEW, _OLD = ".new", ".old"  # endings of hidden names: being written, being removed
+_NEW, _OLD = ".new", ".old"  # endings of hidden names, of what is being written and what is being removed
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
 
@@ -37,14 +37,14 @@ class RunState:
     """All of a run's state that is no tensor.
 
     Attributes:
-        step: that comes next, which is also how far the data were read.
-        tokens: trained on so far, all processes together.
-        seconds: of training so far.
-        stage: of the next step.
+        step: the step that comes next, which is also how far the data were read.
+        tokens: how many tokens were trained on so far, all processes together.
+        seconds: how long training took so far.
+        stage: the number of the stage of the next step.
         metrics_bytes: length of the metrics file; what lies beyond belongs to steps that are run again.
-        score: held-out loss, by which the best checkpoint is kept; None if it was not measured.
-        data_digest: of the corpus; empty without one.
-        world_size: of the processes that wrote it.
+        score: the held-out loss, by which the best checkpoint is kept; None if it was not measured.
+        data_digest: the digest of the corpus; empty without one.
+        world_size: how many processes wrote the checkpoint.
     """
 
     step: int = 0
@@ -63,14 +63,14 @@ def save_checkpoint(
     """Writes a checkpoint; every process calls it.
 
     Args:
-        root: of all checkpoints.
-        state: after the last step.
-        model: whose weights and buffers are kept, sharded or not.
-        optimizer: of its parameters.
-        processes: among which this one is.
+        root: the directory of all checkpoints.
+        state: the state after the last step.
+        model: the model whose weights and buffers are kept, sharded or not.
+        optimizer: the optimizer of the model's parameters.
+        processes: the processes among which this one is.
 
     Raises:
-        SaveError: it cannot be written; those that were there are untouched.
+        SaveError: the checkpoint cannot be written; those that were there are untouched.
     """
     path = checkpoint_path(root, state.step)
     temporary = root / f".{path.name}{_NEW}"
@@ -120,10 +120,10 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> RunState:
-    """What `state.json` of a checkpoint says.
+    """Reads what `state.json` of a checkpoint says.
 
     Raises:
-        SaveError: it is missing, damaged or foreign.
+        SaveError: the file is missing, damaged or foreign.
     """
     values = read_json(path / STATE_FILE)
     if values.pop("format_version", None) != FORMAT_VERSION or set(values) != {spec.name for spec in fields(RunState)}:
@@ -132,17 +132,17 @@ def read_state(path: Path) -> RunState:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """All whole checkpoints, the oldest first."""
+    """Returns all whole checkpoints, the oldest first."""
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint before a step lies."""
+    """Returns where the checkpoint before a step lies."""
     return root / f"{_PREFIX}{step:08d}"
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The one with the lowest held-out loss, of those that are kept; None if none was measured."""
+    """Returns the one with the lowest held-out loss, of those that are kept; None if none was measured."""
     scores = [(score, path) for path in checkpoints(root) if (score := read_state(path).score) is not None]
     return min(scores)[1] if scores else None
 
@@ -153,7 +153,7 @@ def prune(root: Path, keep_last: int) -> None:
     best = best_checkpoint(root)
     for path in found[:-keep_last]:
         if path != best:
-            _remove(path.replace(path.with_name(f".{path.name}{_OLD}")))  # half removed it must not pass for whole
+            _remove(path.replace(path.with_name(f".{path.name}{_OLD}")))  # a half removed one must not pass for whole
 
 
 def remove_leftovers(root: Path) -> None:
@@ -164,11 +164,11 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights, buffers and moments by name: the run's own tensors, which a load fills."""
+    """Returns weights, buffers and moments by name; they are the run's own tensors, which a load fills."""
     found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, weight in model.named_parameters():
         state: dict[str, Any] = optimizer.state[weight]
-        if not state:  # before its first step
+        if not state:  # the optimizer has made no step yet
             state["step"] = torch.zeros((), dtype=torch.float32, device=_local(weight).device)
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(weight)

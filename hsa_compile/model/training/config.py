@@ -13,39 +13,39 @@ DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
 HAYSTACKS = (NOISE, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
-MAX_ROWS = 2**20  # of a step
+MAX_ROWS = 2**20  # the most rows of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How weights are moved, and what is written while they are.
+    """How weights are optimized, and what is written meanwhile.
 
     Attributes:
-        steps: optimizer steps of the whole run.
-        seed: of weights, data and selection noise.
-        lr: of AdamW, after warm-up and before decay.
-        beta1, beta2, eps, weight_decay: of AdamW; vectors (norms, biases) do not decay.
-        warmup_steps: in which the learning rate rises linearly from 0.
+        steps: how many optimizer steps the whole run makes.
+        seed: the seed of weights, data and selection noise.
+        lr: AdamW's learning rate, after warm-up and before decay.
+        beta1, beta2, eps, weight_decay: AdamW's other settings; vectors (norms, biases) do not decay.
+        warmup_steps: in how many steps the learning rate rises linearly from 0.
         decay: `constant`, or `linear` or `cosine` down to `final_lr` × lr over the last part of the run.
         decay_share: how long that part is, as a share of the steps.
-        final_lr: as a share of `lr`.
+        final_lr: the last learning rate, as a share of `lr`.
         clip: largest norm of the gradient; 0 for no clipping.
-        accumulation: parts that a process computes its rows in, one after the other; the sum is the same.
-        precision: of products; `auto` is bfloat16 autocast on CUDA and on CPUs with units for it (AVX-512 BF16, AMX,
-            BF16 of Arm), and float32 elsewhere.
-        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
-        compile: run the model through `torch.compile`.
-        loss_chunk: tokens whose logits exist at a time.
-        bias_update_rate: what MoE's balancing biases move by in a step.
+        accumulation: into how many parts a process cuts its rows, computed one after the other; the sum is the same.
+        precision: the precision of products. `auto` is bfloat16 autocast on CUDA and on CPUs with units for it (AVX-512
+            BF16, AMX, BF16 of Arm), and float32 elsewhere.
+        checkpoint_activations: whether activations are computed again in the backward pass instead of kept.
+        compile: whether the model runs through `torch.compile`.
+        loss_chunk: how many tokens have logits at a time.
+        bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
             that trains with sharper scores gets used to them.
-        log_every: steps between lines and records with router load and retrieval entropy.
-        save_every: steps between checkpoints; 0: only at the end and when stopped.
-        keep_last: checkpoints kept beside the best.
-        probe_every: steps between probes of retrieval and held-out loss; 0 for none.
-        probe_samples: samples of a probe, at each length.
-        peak_tflops: of the device, for MFU; 0: as known for the device, or no MFU.
-        wandb_project: where Weights & Biases gets the records too; empty for nowhere.
+        log_every: how many steps lie between lines and records with router load and retrieval entropy.
+        save_every: how many steps lie between checkpoints; 0 saves only at the end and when stopped.
+        keep_last: how many checkpoints are kept beside the best.
+        probe_every: how many steps lie between probes of retrieval and held-out loss; 0 for none.
+        probe_samples: how many samples a probe has at each length.
+        peak_tflops: the peak of the device in TFLOP/s, for MFU; 0 takes what is known of the device, or gives no MFU.
+        wandb_project: the Weights & Biases project that gets the records too; empty for none.
 
     Raises:
         InvalidArgument: a value is out of range; the message names it, its value and what is allowed.
@@ -103,9 +103,9 @@ class DataConfig:
 
     Attributes:
         corpus: a prepared folder, `stdlib` for the Python standard library's sources, or empty for none.
-        text_weight: of a synthetic row's bytes that are no answer.
-        answer_weight: of answers.
-        corpus_weight: of tokens of plain rows.
+        text_weight: what a synthetic row's bytes count that are no answer.
+        answer_weight: what answers count.
+        corpus_weight: what tokens of plain rows count.
     """
 
     corpus: str = ""
@@ -122,21 +122,22 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the run.
+    """A part of a run, with rows and a model setting of its own.
 
     Attributes:
         share: how long it is, relative to the other stages.
-        seq_len: longest rows.
-        min_seq_len: shortest rows; each step draws one of at most 16 lengths for all its rows. None: as `seq_len`.
-        batch_tokens: of a step, all processes together; rows are as many as fit, and at least one.
-        window, top_k, selection_noise: that the model has in this stage; None: as in the model's config.
-        in_batch_memory: whether rows that a process takes together see each other's chunks too, as if they were earlier
-            text: so many more from which the right ones are to be told.
-        synthetic_share: of rows that are retrieval samples; the others are plain text of the corpus.
+        seq_len: how many tokens the longest rows have.
+        min_seq_len: how many the shortest have; each step draws one of at most 16 lengths for all its rows. None takes
+            `seq_len`.
+        batch_tokens: how many tokens a step takes, all processes together; as many rows as fit, and at least one.
+        window, top_k, selection_noise: what the model has in this stage; None takes the model's config.
+        in_batch_memory: whether rows that a process takes together also see each other's chunks, as if they were
+            earlier text, so that there are more chunks from which the right ones are to be told.
+        synthetic_share: the share of rows that are retrieval samples; the others are plain text of the corpus.
         chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
-        min_distance: between needles and questions; None: the window.
-        haystacks: weight of each haystack of retrieval samples: `noise`, `corpus`, and `assignments`, pieces of the
-            corpus that look like needles.
+        min_distance: the least distance between needles and questions; None takes the window.
+        haystacks: the weight of each haystack of retrieval samples: `noise`, `corpus`, and `assignments`, which are
+            pieces of the corpus that look like needles.
     """
 
     share: float = 1.0
@@ -182,7 +183,7 @@ class Stage:
 
     @property
     def shortest(self) -> int:
-        """Of the rows."""
+        """How many tokens the shortest rows have."""
         return self.seq_len if self.min_seq_len is None else self.min_seq_len
 
     @property
@@ -193,13 +194,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """All of a run.
+    """All that a run is made from.
 
     Attributes:
-        model: sizes and variant.
+        model: the sizes and the variant of the model.
         train: optimization and records.
-        data: text and weights.
-        stages: one after the other.
+        data: where text comes from, and what it counts.
+        stages: the stages, one after the other.
     """
 
     model: ModelConfig
@@ -227,12 +228,12 @@ class RunConfig:
                 )
 
     def model_in(self, stage: Stage) -> ModelConfig:
-        """The model's config with what the stage says of it."""
+        """Returns the model's config with what the stage changes in it."""
         said = {name: getattr(stage, name) for name in ("window", "top_k", "selection_noise")}
         return replace(self.model, **{name: value for name, value in said.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; `config_file.read_run_config` reads them."""
+        """Returns plain values, ready for JSON; `config_file.read_run_config` reads them."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""From a preset's recipe, a TOML file and dotted overrides to the config of a run, and its copy beside the run."""
+"""How a run's config is read: a preset's recipe, a TOML file and dotted overrides; and its copy beside the run."""
 
 import json
 import sys
@@ -29,18 +29,18 @@ def resolve(
     *, preset_name: str | None = None, file: Path | None = None, overrides: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
-    """The config of a run: the preset's recipe, then the file, then the settings, then the overrides.
+    """Makes the config of a run: the preset's recipe, then the file, then the settings, then the overrides.
 
     A file's list of stages replaces the recipe's.
 
     Args:
-        preset_name: one of `PRESETS`; None: as the file says, or `tiny`.
-        file: TOML, or the JSON that a run left.
+        preset_name: one of `PRESETS`; None takes what the file says, or `tiny`.
+        file: a TOML file, or the JSON that a run left.
         overrides: `section.field=value`, such as `train.lr=3e-4`, `model.top_k=4`, `stages.0.window=16`.
         settings: dotted names with values, from flags.
 
     Raises:
-        InvalidArgument: a file, section, field or value that is not allowed.
+        InvalidArgument: a file, section, field or value is not allowed.
     """
     given: dict[str, Any] = _read(file) if file is not None else {}
     _check_names("config", given, SECTIONS)
@@ -65,7 +65,7 @@ def resolve(
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The config that plain values describe, as in a TOML file or in `RunConfig.to_dict`.
+    """Makes the config that plain values describe, as in a TOML file or in `RunConfig.to_dict`.
 
     Raises:
         InvalidArgument: a section, field or value is not allowed.
@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InvalidArgument(f"config {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # of TOML, JSON or UTF-8
+    except ValueError as error:  # the text is no TOML, JSON or UTF-8
         raise InvalidArgument(f"config {path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(values, dict):
         raise InvalidArgument(f"config {path} holds a {type(values).__name__}; sections are needed")
@@ -155,7 +155,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _value(text: str) -> Any:
-    """As TOML has it; a bare word is a string."""
+    """Reads a value as TOML has it; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""The batches of a run, made ahead in a thread of their own: each a function of (seed, step, rank)."""
+"""The batches of a run: what each stage draws from, and a thread that makes batches ahead, by seed, step and rank."""
 
 import itertools
 from collections import deque
@@ -31,12 +31,12 @@ AHEAD = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepBatch:
-    """A process's rows of one step, on the CPU.
+    """One process's rows of one step, on the CPU.
 
     Attributes:
-        plan: what the step takes.
+        plan: the plan of the step.
         tokens: `[B, T]` int64.
-        weights: `[B, T]` float32, of each token's prediction, answers and text alike; 0 for the first.
+        weights: `[B, T]` float32, what each token's prediction counts, in answers and text alike; 0 for the first.
         is_answer: `[B, T]` bool.
     """
 
@@ -49,14 +49,14 @@ class StepBatch:
 def make_batch(
     mixture: Mixture, plan: StepPlan, *, seed: int, rank: int = 0, world_size: int = 1
 ) -> StepBatch:  # fmt: skip
-    """The rows of one process: together the processes take those that one alone would take."""
+    """Makes the rows of one process; together the processes take those that one alone would take."""
     rows = range(plan.num_rows * rank // world_size, plan.num_rows * (rank + 1) // world_size)
     samples = [training_sample(mixture, plan.length, seed, plan.step * MAX_ROWS + row) for row in rows]
     return stack_samples(plan, samples)
 
 
 def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
-    """Rows of equal length as tensors."""
+    """Turns rows of equal length into tensors."""
     is_answer = np.zeros((len(samples), plan.length), bool)
     for row, sample in enumerate(samples):
         for start, end in sample.answer_spans:
@@ -74,13 +74,13 @@ def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
 
 
 class Feed:
-    """The batches from a step on, in order, a few of them made ahead.
+    """The batches from a step on, in order, with a few of them made ahead.
 
     Args:
-        run: of the run.
+        run: the config of the run.
         by_stage: what each stage draws from.
-        first_step: of the first batch.
-        rank, world_size: of this process.
+        first_step: the step of the first batch.
+        rank, world_size: the number of this process, and how many there are.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Feed:
             self._order()
 
     def next(self) -> StepBatch:
-        """The next batch; what went wrong while it was made is raised here."""
+        """Returns the next batch; what went wrong while it was made is raised here."""
         self._order()
         return self._coming.popleft().result()
 
@@ -113,10 +113,10 @@ class Feed:
 
 
 def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
-    """The corpus of a run, or None if it has none; that of the standard library is prepared where it is not there.
+    """Opens the corpus of a run, None if it has none; that of the standard library is prepared if it is not there.
 
     Raises:
-        CorpusError: it is incomplete or damaged, or cannot be written.
+        CorpusError: the corpus is incomplete or damaged, or cannot be written.
     """
     if not run.data.corpus:
         return None
@@ -126,7 +126,7 @@ def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
 
 
 def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
-    """What each stage draws its rows from.
+    """Makes what each stage draws its rows from.
 
     Raises:
         InvalidArgument: a stage's numbers do not fit together.
@@ -159,10 +159,10 @@ def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
 
 
 def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -> None:
-    """Whether each stage has room for needles, text enough, and a row for each process.
+    """Checks that each stage has room for needles, enough text, and a row for each process.
 
     Raises:
-        InvalidArgument: it has not.
+        InvalidArgument: a stage has not.
     """
     for number, (stage, mixture) in enumerate(zip(run.stages, by_stage, strict=True)):
         if stage.synthetic_share and stage.shortest < mixture.least_length:
@@ -183,11 +183,11 @@ def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -
 
 
 def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
-    """What the last stage draws from, of text that no step sees where there is enough of it.
+    """Makes what the last stage draws from, but of text that no step sees where there is enough of it.
 
     Args:
-        run: of the run.
-        corpus: that it trains on.
+        run: the config of the run.
+        corpus: the corpus that it trains on.
     """
     if corpus is not None:
         validation = TokenCorpus(corpus.directory, split=VALIDATION)
@@ -197,5 +197,5 @@ def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
 
 
 def digest(corpus: TokenCorpus | None) -> str:
-    """Of the text that is trained on; empty without a corpus."""
+    """Returns a digest of the text that is trained on; empty without a corpus."""
     return corpus.manifest.splits[TRAIN].tokens_sha256 if corpus is not None else ""

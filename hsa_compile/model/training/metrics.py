@@ -15,7 +15,7 @@ from hsa_compile.versions import require
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
-# Dense bfloat16 products, without sparsity, in TFLOP/s; from the vendors' data sheets.
+# Peaks of dense bfloat16 products, without sparsity, in TFLOP/s, from the vendors' data sheets.
 _PEAKS = (
     ("H200", 989.0),
     ("H100 PCIe", 756.0),
@@ -33,15 +33,15 @@ _PEAKS = (
 
 
 class MetricsLog:
-    """The records of a run.
+    """Writes the records of a run.
 
     Args:
-        directory: of the run.
-        size: what the JSONL file is cut to at first: later records belong to steps that are run again.
-        wandb_project: of Weights & Biases; empty for none.
+        directory: the directory of the run.
+        size: the length in bytes that the JSONL file is cut to; later records belong to steps that are run again.
+        wandb_project: the Weights & Biases project; empty for none.
 
     Raises:
-        SaveError: at any call, the file cannot be written.
+        SaveError: the file cannot be written; any call may raise it.
         MissingDependency: a project is named, and wandb is not installed.
     """
 
@@ -57,7 +57,7 @@ class MetricsLog:
 
     @property
     def has_tensorboard(self) -> bool:
-        """Whether the package is there."""
+        """Whether TensorBoard is installed."""
         return self._board is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -96,10 +96,10 @@ class MetricsLog:
 
 
 def retrieval_entropy(selections: list[Selection]) -> float | None:
-    """Mean entropy of the weights of tokens that had something to choose, in nats; None if none had.
+    """Returns the mean entropy of the weights, in nats, of tokens that had a choice; None if none had.
 
     Args:
-        selections: weights `[B, T, H, K]`.
+        selections: what retrievals chose, with weights `[B, T, H, K]`.
     """
     totals = torch.zeros(2, dtype=torch.float64)
     for selection in selections:
@@ -111,7 +111,7 @@ def retrieval_entropy(selections: list[Selection]) -> float | None:
 
 
 def peak_flops(device: torch.device, told_tflops: float) -> float | None:
-    """Products a second that the device could do at best; None if that is not known."""
+    """Returns the products a second that the device could do at best; None if that is not known."""
     if told_tflops:
         return told_tflops * 1e12
     if device.type != "cuda":

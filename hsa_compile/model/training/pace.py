@@ -11,8 +11,8 @@ from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, stage_ends
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
-LEFT_OUT = 2  # steps of a process, in which kernels are built and memory is touched for the first time
-RECENT = 50  # latest steps whose pace counts
+LEFT_OUT = 2  # how many first steps of a process do not count: they build kernels and touch memory for the first time
+RECENT = 50  # how many of the latest steps count
 
 
 class Pace:
@@ -29,13 +29,13 @@ class Pace:
     def __init__(self, run: RunConfig, world_size: int, clock: Callable[[], float]) -> None:
         self._run, self._world_size, self._clock = run, world_size, clock
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._before = 0.0  # when the record before this one came
+        self._before = 0.0  # the time at which the record before came
         self._probe_seconds = 0.0
         self._flops = functools.cache(self._count_flops)
         self.num_steps = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Takes the time since the record before; to be called with each record of this process as it comes."""
+        """Takes the time since the record before; call it with each record of this process as it comes."""
         now = self._clock()
         if record.get("probe"):
             self._probe_seconds = now - self._before
@@ -52,17 +52,17 @@ class Pace:
         return bool(self._recent)
 
     def seconds_of(self, step: int) -> float:
-        """What that step takes, with the probe behind it if there is one; 0 before the pace is known."""
+        """Returns what that step takes, with the probe behind it if there is one; 0 before the pace is known."""
         seconds = next((seconds for _, seconds in self._stages(step)), 0.0) if self.is_known else 0.0
         return seconds + self._probe_seconds * (self._probes_before(step + 1) - self._probes_before(step))
 
     def seconds_left(self, step: int) -> float:
-        """Seconds until all steps from this one on, and all probes, are made."""
+        """Returns the seconds until all steps from this one on, and all probes, are made."""
         probes = self._probes_before(self._run.train.steps) - self._probes_before(step)
         return sum(steps * seconds for steps, seconds in self._stages(step)) + probes * self._probe_seconds
 
     def steps_within(self, step: int, seconds: float) -> int:
-        """How many steps from this one on are made in so many seconds, to the nearest."""
+        """Returns how many steps from this one on are made in so many seconds, to the nearest."""
         made, probe_every = 0, self._run.train.probe_every
         for steps, each in self._stages(step):
             if probe_every:
@@ -75,7 +75,7 @@ class Pace:
         return made
 
     def _stages(self, step: int) -> Iterator[tuple[int, float]]:
-        """Steps that are left of each stage, and seconds of one: its rows are of any of the stage's lengths."""
+        """Yields how many steps are left of each stage, and the mean seconds of one over the stage's lengths."""
         pace = statistics.median(self._recent)
         for number, end in enumerate(stage_ends(self._run)):
             if step < end:
@@ -84,14 +84,14 @@ class Pace:
                 step = end
 
     def _probes_before(self, step: int) -> int:
-        """Probes that come before this step; one more follows the last step of a run."""
+        """Counts the probes that come before this step; one more follows the last step of a run."""
         train = self._run.train
         if not train.probe_every:
             return 0
         return -(-train.steps // train.probe_every) if step >= train.steps else step // train.probe_every
 
     def _count_flops(self, number: int, length: int) -> float:
-        """FLOPs that all processes together make in a step of that stage with rows of that length."""
+        """Returns the FLOPs that all processes together make in a step of that stage with rows of that length."""
         stage = self._run.stages[number]
         rows = max(1, stage.batch_tokens // length)
         apply_stage(self._model, self._run.model_in(stage))

@@ -21,8 +21,8 @@ from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.stages import StepPlan, apply_stage
 from hsa_compile.model.training.step import LossModel, autocast, normalized_weights
 
-LONGER = 4  # times the training length, at which the probe looks too
-_HELD_OUT_SEED = 2**31  # seeds of runs are below
+LONGER = 4  # the probe also looks at so many times the training length
+_HELD_OUT_SEED = 2**31  # seeds of runs are below it
 _TASK = "s-niah"
 
 
@@ -31,10 +31,10 @@ class ProbeResult:
     """What a probe found.
 
     Attributes:
-        held_out_loss: as the run's last stage defines it, on rows that training never sees.
-        accuracy: share of single needles in noise that were found, teacher-forced exact match, by length.
-        hit_rate: share of answer bytes at which a chunk of the needle was among the selected ones, by length; empty
-            without a memory.
+        held_out_loss: the loss as the run's last stage defines it, on rows that training never sees.
+        accuracy: the share of single needles in noise that were found, by teacher-forced exact match, for each length.
+        hit_rate: the share of answer bytes at which a chunk of the needle was among the selected ones, for each length;
+            empty without a memory.
     """
 
     held_out_loss: float
@@ -42,7 +42,7 @@ class ProbeResult:
     hit_rate: dict[int, float]
 
     def record(self) -> dict[str, float]:
-        """Names and numbers, as they are written."""
+        """Returns names and numbers, as they are written to the records."""
         found = {"held_out_loss": self.held_out_loss}
         found |= {f"{_TASK}@{length}": value for length, value in self.accuracy.items()}
         return found | {f"hit_rate@{length}": value for length, value in self.hit_rate.items()}
@@ -52,9 +52,9 @@ class Probe:
     """Measures a model with the same samples each time.
 
     Args:
-        run: of the run.
-        mixture: of the last stage, with the validation split in it where there is one.
-        processes: among which this one is; each computes the same.
+        run: the config of the run.
+        mixture: what the last stage draws from, with the validation split in it where there is one.
+        processes: the processes among which this one is; each computes the same.
     """
 
     def __init__(self, run: RunConfig, mixture: Mixture, processes: Processes) -> None:
@@ -66,8 +66,8 @@ class Probe:
         """Runs the probe.
 
         Args:
-            loss_model: whose `forward` is called, in evaluation mode and as the last stage sets the model.
-            config: with the window and top-k that are set again afterwards.
+            loss_model: the model whose `forward` is called, in evaluation mode and as the last stage sets it.
+            config: the config with the window and top-k that are set again afterwards.
         """
         with _evaluating(loss_model), autocast(self._run.train.precision, self._processes.device):
             apply_stage(loss_model, self._config)
@@ -84,7 +84,7 @@ class Probe:
         return result
 
     def _lengths(self) -> list[int]:
-        """None where the vocabulary is not bytes: the needles are."""
+        """Returns the lengths to probe; none where the vocabulary is not bytes, which the needles are."""
         if not self._stage.synthetic_share or self._stage.seq_len < self._mixture.least_length:
             return []
         return [self._stage.seq_len, LONGER * self._stage.seq_len]
@@ -135,18 +135,18 @@ class Probe:
 
 
 def _hits(samples: list[TaskSample], selections: list[Selection], config: ModelConfig) -> list[float]:
-    """For each answer byte, whether any retrieval had chosen a chunk that holds a byte of the needle."""
+    """Says for each answer byte whether any retrieval had chosen a chunk that holds a byte of the needle."""
     indices = [selection.indices.cpu().numpy() for selection in selections]
     return [
         float(any(_overlaps(chosen[row, _layer_position(position, config)], sample, config) for chosen in indices))
         for row, sample in enumerate(samples)
         for start, end in sample.answer_spans
-        for position in range(start - 1, end - 1)  # where the byte is predicted
+        for position in range(start - 1, end - 1)  # the place before each byte, where it is predicted
     ]
 
 
 def _layer_position(position: int, config: ModelConfig) -> int:
-    """Where a token of text stands in the layers: DRT puts a landmark token behind each C − 1."""
+    """Returns where a token of text stands in the layers: DRT puts a landmark token behind each C − 1."""
     return position + position // (config.chunk_size - 1) if config.has_landmark_tokens else position
 
 

@@ -14,12 +14,12 @@ from hsa_compile.model.transformer import HSATransformer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
-    """This process among all.
+    """This process among all of a run.
 
     Attributes:
-        rank: from 0.
-        world_size: number of processes.
-        device: that this one computes on.
+        rank: the number of this process, from 0.
+        world_size: how many processes there are.
+        device: the device that this one computes on.
     """
 
     rank: int = 0
@@ -32,19 +32,19 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a small tensor over all processes, the same in each."""
+        """Returns the sum of a small tensor over all processes, the same in each."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def join_processes() -> Processes:
-    """Joins the others that `torchrun` started, or is alone; on CUDA each process takes a device."""
+    """Joins the others that `torchrun` started, if it did; on CUDA each process takes a device."""
     on_cuda = torch.cuda.is_available()
     if not dist.is_torchelastic_launched():
         return Processes(device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"))
@@ -68,7 +68,7 @@ def leave_processes() -> None:
 
 
 def shard(loss_model: nn.Module, model: HSATransformer, processes: Processes) -> None:
-    """FSDP2: each process keeps its part of every layer's weights, gradients and optimizer state."""
+    """Shards the model with FSDP2: each process keeps its part of all weights, gradients and optimizer state."""
     if processes.world_size == 1:
         return
     # A selection's weights may be a view. FSDP warns, since writing into one would lose its hook; nothing writes.

@@ -47,7 +47,7 @@ Record = Mapping[str, Any]
 
 
 def saved_config(directory: Path) -> RunConfig | None:
-    """The config of the run that a directory holds; None if it holds none."""
+    """Reads the config of the run that a directory holds; None if it holds none."""
     path = directory / CONFIG_FILE
     if not path.exists():
         return None
@@ -61,15 +61,15 @@ class TrainingRun:
     """A run and all that it holds between steps.
 
     Args:
-        config: of the run; of one that goes on, the saved one.
-        directory: of the run.
-        processes: among which this one is.
-        resume: go on from the last checkpoint; without one, begin.
-        on_record: told of each record on the first process.
+        config: the config of the run; if it goes on, the saved one.
+        directory: the directory of the run.
+        processes: the processes among which this one is.
+        resume: whether to go on from the last checkpoint; without a checkpoint the run begins.
+        on_record: is called with each record on the first process.
 
     Raises:
         InvalidArgument: the directory holds a run already, or the config does not fit together.
-        SaveError: a file cannot be written, or a checkpoint not be read.
+        SaveError: a file cannot be written, or a checkpoint cannot be read.
         TrainingError: the corpus is not the one that the run began with.
     """
 
@@ -119,7 +119,7 @@ class TrainingRun:
         """Makes the steps that are left, saves, and writes the model.
 
         Args:
-            should_stop: asked before each step; once it says so, the run saves after that step and returns.
+            should_stop: is asked before each step; once it says so, the run saves after that step and returns.
 
         Returns:
             whether the run is finished.
@@ -224,7 +224,7 @@ class TrainingRun:
             prune(self._checkpoints, self.config.train.keep_last)
 
     def _export(self) -> None:
-        """Writes the weights as they are now, with window and top-k of the stage that they are in, scores sharpened."""
+        """Writes the weights as they are now, with the window and top-k of their stage, and with sharpened scores."""
         weights = self.model.state_dict()
         if self.processes.world_size > 1:
             weights = get_model_state_dict(
@@ -268,7 +268,7 @@ class TrainingRun:
         self.state = replace(state, world_size=self.processes.world_size)
 
 
-# <malloc.h> of glibc.
+# These are the numbers of settings in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
 
@@ -280,7 +280,7 @@ def keep_freed_memory() -> bool:
     zeroed anew: 5 % of the CPU time of `tiny`. What the process holds at most stays the same.
 
     Returns:
-        whether all was accepted.
+        whether the C library accepted all of it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -289,14 +289,14 @@ def keep_freed_memory() -> bool:
 
 
 def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> list[Problem]:
-    """One problem for each key of the cache that the steps of a run ask for.
+    """Returns one problem for each key of the cache that the steps of a run ask for.
 
     Args:
-        run: of the run.
-        device: that it computes on, which decides the dtype.
-        world_size: processes that share a step's rows.
+        run: the config of the run.
+        device: the device that it computes on, which decides the dtype.
+        world_size: how many processes share a step's rows.
     """
-    # On a CPU the kernels are for float32: `precision.without_cpu_autocast`.
+    # On a CPU the kernels are for float32: see `basic.without_cpu_autocast`.
     dtype = "float32" if device.type == "cpu" else chosen_precision(run.train.precision, device)
     found: dict[Problem, Problem] = {}
     for stage in run.stages:
@@ -305,7 +305,7 @@ def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> l
 
 
 def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -> dict[Problem, Problem]:
-    """By key; of the shapes that share one, the longest stands for all."""
+    """Returns the problems of a stage by key; of shapes that share one, the longest stands for all."""
     config = run.model_in(stage)
     longest: dict[Problem, Problem] = {}
     for length in lengths(stage):

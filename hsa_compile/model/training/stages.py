@@ -12,18 +12,18 @@ from hsa_compile.model.layers.window_attention import WindowAttention
 from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.transformer import HSATransformer
 
-NUM_LENGTHS = 16  # of a stage
+NUM_LENGTHS = 16  # the most lengths of rows that a stage has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """What one step takes: a function of config and step alone.
+    """What one step takes; it follows from config and step alone.
 
     Attributes:
-        step: from 0.
-        stage: its number.
-        length: of the rows.
-        num_rows: of all processes together.
+        step: the number of the step, from 0.
+        stage: the number of its stage.
+        length: how many tokens each row has.
+        num_rows: how many rows all processes take together.
         in_batch_memory: whether each row also sees the chunks of the others that its process takes with it.
     """
 
@@ -35,18 +35,18 @@ class StepPlan:
 
 
 def stage_at(run: RunConfig, step: int) -> int:
-    """The number of the stage that a step belongs to."""
+    """Returns the number of the stage that a step belongs to."""
     return next((number for number, end in enumerate(stage_ends(run)) if step < end), len(run.stages) - 1)
 
 
 def stage_ends(run: RunConfig) -> list[int]:
-    """How many steps have been made when each stage is over."""
+    """Returns how many steps have been made when each stage is over."""
     shares = list(itertools.accumulate(stage.share for stage in run.stages))
     return [round(run.train.steps * share / shares[-1]) for share in shares]
 
 
 def plan_step(run: RunConfig, step: int) -> StepPlan:
-    """The rows of a step; the same in every process and after every interruption."""
+    """Plans the rows of a step; they are the same in every process and after every interruption."""
     number = stage_at(run, step)
     stage = run.stages[number]
     length = random.Random(f"length {run.train.seed} {step}").choice(lengths(stage))
@@ -60,7 +60,7 @@ def plan_step(run: RunConfig, step: int) -> StepPlan:
 
 
 def lengths(stage: Stage) -> list[int]:
-    """What the rows of a stage's steps are long: few values, from the shortest to the longest.
+    """Returns how long the rows of a stage's steps may be: few values, from the shortest to the longest.
 
     A kernel is built and kept for each shape that comes up, so hundreds of them would cost time and gigabytes.
     """

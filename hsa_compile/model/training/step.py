@@ -1,4 +1,4 @@
-"""One optimizer step: rows in, weights moved, numbers out."""
+"""One optimizer step: the learning rate, the loss, the precision, and the moving of weights and balancing biases."""
 
 import math
 import random
@@ -22,7 +22,7 @@ from hsa_compile.target import cpu_multiplies_bfloat16
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); matrices decay, norms and biases do not."""
+    """Makes AdamW (arXiv 1711.05101); matrices decay, norms and biases do not."""
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in parameters if weight.dim() >= 2], "weight_decay": config.weight_decay},
@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of the step, counted from 0: linear warm-up, then constant, then the decay of the last part."""
+    """Returns the learning rate of a step, counted from 0: linear warm-up, constant, then the last part's decay."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = round(config.steps * config.decay_share)
@@ -47,7 +47,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def weighted_cross_entropy(
     hidden: Tensor, output_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Σ weights · cross entropy, with the gradients made in the forward pass, chunk by chunk.
+    """Returns Σ weights · cross entropy, with the gradients made in the forward pass, chunk by chunk.
 
     At no time do logits of more than `chunk` tokens exist, and they are computed once: memory beyond inputs and their
     gradients is 2 · chunk · V.
@@ -57,7 +57,7 @@ def weighted_cross_entropy(
         output_weight: `[V, dim]`.
         targets: `[N]` int64, the tokens to predict.
         weights: `[N]` float32, not differentiated.
-        chunk: tokens at a time.
+        chunk: how many tokens are computed at a time.
 
     Returns:
         the sum, a float32 scalar at least, differentiable in hidden and output_weight; and the cross entropy of each
@@ -120,11 +120,11 @@ def _parts(length: int, chunk: int) -> list[slice]:
 
 
 class LossModel(nn.Module):
-    """The model with its loss: one forward call, as FSDP and `torch.compile` want it.
+    """The model with its loss in one forward call, as FSDP and `torch.compile` want it.
 
     Args:
-        model: that is trained.
-        loss_chunk: tokens whose logits exist at a time.
+        model: the model that is trained.
+        loss_chunk: how many tokens have logits at a time.
     """
 
     def __init__(self, model: HSATransformer, loss_chunk: int) -> None:
@@ -139,17 +139,17 @@ class LossModel(nn.Module):
         selections: list[Selection] | None = None,
         in_batch_memory: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the cross entropy over all predictions.
+        """Returns the weighted sum of the cross entropy over all predictions.
 
         Args:
             tokens: `[B, T]` int64.
-            weights: `[B, T]`, of the prediction of each token; the first is not predicted.
-            noise_seed: of the selection noise, which there is in training if the model's config asks for it.
-            selections: filled with what each retrieval chose.
+            weights: `[B, T]`, what the prediction of each token counts; the first token is not predicted.
+            noise_seed: the seed of the selection noise, which training adds if the model's config asks for it.
+            selections: a list that is filled with what each retrieval chose.
             in_batch_memory: whether each row also sees the chunks of all others.
 
         Returns:
-            the sum; the cross entropy of the predictions, `[B, T − 1]`.
+            the sum, and the cross entropy of the predictions, `[B, T − 1]`.
         """
         config = self.model.config
         if not (self.training and config.selection_noise and config.has_memory):
@@ -168,12 +168,12 @@ class LossModel(nn.Module):
         return total, losses.view(tokens.shape[0], -1)
 
     def predict(self, tokens: Tensor, last: int, selections: list[Selection] | None = None) -> Tensor:
-        """The most likely token at each of the last places, given what is before it.
+        """Returns the most likely token at each of the last places, given what is before it.
 
         Args:
             tokens: `[B, T]` int64.
-            last: how many places.
-            selections: filled with what each retrieval chose.
+            last: how many places there are.
+            selections: a list that is filled with what each retrieval chose.
 
         Returns:
             `[B, last]` int64.
@@ -183,9 +183,9 @@ class LossModel(nn.Module):
 
 
 def compiled(loss_model: LossModel) -> Any:
-    """The model through `torch.compile`, for calls of `forward`.
+    """Passes the model through `torch.compile`, for calls of `forward`.
 
-    Without the cache of AOTAutograd: PyTorch 2.13 loads views from it whose sizes are garbage.
+    The cache of AOTAutograd stays off: PyTorch 2.13 loads views from it whose sizes are garbage.
     """
     torch._functorch.config.enable_autograd_cache = False
     return torch.compile(loss_model)
@@ -196,12 +196,12 @@ class StepResult:
     """What came of a step, over all processes.
 
     Attributes:
-        loss: that was minimized.
-        text_loss, answer_loss: mean cross entropy, unweighted; None where there was none.
-        grad_norm: before clipping.
-        lr: of the step.
-        router_load: largest load of an expert over the mean, the worst layer's; None without MoE.
-        stopping: whether a process asked for an end.
+        loss: the loss that was minimized.
+        text_loss, answer_loss: mean cross entropy without weights; None where there was no text or no answer.
+        grad_norm: the norm of the gradient before clipping.
+        lr: the learning rate of the step.
+        router_load: the largest load of an expert over the mean, in the worst layer; None without MoE.
+        stopping: whether some process asked for an end.
     """
 
     loss: float
@@ -214,23 +214,23 @@ class StepResult:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision of products that a config asks for."""
+    """Returns a context in which products have the precision that a config asks for."""
     is_bfloat16 = chosen_precision(precision, device) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
 def chosen_precision(precision: str, device: torch.device) -> str:
-    """`bfloat16` or `float32`: what `auto` means on the device; another precision is that which it is."""
+    """Returns `bfloat16` or `float32`: what `auto` means on the device, or the precision that was asked for."""
     if precision != "auto":
         return precision
     return "bfloat16" if device.type == "cuda" or cpu_multiplies_bfloat16() else "float32"
 
 
 def normalized_weights(batch: StepBatch, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Weights by which the sum becomes mean over text plus mean over answers, of all processes' rows.
+    """Returns weights that turn the sum into mean over text plus mean over answers, of all processes' rows.
 
     Returns:
-        `[B, T]`; and the counts of text and answers `[2]` float64.
+        `[B, T]`, and the counts of text and answers, `[2]` float64.
     """
     counted = batch.weights > 0
     is_text = counted & ~batch.is_answer
@@ -255,12 +255,12 @@ def run_step(
 
     Args:
         loss_model: `LossModel`, sharded and compiled or not.
-        optimizer: of its parameters.
+        optimizer: the optimizer of its parameters.
         batch: this process's rows.
-        config: of the run.
-        processes: among which this one is.
-        stopping: whether this process wants to end; told to all.
-        selections: filled with what each retrieval of the first rows chose.
+        config: how the run is optimized.
+        processes: the processes among which this one is.
+        stopping: whether this process wants to end, which all are told.
+        selections: a list that is filled with what each retrieval of the first rows chose.
 
     Raises:
         TrainingError: the loss is not a number.
@@ -270,10 +270,10 @@ def run_step(
     lr = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # loss, cross entropy of text and of answers, processes that want to stop
+    # The numbers are the loss, the cross entropy of text and of answers, and how many processes want to stop.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     sums[3] = stopping
-    parts = min(config.accumulation, batch.plan.num_rows // processes.world_size)  # as many in each process
+    parts = min(config.accumulation, batch.plan.num_rows // processes.world_size)  # there are as many in each process
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.rank}").getrandbits(62)
@@ -320,5 +320,5 @@ def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float |
 
 
 def _whole(norm: Tensor) -> Tensor:
-    """A norm over shards as a plain number."""
+    """Returns a norm over shards as a plain number."""
     return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
