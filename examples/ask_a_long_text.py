@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.inference.inference import new_state, prefill
 from hsa_compile.model.inference.reading import load_state, save_state
+from hsa_compile.model.pretrained import from_pretrained
 from hsa_compile.model.tasks.facts import draw_keys, lookup_facts
 from hsa_compile.model.tasks.haystack import NoiseHaystack
-from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import CHECKPOINT_DIR
 
 
@@ -38,7 +39,7 @@ def as_tokens(text: bytes) -> torch.Tensor:
 
 def main(length: int, questions: int) -> None:
     """Reads, saves, asks and prints."""
-    model = HSATransformer.from_pretrained(CHECKPOINT_DIR / "tiny")
+    model = from_pretrained(CHECKPOINT_DIR / "tiny")
     text, values = text_with_needles(length, questions, random.Random(0))
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
@@ -52,7 +53,7 @@ def main(length: int, questions: int) -> None:
             start = time.perf_counter()
             state = load_state(model, directory)  # the files stay as they are
             question = as_tokens(b" ?" + name + b"=")
-            (written,) = model.generate(question, max_new_tokens=len(value), state=state)
+            (written,) = generate(model, question, max_new_tokens=len(value), state=state)
             answer, right = bytes(written), right + (bytes(written) == value)
             verdict = "right" if answer == value else f"wrong, it is {value.decode()}"
             milliseconds = 1e3 * (time.perf_counter() - start)

@@ -1,7 +1,6 @@
 """The language model: embedding, lower half, chunk encoder, upper half, output; one config describes each variant."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,25 +62,6 @@ class HSATransformer(nn.Module):
     def device(self) -> torch.device:
         """The device on which the weights are."""
         return self.embedding.weight.device
-
-    def generate(self, prompt: Tensor, lengths: Sequence[int] | None = None, **options: Any) -> list[list[int]]:
-        """Continues each prompt; `generate.generate` has the options."""
-        from hsa_compile.model.inference.generate import generate  # it imports this module
-
-        return generate(self, prompt, lengths, **options)
-
-    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
-        """Writes the model, as `pretrained.save_pretrained` does."""
-        from hsa_compile.model.pretrained import save_pretrained  # it imports this module
-
-        save_pretrained(self, directory, **options)
-
-    @staticmethod
-    def from_pretrained(directory: str | Path, **options: Any) -> "HSATransformer":
-        """Reads a model, as `pretrained.from_pretrained` does."""
-        from hsa_compile.model.pretrained import from_pretrained  # it imports this module
-
-        return from_pretrained(directory, **options)
 
     def forward(
         self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None

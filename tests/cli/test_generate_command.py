@@ -9,8 +9,9 @@ import pytest
 import torch
 from shell import Shell
 
+from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.presets import preset
-from hsa_compile.model.pretrained import save_pretrained
+from hsa_compile.model.pretrained import from_pretrained, save_pretrained
 from hsa_compile.model.transformer import HSATransformer
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 3
@@ -31,12 +32,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def new_bytes(model: HSATransformer, prompt: str, count: int) -> bytes:
-    return bytes(model.generate(torch.tensor(list(prompt.encode())), max_new_tokens=count)[0])
+    return bytes(generate(model, torch.tensor(list(prompt.encode())), max_new_tokens=count)[0])
 
 
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 def test_the_text_is_that_of_the_model(run: Shell, directory: Path) -> None:
-    expected = new_bytes(HSATransformer.from_pretrained(directory), PROMPT, 30)
+    expected = new_bytes(from_pretrained(directory), PROMPT, 30)
     shown = run("generate", "--model", str(directory), "--prompt", PROMPT, "--max-new-tokens", "30")
     assert shown.code == 0
     assert shown.out == expected.split(b"\0")[0].decode(errors="replace") + "\n"

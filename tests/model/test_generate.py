@@ -38,7 +38,7 @@ def by_full_forward(model: HSATransformer, prompt: torch.Tensor, count: int) -> 
 def test_greedy_is_the_most_likely_token_of_the_full_forward(variant: str) -> None:
     model = build(small_config(variant))
     prompt = text(43)
-    assert model.generate(prompt, max_new_tokens=6) == [by_full_forward(model, prompt, 6)]
+    assert generate(model, prompt, max_new_tokens=6) == [by_full_forward(model, prompt, 6)]
 
 
 @pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
@@ -106,10 +106,10 @@ def test_no_new_tokens_is_reading_alone() -> None:
 
 def test_training_mode_is_left_alone_and_does_no_harm() -> None:
     model, prompt = build(small_config("hsa-ultralong")), text(33)
-    expected = model.generate(prompt, max_new_tokens=4)
+    expected = generate(model, prompt, max_new_tokens=4)
     model.train()
     model.checkpoint_activations = True
-    assert model.generate(prompt, max_new_tokens=4) == expected
+    assert generate(model, prompt, max_new_tokens=4) == expected
     assert model.training
 
 

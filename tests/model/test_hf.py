@@ -9,6 +9,7 @@ import torch
 from small_models import build, one_first, small_config
 
 from hsa_compile.errors import MissingDependency
+from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.pretrained import from_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -61,7 +62,7 @@ def test_the_loss_is_that_of_the_next_token(directory: Path) -> None:
 def test_generate_of_transformers_gives_our_tokens(directory: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     new = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, TOKENS.shape[1] :]
-    assert new.tolist() == from_pretrained(directory).generate(TOKENS, max_new_tokens=6)
+    assert new.tolist() == generate(from_pretrained(directory), TOKENS, max_new_tokens=6)
 
 
 def test_padding_before_a_text_changes_nothing(directory: Path) -> None:

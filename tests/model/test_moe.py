@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.layers.grouped_product import _Grouped, _Sliced, grouped_swiglu, sort_by_expert
-from hsa_compile.model.layers.moe import MoE, _gathered, moe_reference, pair_by_pair
+from hsa_compile.model.layers.grouped_product import (
+    _Grouped,
+    _Sliced,
+    grouped_swiglu,
+    pair_by_pair,
+    sliced,
+    sort_by_expert,
+)
+from hsa_compile.model.layers.moe import MoE, _gathered, moe_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -111,7 +118,7 @@ def test_grouped_mm_path_equals_the_sliced_one() -> None:
     inputs = [torch.randn(31, 8), torch.rand(31, 2), torch.randn(4, 8, 32), torch.randn(4, 16, 8)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     x, weights, gate_up, down = inputs
-    expected = grouped_swiglu(x, weights, pairs, gate_up, down)
+    expected = grouped_swiglu(x, weights, pairs, gate_up, down, sliced)
     assert isinstance(expected.grad_fn, _Sliced._backward_cls)  # type: ignore[attr-defined]
     out = _Grouped.apply(x, weights, pairs.order, pairs.inverse, pairs.ends, gate_up, down)
     assert_close(out, expected, torch.float32)

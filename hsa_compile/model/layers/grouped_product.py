@@ -1,6 +1,6 @@
 """The SwiGLU experts of a MoE, on tokens sorted by expert: one product a group, nothing padded, nothing dropped."""
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,7 +37,14 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> ExpertOrder:
     return ExpertOrder(order=order, inverse=inverse, ends=bounds[1:].to(torch.int32), counts=bounds.diff())
 
 
-def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped_swiglu(
+    x: Tensor,
+    weights: Tensor,
+    pairs: ExpertOrder,
+    gate_up: Tensor,
+    down: Tensor,
+    sliced: Callable[..., Tensor],
+) -> Tensor:
     """Returns for each token the weighted sum of its experts' SwiGLU; all tensors but `pairs` have one dtype.
 
     Where `grouped_mm` runs (bfloat16 on CUDA, rows of whole 16 bytes), all experts are one launch. Elsewhere each
@@ -49,6 +56,7 @@ def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tens
         pairs: the chosen experts, sorted by `sort_by_expert`.
         gate_up: `[E, dim, 2 · expert_dim]`, gate first.
         down: `[E, expert_dim, dim]`.
+        sliced: what computes it where `grouped_mm` does not run: `sliced`, or that as `torch.compile` leaves it alone.
 
     Returns:
         `[T, dim]`.
@@ -56,10 +64,6 @@ def grouped_swiglu(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tens
     rows_of_16_bytes = x.shape[1] % 8 == 0 and down.shape[1] % 8 == 0
     if x.is_cuda and x.dtype == torch.bfloat16 and rows_of_16_bytes:
         return _Grouped.apply(x, weights, pairs.order, pairs.inverse, pairs.ends, gate_up, down)
-    if "torch._dynamo" in sys.modules:
-        from hsa_compile.model.layers import uncompiled
-
-        return uncompiled.sliced(x, weights, pairs, gate_up, down)
     return sliced(x, weights, pairs, gate_up, down)
 
 
@@ -68,6 +72,30 @@ def sliced(x: Tensor, weights: Tensor, pairs: ExpertOrder, gate_up: Tensor, down
     bounds = [0, *pairs.ends.tolist()]
     slices = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
     return _Sliced.apply(x, weights, pairs.order, pairs.inverse, slices, gate_up, down)
+
+
+def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Computes a few tokens on the CPU: the experts' weights are read where they are."""
+    out = torch.zeros_like(tokens)
+    scales = weights.tolist()
+    for t, experts in enumerate(chosen.tolist()):
+        for k, e in enumerate(experts):
+            gate, up = (tokens[t : t + 1] @ gate_up[e]).chunk(2, dim=-1)
+            out[t : t + 1].addmm_(F.silu(gate) * up, down[e], alpha=scales[t][k])
+    return out
+
+
+def count_in_backward(load: Tensor, out: Tensor, pairs: ExpertOrder) -> None:
+    """Adds the pairs of each expert to the load when the gradient arrives.
+
+    Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
+    counts each token once with or without it; a forward pass that trains nothing is not counted.
+    """
+
+    def add(_: Tensor) -> None:
+        load.add_(pairs.counts)
+
+    out.register_hook(add)
 
 
 def _sum_pairs(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layers.basic import SwiGLU, compute_dtype, no_autocast
-from hsa_compile.model.layers.grouped_product import ExpertOrder, grouped_swiglu, sort_by_expert
+from hsa_compile.model.layers.grouped_product import (
+    count_in_backward,
+    grouped_swiglu,
+    pair_by_pair,
+    sliced,
+    sort_by_expert,
+)
 
 FEW_PAIRS = 8  # Up to so many pairs, which is a step of decoding, sorting costs more than it saves.
 
@@ -94,20 +100,20 @@ class MoE(nn.Module):
         dtype = tokens.dtype if tokens.device.type == "cpu" else compute_dtype(tokens)
         tokens, weights = tokens.to(dtype), weights.to(dtype)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        few, count = pair_by_pair, count_in_backward
+        few, product, count = pair_by_pair, sliced, count_in_backward
         if "torch._dynamo" in sys.modules:
             from hsa_compile.model.layers import uncompiled
 
-            few, count = uncompiled.pair_by_pair, uncompiled.count_in_backward
+            few, product, count = uncompiled.pair_by_pair, uncompiled.sliced, uncompiled.count_in_backward
         with no_autocast(tokens.device):
             # Shapes without values cannot be sorted; gathered weights also show the right number of FLOPs.
             if tokens.is_meta or (chosen.numel() <= FEW_PAIRS and not torch.is_grad_enabled()):
                 few = few if tokens.device.type == "cpu" else _gathered
                 return few(tokens, chosen, weights, gate_up, down)
             pairs = sort_by_expert(chosen, self.num_experts)
-            out = grouped_swiglu(tokens, weights, pairs, gate_up, down)
+            out = grouped_swiglu(tokens, weights, pairs, gate_up, down, product)
         if self.training and out.requires_grad:
-            count(self, out, pairs)
+            count(self.load, out, pairs)
         return out
 
     @property
@@ -158,30 +164,6 @@ def moe_reference(moe: MoE, x: Tensor) -> Tensor:
         out = out + weights[:, e, None] * ((F.silu(gate) * up) @ moe.down[e])
     out = out.view(x.shape)
     return out if moe.shared is None else out + moe.shared(x)
-
-
-def count_in_backward(moe: MoE, out: Tensor, pairs: ExpertOrder) -> None:
-    """Adds to the load when the gradient arrives.
-
-    Activation checkpointing runs the forward pass twice but back-propagates through one of the two only, so this
-    counts each token once with or without it; a forward pass that trains nothing is not counted.
-    """
-
-    def add(_: Tensor) -> None:
-        moe.load.add_(pairs.counts)
-
-    out.register_hook(add)
-
-
-def pair_by_pair(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Computes a few tokens on the CPU; the experts' weights are read where they are."""
-    out = torch.zeros_like(tokens)
-    scales = weights.tolist()
-    for t, experts in enumerate(chosen.tolist()):
-        for k, e in enumerate(experts):
-            gate, up = (tokens[t : t + 1] @ gate_up[e]).chunk(2, dim=-1)
-            out[t : t + 1].addmm_(F.silu(gate) * up, down[e], alpha=scales[t][k])
-    return out
 
 
 def _gathered(tokens: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

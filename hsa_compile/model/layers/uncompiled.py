@@ -6,8 +6,8 @@ where something else has imported that already; before that, nothing can have be
 
 import torch
 
-from hsa_compile.model.layers import grouped_product, moe
+from hsa_compile.model.layers import grouped_product
 
 sliced = torch.compiler.disable(grouped_product.sliced)
-pair_by_pair = torch.compiler.disable(moe.pair_by_pair)
-count_in_backward = torch.compiler.disable(moe.count_in_backward)
+pair_by_pair = torch.compiler.disable(grouped_product.pair_by_pair)
+count_in_backward = torch.compiler.disable(grouped_product.count_in_backward)

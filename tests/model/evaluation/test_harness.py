@@ -15,6 +15,7 @@ from hsa_compile.model.evaluation import continuations
 from hsa_compile.model.evaluation import continuations as generations
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
+from hsa_compile.model.inference.generate import generate
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 from lm_eval.api.instance import Instance
@@ -193,7 +194,7 @@ def test_greedy_generation_is_that_of_the_model(variant: str, outcomes: OutcomeF
         asked("generate_until", [(prompt, {"until": [], "max_gen_toks": 12, "do_sample": False}) for prompt in prompts])
     )
     for prompt, text in zip(prompts, found, strict=True):
-        tokens = subject.model.generate(torch.tensor(list(prompt.encode() or b"\0")), max_new_tokens=12)[0]
+        tokens = generate(subject.model, torch.tensor(list(prompt.encode() or b"\0")), max_new_tokens=12)[0]
         assert text == bytes(tokens).partition(b"\0")[0].decode(errors="replace")
 
 
