@@ -20,9 +20,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from hsa_compile.autotune.choices import SAMPLERS
-from hsa_compile.autotune.replay import Replay, first_points
-from hsa_compile.autotune.sweeps import RecordedSweep
+from hsa_compile.autotune.options import SAMPLERS
+from hsa_compile.autotune.sweeps import RecordedSweep, Replay, first_points
 from hsa_compile.kernels.measure import quantile
 from hsa_compile.versions import installed_versions
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hsa_compile import Problem, Target
-from hsa_compile.autotune.choices import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS
+from hsa_compile.autotune.options import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS
 from hsa_compile.autotune.tune import tune
 from hsa_compile.cli.options import expand
 from hsa_compile.problem import OPS

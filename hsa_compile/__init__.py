@@ -7,8 +7,7 @@ from hsa_compile.log import set_up_logging
 
 if TYPE_CHECKING:
     from hsa_compile.autotune.cost.predict_schedule import predict_schedule
-    from hsa_compile.autotune.on_miss import set_autotune
-    from hsa_compile.autotune.tune import tune
+    from hsa_compile.autotune.tune import set_autotune, tune
     from hsa_compile.errors import HSACompileError
     from hsa_compile.kernels.compile import Kernel, compile_kernel
     from hsa_compile.kernels.emit import KernelSource, emit
@@ -90,7 +89,7 @@ _HOMES = {
     "resolve": "hsa_compile.kernels.resolve",
     "select_chunks": "hsa_compile.kernels.select_chunks.op",
     "select_chunks_reference": "hsa_compile.kernels.select_chunks.reference",
-    "set_autotune": "hsa_compile.autotune.on_miss",
+    "set_autotune": "hsa_compile.autotune.tune",
     "tune": "hsa_compile.autotune.tune",
     "tuned_for": "hsa_compile.schedules.cache",
 }

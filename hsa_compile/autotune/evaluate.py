@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hsa_compile.autotune.bench.bench import FAILURES, Bench
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
 from hsa_compile.kernels.measure import quantile
 from hsa_compile.schedules.schedule import Schedule

@@ -1,22 +1,47 @@
-"""How a search is run: its budget, its sampler, where its study is kept, and how careful it is."""
+"""How a search is run: its budget, its sampler, where its study is kept, and how careful it is.
 
+The command line reads the names and bounds here before it loads a search, so this file imports no PyTorch.
+"""
+
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsa_compile.autotune.bench.isolation import Limits
-from hsa_compile.autotune.choices import (
-    DEFAULT_SAMPLER,
-    DEFAULT_TIMEOUT_S,
-    DEFAULT_TRIALS,
-    MAX_SEED,
-    SAMPLERS,
-)
-from hsa_compile.autotune.study.storage import check_address
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS
 
+SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
+DEFAULT_TRIALS = 40
+DEFAULT_TIMEOUT_S = 55.0
+DEFAULT_SAMPLER = SAMPLERS[0]
+MAX_SEED = 2**32 - 1  # the largest seed that Optuna's samplers take
+DATABASES = ("postgresql", "mysql", "sqlite")
+PROXY = "grpc"
 OPEN_BENCH = "hsa_compile.autotune.bench.bench:open_bench"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long and how large a candidate may be.
+
+    Attributes:
+        compile_s: for compiling it.
+        run_s: for checking it, and for each set of timings; more where the default needs more than a tenth of that.
+        first_s: for the first candidate, the default, with which nothing can be compared yet.
+        memory_bytes: beyond what a worker has when it starts; None for no limit, as a GPU's driver needs.
+    """
+
+    compile_s: float = 120.0
+    run_s: float = 20.0
+    first_s: float = 600.0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("compile_s", "run_s", "first_s", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidArgument(f"{name} = {value} must be more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +52,8 @@ class TuneOptions:
         trials: candidates to try at most, the default included, by all workers of the study.
         timeout: seconds for everything; the play-off gets a fifth.
         seed: of the sampler and the inputs.
-        distribution: of the picks, one of `choices.DISTRIBUTIONS`.
-        sampler: one of `choices.SAMPLERS`.
+        distribution: of the picks, one of `problem.DISTRIBUTIONS`.
+        sampler: one of `SAMPLERS`.
         until_within: ends the search early when no more than this share of the best time is expected to be left to
             gain; for samplers without a model, when the last candidates gained no more.
         storage: where the study is kept, so that a killed search goes on (`storage.open_storage`); None for memory.
@@ -71,6 +96,24 @@ class TuneOptions:
             check_address(self.storage)
         _check_name("distribution", self.distribution, DISTRIBUTIONS)
         _check_name("sampler", self.sampler, SAMPLERS)
+
+
+def check_address(address: str) -> None:
+    """Whether an address is of a kind that `open_storage` knows.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
+    scheme, separator, _ = address.partition("://")
+    if scheme == PROXY:
+        known = re.fullmatch(r"grpc://[^:/]+:\d{1,5}", address) is not None
+    else:
+        known = scheme.partition("+")[0] in DATABASES if separator else address.endswith(".journal")
+    if not known:
+        raise InvalidArgument(
+            f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT "
+            "and FILE.journal"
+        )
 
 
 def _check_name(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.kernels.measure import quantile, summarize
 from hsa_compile.schedules.record import Measurement
 from hsa_compile.schedules.schedule import Schedule

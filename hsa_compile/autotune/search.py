@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hsa_compile.autotune.bench.bench import Bench
 from hsa_compile.autotune.bench.isolation import CompilePool
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.autotune.evaluate import Baseline, Outcome, evaluate, measure_default
 from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.autotune.study.study import Finished, Proposal, TuningStudy

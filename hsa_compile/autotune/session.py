@@ -12,15 +12,14 @@ import torch
 from hsa_compile.autotune.bench.bench import Bench
 from hsa_compile.autotune.bench.child import by_name
 from hsa_compile.autotune.bench.device import device_lock, free_bytes
-from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder, Limits
+from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder
 from hsa_compile.autotune.cost.roofline import estimate
-from hsa_compile.autotune.options import OPEN_BENCH, TuneOptions
+from hsa_compile.autotune.options import OPEN_BENCH, Limits, TuneOptions
+from hsa_compile.autotune.samplers.point import parameters_of
 from hsa_compile.autotune.samplers.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
-from hsa_compile.autotune.study.names import finish_study, open_study, question
-from hsa_compile.autotune.study.points import parameters_of
-from hsa_compile.autotune.study.storage import close_storage, lock_of, open_storage
+from hsa_compile.autotune.study.storage import close_storage, finish_study, lock_of, open_storage, open_study, question
 from hsa_compile.autotune.study.study import MakeSampler, TuningStudy
 from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem

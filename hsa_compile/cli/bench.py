@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.autotune.choices import MAX_SEED
+from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
 from hsa_compile.comparison.choices import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning

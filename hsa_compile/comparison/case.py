@@ -13,8 +13,8 @@ from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs
 from hsa_compile.kernels.ops import OpInputs, inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import count_work
+from hsa_compile.schedules.ops.backend import Work
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import Work
 
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]

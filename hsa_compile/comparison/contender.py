@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hsa_compile.comparison.case import Call, Case, sparse_work
 from hsa_compile.comparison.choices import KINDS
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.schedules.work import Work
+from hsa_compile.schedules.ops.backend import Work
 
 SAME = "same function"
 DENSE = "dense"

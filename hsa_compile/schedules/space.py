@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import op_backend
-from hsa_compile.schedules.ops.backend import Choices, OpBackend
+from hsa_compile.schedules.ops.backend import Choices, OpBackend, Work
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import Work
 from hsa_compile.target import Target
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hsa_compile.autotune.bench.bench import LocalBench
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.errors import CompileError, NotFinite, WrongResult
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit

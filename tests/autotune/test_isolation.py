@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from fake_benches import HARM, fake_time, harmful
 
-from hsa_compile.autotune.bench.isolation import IsolatedBench, Limits, WorkerProcess
+from hsa_compile.autotune.bench.isolation import IsolatedBench, WorkerProcess
 from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.autotune.options import Limits
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import (
     CandidateCrashed,

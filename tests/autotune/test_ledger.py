@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_benches import fake_time
 
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.tune import tune

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 import hsa_compile
-from hsa_compile.autotune.on_miss import set_autotune
 from hsa_compile.autotune.options import TuneOptions
-from hsa_compile.autotune.tune import tune
+from hsa_compile.autotune.tune import set_autotune, tune
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.record import TuningRecord

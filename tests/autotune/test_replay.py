@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.autotune.replay import Replay, first_points, replay
-from hsa_compile.autotune.study.points import parameters_of
-from hsa_compile.autotune.sweeps import RecordedSweep
+from hsa_compile.autotune.samplers.point import parameters_of
+from hsa_compile.autotune.sweeps import RecordedSweep, Replay, first_points, replay
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.measure import quantile
 from hsa_compile.problem import Problem

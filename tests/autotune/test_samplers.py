@@ -7,7 +7,7 @@ import sys
 import optuna
 import pytest
 
-from hsa_compile.autotune.choices import SAMPLERS
+from hsa_compile.autotune.options import SAMPLERS
 from hsa_compile.autotune.samplers.samplers import make_sampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 

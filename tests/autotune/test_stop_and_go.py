@@ -15,8 +15,7 @@ import pytest
 from fake_benches import SLEEP_S, FakeBench
 from optuna.trial import Trial
 
-from hsa_compile.autotune.study.names import FINISHED
-from hsa_compile.autotune.study.storage import open_storage
+from hsa_compile.autotune.study.storage import FINISHED, open_storage
 from hsa_compile.autotune.study.trials import OUTCOME
 from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.problem import Problem

@@ -9,8 +9,7 @@ import pytest
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.study.names import finish_study, open_study, question
-from hsa_compile.autotune.study.storage import default_storage, open_storage
+from hsa_compile.autotune.study.storage import default_storage, finish_study, open_storage, open_study, question
 from hsa_compile.autotune.study.trials import is_gone, this_process
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.problem import Problem

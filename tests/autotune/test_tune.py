@@ -7,7 +7,7 @@ import torch
 import hsa_compile
 from hsa_compile.autotune.bench import bench as bench_module
 from hsa_compile.autotune.bench.bench import Candidate, prepare
-from hsa_compile.autotune.choices import MAX_SEED
+from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.autotune.tune import Progress, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem

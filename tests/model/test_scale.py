@@ -12,9 +12,8 @@ from hsa_compile.autotune.cost.roofline import predict
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.cost.info import model_info
+from hsa_compile.model.cost.phases import serving_figures, training_figures
 from hsa_compile.model.cost.scale import Cluster, Figure, Paper
-from hsa_compile.model.cost.serving import serving_figures
-from hsa_compile.model.cost.training import training_figures
 from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.training.config import TrainConfig

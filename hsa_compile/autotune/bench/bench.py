@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.errors import CandidateCrashed, CandidateError, CompileError, OutOfResources, TimedOut, WrongResult
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel

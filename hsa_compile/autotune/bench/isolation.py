@@ -11,19 +11,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from hsa_compile import errors
-from hsa_compile.autotune.cost.resources import Resources
+from hsa_compile.autotune.cost.roofline import Resources
+from hsa_compile.autotune.options import Limits
 from hsa_compile.errors import (
     CandidateCrashed,
     CandidateError,
     CompileTimedOut,
     HSACompileError,
-    InvalidArgument,
     OutOfResources,
     TimedOut,
 )
@@ -148,29 +147,6 @@ class WorkerProcess:
         self._stderr.seek(max(0, self._stderr.tell() - 4000))
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How long and how large a candidate may be.
-
-    Attributes:
-        compile_s: for compiling it.
-        run_s: for checking it, and for each set of timings; more where the default needs more than a tenth of that.
-        first_s: for the first candidate, the default, with which nothing can be compared yet.
-        memory_bytes: beyond what a worker has when it starts; None for no limit, as a GPU's driver needs.
-    """
-
-    compile_s: float = 120.0
-    run_s: float = 20.0
-    first_s: float = 600.0
-    memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("compile_s", "run_s", "first_s", "memory_bytes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidArgument(f"{name} = {value} must be more than 0")
 
 
 class IsolatedBench:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from hsa_compile.autotune.bench.isolation import CompilePool, IsolatedBench, Limits
+from hsa_compile.autotune.bench.isolation import CompilePool, IsolatedBench
 from hsa_compile.autotune.cost.roofline import estimate
+from hsa_compile.autotune.options import Limits
 from hsa_compile.errors import HSACompileError, InvalidArgument, InvalidTarget, OutOfResources
 from hsa_compile.kernels.ahead_of_time import KernelResources, compile_launches
 from hsa_compile.kernels.compile import compile_kernel

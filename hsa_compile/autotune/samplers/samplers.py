@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import optuna
 
-from hsa_compile.autotune.choices import SAMPLERS
+from hsa_compile.autotune.options import SAMPLERS
 from hsa_compile.autotune.samplers.point import GridSampler, Point, PointTable
 from hsa_compile.autotune.samplers.surrogate import Known, SurrogateSampler
 from hsa_compile.errors import InvalidArgument, MissingDependency

@@ -1,14 +1,17 @@
 """Where studies are kept: Optuna's own storages, opened so that a killed process leaves nothing that stops the next."""
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import filelock
 import optuna
@@ -16,12 +19,15 @@ import sqlalchemy
 from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from hsa_compile.autotune.options import DATABASES, PROXY, check_address
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.paths import schedule_dir
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.source_version import source_version
+from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
 
-DATABASES = ("postgresql", "mysql", "sqlite")
-PROXY = "grpc"
 HEARTBEAT_S = 10
 GRACE_S = 60  # without a heartbeat: then a trial's process is taken for dead
 MAX_RETRIES = 2  # of a trial whose process died
@@ -88,24 +94,6 @@ def answering(address: str | None) -> Iterator[None]:
             f"storage {_shown(address or '')} stopped answering: {cause}; what was finished is in it, and the same "
             "command goes on from there"
         ) from error
-
-
-def check_address(address: str) -> None:
-    """Whether an address is of a kind that `open_storage` knows.
-
-    Raises:
-        InvalidArgument: it is not.
-    """
-    scheme, separator, _ = address.partition("://")
-    if scheme == PROXY:
-        known = re.fullmatch(r"grpc://[^:/]+:\d{1,5}", address) is not None
-    else:
-        known = scheme.partition("+")[0] in DATABASES if separator else address.endswith(".journal")
-    if not known:
-        raise InvalidArgument(
-            f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT "
-            "and FILE.journal"
-        )
 
 
 def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractContextManager[object]:
@@ -230,3 +218,57 @@ def _is_being_made(error: sqlalchemy.exc.SQLAlchemyError) -> bool:
     return isinstance(error, sqlalchemy.exc.IntegrityError) or (
         isinstance(error, sqlalchemy.exc.DBAPIError) and "already exists" in str(error)
     )
+
+
+FINISHED = "finished"  # study attribute: when its search ended
+
+
+def question(problem: Problem, target: Target, *, inputs: str, seed: int) -> dict[str, Any]:
+    """Everything that a search's answer depends on; the library's versions and the space's choices among it."""
+    return {
+        "problem": problem.to_dict(),
+        "target": target.to_dict(),
+        "source": source_version(problem, target),
+        "space": {name: dict(knobs) for name, knobs in SearchSpace.of(problem, target).choices.items()},
+        "inputs": inputs,
+        "seed": seed,
+        "versions": installed_versions(),
+    }
+
+
+def open_study(storage: BaseStorage, asked: Mapping[str, Any], *, anew: bool) -> optuna.Study:
+    """The latest study of a question if its search has not ended and `anew` does not say otherwise, else a new one.
+
+    Args:
+        storage: where studies are.
+        asked: what `question` gave; a new study carries it.
+        anew: whether to begin again in any case.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    stem = _stem(asked)
+    numbers = [
+        int(study.study_name.removeprefix(f"{stem}."))
+        for study in storage.get_all_studies()
+        if study.study_name.startswith(f"{stem}.")
+    ]
+    latest = max(numbers, default=0)
+    if latest and not anew:
+        study = optuna.load_study(study_name=f"{stem}.{latest}", storage=storage)
+        if FINISHED not in study.user_attrs:
+            return study
+    study = optuna.create_study(
+        study_name=f"{stem}.{latest + 1}", storage=storage, direction="minimize", load_if_exists=True
+    )
+    for name, value in asked.items():
+        study.set_user_attr(name, value)
+    return study
+
+
+def finish_study(study: optuna.Study) -> None:
+    """Marks a search as ended: the next one with the same question begins anew."""
+    study.set_user_attr(FINISHED, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def _stem(asked: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{asked['problem']['op']}-{digest}"

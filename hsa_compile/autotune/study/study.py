@@ -14,8 +14,8 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.autotune.samplers.point import distributions_of, parameters_of, schedule_of, suggest
 from hsa_compile.autotune.samplers.surrogate import SurrogateSampler
-from hsa_compile.autotune.study.points import distributions_of, parameters_of, schedule_of, suggest
 from hsa_compile.autotune.study.storage import HEARTBEAT_S, MAX_RETRIES
 from hsa_compile.autotune.study.trials import (
     CHOOSING_S,

@@ -124,7 +124,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
     from hsa_compile.model.tasks.haystack import load_haystack
-    from hsa_compile.model.training.stages import apply_stage
+    from hsa_compile.model.training.feed import apply_stage
 
     run = _open_harness(harness, harness_path, harness_limit, seed)
     tasks = tasks or (() if run is not None else (DEFAULT,))
@@ -183,10 +183,10 @@ def _run(
 ) -> Results:
     import tqdm
 
-    from hsa_compile.model.evaluation.jobs import run_jobs
     from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
     from hsa_compile.model.evaluation.results import Results, retrieval_cells
     from hsa_compile.model.evaluation.retrieval import retrieval_jobs
+    from hsa_compile.model.evaluation.subject import run_jobs
 
     jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
@@ -211,7 +211,7 @@ def _run(
 
 
 def _show(results: Results | None, answers: HarnessResults | None, out: Path, as_json: bool) -> None:
-    from hsa_compile.model.evaluation.heat_map import draw
+    from hsa_compile.model.evaluation.results import draw
 
     paths: list[Path] = []
     if results is not None:

@@ -23,9 +23,8 @@ _TIMES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")
 
 def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
     """Both tables, ready for JSON."""
+    from hsa_compile.model.cost.phases import serving_figures, training_figures
     from hsa_compile.model.cost.scale import figures_to_dict
-    from hsa_compile.model.cost.serving import serving_figures
-    from hsa_compile.model.cost.training import training_figures
 
     return {
         "devices": paper.cluster.count,
@@ -38,8 +37,7 @@ def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
 
 def print_scale(paper: Paper, batch_tokens: int) -> None:
     """Both tables, each line with its formula."""
-    from hsa_compile.model.cost.serving import serving_figures
-    from hsa_compile.model.cost.training import training_figures
+    from hsa_compile.model.cost.phases import serving_figures, training_figures
 
     cluster, limits = paper.cluster, paper.limits
     click.echo(

@@ -49,8 +49,8 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
     """
     import tqdm
 
+    from hsa_compile.model.data.documents import find_sources, stdlib_sources
     from hsa_compile.model.data.prepare import prepare as prepare_corpus
-    from hsa_compile.model.data.sources import find_sources, stdlib_sources
 
     found = find_sources(sources, without=out) + (stdlib_sources() if corpus else [])
     with tqdm.tqdm(

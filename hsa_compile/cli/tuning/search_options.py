@@ -1,24 +1,21 @@
 """Flags of a search, which `tune` and `plan` share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from hsa_compile.autotune.choices import (
+from hsa_compile.autotune.options import (
     DEFAULT_SAMPLER,
     DEFAULT_TIMEOUT_S,
     DEFAULT_TRIALS,
     MAX_SEED,
     SAMPLERS,
+    TuneOptions,
 )
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 from hsa_compile.target import Target
-
-if TYPE_CHECKING:
-    from hsa_compile.autotune.options import TuneOptions
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,14 +27,12 @@ def search_options(command: F) -> F:
     return command
 
 
-def tune_options(flags: Mapping[str, Any]) -> "TuneOptions":
+def tune_options(flags: Mapping[str, Any]) -> TuneOptions:
     """The options that the flags stand for, storage and ledger aside.
 
     Raises:
         InvalidArgument: one is out of range.
     """
-    from hsa_compile.autotune.options import TuneOptions
-
     within = flags["until_within"]
     return TuneOptions(
         trials=flags["trials"],

@@ -20,9 +20,8 @@ from hsa_compile.model.config import PREFILL, STEPS, TRAIN
 from hsa_compile.model.inference.generate import evaluating
 from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.training.config import TrainConfig
-from hsa_compile.model.training.feed import StepBatch
+from hsa_compile.model.training.feed import StepBatch, StepPlan
 from hsa_compile.model.training.processes import Processes
-from hsa_compile.model.training.stages import StepPlan
 from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import quiet_profiler

@@ -13,9 +13,9 @@ from hsa_compile.model.cost.workload import problems
 from hsa_compile.peaks import Limits, limits_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import count_work
+from hsa_compile.schedules.ops.backend import Work, clocks
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.schedules.work import Work, clocks
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 NODE_DEVICES = 8  # HGX A100, H100, H200 and B200 boards, and the MI300X platform

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hsa_compile.errors import CorpusError, UnreadableSource
-from hsa_compile.model.data.documents import Skipped, read_documents
+from hsa_compile.model.data.documents import Skipped, Source, read_documents
 from hsa_compile.model.data.journal import AppendFile, Entry, Journal, Settings
 from hsa_compile.model.data.manifest import (
     SPLITS,
@@ -22,7 +22,6 @@ from hsa_compile.model.data.manifest import (
     tokens_name,
     write_manifest,
 )
-from hsa_compile.model.data.sources import Source
 from hsa_compile.model.data.tokenizer import FileTokenizer, Tokenizer, token_dtype
 
 JOURNAL, HASHES = "journal.jsonl", "hashes"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CorpusError, InvalidArgument
-from hsa_compile.model.data.sources import Source
+from hsa_compile.model.data.documents import Source
 
 _READ_BLOCK = 4 * 2**20
 

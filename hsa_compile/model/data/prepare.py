@@ -16,10 +16,9 @@ import filelock
 from hsa_compile.errors import CorpusError, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import FILES, HASHES, JOURNAL, CorpusWriter
-from hsa_compile.model.data.documents import MAX_DOCUMENT_BYTES
+from hsa_compile.model.data.documents import MAX_DOCUMENT_BYTES, Source, stdlib_sources
 from hsa_compile.model.data.journal import Settings
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN, Manifest, read_manifest
-from hsa_compile.model.data.sources import Source, stdlib_sources
 from hsa_compile.model.data.tokenizer import load_tokenizer
 from hsa_compile.paths import cache_dir
 

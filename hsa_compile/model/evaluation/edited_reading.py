@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.inference.inference import ModelState, prefill, rewind, snapshot, upper_reach
-from hsa_compile.model.tasks.facts import NEEDLE_BYTES
-from hsa_compile.model.tasks.sample import ByteArray, TaskPlan, TaskSample
+from hsa_compile.model.tasks.sample import NEEDLE_BYTES, ByteArray, TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer
 
 ChunkRange = tuple[int, int]  # the first chunk, and one past the last

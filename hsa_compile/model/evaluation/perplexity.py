@@ -21,10 +21,9 @@ from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.data.tokenizer import TokenArray
-from hsa_compile.model.evaluation.jobs import Job
 from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import length_label
-from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
+from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
 from hsa_compile.model.inference.inference import extend, prefill
 from hsa_compile.model.tasks.haystack import NOISE, STDLIB
 

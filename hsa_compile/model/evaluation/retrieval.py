@@ -12,7 +12,6 @@ from torch import Tensor
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import GREEDY, PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.evaluation.edited_reading import EditedReading, num_reread, resume_position
-from hsa_compile.model.evaluation.jobs import Job
 from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import (
     MAX_HAYSTACKS,
@@ -23,7 +22,7 @@ from hsa_compile.model.evaluation.settings import (
     prompt_length,
     sample_key,
 )
-from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
+from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
 from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS, make_edits

@@ -10,9 +10,9 @@ from typing import Any
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import PROTOCOLS
-from hsa_compile.model.tasks.facts import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY_BYTES
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.model.tasks.sample import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY_BYTES
 
 HAYSTACK_TOKENS = 2**18  # how many tokens all haystacks of a length have together; a longer one is alone
 MAX_HAYSTACKS = 64

@@ -11,9 +11,8 @@ import numpy as np
 
 from hsa_compile.errors import InvalidArgument, UnreadableSource
 from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.documents import read_documents
+from hsa_compile.model.data.documents import Source, find_sources, read_documents, stdlib_sources
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN
-from hsa_compile.model.data.sources import Source, find_sources, stdlib_sources
 
 NOISE, STDLIB = "noise", "stdlib"
 SEPARATOR = b"\0"

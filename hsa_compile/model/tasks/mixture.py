@@ -11,7 +11,9 @@ import numpy as np
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample, corpus_sample
-from hsa_compile.model.tasks.facts import (
+from hsa_compile.model.tasks.haystack import Haystack
+from hsa_compile.model.tasks.retrieval import position
+from hsa_compile.model.tasks.sample import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,
     NEEDLE_BYTES,
@@ -21,8 +23,6 @@ from hsa_compile.model.tasks.facts import (
     draw_similar_keys,
     lookup_facts,
 )
-from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.retrieval import position
 
 _LATE_BYTES = 32
 

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.facts import NEEDLE_BYTES, Facts, chain_facts, draw_keys, lookup_facts
 from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.sample import ByteArray, Edit, TaskPlan, TaskSample
+from hsa_compile.model.tasks.sample import (
+    NEEDLE_BYTES,
+    ByteArray,
+    Edit,
+    Facts,
+    TaskPlan,
+    TaskSample,
+    chain_facts,
+    draw_keys,
+    lookup_facts,
+)
 
 
 def place(rng: random.Random, count: int, size: int, space: int, *, fixed: int | None = None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hsa_compile.model.cost.info import training_flops
 from hsa_compile.model.training.config import RunConfig
-from hsa_compile.model.training.stages import apply_stage, lengths, plan_step, stage_ends
+from hsa_compile.model.training.feed import apply_stage, lengths, plan_step, stage_ends
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 LEFT_OUT = 2  # how many first steps of a process do not count: they build kernels and touch memory for the first time

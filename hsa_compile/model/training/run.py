@@ -32,11 +32,20 @@ from hsa_compile.model.training.checkpoint import (
 )
 from hsa_compile.model.training.config import RunConfig, Stage
 from hsa_compile.model.training.config_file import from_dict
-from hsa_compile.model.training.feed import Feed, StepBatch, check_rows, digest, held_out_mixture, mixtures, open_corpus
-from hsa_compile.model.training.metrics import MetricsLog, peak_flops, retrieval_entropy
-from hsa_compile.model.training.probe import Probe
+from hsa_compile.model.training.feed import (
+    Feed,
+    StepBatch,
+    apply_stage,
+    check_rows,
+    digest,
+    held_out_mixture,
+    lengths,
+    mixtures,
+    open_corpus,
+    stage_at,
+)
+from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
 from hsa_compile.model.training.processes import Processes, shard
-from hsa_compile.model.training.stages import apply_stage, lengths, stage_at
 from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.problem import Problem

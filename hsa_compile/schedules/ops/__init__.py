@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import hsa_decode, select_chunks
-from hsa_compile.schedules.ops.backend import OpBackend
+from hsa_compile.schedules.ops.backend import OpBackend, Work
 from hsa_compile.schedules.ops.hsa_attention import cpp, torch, triton
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import Work
 from hsa_compile.target import Target
 
 _CPP_DTYPES = ("float32", "bfloat16")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import OpBackend, keep
+from hsa_compile.schedules.ops.backend import OpBackend, Work, keep
 from hsa_compile.schedules.ops.limits import (
     MAX_GATHER_BYTES,
     NO_FLOAT64,
@@ -14,7 +14,6 @@ from hsa_compile.schedules.ops.limits import (
     why_not_warps,
 )
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import Work
 from hsa_compile.target import Target
 
 SHARED_BYTES = 1 << 20  # of keys and values that a CPU reads: below, a second thread takes longer to wake than it saves

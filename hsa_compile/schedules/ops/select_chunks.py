@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import OpBackend, keep
+from hsa_compile.schedules.ops.backend import OpBackend, Work, keep
 from hsa_compile.schedules.ops.limits import NO_FLOAT64, why_not_warps
 from hsa_compile.schedules.schedule import Knob, Schedule
-from hsa_compile.schedules.work import Work
 from hsa_compile.target import Target
 
 _TRITON_STREAM = {

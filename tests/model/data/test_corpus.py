@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hsa_compile.errors import CorpusError, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 
 DOCUMENTS = [f"document {number} " * (number % 7 + 1) for number in range(50)]
 

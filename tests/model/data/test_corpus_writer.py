@@ -17,9 +17,9 @@ from hsa_compile.model.data import corpus_writer
 from hsa_compile.model.data import journal as append_file
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import FILES
+from hsa_compile.model.data.documents import Source, find_sources
 from hsa_compile.model.data.manifest import MANIFEST, Manifest, read_manifest
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import Source, find_sources
 
 
 @pytest.fixture

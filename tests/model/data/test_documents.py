@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from hsa_compile.errors import UnreadableSource
-from hsa_compile.model.data.documents import Skipped, read_documents
-from hsa_compile.model.data.sources import HUB, Source, kind_of
+from hsa_compile.model.data.documents import HUB, Skipped, Source, kind_of, read_documents
 
 
 def read(path: Path, **options: object) -> list[bytes | Skipped]:

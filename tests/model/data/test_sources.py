@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.data.sources import HUB, JSONL, PARQUET, TEXT, Source, find_sources, kind_of, stdlib_sources
+from hsa_compile.model.data.documents import HUB, JSONL, PARQUET, TEXT, Source, find_sources, kind_of, stdlib_sources
 
 
 def names(sources: list[Source]) -> list[str]:

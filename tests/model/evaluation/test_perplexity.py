@@ -11,14 +11,13 @@ from small_models import build, one_first, small_config
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import perplexity
-from hsa_compile.model.evaluation.jobs import run_jobs
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.perplexity import Perplexity, Texts, open_texts, perplexities, perplexity_jobs
-from hsa_compile.model.evaluation.subject import Subject
+from hsa_compile.model.evaluation.subject import Subject, run_jobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 

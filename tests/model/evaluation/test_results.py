@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from hsa_compile.errors import MissingDependency
-from hsa_compile.model.evaluation.heat_map import draw
 from hsa_compile.model.evaluation.perplexity import Perplexity
-from hsa_compile.model.evaluation.results import Cell, Results
+from hsa_compile.model.evaluation.results import Cell, Results, draw
 from hsa_compile.model.evaluation.settings import length_label
 
 

@@ -13,12 +13,11 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import GREEDY, TEACHER_FORCED, VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import retrieval
-from hsa_compile.model.evaluation.jobs import run_jobs
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.results import Cell, retrieval_cells
 from hsa_compile.model.evaluation.retrieval import retrieval_jobs
 from hsa_compile.model.evaluation.settings import RetrievalSettings, least_length
-from hsa_compile.model.evaluation.subject import Subject
+from hsa_compile.model.evaluation.subject import Subject, run_jobs
 from hsa_compile.model.tasks.haystack import NoiseHaystack
 from hsa_compile.model.tasks.retrieval import TASKS
 from hsa_compile.model.transformer import HSATransformer

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.facts import (
+from hsa_compile.model.tasks.sample import (
     CHAIN_QUERY_BYTES,
     NEEDLE_BYTES,
     QUERY_BYTES,

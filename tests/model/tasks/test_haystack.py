@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.haystack import AssignmentHaystack, NoiseHaystack, TextHaystack, load_haystack
 
 CIRCLE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.facts import CHAIN_LENGTH, NEEDLE_BYTES
 from hsa_compile.model.tasks.haystack import Haystack, NoiseHaystack, TextHaystack
 from hsa_compile.model.tasks.retrieval import TASKS, make_edits, make_sample
-from hsa_compile.model.tasks.sample import TaskSample
+from hsa_compile.model.tasks.sample import CHAIN_LENGTH, NEEDLE_BYTES, TaskSample
 
 # Text that already assigns to every name that begins with a, and to a few others.
 ASSIGNING = b" ".join(

@@ -8,14 +8,23 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
 from hsa_compile.model.training.config_file import from_dict
-from hsa_compile.model.training.feed import AHEAD, Feed, check_rows, held_out_mixture, make_batch, mixtures, open_corpus
-from hsa_compile.model.training.stages import StepPlan, plan_step
+from hsa_compile.model.training.feed import (
+    AHEAD,
+    Feed,
+    StepPlan,
+    check_rows,
+    held_out_mixture,
+    make_batch,
+    mixtures,
+    open_corpus,
+    plan_step,
+)
 
 
 def test_a_feed_that_begins_later_gives_the_same_batches() -> None:

@@ -10,8 +10,8 @@ from small_runs import small_run
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
+from hsa_compile.model.training.feed import stage_at
 from hsa_compile.model.training.pace import LEFT_OUT, Pace
-from hsa_compile.model.training.stages import stage_at
 from hsa_compile.paths import CHECKPOINT_DIR
 
 STAGES = [

@@ -10,8 +10,8 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
+from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.data.sources import find_sources
 from hsa_compile.model.pretrained import from_pretrained, read_extra
 from hsa_compile.model.training import run as run_module
 from hsa_compile.model.training.checkpoint import checkpoints, read_state

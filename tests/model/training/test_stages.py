@@ -7,7 +7,7 @@ from small_runs import small_run
 from hsa_compile.model.layers.hs_attention import Retrieval
 from hsa_compile.model.layers.window_attention import WindowAttention
 from hsa_compile.model.training.config import Stage
-from hsa_compile.model.training.stages import NUM_LENGTHS, apply_stage, lengths, plan_step, stage_at
+from hsa_compile.model.training.feed import NUM_LENGTHS, apply_stage, lengths, plan_step, stage_at
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")

@@ -7,9 +7,8 @@ from small_runs import small_run
 from hsa_compile.errors import TrainingError
 from hsa_compile.model.training import step as step_module
 from hsa_compile.model.training.config import RunConfig
-from hsa_compile.model.training.feed import StepBatch
+from hsa_compile.model.training.feed import StepBatch, StepPlan
 from hsa_compile.model.training.processes import Processes
-from hsa_compile.model.training.stages import StepPlan
 from hsa_compile.model.training.step import (
     LossModel,
     StepResult,

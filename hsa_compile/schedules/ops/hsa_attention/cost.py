@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from hsa_compile.peaks import Limits
 from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.schedules.ops.backend import OVERLAP, Pass, Work
 from hsa_compile.schedules.ops.limits import MIN_ROWS, tile_rows
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.work import OVERLAP, Pass, Work
 
 
 def attention_work(problem: Problem, schedule: Schedule) -> Work:
