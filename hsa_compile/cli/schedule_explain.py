@@ -14,14 +14,14 @@ from hsa_compile.target import Target
 _MAX_RIVALS = 5
 
 
-@click.command(short_help="Which schedule a problem would run on, and why.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_90, …")
+@click.command(short_help="Show which schedule a problem would run on, and why.")
+@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, sm_90, …")
 @op_option("all")
 @shape_options
-@click.option("--all", "show_all", is_flag=True, help=f"All entries, not the nearest {_MAX_RIVALS}.")
+@click.option("--all", "show_all", is_flag=True, help=f"Show all entries, not only the nearest {_MAX_RIVALS}.")
 @json_option
 def explain(device: str, ops: tuple[str, ...], show_all: bool, as_json: bool, **shape: Any) -> None:
-    """Which schedule a problem would run on, what that is expected to lose, and why no other entry serves.
+    """Show which schedule a problem would run on, what that is expected to lose, and why no other entry serves.
 
     \b
     Examples:

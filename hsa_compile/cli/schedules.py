@@ -1,4 +1,4 @@
-"""`hsa-compile schedules`: look at what was tuned."""
+"""`hsa-compile schedules`: look at what was tuned, move it to another machine, or remove it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from hsa_compile.target import Target
 
 @click.command(short_help="Write the user's tuned schedules to FILE.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--device", help="Only this device's: auto, cpu, cuda:0, sm_90, …  Without it, all.")
+@click.option("--device", help="Take only this device's: auto, cpu, cuda:0, sm_90, …; all if left out.")
 def export(file: Path, device: str | None) -> None:
     """Write the user's tuned schedules to FILE, for `import` on another machine.
 
@@ -65,10 +65,10 @@ def schedules() -> None:
     """
 
 
-@schedules.command("list", short_help="All tuned schedules, one's own and shipped ones.")
+@schedules.command("list", short_help="List all tuned schedules, one's own and shipped ones.")
 @json_option
 def list_(as_json: bool) -> None:
-    """All tuned schedules, the user's and those that ship with the package.
+    """List all tuned schedules, the user's and those that ship with the package.
 
     A measured one was timed on its device; a predicted one is a model's choice for a device that was not there.
 
@@ -103,7 +103,7 @@ def list_(as_json: bool) -> None:
 @schedules.command()
 @click.argument("number", type=int)
 def show(number: int) -> None:
-    """Everything about entry NUMBER of the list, as JSON.
+    """Show everything about entry NUMBER of the list, as JSON.
 
     \b
     Example:
@@ -114,9 +114,9 @@ def show(number: int) -> None:
 
 
 @schedules.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_90, …")
+@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, sm_90, …")
 def path(device: str) -> None:
-    """The file that holds a device's schedules.
+    """Show the file that holds a device's schedules.
 
     A long file's newest entries lie in NAME.journal beside it; `export` takes both.
 
@@ -128,7 +128,7 @@ def path(device: str) -> None:
 
 
 @schedules.command()
-@click.option("--device", help="Only this device's: auto, cpu, cuda:0, …  Without it, all.")
+@click.option("--device", help="Remove only this device's: auto, cpu, cuda:0, …; all if left out.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clear(device: str | None, yes: bool) -> None:
     """Remove the user's tuned schedules.
