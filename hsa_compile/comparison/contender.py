@@ -21,7 +21,7 @@ def available(case: Case) -> str | None:
 
 
 def nothing(case: Case) -> str:
-    """No note."""
+    """Returns an empty note."""
     del case
     return ""
 
@@ -61,7 +61,7 @@ class Contender:
                 raise InvalidArgument(f"kind = {kind!r} is not one of {', '.join(KINDS)}")
 
     def effort_of(self, case: Case) -> float:
-        """As `effort`."""
+        """Returns the effort of a case, or the FLOPs of its work where `effort` is None."""
         return self.effort(case) if self.effort is not None else self.work(case).flops
 
 

@@ -4,6 +4,8 @@ from hsa_compile.model.cost.scale import ITEMSIZE, USABLE_MEMORY, Figure, Paper,
 from hsa_compile.model.inference.inference import upper_reach
 from hsa_compile.model.transformer import empty_model
 
+_DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x retrievals + caches + picks) / bandwidth"
+
 
 def serving_figures(paper: Paper) -> list[Figure]:
     """Returns all lines on serving; each device holds the whole model, and has texts of its own."""
@@ -79,9 +81,6 @@ def _decode(paper: Paper) -> list[Figure]:
     if figures and rate:
         figures.append(_rate(paper, rate, time))
     return figures
-
-
-_DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x retrievals + caches + picks) / bandwidth"
 
 
 def _rate(paper: Paper, texts: int, time: Times) -> Figure:
