@@ -35,17 +35,23 @@ Entry = tuple[str, Problem]
 
 @click.command()
 @click.option("--op", "kind", type=click.Choice([*KINDS, ALL]), default=ALL, show_default=True,
-              help="hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
+              help="Time hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
 @shape_options
-@click.option("--inputs", type=click.Choice(DISTRIBUTIONS), default="random", show_default=True, help="How picks fall.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of the inputs.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option(
+    "--inputs",
+    type=click.Choice(DISTRIBUTIONS),
+    default="random",
+    show_default=True,
+    help="How the picks of the inputs fall.",
+)
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Seed of the inputs.")
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, …")
 @click.option("--against", type=click.Choice(FAMILIES), multiple=True, default=FAMILIES, show_default=True,
-              help="May be repeated.")  # fmt: skip
+              help="What to compare with; may be repeated.")  # fmt: skip
 @click.option("--contender", "files", multiple=True, metavar="FILE.py:FUNCTION",
               help="A function of your own that is called as the op is. May be repeated.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=260, show_default=True,
-              help="For all shapes together.")  # fmt: skip
+              help="How many seconds all shapes may take together.")  # fmt: skip
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for two pictures.")
 def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ...],
@@ -53,14 +59,14 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
           **shape: Any) -> None:  # fmt: skip
     """Time the ops against what one would run instead, side by side on this device.
 
-    Against PyTorch's dense attention (sdpa), FlexAttention with a block mask of the same picks (flex), gathering what
-    each token picked (gather; for selection dense scores and topk), and flash-linear-attention's native sparse
-    attention (nsa). flex and nsa compute another function: one softmax over all chunks of a token.
+    They run beside PyTorch's dense attention (sdpa), FlexAttention with a block mask of the same picks (flex),
+    gathering what each token picked (gather; for selection dense scores and topk), and flash-linear-attention's native
+    sparse attention (nsa). flex and nsa compute another function: one softmax over all chunks of a token.
 
     Each contender is first compared with the float64 definition of what it claims; one that is wrong gets no time, and
     the exit code is 1. The others are timed in turns, so that drift hits all alike; time / ours is the median of the
     ratios within a round. Rates count the least that has to be computed and moved: backward as 2.5 times forward, each
-    tensor moved once. Ours runs on the schedules that lookup finds: tune first.
+    tensor moved once. Our ops run on the schedules that lookup finds, so tune first.
 
     \b
     A contender's function is called as one of
@@ -76,7 +82,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     """
     from hsa_compile.autotune.bench.device import check_memory
     from hsa_compile.cli.models.argument import device_of
-    from hsa_compile.comparison.case import check_length
+    from hsa_compile.comparison.contender import check_length
     from hsa_compile.comparison.contenders import contenders_for, load_contender
     from hsa_compile.comparison.peaks import peaks_of
     from hsa_compile.comparison.race import Race
@@ -86,7 +92,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     target = Target.of(place)
     chosen = {name: values for name, values in shape.items() if name in SHAPE_FIELDS and values}
     entries = _entries(target, chosen, [*KINDS] if kind == ALL else [kind])
-    for _, problem in entries:  # before the first is timed, so that the last does not end the run
+    for _, problem in entries:  # all are checked first, so that the last does not end the run
         check_length(problem)
         check_memory(problem, place)
     contenders = contenders_for(place, against)
@@ -98,7 +104,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     for line in _untuned(entries, target):
         click.echo(line, err=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntunedWarning)  # each would name a small shape of the checks
+        warnings.simplefilter("ignore", UntunedWarning)  # each would name a small shape that only the checks use
         results, complete = _run(race, entries, target, peaks)
     comparison = Comparison(
         device=_device_name(target),
@@ -121,7 +127,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
 def _run(
     race: Race, entries: Sequence[Entry], target: Target, peaks: dict[str, Peaks | None]
 ) -> tuple[list[Result], bool]:
-    """The results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished.
+    """Returns the results, and whether they are all: Ctrl-C ends the run and keeps the shapes that were finished.
 
     Peaks that are measured are measured again after each shape, and the best is kept.
     """
@@ -145,7 +151,7 @@ def _run(
 
 
 def _untuned(entries: Sequence[Entry], target: Target) -> list[str]:
-    """That problems run on a default schedule, where some do: the figures of ours hang on it."""
+    """Says how many problems run on a default schedule, if some do, since our figures hang on it."""
     problems = dict.fromkeys(
         problem.with_op(op) for kind, problem in entries for op in (problem.op, *([OPS[1]] if kind == BOTH else []))
     )
@@ -167,13 +173,13 @@ def _entries(target: Target, chosen: dict[str, list[Any]], kinds: Sequence[str])
 
 
 def _in_order(results: Sequence[Result], entries: Sequence[Entry]) -> list[Result]:
-    """Results as the shapes were asked for, rather than as they were timed."""
+    """Puts results in the order in which the shapes were asked for, rather than timed."""
     order = {entry: index for index, entry in enumerate(entries)}
     return sorted(results, key=lambda result: order[result.kind, result.problem])
 
 
 def _check_outputs(file: Path | None, plots: Path | None) -> None:
-    """Before minutes are spent on what cannot be written.
+    """Checks that figures and pictures can be written, before minutes are spent on them.
 
     Raises:
         InvalidArgument: a folder is not there or cannot be made.

@@ -1,4 +1,4 @@
-"""`hsa-compile doctor`: what will work on this machine, and what not."""
+"""`hsa-compile doctor`: what will work on this machine, and what will not."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from hsa_compile.versions import installed_versions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line: what was looked at, whether it is well, and the fact."""
+    """One line of the report: what was looked at, whether it is well, and the fact."""
 
     name: str
     ok: bool
@@ -27,7 +27,7 @@ class Finding:
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Device, versions, cache, and what will work here; a line each.
+    """Show the device, versions, the cache, and what will work here, a line each.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`hsa-compile emit`: print the source that a problem and a schedule become."""
+"""`hsa-compile emit`: print the source of the kernel that a problem and a schedule make."""
 
 from typing import Any
 
@@ -14,10 +14,18 @@ from hsa_compile.target import Target
 
 
 @click.command()
-@click.option("--target", "target_name", default="auto", show_default=True, help="auto, cpu, cuda:0, sm_80, sm_90, …")
+@click.option(
+    "--target",
+    "target_name",
+    default="auto",
+    show_default=True,
+    help="The device to emit for: auto, cpu, cuda:0, sm_80, sm_90, …",
+)
 @op_option("forward")
 @shape_options
-@click.option("--schedule", "schedule_text", help="'DATAFLOW KNOB=VALUE …'; the tuned one, else the default.")
+@click.option(
+    "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
+)
 def emit(target_name: str, ops: tuple[str, ...], schedule_text: str | None, **shape: Any) -> None:
     """Print the kernel that would run, for this device or for one that is not there.
 

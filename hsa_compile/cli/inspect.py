@@ -23,7 +23,7 @@ from hsa_compile.target import NAMED_TARGETS, Target
 if TYPE_CHECKING:
     from hsa_compile.kernels.ahead_of_time import KernelResources
 
-# What the default schedules are held to: nothing spilled at any of these points.
+# At none of these points may a default schedule spill registers.
 _MATRIX_DTYPES, _MATRIX_HEAD_DIMS = ("bfloat16", "float16"), (64, 128)
 _MATRIX_GROUPS, _MATRIX_CHUNKS = (1, 4, 16), (32, 64, 128)
 _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
@@ -40,8 +40,12 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 )
 @op_option("every")
 @shape_options
-@click.option("--schedule", "schedule_text", help="'DATAFLOW KNOB=VALUE …'; the tuned one, else the default.")
-@click.option("--matrix", is_flag=True, help="The default schedules over dtype x head dim x group x chunk size.")
+@click.option(
+    "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
+)
+@click.option(
+    "--matrix", is_flag=True, help="Inspect the default schedules over dtype x head dim x group x chunk size."
+)
 @click.option("--ptx", is_flag=True, help="Write the PTX of each kernel.")
 @click.option("--sass", is_flag=True, help="Write the machine code of each kernel (NVIDIA).")
 @click.option("--ttgir", is_flag=True, help="Write Triton's GPU intermediate code of each kernel.")

@@ -1,6 +1,6 @@
 """The command line's door: finds the command that is called, and turns errors into one line and an exit code.
 
-A command's file is imported when that command is called: --help, --version and the completion of a shell are quick.
+A command's file is imported when that command is called, so that --help, --version and a shell's completion are quick.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def show_warning(message: Warning | str, category: type[Warning], *_: object, **
     text = str(message)
     advice = _advice() if issubclass(category, UntunedWarning) else None
     if advice:
-        # Lengths of a model change with each prompt: that the nearest schedule is far away calls for nothing.
+        # A model's lengths change with each prompt, so nothing is to be done about a nearest schedule that is far away.
         if advice in _advised or issubclass(category, DistantWarning):
             return
         _advised.add(advice)
@@ -34,8 +34,8 @@ def show_warning(message: Warning | str, category: type[Warning], *_: object, **
 
 
 def _advice() -> str | None:
-    """A model asks for many problems: one command tunes them all, where each would name its own."""
-    context = click.get_current_context(silent=True)  # none in threads that a command started
+    """Names the one command that tunes all problems a model asks for; each warning would name its own."""
+    context = click.get_current_context(silent=True)  # threads that a command started have none
     if context is None or context.info_name not in _OF_A_MODEL:
         return None
     if context.info_name == "train":
@@ -50,7 +50,7 @@ FAILURE = 1
 INTERRUPTED = 130
 
 
-# Name of a command → where it is defined, and the line that `hsa-compile --help` shows for it.
+# Each command's name, where it is defined, and the line that `hsa-compile --help` shows for it.
 _COMMANDS = {
     "tune": ("hsa_compile.cli.tuning.tune:tune", "Find the fastest schedule on this machine, and store it."),
     "plan": ("hsa_compile.cli.tuning.plan:plan", "Show what `tune` with the same flags would do."),
@@ -61,7 +61,7 @@ _COMMANDS = {
     "prepare": ("hsa_compile.cli.models.prepare:prepare", "Turn text into a corpus that training maps into memory."),
     "model": ("hsa_compile.cli.models.model:model", "Show what a model costs."),
     "train": ("hsa_compile.cli.models.train:train", "Train a model."),
-    "eval": ("hsa_compile.cli.models.eval:evaluate", "Needles in haystacks by length and depth, and perplexity."),
+    "eval": ("hsa_compile.cli.models.eval:evaluate", "Evaluate a model: needles in haystacks, and perplexity."),
     "generate": ("hsa_compile.cli.models.generate:generate", "Continue a text with a model."),
     "bench": ("hsa_compile.cli.bench:bench", "Time the ops against what one would run instead."),
     "profile": ("hsa_compile.cli.models.profile:profile", "Show where the time of one warmed-up step goes."),
@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def _with_allowed(error: click.UsageError) -> str:
-    """Click's message, and for a word that is no command or flag those that are."""
+    """Returns click's message; for a word that is no command or flag it adds those that are."""
     message = error.format_message()
     if error.ctx is None or isinstance(error, click.BadParameter | click.BadOptionUsage):
         return message

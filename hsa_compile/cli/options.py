@@ -1,4 +1,4 @@
-"""Flags that several commands share: the shape of a problem, and how to print."""
+"""What several commands share: flags of a problem's shape, printing, Ctrl-C, and the problems that flags stand for."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ from hsa_compile.target import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MAX_DIGITS = 18  # Python refuses to read thousands
+_MAX_DIGITS = 18  # Python refuses to read thousands of digits
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 _OP_NAMES = {
     "forward": OPS[:1],
@@ -28,7 +28,7 @@ _OP_NAMES = {
     "decode": DECODE_OPS,
     "every": (*OPS, *SELECT_OPS, *DECODE_OPS),
 }
-_NARROWEST = 16  # columns of a table on a narrow terminal
+_NARROWEST = 16  # the least width of a table's column on a narrow terminal
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -66,14 +66,14 @@ class Dtypes(click.ParamType):
 
 
 _SHAPE_FLAGS = (
-    ("--batch", "batch", Counts(), "Sequences in a batch."),
-    ("--seq-len", "seq_len", Counts(), "Tokens of a sequence (16k works)."),
+    ("--batch", "batch", Counts(), "How many sequences a batch has."),
+    ("--seq-len", "seq_len", Counts(), "How many tokens a sequence has (16k works)."),
     ("--heads", "num_heads", Counts(), "Query heads."),
     ("--kv-heads", "num_kv_heads", Counts(), "Key/value heads."),
     ("--head-dim", "head_dim", Counts(), "Size of a head."),
-    ("--chunk-size", "chunk_size", Counts(), "Keys in a chunk."),
-    ("--top-k", "top_k", Counts(), "Chunks that a token picks."),
-    ("--dtype", "dtype", Dtypes(), "Of q, k and v."),
+    ("--chunk-size", "chunk_size", Counts(), "How many keys a chunk has."),
+    ("--top-k", "top_k", Counts(), "How many chunks a token picks."),
+    ("--dtype", "dtype", Dtypes(), "Dtype of q, k and v."),
 )
 SHAPE_FIELDS = tuple(field for _, field, _, _ in _SHAPE_FLAGS)
 
@@ -94,7 +94,7 @@ def op_option(default: str) -> Callable[[F], F]:
         default=default,
         show_default=True,
         callback=lambda ctx, param, value: _OP_NAMES[value],
-        help="Of hsa_attention forward, backward or both (all); select_chunks; hsa_decode, one token; every one.",
+        help="Which op: hsa_attention forward, backward or both (all); select_chunks; hsa_decode (a token); every one.",
     )
 
 
@@ -102,7 +102,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "nothing to show") -> None:
-    """Rows with equal keys as a table, or as a JSON list."""
+    """Prints rows with equal keys as a table, or as a JSON list."""
     if as_json:
         print_json(list(rows))
     elif rows:
@@ -112,10 +112,10 @@ def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "n
 
 
 def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numbers: bool = True) -> str:
-    """As wide as its words; on a terminal that is narrower, the widest columns are broken between words.
+    """Makes a table as wide as its words; on a narrower terminal it breaks the widest columns between words.
 
     Args:
-        numbers: aligns what looks like a number to the right.
+        numbers: whether to align what looks like a number to the right.
     """
     import tabulate
 
@@ -135,18 +135,18 @@ def _width(text: str) -> int:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 core`, `2 cores`."""
+    """Writes `1 core`, `2 cores`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_json(value: Any) -> None:
-    """A value as indented JSON."""
+    """Prints a value as indented JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @contextlib.contextmanager
 def stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt, as the first would have.
+    """Yields an event that the first Ctrl-C sets; the second raises KeyboardInterrupt, as the first would have.
 
     Where this is not the main thread, which alone may catch signals, nothing is changed.
     """
@@ -168,7 +168,7 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-# What `tune` takes where nothing is said: the published HSA shapes (head group of 16, chunks of 64) at a size that
+# What `tune` takes where no flag is given: the published HSA shapes (head group of 16, chunks of 64) at a size that
 # a CPU tunes in two minutes, or at one that keeps a GPU busy.
 _CPU_DEFAULTS = {
     "batch": 1, "seq_len": 4096, "num_heads": 16, "num_kv_heads": 1, "head_dim": 64, "chunk_size": 64, "top_k": 8,
@@ -181,12 +181,12 @@ _GPU_DEFAULTS = {
 
 
 def default_fields(target: Target) -> dict[str, Any]:
-    """Fields of the problem that stands for a target where a person names none."""
+    """Returns the fields of the problem that stands for a target where a person names none."""
     return dict(_CPU_DEFAULTS if target.kind == "cpu" else _GPU_DEFAULTS)
 
 
 def expand(target: Target, chosen: Mapping[str, Sequence[Any]], ops: Sequence[str] = OPS) -> list[Problem]:
-    """Every combination of the chosen values, the rest by default; the ops of one shape stand side by side.
+    """Makes a problem of every combination of the chosen values, the rest by default; ops of a shape stand together.
 
     Raises:
         InvalidProblem: a combination is not a problem.
@@ -198,7 +198,7 @@ def expand(target: Target, chosen: Mapping[str, Sequence[Any]], ops: Sequence[st
 
 
 def _problem(op: str, shape: Mapping[str, Any]) -> Problem:
-    """A retrieval head belongs to a kv head; its width is taken to be the same. A decoded token is the last of its
+    """Makes a problem of a shape: a retrieval head is as wide as its kv head, and a decoded token is the last of its
     sequence, which lies in pages."""
     if op in DECODE_OPS:
         return Problem(op=op, **{**shape, "seq_len": 1, "kv_len": shape["seq_len"], "paged": True})

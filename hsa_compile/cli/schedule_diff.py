@@ -18,10 +18,10 @@ from hsa_compile.target import Target
 
 
 def entry_number(number: int) -> tuple[str, TuningRecord]:
-    """Origin and record of an entry of the list.
+    """Returns origin and record of an entry of the list.
 
     Raises:
-        InvalidArgument: there is none of that number.
+        InvalidArgument: no entry has that number.
     """
     entries = list(default_cache().entries())
     if not 1 <= number <= len(entries):
@@ -30,7 +30,7 @@ def entry_number(number: int) -> tuple[str, TuningRecord]:
 
 
 def entry_values(number: int, origin: str, record: TuningRecord) -> dict[str, Any]:
-    """Everything about an entry, ready for JSON."""
+    """Returns everything about an entry, ready for JSON."""
     return {"number": number, "origin": origin, "speedup": record.speedup, **record.to_dict()}
 
 
@@ -39,7 +39,7 @@ def entry_values(number: int, origin: str, record: TuningRecord) -> dict[str, An
 @click.argument("other")
 @json_option
 def diff(one: str, other: str, as_json: bool) -> None:
-    """What differs between ONE and OTHER: numbers of the list, files, or names of devices.
+    """Show what differs between ONE and OTHER: numbers of the list, files, or names of devices.
 
     Two entries are compared field by field; two files or devices, problem by problem.
 
@@ -65,7 +65,7 @@ def _entry_rows(one: TuningRecord, other: TuningRecord) -> Iterator[dict[str, st
 
 
 def _shown(value: Any) -> str:
-    """Times with four digits, schedules as everywhere else."""
+    """Writes times with four digits, and schedules as everywhere else."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _verdict(left: TuningRecord | None, right: TuningRecord | None) -> str:
 
 
 def _records(name: str) -> dict[Problem, TuningRecord]:
-    """The entries of a file or a device by their problem, lengths rounded as in the cache."""
+    """Returns the entries of a file or a device by their problem, with lengths rounded as in the cache."""
     path = Path(name)
     if path.is_file():
         records = _records_in(path)
@@ -122,7 +122,7 @@ def _records(name: str) -> dict[Problem, TuningRecord]:
 
 
 def _records_in(path: Path) -> list[TuningRecord]:
-    """Of an exported file, or of a file of the cache."""
+    """Reads the entries of an exported file, or of a file of the cache."""
     if FORMAT in path.read_text(encoding="utf-8", errors="replace")[:200]:
         return list(import_records(path).records)
     records, damages = read_records(path)

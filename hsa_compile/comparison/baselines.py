@@ -16,16 +16,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsa_compile.comparison.case import Call, Case, dense_work
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD
-from hsa_compile.comparison.contender import DENSE, SPARSE, Contender, available
-from hsa_compile.comparison.gather import too_large
+from hsa_compile.comparison.contender import DENSE, SPARSE, Call, Case, Contender, available, dense_work
+from hsa_compile.comparison.same_function import too_large
 from hsa_compile.errors import NotFinite, WrongResult
 from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.paths import cxx_compiler
 
 _SAMPLED_TOKENS = 16
 _LARGEST_SCORES = 1 << 25  # the most scores of sampled tokens that are made in float64
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_BLOCK = 128  # tokens and keys in a block, which is the granularity of FlexAttention's own masks
+_LEAST_GROUP = 16
 
 
 def check_other(computes: str) -> Callable[[Case, Call], None]:
@@ -109,14 +116,6 @@ def _one_softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     return torch.einsum("bthgs,bshd->bthgd", attention, v).flatten(2, 3)
 
 
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
-
 def dense_contenders(device: torch.device) -> list[Contender]:
     """Returns causal attention to everything, which one runs who has no sparse attention."""
     if device.type == "cpu":
@@ -183,9 +182,6 @@ def _scores_too_large(case: Case) -> str | None:
     scores = problem.batch * problem.num_heads * problem.seq_len * problem.kv_len
     copies = 4 if case.kind == BOTH else 2
     return too_large("its score matrix", copies * scores * problem.itemsize, case.device)
-
-
-_BLOCK = 128  # tokens and keys in a block, which is the granularity of FlexAttention's own masks
 
 
 def flex_contenders() -> list[Contender]:
@@ -263,9 +259,6 @@ def _why_not_flex(case: Case) -> str | None:
         return "FlexAttention takes no float64"
     bits = problem.batch * problem.num_kv_heads * problem.seq_len * problem.num_chunks
     return too_large("the mask of its picks", bits * (1 + problem.chunk_size / _BLOCK), case.device)
-
-
-_LEAST_GROUP = 16
 
 
 def nsa_contenders() -> list[Contender]:

@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 
 from hsa_compile.comparison.baselines import dense_contenders, flex_contenders, nsa_contenders
-from hsa_compile.comparison.case import Case
 from hsa_compile.comparison.choices import BOTH, DECODE, FAMILIES, FORWARD, SELECT
-from hsa_compile.comparison.contender import FOREIGN_ERRORS, Contender, one_line
-from hsa_compile.comparison.gather import gather_contenders
-from hsa_compile.comparison.same_function import Function, same_function
+from hsa_compile.comparison.contender import FOREIGN_ERRORS, Case, Contender, one_line
+from hsa_compile.comparison.same_function import Function, gather_contenders, same_function
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention.op import hsa_attention
 from hsa_compile.kernels.hsa_decode.op import hsa_decode

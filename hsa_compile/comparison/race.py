@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hsa_compile.comparison.case import Call, Case
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
-from hsa_compile.comparison.contender import FOREIGN_ERRORS, SAME, Contender, one_line
+from hsa_compile.comparison.contender import FOREIGN_ERRORS, SAME, Call, Case, Contender, one_line
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG, Result
 from hsa_compile.errors import WrongResult

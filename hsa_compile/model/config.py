@@ -26,7 +26,7 @@ PROTOCOLS = {
 PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks
 
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
-STEPS = (TRAIN, PREFILL, DECODE)  # that can be profiled
+STEPS = (TRAIN, PREFILL, DECODE)  # the steps that can be profiled
 
 DEFAULT_MFU = 0.4  # share of the peak that training and serving are assumed to reach on paper
 
@@ -187,12 +187,12 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """Layers of both halves."""
+        """How many layers both halves have."""
         return self.num_lower_layers + self.num_upper_layers
 
     @property
     def num_upper_layers(self) -> int:
-        """Layers above the memory."""
+        """How many layers are above the memory."""
         return self.num_groups * self.layers_per_group
 
     @property
@@ -247,12 +247,12 @@ class ModelConfig:
         return LayerSpec(mixer="full" if self.variant == "full" else "window", mlp="moe" if sparse else "dense")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "ModelConfig":
-        """The config that `to_dict` wrote.
+        """Makes the config that `to_dict` wrote.
 
         Raises:
             InvalidArgument: a field is missing, unknown or out of range.

@@ -107,7 +107,7 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         """Does nothing: `HSATransformer` draws its own weights."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        """The embedding."""
+        """Returns the embedding."""
         return self.model.embedding
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
@@ -164,7 +164,7 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """256."""
+        """The number of bytes, 256."""
         return 256
 
     def get_vocab(self) -> dict[str, int]:

@@ -89,7 +89,7 @@ class Layer(nn.Module):
         return x, selection, cache
 
     def empty_cache(self, batch: int, like: Tensor) -> Cache | None:
-        """The mixer's cache before the first token, in the dtype and on the device of `like`; None without a mixer."""
+        """Returns the mixer's cache before the first token, in dtype and device like `like`; None without a mixer."""
         if isinstance(self.mixer, Mamba2):
             return self.mixer.initial_state(batch, like)
         if isinstance(self.mixer, WindowAttention | FullAttention):

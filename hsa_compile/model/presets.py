@@ -112,7 +112,7 @@ PRESETS = {"tiny": _TINY, "small": _SMALL, "345m": _345M, "0.5b": _HALF_B, "8b-a
 
 
 def preset(name: str, variant: str = "hsa-ultralong") -> ModelConfig:
-    """The config of that name, as a member of the family.
+    """Returns the config of a preset in one of its variants.
 
     Args:
         name: one of `PRESETS`.

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hsa_compile.comparison.case import Case
 from hsa_compile.comparison.choices import DECODE, KINDS, SELECT
+from hsa_compile.comparison.contender import Case
 from hsa_compile.problem import Problem
 
 CPU = torch.device("cpu")

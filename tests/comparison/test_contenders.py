@@ -19,12 +19,10 @@ from hsa_compile.comparison.baselines import (
     nsa_contenders,
     sampled_tokens,
 )
-from hsa_compile.comparison.case import Case, dense_work, sparse_work
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
-from hsa_compile.comparison.contender import DENSE, SAME, SPARSE
+from hsa_compile.comparison.contender import DENSE, SAME, SPARSE, Case, dense_work, sparse_work
 from hsa_compile.comparison.contenders import OURS, contenders_for
-from hsa_compile.comparison.gather import dense_topk, gather_attention, gather_decode
-from hsa_compile.comparison.same_function import bind, check_function
+from hsa_compile.comparison.same_function import bind, check_function, dense_topk, gather_attention, gather_decode
 from hsa_compile.errors import InvalidArgument, NotFinite, WrongResult
 
 CaseOf = Callable[..., Case]
@@ -155,7 +153,7 @@ def test_what_cannot_run_here_says_why(case_of: CaseOf, monkeypatch: pytest.Monk
     gather = contenders_for(CPU, ("gather",))[1]
     assert gather.computes == SAME
     assert gather.why_not(case_of(BOTH)) is None
-    monkeypatch.setattr("hsa_compile.comparison.gather.free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("hsa_compile.comparison.same_function.free_bytes", lambda device: 1 << 20)
     assert "what it saves for backward would take about" in str(gather.why_not(case_of(BOTH)))
     assert gather.why_not(case_of(FORWARD)) is None
     assert free_bytes(CPU) != 1 << 20

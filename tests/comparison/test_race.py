@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from hsa_compile.comparison import race as module
-from hsa_compile.comparison.case import Case
 from hsa_compile.comparison.choices import DECODE, FORWARD, KINDS
-from hsa_compile.comparison.contender import DENSE, SAME, Contender
+from hsa_compile.comparison.contender import DENSE, SAME, Case, Contender
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.race import MAX_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, Race, _num_rounds
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG

@@ -15,14 +15,14 @@ from hsa_compile.paths import CHECKPOINT_DIR
 
 
 def config_of(model: str, variant: str | None) -> ModelConfig:
-    """The config of a preset or of a saved model.
+    """Returns the config of a preset or of a saved model.
 
     Args:
-        model: name of a preset, or a directory.
-        variant: of the preset; None for `hsa-ultralong`.
+        model: the name of a preset, or a directory.
+        variant: which variant of the preset is meant; None for `hsa-ultralong`.
 
     Raises:
-        InvalidArgument: neither a preset nor a directory, or a variant of a saved model.
+        InvalidArgument: `model` is neither a preset nor a directory, or a variant is named for a saved model.
     """
     if model in PRESETS:
         return preset(model, variant or VARIANTS[0])
@@ -36,17 +36,17 @@ def config_of(model: str, variant: str | None) -> ModelConfig:
 def load_model(
     name: str, variant: str | None, *, device: torch.device, dtype: str | None, random_seed: int | None = None
 ) -> tuple[HSATransformer, Tokenizer]:
-    """A model in evaluation mode, and its tokenizer.
+    """Loads a model in evaluation mode, and its tokenizer.
 
     Args:
-        name: directory of a saved model, or a preset: one that is shipped trained, unless weights are to be random.
-        variant: of a preset with random weights.
-        device: for the weights.
-        dtype: of the weights, by its name; as saved if None.
-        random_seed: by which the weights of a preset are drawn; None for trained ones.
+        name: the directory of a saved model, or a preset: one that is shipped trained, unless weights are random.
+        variant: which variant of the preset is meant, with random weights.
+        device: where the weights are put.
+        dtype: the name of the dtype that the weights get; the saved one if None.
+        random_seed: the seed by which a preset's weights are drawn; None for trained ones.
 
     Raises:
-        InvalidArgument: as of `config_of`, or there are no trained weights of a preset.
+        InvalidArgument: for the reasons of `config_of`, or there are no trained weights of a preset.
         SaveError: the saved model is damaged or foreign.
     """
     chosen = getattr(torch, DTYPE_ALIASES.get(dtype, dtype)) if dtype is not None else None
@@ -68,10 +68,10 @@ def load_model(
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a person named; `auto` is a GPU if there is one.
+    """Returns the device that a person named; `auto` is a GPU if there is one.
 
     Raises:
-        InvalidArgument: it is not known or not here.
+        InvalidArgument: the device is not known or not here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

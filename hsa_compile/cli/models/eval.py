@@ -27,7 +27,7 @@ ALL, BOTH, DEFAULT = "all", "both", "s-niah"
 
 
 class Depths(click.ParamType):
-    """Depths from 0 to 1 separated by commas, or one integer of 2 or more: as many, spread evenly."""
+    """Depths from 0 to 1 separated by commas, or one integer of 2 or more for as many, spread evenly."""
 
     name = "D[,D…]|N"
 
@@ -49,36 +49,47 @@ class Depths(click.ParamType):
 
 @click.command("eval")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
-              help="A saved model; tiny is shipped trained.")  # fmt: skip
+              help="The model to evaluate, saved by train; tiny is shipped trained.")  # fmt: skip
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
-              show_default="s-niah, or none with --harness", help="May be repeated.")  # fmt: skip
-@click.option("--harness", metavar="TASK[,TASK…]", help="Tasks of lm-evaluation-harness; needs the extra harness.")
+              show_default="s-niah, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
+@click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
 @click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
-              help="More tasks for it, as YAML files.")  # fmt: skip
-@click.option("--harness-limit", type=click.IntRange(min=1), metavar="N", help="Samples of each; all if not given.")
-@click.option("--lengths", type=Counts(), default="4k,64k", show_default=True, help="In tokens; 4k is 4096.")
+              help="A folder of more tasks for --harness, as YAML files.")  # fmt: skip
+@click.option(
+    "--harness-limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many samples each of these tasks takes; all if left out.",
+)
+@click.option(
+    "--lengths", type=Counts(), default="4k,64k", show_default=True, help="Lengths of the texts in tokens; 4k is 4096."
+)
 @click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
-              help="Of the first asked needle, 1 next to the question; or how many, spread evenly.")  # fmt: skip
+              help="Where the first asked needle lies, 1 next to the question; or a number of them.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=10, show_default=True,
-              help="Of each task, length and depth; texts for ppl.")  # fmt: skip
+              help="How many samples for each task, length and depth; for ppl how many texts.")  # fmt: skip
 @click.option("--haystack", default="noise", show_default=True, metavar="noise|stdlib|DIR",
-              help="Text around the needles; for ppl a prepared corpus, stdlib if it is noise.")  # fmt: skip
+              help="The text around the needles; for ppl a prepared corpus, stdlib if it is noise.")  # fmt: skip
 @click.option("--min-distance", type=click.IntRange(min=0), default=0, show_default=True,
               help="More than so many bytes lie between needles and question.")  # fmt: skip
 @click.option("--protocol", type=click.Choice([*PROTOCOLS, BOTH]), default=TEACHER_FORCED, show_default=True,
               help="How answers are judged.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), show_default="0, or the harness's own",
-              help="Of the samples.")  # fmt: skip
+              help="Seed of the samples.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="evaluation", show_default=True,
-              help="Folder of the results.")  # fmt: skip
+              help="The folder that results go to.")  # fmt: skip
 @click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
               help="Where chunk keys and values lie.")  # fmt: skip
 @click.option(
-    "--memory-dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of both; the weights' if not given."
+    "--memory-dtype",
+    type=click.Choice([*DTYPES, *DTYPE_ALIASES]),
+    help="Dtype of chunk keys and values; the weights' if left out.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Chunks that a token picks; the model's own if not given.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
+@click.option("--top-k", type=click.IntRange(min=1), help="How many chunks a token picks; the model's own if left out.")
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, …")
+@click.option(
+    "--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Dtype of the weights; as saved if left out."
+)
 @json_option
 def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_path: Path | None,
              harness_limit: int | None, lengths: list[int], depths: tuple[float, ...], samples: int,
@@ -100,11 +111,11 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
       greedy           generation byte by byte; the text up to the first full stop must be the answer
 
     A haystack is read once for all its samples, which then cost only what they change; ramba and full read each
-    sample as a whole. Perplexity is of documents of a validation split that are as long as the longest context, or, if
-    there are too few, of the split's documents joined.
+    sample as a whole. Perplexity is measured on documents of a validation split that are as long as the longest
+    context, or, if there are too few, on the split's documents joined.
 
     With --harness, tasks of lm-evaluation-harness are run by its own evaluator, and no others unless --task is given
-    too; of the flags below, --harness-path, --harness-limit, --seed and those of the model and the output are for them.
+    too. --harness-path, --harness-limit, --seed and the flags of the model and the output apply to them.
     Contexts are never cut to a window: the memory has no limit. Tables are the harness's own; OUT gets harness.json.
     Data sets come from where a task's YAML file says, as a rule the network.
 
@@ -166,7 +177,7 @@ def _open_harness(words: str | None, path: Path | None, limit: int | None, seed:
             given = "--harness-limit" if path is None else "--harness-path"
             raise InvalidArgument(f"{given} is for tasks of --harness TASK[,TASK…], which is not given")
         return None
-    from hsa_compile.model.evaluation.harness_tasks import open_harness  # an extra, and long to import
+    from hsa_compile.model.evaluation.harness_tasks import open_harness  # it is an extra, and takes long to import
 
     names = [name.strip() for name in words.split(",")]
     return open_harness([name for name in names if name], path, limit=limit, seed=seed)
@@ -191,7 +202,7 @@ def _run(
     jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
-    # None: shown on a terminal only
+    # None shows it on a terminal only.
     with tqdm.tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=(quiet or not jobs) or None) as bar:
 
         def show(label: str, tokens: int) -> None:
@@ -232,6 +243,6 @@ def _show(results: Results | None, answers: HarnessResults | None, out: Path, as
 
 
 def _title(directory: str) -> str:
-    """The name of a model: of its folder, or of its run where that folder is called `model`."""
+    """Returns a model's name: that of its folder, or that of its run where the folder is called `model`."""
     path = Path(directory).resolve()
     return path.parent.name if path.name == "model" and path.parent.name else path.name

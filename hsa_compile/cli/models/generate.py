@@ -22,38 +22,56 @@ if TYPE_CHECKING:
     from hsa_compile.model.inference.inference import ModelState
     from hsa_compile.model.transformer import HSATransformer
 
-_PROGRESS_FROM = 4  # pieces; what is shorter is read at once
+_PROGRESS_FROM = 4  # from so many pieces on there is a progress bar
 
 
 @click.command()
-@click.option("--model", "name", required=True, metavar="DIR|PRESET", help="A saved model; tiny is shipped trained.")
-@click.option("--random-weights", is_flag=True, help="A preset whose weights are drawn with --seed: noise.")
-@click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
+@click.option(
+    "--model", "name", required=True, metavar="DIR|PRESET", help="The model, saved by train; tiny is shipped trained."
+)
+@click.option("--random-weights", is_flag=True, help="Draw a preset's weights with --seed; it writes noise.")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Which variant of the preset.")
 @click.option("--prompt", help="The text to continue.")
-@click.option("--prompt-file", type=click.File("rb"), help="A file that holds it; - is standard input.")
-@click.option("--max-new-tokens", type=click.IntRange(min=0), default=256, show_default=True, help="0 only reads.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--prompt-file", type=click.File("rb"), help="A file that holds the text; - is standard input.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="How many tokens to write at most; 0 only reads.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="What logits are divided by; 0 is greedy.",
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-              help="Draw from the most likely tokens of this much probability.")  # fmt: skip
+              help="Draw only from the most likely tokens that sum to this probability.")  # fmt: skip
 @click.option("--stop", multiple=True, help="A text to end before; may be repeated.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of what is drawn.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Seed of what is drawn.")
 @click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
               help="Where chunk keys and values lie.")  # fmt: skip
-@click.option("--memory-dir", type=click.Path(file_okay=False, path_type=Path), help="Of --memory disk.")
+@click.option(
+    "--memory-dir", type=click.Path(file_okay=False, path_type=Path), help="The folder for the file of --memory disk."
+)
 @click.option("--save-memory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Keep what was read, once the prompt is.")  # fmt: skip
+              help="Save what was read there, once the prompt is read.")  # fmt: skip
 @click.option("--load-memory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Go on from what was read before.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; as saved if not given.")
+              help="Go on from what --save-memory saved.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, …")
+@click.option(
+    "--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Dtype of the weights; as saved if left out."
+)
 def generate(name: str, random_weights: bool, variant: str | None, prompt: str | None, prompt_file: BinaryIO | None,
              max_new_tokens: int, stop: tuple[str, ...], memory: str, memory_dir: Path | None,
              save_memory: Path | None, load_memory: Path | None, device: str, dtype: str | None,
              **sampling: Any) -> None:  # fmt: skip
     """Continue a text with a model; the new text goes to standard output as it comes.
 
-    The prompt is read by the exact fast prefill, in time linear in its length. It ends at a stop text, at the
-    tokenizer's end of a document, or after --max-new-tokens. A book is read once and asked many times:
+    The prompt is read by the exact fast prefill, in time linear in its length. The new text ends at a stop text, at
+    the tokenizer's end of a document, or after --max-new-tokens. A book can be read once and asked many times:
 
     \b
       hsa-compile generate --model DIR --prompt-file book.txt --max-new-tokens 0 --save-memory book
@@ -105,7 +123,7 @@ def _write(
 
     steps = stream(model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, state=state)
     with _progress(model, len(tokens)):
-        step = next(steps, None)  # reads the prompt, and nothing more
+        step = next(steps, None)  # this reads the prompt, and nothing more
     if save_memory is not None:
         save_state(model, state, save_memory)
         click.echo(f"read {state.positions[0]:,} tokens in all; kept in {save_memory}", err=True)
@@ -132,13 +150,13 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
         raise InvalidArgument(f"the prompt is no UTF-8 text ({error}); tokenizer {tokenizer.name} needs it") from error
     if len(tokens) == 0:
         raise InvalidArgument("the prompt is empty; at least one token is needed")
-    # Bytes stay bytes: a book of 16M tokens need not be eight times as large.
+    # Bytes stay bytes, so that a book of 16M tokens need not be eight times as large.
     return torch.from_numpy(tokens.astype(np.uint8 if tokens.dtype == np.uint8 else np.int64))
 
 
 @contextlib.contextmanager
 def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
-    """A bar on standard error while a long prompt runs through the first layer."""
+    """Shows a bar on standard error while a long prompt runs through the first layer."""
     import tqdm
 
     from hsa_compile.model.inference.inference import PIECE

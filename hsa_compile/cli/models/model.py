@@ -22,7 +22,7 @@ _TIMES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")
 
 
 def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
-    """Both tables, ready for JSON."""
+    """Returns the tables of training and serving, ready for JSON."""
     from hsa_compile.model.cost.phases import serving_figures, training_figures
     from hsa_compile.model.cost.scale import figures_to_dict
 
@@ -36,7 +36,7 @@ def scale_to_dict(paper: Paper, batch_tokens: int) -> dict[str, Any]:
 
 
 def print_scale(paper: Paper, batch_tokens: int) -> None:
-    """Both tables, each line with its formula."""
+    """Prints the tables of training and serving, each line with its formula."""
     from hsa_compile.model.cost.phases import serving_figures, training_figures
 
     cluster, limits = paper.cluster, paper.limits
@@ -86,23 +86,31 @@ _COUNTS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 @click.group()
 def model() -> None:
-    """The bundled language model."""
+    """Show facts about the bundled language model."""
 
 
-@model.command(short_help="Layers, parameters, memory and FLOPs; with --devices, scale.")
+@model.command(short_help="Show layers, parameters, memory and FLOPs; with --devices, scale.")
 @click.argument("name", metavar="PRESET|DIR")
-@click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset; hsa-ultralong if nothing is said.")
-@click.option("--context", type=Counts(), default="8k", show_default=True, help="Tokens of text (16m works).")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Which variant of the preset; hsa-ultralong if left out.")
+@click.option(
+    "--context", type=Counts(), default="8k", show_default=True, help="How many tokens of text it reads (16m works)."
+)
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES, *DTYPE_ALIASES]),
     default="bf16",
     show_default=True,
-    help="Of weights, caches and memory.",
+    help="Dtype of weights, caches and memory.",
 )
-@click.option("--devices", metavar="[Nx]DEVICE", help="Also training and serving there, on paper: 64xh100.")
-@click.option("--mfu", type=float, default=DEFAULT_MFU, show_default=True, help="Assumed share of the peak.")
-@click.option("--batch-tokens", type=Counts(), default="4m", show_default=True, help="Tokens of a training step.")
+@click.option(
+    "--devices", metavar="[Nx]DEVICE", help="Also show training and serving on such devices, on paper: 64xh100."
+)
+@click.option(
+    "--mfu", type=float, default=DEFAULT_MFU, show_default=True, help="Share of the devices' peak that is assumed."
+)
+@click.option(
+    "--batch-tokens", type=Counts(), default="4m", show_default=True, help="How many tokens a training step takes."
+)
 @json_option
 def info(
     name: str, variant: str | None, context: list[int], dtype: str, devices: str | None, mfu: float,
@@ -111,11 +119,11 @@ def info(
     """Show layers, parameters, memory at a context length and FLOPs of a model; no weight is allocated.
 
     PRESET is tiny, small, 345m, 0.5b or 8b-a1b; DIR is what a training run or save_pretrained wrote. FLOPs are
-    products only, a token of text, on average over the context; training counts three times the forward pass.
+    those of products, for a token of text, on average over the context; training counts three times the forward pass.
 
-    With --devices, what training and serving at that context would take on so many a100, h100, h200, b200 or mi300x,
-    in bfloat16: bounds from the device table that the tuner predicts by, the same at an assumed share of the peak,
-    and the formula of each.
+    With --devices it also shows what training and serving at that context would take on so many a100, h100, h200, b200
+    or mi300x, in bfloat16: bounds from the device table that the tuner predicts by, the same at an assumed share of the
+    peak, and the formula of each.
 
     \b
     Examples:
@@ -155,7 +163,7 @@ def info(
 
 
 def _layer_rows(counted: ModelInfo) -> Iterator[tuple[Any, ...]]:
-    """Layers that are alike and follow each other share a row; sizes are of one of them."""
+    """Yields a row for all layers that are alike and follow each other; sizes are those of one of them."""
     config = counted.config
     groups: list[list[LayerInfo]] = []
     for layer in counted.layers:

@@ -1,4 +1,4 @@
-"""`hsa-compile prepare`: text becomes a corpus that training maps into memory."""
+"""`hsa-compile prepare`: how text becomes a corpus that training maps into memory."""
 
 import json
 from dataclasses import asdict
@@ -14,9 +14,13 @@ _MAX_NAMED = 10
 
 @click.command()
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the corpus.")
-@click.option("--tokenizer", default="bytes", show_default=True, help="'bytes', or a TOKENIZER.json.")
-@click.option("--corpus", type=click.Choice(["stdlib"]), help="Sources that this machine has: Python's own library.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder that the corpus goes to."
+)
+@click.option("--tokenizer", default="bytes", show_default=True, help="The tokenizer: 'bytes', or a TOKENIZER.json.")
+@click.option(
+    "--corpus", type=click.Choice(["stdlib"]), help="Use sources that this machine has: Python's own library."
+)
 @click.option(
     "--validation",
     type=click.FloatRange(0, 1, max_open=True),
@@ -24,19 +28,19 @@ _MAX_NAMED = 10
     show_default=True,
     help="Share of documents held out, chosen by their hash.",
 )
-@click.option("--field", default="text", show_default=True, help="Of JSONL and Parquet, that holds the text.")
+@click.option("--field", default="text", show_default=True, help="The field of JSONL and Parquet that holds the text.")
 @click.option("--overwrite", is_flag=True, help="Start anew, whatever corpus the folder holds.")
 @json_option
 def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | None, validation: float,
             field: str, overwrite: bool, as_json: bool) -> None:  # fmt: skip
     """Turn text into a corpus that training maps into memory.
 
-    A SOURCE is a file, a folder, or hf:NAME[@SPLIT], a data set of Hugging Face. By their names, files are JSONL
-    (.jsonl, .ndjson), Parquet (.parquet) or text, one document each; .gz and .zst are unpacked. Equal documents are
-    kept once. Interrupted or killed, the same command goes on after the last finished source.
+    A SOURCE is a file, a folder, or hf:NAME[@SPLIT], a data set of Hugging Face. The name of a file tells what it is:
+    JSONL (.jsonl, .ndjson), Parquet (.parquet) or text, one document each; .gz and .zst are unpacked. Equal documents
+    are kept once. After an interruption or a kill the same command goes on after the last finished source.
 
     \b
-    Skipped, and named in the summary and in manifest.json:
+    What is skipped is named in the summary and in manifest.json:
       the whole source   empty, vanished, unreadable or damaged; text that is binary or not UTF-8
       the line or row    longer than 64 MiB, no JSON, no such field, not UTF-8, empty
     Refused (exit 2):    a SOURCE that does not exist; a folder that holds another corpus
@@ -58,7 +62,7 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
         desc="prepare",
         unit="B",
         unit_scale=True,
-        disable=as_json or None,  # None: shown on a terminal only
+        disable=as_json or None,  # None shows it on a terminal only
     ) as bar:
         manifest = prepare_corpus(
             found,

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--model", "name", default="tiny", show_default=True, metavar="PRESET|DIR",
-              help="A preset, with random weights; or a saved model.")  # fmt: skip
-@click.option("--variant", type=click.Choice(VARIANTS), help="Of a preset.")
+              help="A preset, with random weights, or a saved model.")  # fmt: skip
+@click.option("--variant", type=click.Choice(VARIANTS), help="Which variant of the preset.")
 @click.option("--step", "kind", type=click.Choice(STEPS), default=TRAIN, show_default=True,
               help="An optimizer step, reading a text, or one decoded token after it.")  # fmt: skip
-@click.option("--seq-len", type=Counts(), default="2k", show_default=True, help="Tokens of a row (16k works).")
+@click.option(
+    "--seq-len", type=Counts(), default="2k", show_default=True, help="How many tokens a row has (16k works)."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Of the weights; float32 if not given.")
-@click.option("--top", type=click.IntRange(min=1), default=15, show_default=True, help="Rows of the table.")
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, …")
+@click.option(
+    "--dtype", type=click.Choice([*DTYPES, *DTYPE_ALIASES]), help="Dtype of the weights; float32 if left out."
+)
+@click.option("--top", type=click.IntRange(min=1), default=15, show_default=True, help="How many rows the table has.")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json[.gz]",
               help="Also write a trace for chrome://tracing or ui.perfetto.dev.")  # fmt: skip
 @json_option
@@ -37,7 +41,7 @@ def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch
             top: int, trace: Path | None, as_json: bool) -> None:  # fmt: skip
     """Show where the time of one warmed-up step goes.
 
-    Self time is that of an op without the ops that it calls; for those of hsa_compile, the tuned kernels, it is all
+    The self time of an op leaves out the ops that it calls; for the ops of hsa_compile, the tuned kernels, it is all
     that they do. On a GPU it is the time of the kernels that the op launched. The shares sum to the whole step. The
     profiler itself costs time, most where ops are short: the line above the table says how much.
 
@@ -79,7 +83,7 @@ def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch
 
 
 def _rows(found: StepProfile, top: int) -> Iterator[tuple[Any, ...]]:
-    """The longest, and what is left in one row, so that the shares sum to 100 %."""
+    """Yields the longest, and what is left in one row, so that the shares sum to 100 %."""
     shown, rest = found.ops[:top], found.ops[top:]
     for op in shown:
         yield op.name, f"{op.self_ms:.3f}", f"{found.share(op):.1%}", op.calls

@@ -1,4 +1,4 @@
-"""`hsa-compile train`: a model of the family, from a recipe, in a folder that it can go on from."""
+"""`hsa-compile train`: train a model by a recipe, in a folder from which it can go on."""
 
 from __future__ import annotations
 
@@ -23,20 +23,25 @@ if TYPE_CHECKING:
     from hsa_compile.model.training.processes import Processes
 
 INTERRUPTED = 130
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # what is left stands in the postfix
-FIRST_STEPS = 10  # after which the time that the run will take is estimated
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the postfix says how much is left
+FIRST_STEPS = 10  # after so many steps the time that the run will take is estimated
 
 
 @click.command()
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Model and recipe; tiny if nothing is said.")
-@click.option("--variant", type=click.Choice(VARIANTS), help="Of the model.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
-@click.option("--config", "file", type=click.Path(dir_okay=False, path_type=Path), help="TOML, or a run's config.json.")
-@click.option("--corpus", help="'stdlib', or a folder that prepare wrote.")
-@click.option("--steps", type=click.IntRange(min=1), help="Of the whole run.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="The model and its recipe; tiny if left out.")
+@click.option("--variant", type=click.Choice(VARIANTS), help="Which variant of the model to train.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder of the run.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A config to read: TOML, or a run's config.json.",
+)
+@click.option("--corpus", help="The text to train on: 'stdlib', or a folder that prepare wrote.")
+@click.option("--steps", type=click.IntRange(min=1), help="How many optimizer steps the whole run makes.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long, to a step, and save.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of weights and data.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of weights and data.")
 @click.option("--tune", is_flag=True, help="First tune schedules that the run needs and the cache lacks.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, out: Path, file: Path | None,
@@ -44,11 +49,11 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
           tune: bool, resume: bool) -> None:  # fmt: skip
     """Train a model.
 
-    What is not said comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
-    OUT/metrics.jsonl, the trained model to OUT/model. Killed at any moment, the same command with --resume goes on
-    from the last checkpoint with the same losses. SIGTERM saves and exits 0; so does Ctrl-C, with 130. Under
-    torchrun the processes share the model (FSDP2). It runs on tuned schedules where there are any; --tune makes those
-    that are missing.
+    What no flag says comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
+    OUT/metrics.jsonl, the trained model to OUT/model. After a kill at any moment the same command with --resume goes
+    on from the last checkpoint with the same losses. SIGTERM saves and exits with 0, Ctrl-C saves and exits with 130.
+    Under torchrun the processes share the model (FSDP2). It runs on tuned schedules where there are any; --tune makes
+    those that are missing.
 
     \b
     Examples:
@@ -81,7 +86,7 @@ def _config(
     out: Path, resume: bool, is_told: bool, preset: str | None, file: Path | None, overrides: tuple[str, ...],
     settings: Mapping[str, Any],
 ) -> RunConfig:  # fmt: skip
-    """As told; of a run that goes on the saved one, which must be what is told, if anything is."""
+    """Makes the config from the flags; a run that goes on takes the saved one, with which all flags must agree."""
     from hsa_compile.model.training.config_file import resolve
     from hsa_compile.model.training.run import saved_config
 
@@ -117,19 +122,19 @@ class _Stop:
         self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def __call__(self, step: int) -> bool:
-        """Whether that step shall be the last: it is, if no other step ends nearer to the time that was given."""
+        """Says whether that step shall be the last, because no other step ends nearer to the time that was given."""
         nearest = self._pace.seconds_of(step) + self._pace.seconds_of(step + 1) / 2
         return self.signal is not None or nearest >= self.seconds_left
 
     @property
     def seconds_left(self) -> float:
-        """What is left until the time that was given is up; infinity if none was given."""
+        """Returns the seconds until the time that was given is up; infinity if none was given."""
         return self._end - time.monotonic()
 
 
 @contextlib.contextmanager
 def _stop_signals(minutes: float | None, pace: Pace) -> Iterator[_Stop]:
-    """SIGTERM and Ctrl-C end the run after its step; a second Ctrl-C at once."""
+    """Makes SIGTERM and Ctrl-C end the run after its step, and a second Ctrl-C end it at once."""
     stop = _Stop(minutes, pace)
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -173,7 +178,7 @@ def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop:
 
 
 class _Line:
-    """The live line on a terminal; elsewhere a line now and then."""
+    """Shows how far a run is: in a live line on a terminal, elsewhere in a line now and then."""
 
     def __init__(self, steps: int, every: int, stop: _Stop, pace: Pace, *, shown: bool) -> None:
         self._every, self._shown = every, shown
@@ -181,7 +186,7 @@ class _Line:
         self._bar: Any = None
 
     def begin(self, step: int, precision: str) -> None:
-        """The first steps were made before."""
+        """Starts the line at a step; the ones before were made by an earlier process."""
         import tqdm
 
         if self._shown:
@@ -191,7 +196,7 @@ class _Line:
             )  # fmt: skip
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """A record of a step or of a probe."""
+        """Shows a record of a step or of a probe."""
         if not self._shown or self._bar is None:
             return
         self._pace.add(record)
@@ -227,7 +232,7 @@ class _Line:
 
 
 def _duration(seconds: float) -> str:
-    """As a person says it, in the unit that fits."""
+    """Writes a duration as a person says it, in the unit that fits."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"

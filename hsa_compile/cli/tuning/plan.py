@@ -1,4 +1,4 @@
-"""`hsa-compile plan`: what a tune would do, before it does it."""
+"""`hsa-compile plan`: what `tune` would do, before it does it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
     from hsa_compile.autotune.evaluate import Outcome
     from hsa_compile.autotune.options import TuneOptions
 
-_START_S, _TRIAL_S = 4.0, 2.0  # of a search, and of a candidate where none was timed yet
+_START_S, _TRIAL_S = 4.0, 2.0  # seconds that a search takes to start, and a candidate where none was timed yet
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or an architecture.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="The device to plan for: auto, cpu, cuda, cuda:1, or an architecture.",
+)
 @op_option("all")
 @shape_options
 @search_options
-@click.option("--force", is_flag=True, help="As if nothing were cached.")
+@click.option("--force", is_flag=True, help="Plan as if nothing were cached.")
 @json_option
 def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags: Any) -> None:
     """Show what `tune` with the same flags would do: problems, candidates, minutes, and what is cached.

@@ -27,7 +27,7 @@ def tune_for_absent_target(
     """Predicts, stores and prints a schedule for each problem; what is stored already is kept unless forced.
 
     Raises:
-        as `predict_schedule`.
+        the errors of `predict_schedule`.
     """
     check_predictable(target)
     click.echo(f"target    {target.name} ({target.kind} {target.arch}): compiled here, ranked by a model", err=True)
@@ -62,7 +62,7 @@ def report_predictions(problems: Sequence[Problem], target: Target, inputs: str)
     """Prints how the model orders the schedules that were timed on the device at hand, a line for each problem.
 
     Args:
-        inputs: name of the distribution that they were timed on.
+        inputs: the name of the distribution that they were timed on.
 
     Raises:
         InvalidTarget: there is no model for the target; there is none for CPUs.

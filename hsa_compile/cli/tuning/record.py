@@ -27,7 +27,7 @@ def record_sweeps(
     What was timed is in the ledger, so that a sweep that was stopped goes on.
 
     Raises:
-        KeyboardInterrupt: it was stopped before it was whole; nothing is written.
+        KeyboardInterrupt: a sweep was stopped before it was whole; nothing is written.
         CacheError: a file cannot be written.
     """
     options = replace(options, storage=None, ledger=default_ledger(target), workers=1)
@@ -70,7 +70,7 @@ def _sweep(problem: Problem, target: Target, devices: Sequence[str], options: Tu
 
 
 def _result(outcome: Outcome, default_ms: float) -> float | str:
-    """A time on the scale of the default's, which drift does not touch, or why there is none."""
+    """Returns a time relative to the default's, which drift does not touch, or why there is none."""
     return f"{outcome.failure}: {outcome.reason}" if outcome.ratio is None else outcome.ratio * default_ms
 
 

@@ -23,13 +23,15 @@ LATEST = "latest"
 
 @click.command()
 @click.option("--study", "name", default=LATEST, show_default=True, help="Name of the study; a wrong one lists all.")
-@click.option("--storage", "address", help="As for tune; this device's journal if left out.")
-@click.option("--device", default="auto", show_default=True, help="Whose journal: auto, cpu, cuda:0, …")
+@click.option("--storage", "address", help="Where tune kept the trials; this device's journal if left out.")
+@click.option(
+    "--device", default="auto", show_default=True, help="The device whose journal is read: auto, cpu, cuda:0, …"
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default="report", show_default=True, help="Folder."
 )
 def report(name: str, address: str | None, device: str, out: Path) -> None:
-    """Write a study as HTML and PNG: history, which knobs mattered, and the times along each knob.
+    """Write a search (a study of Optuna) as HTML and PNG: its history, which knobs mattered, and times along each.
 
     `optuna-dashboard` opens the same storage, live while a search runs.
 
@@ -47,7 +49,7 @@ def report(name: str, address: str | None, device: str, out: Path) -> None:
     if address.endswith(".journal") and not Path(address).exists():
         raise InvalidArgument(f"storage {address} does not exist; hsa-compile tune makes it")
     study = _timed_only(_load(open_storage(address), name))
-    for package in ("plotly", "matplotlib", "sklearn"):  # before anything is written
+    for package in ("plotly", "matplotlib", "sklearn"):  # this is asked before anything is written
         require(package, "a report")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def _load(storage: BaseStorage, name: str) -> optuna.Study:
 
 
 def _timed_only(study: optuna.Study) -> optuna.Study:
-    """A copy in memory without the points that went straight back to the sampler."""
+    """Makes a copy in memory without the points that went straight back to the sampler."""
     import optuna
     from optuna.trial import TrialState
 
@@ -90,7 +92,7 @@ def _timed_only(study: optuna.Study) -> optuna.Study:
 
 
 def _plots(study: optuna.Study, module: Any) -> list[tuple[str, Callable[[], Any]]]:
-    """What is drawn, by the module of Optuna's that draws it."""
+    """Returns what is drawn, each with a call of the module of Optuna's that draws it."""
     best = study.best_trial.params
     knobs = [name for name in best if len({trial.params.get(name) for trial in study.trials} - {None}) > 1]
     label = "time / default"
@@ -135,7 +137,7 @@ def _facts(study: optuna.Study) -> str:
 
 
 def _best(study: optuna.Study) -> str:
-    """The knobs of the best candidate, without the dataflow before the name of each."""
+    """Returns the knobs of the best candidate, without the dataflow before the name of each."""
     return " ".join(
         str(value) if name == "dataflow" else f"{name.rpartition('.')[2]}={value}"
         for name, value in study.best_params.items()

@@ -1,4 +1,4 @@
-"""Flags of a search, which `tune` and `plan` share."""
+"""Flags of a search, which `tune` and `plan` share, and the problems that `--preset` stands for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -28,10 +28,10 @@ def search_options(command: F) -> F:
 
 
 def tune_options(flags: Mapping[str, Any]) -> TuneOptions:
-    """The options that the flags stand for, storage and ledger aside.
+    """Returns the options that the flags stand for, storage and ledger aside.
 
     Raises:
-        InvalidArgument: one is out of range.
+        InvalidArgument: an option is out of range.
     """
     within = flags["until_within"]
     return TuneOptions(
@@ -63,20 +63,32 @@ class Percent(click.ParamType):
 
 _OPTIONS = (
     click.option(
-        "--inputs", type=click.Choice(DISTRIBUTIONS), default="random", show_default=True, help="How picks fall."
+        "--inputs",
+        type=click.Choice(DISTRIBUTIONS),
+        default="random",
+        show_default=True,
+        help="How the picks of the inputs fall.",
     ),
     click.option(
-        "--trials", type=click.IntRange(min=1), default=DEFAULT_TRIALS, show_default=True, help="Of each study."
+        "--trials",
+        type=click.IntRange(min=1),
+        default=DEFAULT_TRIALS,
+        show_default=True,
+        help="How many candidates each search tries at most.",
     ),
     click.option(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
-        help="Seconds for each problem and op.",
+        help="How many seconds each problem and op may take.",
     ),
     click.option(
-        "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of sampler and inputs."
+        "--seed",
+        type=click.IntRange(0, MAX_SEED),
+        default=0,
+        show_default=True,
+        help="Seed of the sampler and the inputs.",
     ),
     click.option(
         "--sampler", type=click.Choice(SAMPLERS), default=DEFAULT_SAMPLER, show_default=True, help="What proposes."
@@ -84,33 +96,40 @@ _OPTIONS = (
     click.option(
         "--until-within",
         type=Percent(),
-        help="Stop early: when the sampler's model expects no more than PCT from all that is left and the last 10 "
+        help="Stop early when the sampler's model expects no more than PCT from all that is left and the last 10 "
         "candidates bore it out; without a model, when the last 20 gained no more.",
     ),
     click.option(
         "--storage",
-        help="postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT (Optuna's proxy) or FILE.journal; a journal "
-        "beside the schedules if left out.",
+        help="Where trials are kept: postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT (Optuna's proxy) or "
+        "FILE.journal; a journal beside the schedules if left out.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Searches at once."),
-    click.option("--in-process", is_flag=True, help="Start sooner, but die with a candidate that crashes."),
+    click.option(
+        "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="How many processes search at once."
+    ),
+    click.option(
+        "--in-process",
+        is_flag=True,
+        help="Run candidates in this process: it starts sooner, but dies with one that crashes.",
+    ),
 )
 
 
-# A step that keeps the device busy: texts in a batch, tokens of a text.
+# Texts in a batch and tokens of a text, in a step that keeps the device busy.
 _CPU_STEP, _GPU_STEP = (4, 2048), (1, 16384)
 
 
 def preset_problems(
     name: str, target: Target, chosen: Mapping[str, Sequence[Any]] | None = None, *, variant: str | None = None
 ) -> list[Problem]:
-    """What a model asks for in training and in reading, each problem once.
+    """Returns what a model asks for in training and in reading, each problem once.
 
     Args:
-        name: of a preset, or the directory of a saved model.
-        target: that decides what is not chosen: float32 on a CPU, bfloat16 on a GPU, and the size of a step.
+        name: the name of a preset, or the directory of a saved model.
+        target: the device, which decides what is not chosen: float32 on a CPU, bfloat16 on a GPU, and the size of a
+            step.
         chosen: values of `batch`, `seq_len` and `dtype`; several make several steps.
-        variant: of a preset.
+        variant: which variant of the preset is meant.
 
     Raises:
         InvalidArgument: the model is not known, has no memory, or something else is chosen.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one problem: its record, tuned just now or found."""
+    """What became of one problem: its record, which was tuned just now or found."""
 
     problem: Problem
     record: TuningRecord
@@ -44,7 +44,12 @@ class Outcome:
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 at once.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where to run: auto, cpu, cuda, cuda:1, or several GPUs at once: cuda:0,cuda:1.",
+)
 @op_option("all")
 @shape_options
 @search_options
@@ -54,12 +59,12 @@ class Outcome:
     type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
     help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
 )
-@click.option("--preset", metavar="NAME|DIR", help="What a bundled or saved model asks for, instead of --op.")
-@click.option("--report-prediction", is_flag=True, help="How well that model orders what was timed on this GPU.")
+@click.option("--preset", metavar="NAME|DIR", help="Tune what a bundled or saved model asks for, instead of --op.")
+@click.option("--report-prediction", is_flag=True, help="Show how well that model orders what was timed on this GPU.")
 @click.option(
     "--record",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Time every candidate instead, and keep all in FILE (.json or .json.gz); stores no schedule.",
+    help="Time every candidate instead and keep all times in FILE (.json or .json.gz); no schedule is stored.",
 )
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
@@ -67,11 +72,11 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
          record: Path | None, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
-    Without flags: a default problem for the device that is found, forward and backward, in about two minutes.
+    Without flags it tunes a default problem for the device that is found, forward and backward, in about two minutes.
     A flag with several values makes several problems, and the table shows what each choice costs.
 
-    Every trial is in the study's storage the moment it ends: what was interrupted or killed goes on where it was when
-    the same command runs again. Ctrl-C stores the best so far. Several processes, GPUs and hosts that name the same
+    Every trial is in the study's storage the moment it ends, so that the same command goes on with a search that was
+    interrupted or killed. Ctrl-C stores the best so far. Several processes, GPUs and hosts that name the same
     --storage share the trials; optuna-dashboard opens that storage, too.
 
     \b
@@ -103,7 +108,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         check_predictable(target)
     options = replace(tune_options(flags), storage=flags["storage"], anew=force)
     problems = _problems(preset, target, shape, ops)
-    for problem in problems:  # before the first is tuned, so that the last does not end the run
+    for problem in problems:  # all are checked first, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
     if record:
@@ -126,7 +131,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         return
     click.echo()
     one_shape = len(outcomes) == len(ops)
-    # Two ops fit side by side; one shape has nothing to be compared with.
+    # Two ops fit side by side, and one shape has nothing to be compared with.
     in_rows = preset or (one_shape and len(ops) > 2)
     rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
     print_rows(list(rows), as_json=False)
@@ -145,7 +150,7 @@ def _problems(
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
-    """The devices to run on, by the names that PyTorch has for them, and what the first of them is."""
+    """Returns the devices to run on, by the names that PyTorch has for them, and what the first of them is."""
     names = text.split(",")
     for name in names:
         if name in (*NAMED_TARGETS, *PRODUCTS):
@@ -197,7 +202,7 @@ def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:
 
 
 def _seconds_left(progress: Progress) -> float:
-    """Until the trials run out at the pace so far, or the time does."""
+    """Returns the seconds until the trials run out at the pace so far, or the time does."""
     by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
     return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
 
@@ -211,7 +216,7 @@ def _verdict(outcome: Outcome) -> str:
 
 
 def _found(record: TuningRecord) -> str:
-    """What the search gained, or that there is nothing to gain."""
+    """Says what the search gained, or that there was nothing to gain."""
     tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
     time = f"{record.measurement.median_ms:.3g} ms"
     if not record.is_default:
@@ -222,7 +227,7 @@ def _found(record: TuningRecord) -> str:
 
 
 def _how(record: TuningRecord) -> str:
-    """Why nothing is stored, else what the play-off says; and the trials that failed, by kind."""
+    """Says why nothing is stored, or what the play-off found; and counts the trials that failed, by kind."""
     if record.shortfall:
         how = f"nothing is stored: {record.shortfall}; with more --trials or --timeout the same command goes on"
     else:
@@ -232,14 +237,14 @@ def _how(record: TuningRecord) -> str:
 
 
 def _values(outcome: Outcome) -> dict[str, Any]:
-    """The record, ready for JSON, with what became of it."""
+    """Returns the record, ready for JSON, with what became of it."""
     record = outcome.record
     stored = record.shortfall is None
     return {**record.to_dict(), "speedup": record.speedup, "cached": outcome.cached, "stored": stored}
 
 
 def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
-    """One row a problem: the ops of a model have shapes of their own."""
+    """Yields one row a problem, since the ops of a model have shapes of their own."""
     for outcome in outcomes:
         record = outcome.record
         yield {
@@ -250,7 +255,7 @@ def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
 
 
 def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str, str]]:
-    """One row a shape: each op's time and gain, their sum, and the sum over the cheapest shape's."""
+    """Yields one row a shape: each op's time and gain, their sum, and the sum over the cheapest shape's."""
     shapes = [outcomes[i : i + ops_a_shape] for i in range(0, len(outcomes), ops_a_shape)]
     totals = [sum(outcome.record.measurement.median_ms for outcome in shape) for shape in shapes]
     for shape, total in zip(shapes, totals, strict=True):

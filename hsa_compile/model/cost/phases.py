@@ -1,4 +1,4 @@
-"""A training step on many devices, on paper: how it is spread, what it keeps in memory, what it computes and sends."""
+"""Training and serving on many devices, on paper: how work is spread, what is kept in memory, computed and sent."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,6 +19,8 @@ from hsa_compile.model.cost.scale import (
 )
 from hsa_compile.model.inference.inference import upper_reach
 from hsa_compile.model.transformer import empty_model
+
+_DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x retrievals + caches + picks) / bandwidth"
 
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 STATE_BYTES = 16  # bytes that a parameter takes: float32 weight and gradient, AdamW's two moments
@@ -324,9 +326,6 @@ def _decode(paper: Paper) -> list[Figure]:
     if figures and rate:
         figures.append(_rate(paper, rate, time))
     return figures
-
-
-_DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x retrievals + caches + picks) / bandwidth"
 
 
 def _rate(paper: Paper, texts: int, time: Times) -> Figure:

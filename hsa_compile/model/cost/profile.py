@@ -34,6 +34,7 @@ TRACE_ENDINGS = (".json", ".json.gz")
 _STEP = "hsa-compile profile: one step"
 _US = 1e-3  # in milliseconds
 _LEAST_US = 1e-3  # a shorter time is what is left of a difference of sums
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,9 +199,6 @@ def _check_trace(path: Path) -> None:
         path.touch()
     except OSError as error:
         raise SaveError(f"trace {path} cannot be written: {error.strerror}") from error
-
-
-Step = Callable[[], object]
 
 
 def make_step(kind: str, model: HSATransformer, *, batch: int, seq_len: int) -> Step:

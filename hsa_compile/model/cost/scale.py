@@ -22,6 +22,8 @@ NODE_DEVICES = 8  # HGX A100, H100, H200 and B200 boards, and the MI300X platfor
 # As usual where such nodes are sold, each device has a 400 Gb/s InfiniBand or RoCE adapter; this is what one way takes.
 NETWORK_GB_S = 50
 MAX_DEVICES = 1_000_000
+USABLE_MEMORY = 0.9  # a share of a device's memory; the rest is the runtime's, and what an allocator loses
+DTYPE, ITEMSIZE = "bfloat16", 2  # all but the optimizer's state is kept in this dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +76,6 @@ class Cluster:
                 f"devices {text!r} are not known; allowed is a count and a name, as in 64xh100, of {', '.join(known)}"
             )
         return Cluster(count=int(match[1] or 1), target=known[match[2]])
-
-
-USABLE_MEMORY = 0.9  # a share of a device's memory; the rest is the runtime's, and what an allocator loses
-DTYPE, ITEMSIZE = "bfloat16", 2  # all but the optimizer's state is kept in this dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from hsa_compile.errors import CorpusError, InvalidArgument
 from hsa_compile.model.data.documents import Source
 
 _READ_BLOCK = 4 * 2**20
+_BLOCK = 4 * 2**20
 
 
 class AppendFile:
@@ -92,9 +93,6 @@ def _cannot_write(path: Path, error: OSError) -> CorpusError:
     return CorpusError(
         f"cannot write {path}: {error.strerror}; what was finished is kept, and the same command goes on from there"
     )
-
-
-_BLOCK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from hsa_compile.model.data.tokenizer import load_tokenizer
 from hsa_compile.paths import cache_dir
 
 _LOCK = ".lock"
+_VALIDATION = 0.05  # enough of a few megabytes for contexts of 64K tokens that do not overlap
 
 
 def prepare(
@@ -113,9 +114,6 @@ def _locked(out: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-_VALIDATION = 0.05  # enough of a few megabytes for contexts of 64K tokens that do not overlap
 
 
 def stdlib_corpus(split: str = TRAIN) -> TokenCorpus:

@@ -145,7 +145,7 @@ class HarnessResults:
     found: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns plain values, ready for JSON."""
         versions = installed_versions() | {"lm-eval": lm_eval.__version__}
         return {"model": self.model, "settings": self.settings, "versions": versions, "found": self.found}
 

@@ -22,6 +22,11 @@ from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.versions import require
 
 _Z = 1.959963984540054  # standard deviations that a 95 % interval reaches to each side
+JSON_FILE, CSV_FILE = "results.json", "results.csv"
+_COLUMNS = (
+    "model", "task", "haystack", "protocol", "length", "depth", "samples", "correct", "accuracy", "low", "high",
+    "perplexity", "standard_error", "bits_per_byte", "change", "change_error",
+)  # fmt: skip
 
 
 def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
@@ -103,13 +108,6 @@ def retrieval_cells(
     return cells
 
 
-JSON_FILE, CSV_FILE = "results.json", "results.csv"
-_COLUMNS = (
-    "model", "task", "haystack", "protocol", "length", "depth", "samples", "correct", "accuracy", "low", "high",
-    "perplexity", "standard_error", "bits_per_byte", "change", "change_error",
-)  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
     """What an evaluation found.
@@ -185,7 +183,7 @@ class Results:
 
 
 def depth_label(depth: float) -> str:
-    """`25 %`."""
+    """Writes 0.25 as `25 %`."""
     return f"{100 * depth:.4g} %"
 
 

@@ -17,6 +17,10 @@ from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
 from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill
 from hsa_compile.model.transformer import HSATransformer
 
+OnToken = Callable[[int, int], object]
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 8  # how many tokens one character may be made of
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -86,9 +90,6 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
     place = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
     last = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(1, torch.minimum(place, last))[:, 0]
-
-
-OnToken = Callable[[int, int], object]
 
 
 def generate(
@@ -210,10 +211,6 @@ def _check_prompt(model: HSATransformer, prompt: Tensor, max_new_tokens: int) ->
         raise InvalidArgument(
             f"prompt holds token {low if low < 0 else high}; allowed are 0 … {model.config.vocab_size - 1}"
         )
-
-
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 8  # how many tokens one character may be made of
 
 
 class TextStream:

@@ -11,7 +11,7 @@ from hsa_compile.model.layers.basic import RMSNorm, rotate, without_cpu_autocast
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """PyTorch's attention (SDPA) with grouped queries.
+    """Computes PyTorch's attention (SDPA) with grouped queries.
 
     On a CPU, autocast is left out and the products are in float32: the backward pass in bfloat16 takes five times as
     long.
@@ -109,13 +109,13 @@ class FullAttention(GroupedQueryAttention):
         return self.o_proj(o.flatten(2)), cache
 
     def empty_cache(self, batch: int, like: Tensor) -> FullCache:
-        """The cache before the first token, in the dtype and on the device of `like`."""
+        """Returns the cache before the first token, in the dtype and on the device of `like`."""
         shape = (batch, 0, self.num_kv_heads, self.head_dim)
         return FullCache(k=like.new_zeros(shape), v=like.new_zeros(shape))
 
 
 def _inserted(cache: Tensor, new: Tensor, num_past: Tensor, num_valid: Tensor | None) -> Tensor:
-    """`cache [B, S, …]` with `new [B, T, …]` written behind the rows of each text, grown as far as needed.
+    """Writes `new [B, T, …]` behind the rows of each text in `cache [B, S, …]`, which grows as far as needed.
 
     Rows of padding are written too: the next piece writes over them, and no query before that sees them.
     """

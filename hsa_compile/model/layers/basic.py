@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., dim]` → the same shape in the weight's dtype; the mean is taken in float32 at least."""
+        """Normalises `x [..., dim]`, in the weight's dtype; the mean is taken in float32 at least."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -40,13 +40,13 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., dim]` → `[..., dim]`."""
+        """Runs `x [..., dim]` through the MLP; the shape stays."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), good to the last bit at any position.
+    """Returns cosines and sines of RoPE (arXiv 2104.09864), good to the last bit at any position.
 
     An angle is a position times a frequency; beyond a million tokens float32 would be wrong in the first digit of
     its fraction, so the angle is made in float64 and rounded last.
@@ -73,17 +73,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products inside run in the dtype of their tensors."""
+    """Returns a context in which products run in the dtype of their tensors."""
     return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast would multiply `x` in, or that of `x` where autocast is off."""
+    """Returns the dtype that autocast would multiply `x` in, or that of `x` where autocast is off."""
     return torch.get_autocast_dtype(x.device.type) if _is_on(x.device) else x.dtype
 
 
 def without_cpu_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[Any], tuple[Tensor, ...]]:
-    """For kernels that are for float32 on a CPU: under autocast there, a context without it and float32 tensors."""
+    """Returns a context and tensors for kernels that want float32 on a CPU: no autocast there, and float32 tensors."""
     device = tensors[0].device
     if device.type == "cpu" and _is_on(device):
         return no_autocast(device), tuple(x.float() for x in tensors)

@@ -18,6 +18,8 @@ from hsa_compile.model.layers.basic import RMSNorm, no_autocast
 # Pairs of tokens, over all rows and heads, whose decays are in memory at once; on the CPU they stay in its cache.
 PAIRS_PER_PASS = 2**26
 PAIRS_PER_PASS_CPU = 2**18
+STEP_RANGE = (1e-3, 1e-1)  # the range of dt at the start of training, as published
+DECAY_RANGE = (1.0, 16.0)  # the range of −A at the start of training, as published
 
 
 def ssd_scan(
@@ -109,10 +111,6 @@ def _pass_states(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, T
         before.append(state)
         state = torch.addcmul(add, state, keep)
     return torch.stack(before, dim=1), state
-
-
-STEP_RANGE = (1e-3, 1e-1)  # the range of dt at the start of training, as published
-DECAY_RANGE = (1.0, 16.0)  # the range of −A at the start of training, as published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

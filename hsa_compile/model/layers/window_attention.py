@@ -14,6 +14,8 @@ from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers.basic import rotate
 
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
+
 
 def flex_window_attention(
     q: Tensor,
@@ -80,9 +82,6 @@ def _alibi(slopes: Tensor, past: int) -> Callable[..., Tensor]:
         return score - slopes[head] * (query + past - key)
 
     return biased
-
-
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 
 
 def window_attention(
@@ -220,11 +219,11 @@ class WindowAttention(GroupedQueryAttention):
         return self.o_proj(o.flatten(2)), after
 
     def empty_cache(self, batch: int, like: Tensor) -> WindowCache:
-        """The cache before the first token, in the dtype and on the device of `like`."""
+        """Returns the cache before the first token, in the dtype and on the device of `like`."""
         shape = (batch, self.window - 1, self.num_kv_heads, self.head_dim)
         return WindowCache(k=like.new_zeros(shape), v=like.new_zeros(shape))
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """ALiBi's factors `2^(−8 (i + 1) / heads)`, one a head (arXiv 2108.12409)."""
+    """Returns ALiBi's factors `2^(−8 (i + 1) / heads)`, one a head (arXiv 2108.12409)."""
     return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=device, dtype=torch.float32) / num_heads)

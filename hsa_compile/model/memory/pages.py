@@ -13,6 +13,12 @@ from torch import Tensor
 
 from hsa_compile.model.memory.shape import MemoryShape
 
+FIRST_SEGMENT_PAGES = 64
+# The most that a segment takes in each place; a file takes no more room than is written.
+SEGMENT_BYTES = {"device": 2**26, "host": 2**26, "disk": 2**30}
+RESIDENT_BYTES = 2**26  # how much of mapped files may stay in RAM between two reads
+FAULT_BYTES = 2**16  # how much the system makes resident around a byte that is read
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
@@ -102,13 +108,6 @@ def mapped_tensor(mapping: mmap.mmap, offset: int, shape: tuple[int, ...], dtype
     """Returns a tensor that lies in a mapping, `offset` bytes from its beginning; it keeps the mapping alive."""
     count = torch.Size(shape).numel()
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-FIRST_SEGMENT_PAGES = 64
-# The most that a segment takes in each place; a file takes no more room than is written.
-SEGMENT_BYTES = {"device": 2**26, "host": 2**26, "disk": 2**30}
-RESIDENT_BYTES = 2**26  # how much of mapped files may stay in RAM between two reads
-FAULT_BYTES = 2**16  # how much the system makes resident around a byte that is read
 
 
 class PagePool:

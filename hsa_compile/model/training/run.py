@@ -53,6 +53,9 @@ from hsa_compile.problem import Problem
 CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
 
 Record = Mapping[str, Any]
+# These are the numbers of settings in glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
 
 
 def saved_config(directory: Path) -> RunConfig | None:
@@ -275,11 +278,6 @@ class TrainingRun:
                 "begin anew in another folder"
             )
         self.state = replace(state, world_size=self.processes.world_size)
-
-
-# These are the numbers of settings in glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
 
 
 def keep_freed_memory() -> bool:
