@@ -1,6 +1,6 @@
-"""The README's table and pictures of `hsa-compile bench`, from the file that it wrote.
+"""The documentation's table and pictures of `hsa-compile bench`, from the file that it wrote.
 
-python benchmarks/bench_table.py benchmarks/results/bench_cpu_2_cores.json --plots benchmarks/results
+python benchmarks/bench_table.py benchmarks/results/bench_cpu_2_cores.json --plots docs/pictures
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README's table of what trained models find, from files that `hsa-compile eval` wrote.
+"""The documentation's table of what trained models find, from files that `hsa-compile eval` wrote.
 
 python benchmarks/retrieval_table.py benchmarks/results/eval_*.json                    # a column for each length
 python benchmarks/retrieval_table.py benchmarks/results/eval_*.json --across models    # a column for each model

@@ -1,6 +1,7 @@
 """What the scripts of `benchmarks/` compute beside timing."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -22,3 +23,13 @@ def test_tunes_agree_with_one_whose_tie_set_has_their_winner() -> None:
     records = [SimpleNamespace(schedule=winner, tie_set=tuple(ties)) for winner, ties in tunes]
     assert agreement(records) == ("b", 3)
     assert agreement(records[2:]) == ("c", 1)
+
+
+def test_the_times_that_are_told_and_drawn_are_those_of_the_committed_results() -> None:
+    script, root = _script("speed_picture"), _BENCHMARKS.parent
+    assert (root / "docs" / "pictures" / "speed.svg").read_text(encoding="utf-8") == script.picture()
+    readme, page = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/speed.md"))
+    for bars in script.panels().values():
+        times = [script.milliseconds(time) for _, time in bars]
+        assert all(re.search(rf"\| (\*\*)?{time}(\*\*)? [(|]", readme) for time in times[:2])
+        assert all(re.search(rf"\b{time}\b", page) for time in (times[0], times[-1]))

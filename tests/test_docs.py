@@ -127,6 +127,37 @@ def test_the_share_of_the_peak_that_was_measured_is_that_of_the_committed_result
     assert f"{rate:.0f} GFLOP/s, {share:.2f} of the rate" in page
 
 
+@pytest.mark.slow
+@quiet
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize(
+    "small", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["small", "as-printed"]
+)
+def test_the_way_from_tuning_to_answers_runs_as_printed(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (DOCS / "model.md").read_text().partition("## From tuning to answers")[2]
+    found = FENCED.search(section)
+    assert found
+    for line in found[3].splitlines():
+        words = shlex.split(line, comments=True)
+        if words[1] == "tune":
+            words += ["--trials", "1", "--timeout", "1", "--in-process"]
+        if "--minutes" in words:
+            words[words.index("--minutes") + 1] = "0.001" if small else "0.1"
+        if small and "--preset" in words:
+            words += ["--seq-len", "256"] if words[1] == "tune" else ["--steps", "1"]
+        if small and "--lengths" in words:
+            words[words.index("--lengths") + 1] = "256"
+            words[words.index("--samples") + 1] = "1"
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, line
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["retrieval"]
+
+
 def _anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
