@@ -1,16 +1,69 @@
-"""Files that are there as a whole or not at all, and tensors in them without pickle."""
+"""Files that are there as a whole or not at all, and the reading of files that somebody else may have put there."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from hsa_compile.errors import SaveError
+
+MOST_BYTES = 1 << 28  # how much `read_regular` reads: far more than any file of ours holds
+
+
+def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Reads a file that may be anything: a pipe or a device, on which others wait for ever, is refused.
+
+    Raises:
+        OSError: there is no such file, it is no regular file, it has more than `most` bytes, or it cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {most}", str(path))
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: beside it, synced, renamed.
+
+    Raises:
+        OSError: the directory cannot be written or the disk is full; what was there is untouched.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system lets a directory be synced
+        sync_directory(path.parent)
+
+
+def end_of_last_line(handle: int) -> int:
+    """Cuts what a killed writer left of the last line of an open file, and returns where the next line begins."""
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return size
+    end = os.pread(handle, size, 0).rfind(b"\n") + 1
+    os.ftruncate(handle, end)
+    return end
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,7 +83,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SaveError(f"{path} cannot be written ({error}); what was there is untouched") from error
 
@@ -77,42 +130,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors with strings beside them as a safetensors file, by `replace_file`."""
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", **metadata}  # what `transformers` asks for
-    replace_file(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file.
-
-    Raises:
-        SaveError: there is no such file, it is truncated, or it is of another kind.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{path} cannot be read: {_reason(error)}") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, in memory of the CPU that is no more tied to the file.
-
-    Raises:
-        SaveError: there is no such file, it is truncated, or it is of another kind.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{path} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"truncated, damaged or no safetensors file ({error})"

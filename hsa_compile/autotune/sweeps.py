@@ -19,6 +19,7 @@ from hsa_compile.autotune.samplers.point import Point, PointTable, parameters_of
 from hsa_compile.autotune.samplers.samplers import make_sampler
 from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.files import read_regular
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
@@ -96,7 +97,7 @@ class RecordedSweep:
         Raises:
             InvalidArgument: the file is neither.
         """
-        data = path.read_bytes()
+        data = read_regular(path)
         try:
             text = (gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data).decode()
         except (OSError, EOFError, UnicodeDecodeError) as error:

@@ -2,15 +2,14 @@
 
 import ctypes
 import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CacheError, CompileError, MissingDependency
+from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
 from hsa_compile.kernels.hsa_decode.native import decode_entry
@@ -105,16 +104,9 @@ def _write(source: KernelSource) -> Path:
     path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
     text = source.text.encode()
     try:
-        if path.exists() and path.read_bytes() == text:
+        if path.exists() and read_regular(path) == text:
             return path
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{path.stem}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
     except OSError as error:
         raise CacheError(f"cannot write the emitted kernel {path}: {error.strerror}") from error
     return path

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.files import (
-    make_directory,
-    read_json,
-    read_metadata,
-    read_tensors,
-    sync_directory,
-    write_json,
-    write_tensors,
-)
+from hsa_compile.files import make_directory, read_json, sync_directory, write_json
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.tensor_files import read_metadata, read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

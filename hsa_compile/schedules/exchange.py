@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CacheError, InvalidArgument
+from hsa_compile.files import read_regular, write_whole
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.source_version import source_version
-from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode, replace_file
+from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode
 from hsa_compile.versions import installed_versions
 
 FORMAT = "hsa-compile exported schedules"
@@ -43,7 +44,7 @@ def export_records(path: Path, records: Sequence[TuningRecord]) -> None:
     }
     text = json.dumps({**body, "checksum": checksum(body)}, indent=1, ensure_ascii=False)
     try:
-        replace_file(path, text + "\n")
+        write_whole(path, (text + "\n").encode())
     except OSError as error:
         raise CacheError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -65,7 +66,7 @@ def import_records(path: Path) -> Imported:
 
 def _entries(path: Path) -> list[Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except OSError as error:
         raise InvalidArgument(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -4,12 +4,10 @@ A long file is not written anew at every put: new entries go to a journal beside
 is as long as the file, which then takes them in.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CacheWarning
+from hsa_compile.files import end_of_last_line, read_regular, write_whole
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 
@@ -37,7 +36,7 @@ def journal_size(path: Path) -> int:
 def read_lines(path: Path) -> list[bytes]:
     """The whole lines of a schedule file's journal. What a killed writer left of its last one is not a line."""
     try:
-        content = journal_path(path).read_bytes()
+        content = read_regular(journal_path(path))
     except FileNotFoundError:
         return []
     return content.split(b"\n")[:-1]
@@ -51,7 +50,7 @@ def append_line(path: Path, line: bytes) -> None:
     """
     handle = os.open(journal_path(path), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        end = _end_of_last_line(handle)
+        end = end_of_last_line(handle)
         try:
             _write_at(handle, end, line + b"\n")
             os.fsync(handle)
@@ -65,15 +64,6 @@ def append_line(path: Path, line: bytes) -> None:
 def drop_journal(path: Path) -> None:
     """Removes the journal, once the file itself holds its entries. The caller holds the lock."""
     journal_path(path).unlink(missing_ok=True)
-
-
-def _end_of_last_line(handle: int) -> int:
-    """Where the next line begins: over what a killed writer left."""
-    end = os.fstat(handle).st_size
-    if end and os.pread(handle, 1, end - 1) != b"\n":
-        end = os.pread(handle, end, 0).rfind(b"\n") + 1
-        os.ftruncate(handle, end)
-    return end
 
 
 def _write_at(handle: int, offset: int, content: bytes) -> None:
@@ -177,32 +167,8 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
     """
     entries = [encode(record) for record in records]
     text = json.dumps({"format": FORMAT, "version": VERSION, "entries": entries}, indent=1, ensure_ascii=False)
-    replace_file(path, text + "\n")
+    write_whole(path, (text + "\n").encode())
     drop_journal(path)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: beside it, synced, renamed.
-
-    Raises:
-        OSError: the directory cannot be written or the disk is full; the old file is untouched.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # not every file system lets a directory be synced
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def set_aside(path: Path) -> Path:
@@ -221,7 +187,7 @@ def set_aside(path: Path) -> Path:
 
 def _read_entries(path: Path) -> list[Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number or a nesting beyond Python's limits
         raise DamagedFile(f"it is no whole JSON file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

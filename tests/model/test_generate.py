@@ -206,7 +206,7 @@ def test_a_reading_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     prefill(model, text(11)[None], state)
-    for where in ("hsa_compile.model.memory.memory.ChunkMemory.save", "hsa_compile.files.save_file"):
+    for where in ("hsa_compile.model.memory.memory.ChunkMemory.save", "hsa_compile.model.tensor_files.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
             with pytest.raises(SaveError, match="No space left"):

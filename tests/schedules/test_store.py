@@ -210,7 +210,7 @@ def test_a_file_that_the_disk_cannot_read_is_a_warned_miss(
     def broken(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", broken)
+    monkeypatch.setattr("hsa_compile.schedules.store.read_regular", broken)
     with pytest.warns(CacheWarning, match=r"it cannot be read \(Input/output error\)"):
         cache = open_cache()
     assert head_dims(cache) == set()

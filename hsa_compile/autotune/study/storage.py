@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from hsa_compile.autotune.options import DATABASES, PROXY, check_address
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
+from hsa_compile.files import end_of_last_line
 from hsa_compile.paths import schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.source_version import source_version
@@ -130,7 +130,9 @@ def _open_journal(path: Path) -> JournalStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         try:
-            _cut_torn_line(path)
+            if path.exists():
+                with path.open("rb+") as file:  # a new line would be glued to what a killed process left of the last
+                    end_of_last_line(file.fileno())
         finally:
             lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(JournalFileOpenLock, lock)))
@@ -138,18 +140,6 @@ def _open_journal(path: Path) -> JournalStorage:
         raise StorageError(f"journal {path} cannot be opened: {error.strerror or error}") from error
     except ValueError as error:
         raise StorageError(f"journal {path} is damaged: {error}") from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Removes a last line that was not written to its end; the next would be glued to it, and neither be readable."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            file.truncate(whole)
-            os.fsync(file.fileno())
 
 
 def _open_database(address: str) -> RDBStorage:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import CorpusError
+from hsa_compile.files import write_whole
 from hsa_compile.model.data.journal import Settings
 
 MANIFEST = "manifest.json"
@@ -81,13 +81,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         CorpusError: the disk is full, or the folder cannot be written.
     """
-    temporary = folder / f"{MANIFEST}.partial"
     try:
-        with temporary.open("w") as file:
-            json.dump(asdict(manifest), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
     except OSError as error:
         raise CorpusError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
 

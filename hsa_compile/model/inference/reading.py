@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import SaveError
-from hsa_compile.files import make_directory, read_json, read_tensors, sync_directory, write_json, write_tensors
+from hsa_compile.files import make_directory, read_json, sync_directory, write_json
 from hsa_compile.model.inference.inference import ModelState
 from hsa_compile.model.layer import Cache
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.memory.memory import ChunkMemory
+from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer
 
 INDEX_FILE = "reading.json"

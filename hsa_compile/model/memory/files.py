@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.files import sync_directory
 from hsa_compile.model.memory.landmarks import LandmarkStore
 from hsa_compile.model.memory.pages import PagePool, mapped_tensor
 from hsa_compile.model.memory.shape import PageTable
@@ -82,9 +83,9 @@ def write_save(
     final = made.with_name(made.name.replace(".writing-", "chunks-"))
     try:
         written = [_write_shard(made / f"{i:05d}.safetensors", shard) for i, shard in enumerate(shards)]
-        _sync_directory(made)
+        sync_directory(made)
         made.rename(final)
-        _sync_directory(directory)
+        sync_directory(directory)
         content = asdict(Saved(shape=shape, counts=counts, data=final.name, shards=written))
         manifest = {"format": FORMAT, "version": VERSION, "sha256": _checksum(content), **content}
         new = directory / f"{MANIFEST}.new"
@@ -94,7 +95,7 @@ def write_save(
         shutil.rmtree(final, ignore_errors=True)
         raise
     new.replace(directory / MANIFEST)
-    _sync_directory(directory)
+    sync_directory(directory)
     for old in directory.iterdir():  # they are the save before and what killed savers left
         if old.is_dir() and _OURS.fullmatch(old.name) and old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -203,15 +204,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes the names in a directory survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.errors import SaveError
-from hsa_compile.files import make_directory, read_json, read_tensors, sync_directory, write_json, write_tensors
+from hsa_compile.files import make_directory, read_json, sync_directory, write_json
+from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training.processes import Processes
 
 FORMAT_VERSION = 1
