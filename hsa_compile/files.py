@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and tensors in them without pickle."""
+"""Writes and reads files that are there as a whole or not at all: JSON, and tensors without pickle."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from hsa_compile.errors import SaveError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts a new file in the place of an old one: at any moment the one or the other is there, never a part.
+    """Replaces a file: at any moment the old one or the new one is there as a whole, never a part.
 
     Args:
         path: where the file is.
         write: fills the file whose path it is given.
 
     Raises:
-        SaveError: it cannot be written; the old file is untouched.
+        SaveError: the file cannot be written; the old one is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -45,10 +45,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """A directory and those above it.
+    """Makes a directory and those above it, unless they are there.
 
     Raises:
-        SaveError: it cannot be made.
+        SaveError: the directory cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,13 @@ def make_directory(directory: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A value as an indented JSON file, by `replace_file`."""
+    """Writes a value as an indented JSON file, as a whole or not at all (`replace_file`)."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object that a JSON file holds.
 
     Raises:
         SaveError: there is no such file, or it holds something else.
@@ -80,14 +80,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors with strings beside them as a safetensors file, by `replace_file`."""
+    """Writes tensors, and strings beside them, as a safetensors file, as a whole or not at all (`replace_file`)."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **metadata}  # what `transformers` asks for
     replace_file(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file.
+    """Returns the strings that a safetensors file holds beside its tensors.
 
     Raises:
         SaveError: there is no such file, it is truncated, or it is of another kind.
@@ -100,7 +100,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, in memory of the CPU that is no more tied to the file.
+    """Returns the tensors of a safetensors file, as copies in the CPU's memory that do not depend on the file.
 
     Raises:
         SaveError: there is no such file, it is truncated, or it is of another kind.
