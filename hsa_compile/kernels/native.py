@@ -47,7 +47,7 @@ def _build(source: Path, library: Path, arch: str) -> None:
         built = Path(directory) / library.name
         command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
         try:
-            # The build has a session of its own, so that Ctrl-C, which ends a search after it, does not fail it.
+            # The build has a session of its own: Ctrl-C ends a search after it, and must not look like its failure.
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False, start_new_session=True
             )

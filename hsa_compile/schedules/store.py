@@ -124,7 +124,7 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = decode(json.loads(line))
-            # A writer killed before it dropped the journal leaves lines that the file holds already.
+            # A writer that was killed before it dropped the journal leaves lines that are older than the file's entries.
             known = records.get(ScheduleKey.of_record(record))
             if known is None or known.date <= record.date:
                 add(records, record)
@@ -138,7 +138,7 @@ def add(records: Records, record: TuningRecord) -> None:
     key = ScheduleKey.of_record(record)
     known = records.get(key)
     if known is None or (record.kind, known.kind) != (PREDICTED, MEASURED):
-        # Removed first, so that the key is the new record's: its recorded fields belong to it.
+        # The old key is removed first, so that the recorded fields of the key are those of the new record.
         records.pop(key, None)
         records[key] = record
 

@@ -25,7 +25,7 @@ _NORM = 3  # clocks overlap, though not wholly: their norm lies between the larg
 _LAUNCH_MS, _LISTS_MS = 0.004, 0.03  # the time to launch a kernel, and to make the chunks' lists
 _HIDING_WARPS = 12  # resident warps that hide the latency of memory; each further pipeline stage counts half as much
 _MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
-# The matrix instruction of each architecture, and the share of its peak that older ones, and no such one, reach.
+# The matrix instruction of each architecture, and the shares of its peak that older ones reach, and code without any.
 _NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 _OLDER_SHARE, _NO_MATRIX_SHARE = 0.5, 0.06
 _WIDE_ROWS = {"sm_90": 64, "sm_100": 128}  # with fewer rows, Triton takes the older instruction

@@ -84,7 +84,7 @@ def close_storage(storage: BaseStorage) -> None:
 
 @contextlib.contextmanager
 def answering(address: str | None) -> Iterator[None]:
-    """While a storage is in use, turns the errors of one that has gone away into one of a single line.
+    """Turns errors of a storage that goes away while it is in use into one of a single line.
 
     Raises:
         StorageError: the storage does not answer any more.

@@ -116,8 +116,8 @@ TORCH = OpBackend(
 )
 CPP = OpBackend(
     name="cpp",
-    # `split` is into how many parts, shared by cores, a token's slots are cut; `rows` is the rows of a register tile:
-    # keys of its logits, heads of its output.
+    # `split` is the number of parts, shared by cores, that a token's slots are cut into; `rows` is the rows of a
+    # register tile: keys for its logits, heads for its output.
     choices={"split": {"split": _SPLITS, "rows": (1, 2, 3, 4, 6, 8, 12, 16, 24)}},
     why_not=_why_not_cpp,
     fit=_fit_split,
