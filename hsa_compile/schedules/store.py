@@ -124,7 +124,7 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = decode(json.loads(line))
-            # A writer that was killed before it dropped the journal leaves lines that are older than the file's entries.
+            # A writer killed before it dropped the journal leaves lines that are older than the file's entries.
             known = records.get(ScheduleKey.of_record(record))
             if known is None or known.date <= record.date:
                 add(records, record)
