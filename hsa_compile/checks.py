@@ -6,25 +6,25 @@ from hsa_compile.errors import InvalidArgument
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:
-    """Raises InvalidArgument unless the value is an integer of that range."""
+    """Raises InvalidArgument unless the value is an integer from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raises InvalidArgument unless the value is a number of that range."""
+    """Raises InvalidArgument unless the value is a number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises InvalidArgument unless the value is one of the allowed."""
+    """Raises InvalidArgument unless the value is one of those that are allowed."""
     if value not in allowed:
         raise InvalidArgument(f"{name} = {value!r} is not one of {', '.join(allowed)}")
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
-    """The fewest and the most, as a tuple; raises InvalidArgument unless both are counts."""
+    """Returns (the fewest, the most) as a tuple; raises InvalidArgument unless they are two counts in that order."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise InvalidArgument(f"{name} = {value!r} must be two integers: the fewest and the most")
     for item in value:

@@ -1,4 +1,4 @@
-"""Every error and warning a user of hsa-compile can meet.
+"""The errors and warnings that a user of hsa-compile can meet, as a tree.
 
 HSACompileError
 ├── InvalidArgument (ValueError)   a value, shape, dtype or flag that is not allowed
@@ -29,11 +29,11 @@ HSACompileWarning (UserWarning)
 
 
 class HSACompileError(Exception):
-    """Base of all errors that hsa-compile raises on purpose."""
+    """The base of all errors that hsa-compile raises on purpose."""
 
 
 class InvalidArgument(HSACompileError, ValueError):
-    """A value, shape, dtype or flag that is not allowed; the message shows it and what is."""
+    """A value, shape, dtype or flag is not allowed; the message shows it and what is allowed."""
 
 
 class InvalidProblem(InvalidArgument):
@@ -41,11 +41,11 @@ class InvalidProblem(InvalidArgument):
 
 
 class InvalidTarget(InvalidArgument):
-    """A device that does not exist, is not present, or is not supported."""
+    """A device does not exist, is not present, or is not supported."""
 
 
 class InvalidSchedule(InvalidArgument):
-    """A schedule with an unknown knob or choice, or one that the problem cannot use."""
+    """A schedule has an unknown knob or choice, or the problem cannot use it."""
 
 
 class MissingDependency(HSACompileError):
@@ -69,7 +69,7 @@ class NotFinite(WrongResult):
 
 
 class CandidateCrashed(HSACompileError):
-    """The process that compiled or ran a candidate died; the message says of what."""
+    """The process that compiled or ran a candidate died; the message says what it died of."""
 
 
 class CandidateError(HSACompileError):
@@ -109,7 +109,7 @@ class CacheError(HSACompileError):
 
 
 class HSACompileWarning(UserWarning):
-    """Base of all warnings that hsa-compile gives."""
+    """The base of all warnings that hsa-compile gives."""
 
 
 class CacheWarning(HSACompileWarning):
@@ -121,4 +121,4 @@ class UntunedWarning(HSACompileWarning):
 
 
 class DistantWarning(UntunedWarning):
-    """What runs was tuned for a shape so far away that its loss is not known."""
+    """The schedule that runs was tuned for a shape so far away that nobody knows how much time it loses."""

@@ -67,14 +67,14 @@ def end_of_last_line(handle: int) -> int:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts a new file in the place of an old one: at any moment the one or the other is there, never a part.
+    """Replaces a file: at any moment the old one or the new one is there as a whole, never a part.
 
     Args:
         path: where the file is.
         write: fills the file whose path it is given.
 
     Raises:
-        SaveError: it cannot be written; the old file is untouched.
+        SaveError: the file cannot be written; the old one is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -98,10 +98,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """A directory and those above it.
+    """Makes a directory and those above it, unless they are there.
 
     Raises:
-        SaveError: it cannot be made.
+        SaveError: the directory cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -110,13 +110,13 @@ def make_directory(directory: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A value as an indented JSON file, by `replace_file`."""
+    """Writes a value as an indented JSON file, as a whole or not at all (`replace_file`)."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object that a JSON file holds.
 
     Raises:
         SaveError: there is no such file, or it holds something else.

@@ -1,4 +1,4 @@
-"""The logger of the package, which speaks where `HSA_COMPILE_LOG` asks it to."""
+"""The logger of the package, which is silent unless `HSA_COMPILE_LOG` asks it to speak."""
 
 import logging
 import warnings
@@ -12,7 +12,7 @@ logger = logging.getLogger("hsa_compile")
 
 
 def set_up_logging() -> None:
-    """Sends the package's messages of the level that the user chose to standard error.
+    """Sends the package's messages to standard error, from the level on that the user chose.
 
     A program that sets up logging itself need not set the variable: the logger is `hsa_compile`.
     """

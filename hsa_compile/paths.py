@@ -1,6 +1,6 @@
-"""Where things lie on disk, and the only place that reads the environment.
+"""The places of files on disk, and the environment variables that change them: no other file reads the environment.
 
-`HSA_COMPILE_CACHE_DIR` beats the user's cache directory; `HSA_COMPILE_LOG=debug` says what is done.
+`HSA_COMPILE_CACHE_DIR` replaces the user's cache directory; `HSA_COMPILE_LOG=debug` logs what is done.
 """
 
 import functools
@@ -18,12 +18,12 @@ CHECKPOINT_DIR = PACKAGE_DIR / "model" / "checkpoints"
 
 
 def chosen_cache_dir() -> str | None:
-    """What the user set, as it stands."""
+    """Returns the cache directory that the user set, letter by letter, or None."""
     return os.environ.get("HSA_COMPILE_CACHE_DIR")
 
 
 def cache_dir() -> Path:
-    """The root of everything that hsa-compile keeps for this user."""
+    """Returns the root of everything that hsa-compile keeps for this user."""
     if chosen := chosen_cache_dir():
         return Path(chosen).expanduser()
     import platformdirs
@@ -32,15 +32,15 @@ def cache_dir() -> Path:
 
 
 def schedule_dir() -> Path:
-    """One JSON file of tuned schedules a device."""
+    """Returns the directory of tuned schedules, which holds one JSON file for each device."""
     return cache_dir() / "schedules"
 
 
 def source_dir() -> Path:
-    """Where emitted kernels are written, so that tracebacks and profilers lead to real files.
+    """Returns the directory that emitted kernels are written to, so that tracebacks and profilers lead to real files.
 
-    Falls back to a private temporary directory where the cache cannot be written: a read-only home must
-    not stop a kernel from running.
+    It is a private temporary directory where the cache cannot be written: a read-only home must not stop a kernel
+    from running.
     """
     directory = cache_dir() / "kernels"
     try:
@@ -58,25 +58,25 @@ def source_dir() -> Path:
 
 @functools.cache
 def _own_temporary_dir() -> Path:
-    """A new directory: whoever made the usual one could put code there that this process would run."""
+    """Makes a new directory: whoever made one of a known name could put code there that this process would run."""
     return Path(tempfile.mkdtemp(prefix="hsa-compile-"))
 
 
 def log_level() -> str | None:
-    """How much the user wants to be told: `debug`, `info`, `warning`, …; None if nothing was said."""
+    """Returns the lowest level of messages that the user wants to see (`debug`, `info`, …); None if none was set."""
     return os.environ.get("HSA_COMPILE_LOG")
 
 
 def quiet_profiler() -> None:
     """Keeps PyTorch's profiler from writing two lines to standard error each time it runs.
 
-    They have a level above that of errors. A level that the user set stays.
+    Those lines have a level above that of errors. If the user set a level for them, it stays.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def cxx_compiler() -> str | None:
-    """The C++ compiler that builds CPU kernels: `CXX`, else the first of the usual names; None if there is none."""
+    """Returns the C++ compiler that builds CPU kernels: `CXX`, else the first of the usual names, or None."""
     if chosen := os.environ.get("CXX"):
         return shutil.which(chosen)
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)

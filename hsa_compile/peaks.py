@@ -1,4 +1,4 @@
-"""What the devices reach at best, from their data sheets: the one table behind predictions, plots and `model info`."""
+"""The peak figures of devices, from their data sheets: the one table behind predictions, plots and `model info`."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from hsa_compile.target import PRODUCTS, Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What bounds a kernel on one device; peak figures of the vendors' data sheets, dense.
+    """The limits of one device, which bound every kernel on it: the vendors' peak figures, without sparsity.
 
     Attributes:
         tflops: the rate of 16-bit matrix products.
@@ -17,7 +17,7 @@ class Limits:
         cache_mb: size of that cache.
         clock_mhz: boost clock, at which the peaks hold.
         registers, threads, programs: what the resident programs of one multiprocessor share.
-        shared_memory: bytes of one multiprocessor.
+        shared_memory: bytes of shared memory that one multiprocessor has.
         register_unit: registers are given to a warp in steps of this many for each thread.
         memory_gb: size of device memory, in 10⁹ bytes.
         scale_up_gb_s: bandwidth to the other devices of a node, over NVLink or Infinity Fabric, one way.
@@ -43,9 +43,10 @@ class Limits:
 _NVIDIA = {"registers": 65536, "threads": 2048, "programs": 32}
 _CDNA3 = {"registers": 4 * 512 * 64, "threads": 4 * 10 * 64, "programs": 16, "shared_memory": 64 * 1024}
 
-# By architecture: A100 SXM 80 GB, H100 SXM, B200, MI300X. Sources: NVIDIA A100, H100, H200 and Blackwell (HGX B200)
-# data sheets and architecture white papers, CUDA programming guide (table of compute capabilities); AMD Instinct
-# MI300X data sheet and CDNA 3 white paper. Cache bandwidths are not published: measurements by others, rounded.
+# The limits by architecture: A100 SXM 80 GB, H100 SXM, B200, MI300X. Sources: NVIDIA A100, H100, H200 and Blackwell
+# (HGX B200) data sheets and architecture white papers, CUDA programming guide (table of compute capabilities); AMD
+# Instinct MI300X data sheet and CDNA 3 white paper. Vendors publish no cache bandwidths: others measured these, and
+# they are rounded.
 # Links are half of the two-way figures of the same data sheets: NVLink 3, 4 and 5 (600, 900 and 1,800 GB/s), seven
 # Infinity Fabric links (896 GB/s); PCIe 4 and 5 x16 (64 and 128 GB/s).
 LIMITS = {
@@ -58,15 +59,15 @@ LIMITS = {
     "gfx942": Limits(tflops=1307, float32_tflops=163, memory_gb_s=5300, cache_gb_s=11900, cache_mb=256, clock_mhz=2100,
                      memory_gb=192, scale_up_gb_s=448, host_gb_s=64, **_CDNA3),
 }  # fmt: skip
-# Products that differ from the first of their architecture.
+# Some products differ from the one that stands for their architecture above.
 _PRODUCT_LIMITS = {PRODUCTS["h200"].name: replace(LIMITS["sm_90"], memory_gb_s=4800, memory_gb=141)}
 
 
 def limits_of(target: Target) -> Limits:
-    """Peaks of a target's architecture.
+    """Returns the limits of a target: those of its product, else those of its architecture.
 
     Raises:
-        InvalidTarget: they are not known.
+        InvalidTarget: the limits of the architecture are not known.
     """
     if target.arch not in LIMITS:
         raise InvalidTarget(f"peaks of {target.arch} are not known; known are {', '.join(LIMITS)}")

@@ -1,4 +1,4 @@
-"""What is asked of a kernel: one op on one shape and dtype.
+"""A problem: what a kernel is asked to compute, which is one op on one shape and dtype.
 
 Letters used all over the project: `B` batch, `T` query length, `S` key length, `HQ` query heads, `H` key/value
 heads, `G = HQ // H` group size, `D` head dim, `Dv` value dim, `C` chunk size, `N = S // C` chunks, `K` selected
@@ -14,16 +14,16 @@ OPS = ("hsa_forward", "hsa_backward")  # the ops behind hsa_attention
 SELECT_OPS = ("select_chunks", "select_chunks_backward")
 DECODE_OPS = ("hsa_decode",)
 ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
-# What `hsa-compile tune --op` calls a family of ops.
+# The families of ops, by the names that `hsa-compile tune --op` takes.
 FAMILIES = {"all": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
 FUSIONS = ("softmax", "stick_breaking")
-# What changes the emitted source.
+# The flags of a problem that change the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
 DISTRIBUTIONS = ("random", "local", "hot")  # how the picks of inputs may fall
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
-MAX_RETRIEVAL_DIM = 1024  # the largest in select_chunks
-MAX_SELECTED = 128  # chunks that select_chunks keeps for a token
+MAX_RETRIEVAL_DIM = 1024  # the largest head dim in select_chunks
+MAX_SELECTED = 128  # the most chunks that select_chunks keeps for a token
 MAX_CHUNK_SIZE = 1024
 MAX_DECODE_TOKENS = 16  # the most tokens in one call of hsa_decode
 
@@ -41,7 +41,7 @@ class Problem:
         head_dim, value_dim: `D` and `Dv`, at most 256; a value dim of 0 means `head_dim`. In `select_chunks`, the
             retrieval dim, at most 1024.
         chunk_size: `C`, keys in a chunk.
-        top_k: `K`, slots of a token.
+        top_k: `K`, the number of slots of a token; a slot holds a picked chunk or is empty.
         dtype: the dtype of q, k and v, one of `DTYPES`.
         softmax_off_by_one: an extra 1 in the normaliser of each chunk.
         per_head_weights: chunk weights for each query head rather than for each kv head.
@@ -112,7 +112,7 @@ class Problem:
 
     @property
     def family(self) -> str:
-        """The name in `FAMILIES` of the ops that this one belongs to; its own name where it belongs to none."""
+        """The family in `FAMILIES` that the op belongs to; the op's own name where it belongs to none."""
         return next((name for name, ops in FAMILIES.items() if self.op in ops), self.op)
 
     @property
@@ -131,11 +131,11 @@ class Problem:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     def with_op(self, op: str) -> "Problem":
-        """The same shape under another op."""
+        """Returns the same shape under another op."""
         return replace(self, op=op)
 
     def bucketed(self) -> "Problem":
-        """The problem with its lengths rounded up to powers of two: what the cache is keyed by."""
+        """Returns the problem with its lengths rounded up to powers of two, as the cache is keyed by."""
         return replace(
             self,
             batch=next_power_of_2(self.batch),
@@ -144,11 +144,11 @@ class Problem:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return asdict(self)
 
     def tune_flags(self) -> str:
-        """The flags with which `hsa-compile tune` tunes this shape."""
+        """Returns the flags with which `hsa-compile tune` tunes this shape."""
         op = "" if self.family == "all" else f"--op {self.family} "
         seq_len = self.kv_len if self.decodes else self.seq_len
         return (
@@ -157,7 +157,7 @@ class Problem:
         )
 
     def describe_kernel(self) -> str:
-        """What the text of a kernel depends on, in one line: everything but lengths and numbers."""
+        """Returns one line of what the text of a kernel depends on: everything but lengths and counts."""
         options = [name for name in OPTIONS if getattr(self, name)]
         shape = f"G {self.group}, D {self.head_dim}, Dv {self.value_dim}, C {self.chunk_size}"
         if self.selects:
@@ -165,7 +165,7 @@ class Problem:
         return ", ".join([self.dtype, shape, *options])
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns the problem in one line for people."""
         text = (
             f"{self.op} B{self.batch} T{self.seq_len} HQ{self.num_heads} H{self.num_kv_heads} D{self.head_dim} "
             f"C{self.chunk_size} K{self.top_k} {self.dtype}"
@@ -183,7 +183,7 @@ class Problem:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n` (1 for n ≤ 1)."""
+    """Returns the smallest power of two that is at least `n` (1 for n ≤ 1)."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -1,6 +1,6 @@
 """The device that a kernel is made for: the one at hand, or a named one that need not be there.
 
-Only who asks for the device at hand loads PyTorch: the command line reads names of devices before it runs anything.
+PyTorch is loaded only to look at the device at hand: the command line reads names of devices before it runs anything.
 """
 
 import functools
@@ -23,7 +23,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a schedule and an emitted kernel depend on of a device.
+    """A device, described by what schedules and emitted kernels depend on.
 
     Attributes:
         kind: `cuda`, `hip` or `cpu`.
@@ -51,24 +51,24 @@ class Target:
 
     @property
     def slug(self) -> str:
-        """A file name for this device."""
+        """A file name for this device, in small letters, digits and hyphens."""
         text = self.name if self.kind != "cpu" else f"cpu {self.name} {self.arch}"
         return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return asdict(self)
 
     @staticmethod
     def current() -> "Target":
-        """The first GPU if there is one, else this CPU. Called at use, never at import."""
+        """Returns the first GPU if there is one, else this CPU. It is called at use, never at import."""
         import torch
 
         return Target.of(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
     @staticmethod
     def of(device: "torch.device") -> "Target":
-        """The target of a tensor's device.
+        """Returns the target that a tensor's device is.
 
         Raises:
             InvalidTarget: no kernels can be made for that type of device, or it is not present.
@@ -84,8 +84,10 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """A target from a name: `auto`, `cpu`, `cuda`, `cuda:1` (present), or one that need not be present: an
-        architecture (`sm_90`) or a product (`h100`).
+        """Returns the target that a name stands for.
+
+        The names `auto`, `cpu`, `cuda` and `cuda:1` stand for devices that must be present. An architecture (`sm_90`)
+        or a product (`h100`) need not be.
 
         Raises:
             InvalidTarget: the name is unknown, or names a device that is not present.
@@ -108,8 +110,8 @@ def _named(kind: str, name: str, arch: str, num_cores: int, shared_memory: int, 
     )
 
 
-# Data-centre parts of each architecture: A100, H100 SXM, B200, MI300X. Shared memory is what one block may
-# opt in to (CUDA programming guide, table of compute capabilities; CDNA 3 ISA guide).
+# Each architecture stands for its data-centre part: A100, H100 SXM, B200, MI300X. Shared memory is what one block
+# may opt in to (CUDA programming guide, table of compute capabilities; CDNA 3 ISA guide).
 NAMED_TARGETS = {
     "sm_80": _named("cuda", "sm_80", "sm_80", 108, 163 * 1024, 32),
     "sm_90": _named("cuda", "sm_90", "sm_90", 132, 227 * 1024, 32),
@@ -118,7 +120,7 @@ NAMED_TARGETS = {
 }
 
 
-# By the names that their drivers give them, so that what is stored for one is found on it.
+# Products have the names that their drivers give them, so that what is stored for one is found on it.
 PRODUCTS = {
     "a100": replace(NAMED_TARGETS["sm_80"], name="NVIDIA A100-SXM4-80GB"),
     "h100": replace(NAMED_TARGETS["sm_90"], name="NVIDIA H100 80GB HBM3"),
@@ -130,7 +132,7 @@ PRODUCTS = {
 
 @functools.cache
 def this_cpu(num_threads: int) -> Target:
-    """The CPU of this machine with so many threads; remembered, since a call of the op asks for it."""
+    """Returns this machine's CPU with so many threads; it is remembered, since each call of an op asks for it."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability().lower().replace("default", "scalar")
@@ -145,7 +147,7 @@ def this_cpu(num_threads: int) -> Target:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for products of bfloat16, and PyTorch may use its vector extension.
+    """Returns whether this CPU has units for products of bfloat16, and PyTorch may use its vector extension.
 
     Without them such a product is emulated: on a CPU with AVX2 alone it takes 23 times as long as one of float32.
     """
@@ -163,7 +165,7 @@ def _cpu_name() -> str:
 
 
 def _cpuinfo(field: str) -> str:
-    """What Linux says of the first core; empty where it says nothing."""
+    """Returns what Linux says about the first core; an empty text where it says nothing."""
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     match = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
     return match.group(1).strip() if match else ""

@@ -1,4 +1,4 @@
-"""Versions of what a measurement depends on."""
+"""The packages beside this one: the versions that measurements depend on, and the extras that install missing ones."""
 
 import importlib
 from importlib import metadata
@@ -10,23 +10,7 @@ from hsa_compile.errors import MissingDependency
 PACKAGES = ("hsa-compile", "torch", "triton", "optuna")
 _DRIVERS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
-
-def installed_versions() -> dict[str, str]:
-    """Package → version, `not installed` where it is missing; and `driver`, of the GPU, where there is one."""
-    versions = {name: _version(name) for name in PACKAGES}
-    if driver := next((path.read_text().strip() for path in _DRIVERS if path.exists()), None):
-        versions["driver"] = driver
-    return versions
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-# What is imported → the extra of pyproject.toml that installs it.
+# A module that some feature imports → the extra of pyproject.toml that installs it.
 EXTRAS = {
     "transformers": "hf",
     "lm_eval": "harness",
@@ -42,15 +26,30 @@ EXTRAS = {
 }
 
 
+def installed_versions() -> dict[str, str]:
+    """Returns package → version, or `not installed`; and the version of the GPU's `driver` where there is a GPU."""
+    versions = {name: _version(name) for name in PACKAGES}
+    if driver := next((path.read_text().strip() for path in _DRIVERS if path.exists()), None):
+        versions["driver"] = driver
+    return versions
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def require(module: str, feature: str) -> Any:
-    """The module, imported now.
+    """Imports a module that an extra installs, and returns it.
 
     Args:
-        module: perhaps with a dot in its name; the first part is one of `EXTRAS`.
-        feature: what needs it, as a sentence begins.
+        module: its name, perhaps with dots; the first part is one of `EXTRAS`.
+        feature: what needs it, as the first words of the message.
 
     Raises:
-        MissingDependency: it is not installed; the message names the command that installs it.
+        MissingDependency: the module is not installed; the message names the command that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -59,11 +58,11 @@ def require(module: str, feature: str) -> Any:
 
 
 def missing(module: str, feature: str) -> MissingDependency:
-    """The error that says what to install; arguments as of `require`."""
+    """Returns the error that says what to install; the arguments are those of `require`."""
     package = module.partition(".")[0]
     return MissingDependency(f"{feature} needs {package}: {install_command(package)}")
 
 
 def install_command(package: str) -> str:
-    """What a person types to get a package of `EXTRAS`."""
+    """Returns the command that installs a package of `EXTRAS`."""
     return f"pip install 'hsa-compile[{EXTRAS[package]}]'"

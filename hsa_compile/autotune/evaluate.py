@@ -1,4 +1,4 @@
-"""One candidate from compile to times, in stages, each dearer than the one before; few of the bad see the last."""
+"""The evaluation of one candidate, from compiling to times, in stages: most of the bad are dropped at a cheap one."""
 
 import math
 import time
@@ -12,21 +12,28 @@ from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
 from hsa_compile.kernels.measure import quantile
 from hsa_compile.schedules.schedule import Schedule
 
-STAGES = ("resources", "prepare", "quick", "full")  # each dearer than the one before
+STAGES = ("resources", "prepare", "quick", "full")  # each is dearer than the one before
+QUICK_ROUNDS = 3  # rounds of the quick timings; where the default takes long, two calls around one of the default
+MAX_MORE_ROUNDS = 4
+CLEARLY_SLOWER = 1.25  # a candidate slower than the best so far by this factor gets quick timings only, no play-off
+FAR_SLOWER = 3.0  # a candidate slower than the best so far by this factor gets one call, where the default takes long
+
+_LONG_MS = 10.0  # if the default takes longer, one call shows whether a candidate is far slower
+_MS_A_ROUND = 100.0  # what a further round may take; slower candidates get fewer rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A candidate that was timed, in turns with the default, or that failed.
+    """What became of a candidate: it was timed, in turns with the default, or it failed.
 
     Attributes:
         stage: how far it came: refused for its compiled resources, failed while it was compiled or checked,
             dropped after the quick timings, or timed in full.
-        times_ms, default_times_ms: of the same rounds; empty if it failed.
-        failure, reason: the name of the error and its message; empty if it was timed.
-        fingerprint: of its source; empty if it failed.
-        resources: what it uses, where the compiler tells.
-        seconds: that it took, compiling ahead not counted.
+        times_ms, default_times_ms: the candidate's and the default's times in the same rounds; empty if it failed.
+        failure, reason: the name of the error and its message; empty if the candidate was timed.
+        fingerprint: the digest of the candidate's source; empty if it failed.
+        resources: what the candidate uses, where the compiler tells.
+        seconds: how long all this took, compiling ahead not counted.
     """
 
     stage: str
@@ -51,7 +58,7 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """Median of its time over the default's in the same round; None if it failed.
+        """The median, over the rounds, of its time divided by the default's; None if it failed.
 
         Ratios to the same default compare across runs, days and drift, which times do not.
         """
@@ -61,25 +68,25 @@ class Outcome:
 
     @property
     def median_ms(self) -> float | None:
-        """Its own median; None if it failed."""
+        """The median of its times; None if it failed."""
         return None if self.failure else quantile(self.times_ms, 0.5)
 
     @staticmethod
     def failed(
         stage: str, error: HSACompileError, resources: Resources | None = None, seconds: float = 0.0
     ) -> "Outcome":
-        """A candidate that is out."""
+        """Returns the outcome of a candidate that is out."""
         return Outcome(
             stage=stage, failure=type(error).__name__, reason=str(error)[:500], resources=resources, seconds=seconds
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Outcome":
-        """The outcome that `to_dict` gave.
+        """Returns the outcome that `to_dict` gave the values of.
 
         Raises:
             InvalidArgument, KeyError, TypeError: a field is missing, unknown or out of range.
@@ -89,22 +96,13 @@ class Outcome:
         return Outcome(**{**values, **times, "resources": None if resources is None else Resources(**resources)})
 
 
-QUICK_ROUNDS = 3  # where the default does not take long; else two calls around one of the default
-MAX_MORE_ROUNDS = 4
-CLEARLY_SLOWER = 1.25  # times the best so far: not worth more than the quick timings, nor a place in the play-off
-FAR_SLOWER = 3.0  # times the best so far: not worth more than one call, where the default takes long
-
-_LONG_MS = 10.0  # a default that takes longer shows in one call whether a candidate is far slower
-_MS_A_ROUND = 100.0  # that a further round may take; of slower candidates there are fewer
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
-    """The default, as candidates are compared with it: ready on the bench.
+    """The default schedule, ready on the bench, with which candidates are compared.
 
     Attributes:
-        schedule: what all are timed in turns with.
-        outcome: of the default against itself.
+        schedule: the default, which all are timed in turns with.
+        outcome: what became of the default when it was timed against itself.
     """
 
     schedule: Schedule
@@ -112,7 +110,7 @@ class Baseline:
 
     @property
     def median_ms(self) -> float:
-        """The default's time."""
+        """The median of the default's times."""
         assert self.outcome.median_ms is not None
         return self.outcome.median_ms
 
@@ -120,13 +118,15 @@ class Baseline:
 def measure_default(
     schedule: Schedule, bench: Bench, *, compiled: Callable[[], Resources | None] | None = None
 ) -> Baseline:
-    """Prepares the default and times it.
+    """Prepares the default schedule and times it.
 
     Args:
-        compiled: as for `evaluate`.
+        schedule: the default.
+        bench: where it is prepared and timed.
+        compiled: as in `evaluate`.
 
     Raises:
-        HSACompileError: it fails; without it there is nothing to compare with.
+        HSACompileError: the default fails; without it there is nothing to compare with.
     """
     start = time.monotonic()
     resources = compiled() if compiled else bench.compile(schedule)
@@ -153,13 +153,16 @@ def evaluate(
     compiled: Callable[[], Resources | None] | None = None,
     more_rounds: int = MAX_MORE_ROUNDS,
 ) -> Outcome:
-    """What becomes of one candidate.
+    """Compiles, checks and times one candidate, as far as it is worth it.
 
     Args:
-        best_ratio: of those timed so far; whoever is `CLEARLY_SLOWER` than that gets the quick timings only, and
-            whoever is `FAR_SLOWER` one call only, if the default takes long enough for one to tell.
+        schedule: the candidate.
+        bench: where it is prepared and timed.
+        baseline: the default that it is compared with.
+        best_ratio: the least ratio so far. A candidate that is `CLEARLY_SLOWER` gets the quick timings only; one that
+            is `FAR_SLOWER` gets one call only, if the default takes long enough for one to tell.
         compiled: waits for what the candidate uses, if it is compiled elsewhere; by default the bench compiles it.
-        more_rounds: at most, after the quick timings.
+        more_rounds: how many rounds may follow the quick timings.
     """
     start = time.monotonic()
     stage, resources = "resources", None
@@ -174,7 +177,7 @@ def evaluate(
         is_long = baseline.median_ms >= _LONG_MS
         times, default_times = bench.time(pair, 1 if is_long else QUICK_ROUNDS)
         if is_long and times[0] <= FAR_SLOWER * best_ratio * default_times[0]:
-            # Before and after the default: both are compared with its one call, which drift takes from neither.
+            # One call comes before the default's, one after it: compared with both, drift cancels out.
             (again,) = bench.time([schedule], 1)
             times, default_times = [*times, *again], default_times * 2
         outcome = _timed(stage, times, default_times, fingerprint, resources, start)

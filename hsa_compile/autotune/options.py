@@ -1,4 +1,4 @@
-"""How a search is run: its budget, its sampler, where its study is kept, and how careful it is.
+"""The options of a search: its budget, its sampler, where its study is kept, and how careful it is.
 
 The command line reads the names and bounds here before it loads a search, so this file imports no PyTorch.
 """
@@ -23,13 +23,15 @@ OPEN_BENCH = "hsa_compile.autotune.bench.bench:open_bench"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How long and how large a candidate may be.
+    """The limits of a candidate in time and memory, beyond which it is killed.
 
     Attributes:
-        compile_s: for compiling it.
-        run_s: for checking it, and for each set of timings; more where the default needs more than a tenth of that.
-        first_s: for the first candidate, the default, with which nothing can be compared yet.
-        memory_bytes: beyond what a worker has when it starts; None for no limit, as a GPU's driver needs.
+        compile_s: the seconds that compiling it may take.
+        run_s: the seconds that checking it, and each set of timings, may take; more where the default needs more than
+            a tenth of that.
+        first_s: the seconds that the first candidate, the default, may take, since nothing can be compared with it yet.
+        memory_bytes: the bytes that it may take beyond what a worker has when it starts; None for no limit, as a GPU's
+            driver needs.
     """
 
     compile_s: float = 120.0
@@ -46,22 +48,23 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """What `tune` does with a problem.
+    """The options of `tune`.
 
     Attributes:
-        trials: candidates to try at most, the default included, by all workers of the study.
-        timeout: seconds for everything; the play-off gets a fifth.
-        seed: of the sampler and the inputs.
-        distribution: of the picks, one of `problem.DISTRIBUTIONS`.
-        sampler: one of `SAMPLERS`.
+        trials: the most candidates to try, the default included, by all workers of the study.
+        timeout: the seconds for everything; the play-off gets a fifth.
+        seed: the seed for the sampler and the inputs.
+        distribution: how the picks of the inputs fall, one of `problem.DISTRIBUTIONS`.
+        sampler: what chooses the candidates, one of `SAMPLERS`.
         until_within: ends the search early when no more than this share of the best time is expected to be left to
             gain; for samplers without a model, when the last candidates gained no more.
         storage: where the study is kept, so that a killed search goes on (`storage.open_storage`); None for memory.
-        ledger: file that keeps every timing for later searches, and gives them; None for none.
-        anew: begin a new study, and time again what the ledger knows.
-        workers: searches at once, dealt out to the devices.
-        isolate: candidates run in processes of their own; else in this one, which starts sooner but dies with them.
-        limits: what a candidate is killed for; by default the memory that is free, and `Limits`' own times.
+        ledger: a file that keeps every timing, for later searches to read; None for none.
+        anew: whether to begin a new study, and to time again what the ledger knows.
+        workers: how many searches run at once, dealt out to the devices.
+        isolate: whether candidates run in processes of their own; else they run in this one, which starts sooner but
+            dies with them.
+        limits: what a candidate must keep, or it is killed; by default the free memory, and the times of `Limits`.
         bench: `module:function` that opens the bench, in a worker process if candidates are isolated.
     """
 
@@ -99,10 +102,10 @@ class TuneOptions:
 
 
 def check_address(address: str) -> None:
-    """Whether an address is of a kind that `open_storage` knows.
+    """Raises unless an address is of a kind that `open_storage` knows.
 
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: the address is of no such kind.
     """
     scheme, separator, _ = address.partition("://")
     if scheme == PROXY:

@@ -1,6 +1,7 @@
-"""The last word: the best few against the default, interleaved, and the default unless it is clearly beaten.
+"""The play-off: the best few are timed in turns with the default, which stays unless one of them clearly beats it.
 
-Whoever cannot be told from the best is in the tie-set with it; among those the pick does not hang on the clock.
+Schedules that cannot be told from the best are in a tie-set with it; which of these is picked does not depend on the
+clock.
 """
 
 import math
@@ -14,7 +15,7 @@ from hsa_compile.schedules.record import Measurement
 from hsa_compile.schedules.schedule import Schedule
 
 CONFIDENCE = 0.95
-MIN_GAIN = 0.01  # a smaller share of the default's time is no gain, and no difference, however certain
+MIN_GAIN = 0.01  # a smaller share of the default's time counts as no gain and no difference, however certain it is
 MIN_ROUNDS = 9  # with eight challengers, all of nine rounds must be won to be that confident
 _ROUNDS_AT_ONCE = 3
 
@@ -23,12 +24,12 @@ TimeAll = Callable[[Sequence[Schedule], int], list[list[float]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Who won, both measurements from the same rounds, and who might as well have won.
+    """The result of a play-off.
 
     Attributes:
-        winner: the pick from the tie-set.
-        measurement, default_measurement: of winner and default.
-        tie_set: the best and all that cannot be told from it, in the order of the pick; the winner is the first.
+        winner: the schedule that is picked from the tie-set.
+        measurement, default_measurement: the winner's and the default's times, from the same rounds.
+        tie_set: the best and all that cannot be told from it, in the order of preference; the winner is the first.
         text: what was decided and how sure it is.
     """
 
@@ -53,15 +54,16 @@ def play_off(
     Two entrants are compared by a sign test on their rounds: it assumes nothing about how noise is distributed. A
     challenger beats the default if it is faster by `MIN_GAIN` at the median and the test says so at `CONFIDENCE`,
     shared out among the challengers, so that the default loses to any of its equals in one search of twenty at most.
-    The fastest of those ties with every challenger that it does not beat in the same way, and the pick is among those
-    of them that beat the default themselves.
+    The fastest of those ties with every challenger that it does not beat in the same way, and the winner is picked from
+    those of them that beat the default themselves.
 
     Args:
-        challengers: in the order of the search space, or any other that does not depend on their times.
-        time_all: interleaved times of several candidates over a number of rounds.
-        max_rounds: at most so many; at least `MIN_ROUNDS` are run.
-        deadline: `time.monotonic()` after which no more rounds begin than those.
-        resources: what a candidate uses, where that is known.
+        default: the default schedule.
+        challengers: the others, in the order of the search space or another that does not depend on their times.
+        time_all: gives interleaved times of several candidates over a number of rounds.
+        max_rounds: the most rounds; at least `MIN_ROUNDS` are run.
+        deadline: `time.monotonic()` after which no rounds begin beyond the first `MIN_ROUNDS`.
+        resources: gives what a candidate uses, where that is known.
     """
     entrants = [default, *challengers]
     times = _rounds(entrants, time_all, max_rounds, deadline)
@@ -90,7 +92,7 @@ def play_off(
 
 
 def num_changes(schedule: Schedule, default: Schedule) -> int:
-    """Knobs in which a schedule differs from the default, the dataflow and those that only one has among them."""
+    """Counts the knobs in which a schedule differs from the default, the dataflow and knobs that one lacks included."""
     return sum(schedule.get(name) != default.get(name) for name in {*schedule, *default})
 
 
@@ -105,7 +107,7 @@ def _rounds(entrants: Sequence[Schedule], time_all: TimeAll, max_rounds: int, de
 
 
 def _is_faster(times: Sequence[float], others: Sequence[float], level: float) -> bool:
-    """Whether `times` beat `others` by more than `MIN_GAIN`, and by luck only with a probability of `level`."""
+    """Returns whether `times` beat `others` by more than `MIN_GAIN`, by luck only with a probability of `level`."""
     if _median_ratio(times, others) >= 1 - MIN_GAIN:
         return False
     wins = sum(t < o for t, o in zip(times, others, strict=True))

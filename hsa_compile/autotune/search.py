@@ -1,4 +1,4 @@
-"""The loop of one worker: propose, compile ahead, evaluate, tell, until the trials, the time or the space run out."""
+"""The search loop of one worker: propose, compile ahead, evaluate and tell, until trials, time or space run out."""
 
 import time
 from collections import Counter, deque
@@ -14,8 +14,8 @@ from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.autotune.study.study import Finished, Proposal, TuningStudy
 from hsa_compile.schedules.schedule import Schedule
 
-PATIENCE = 20  # trials without much better, after which a search that has no model believes in no more
-MODEL_PATIENCE = 10  # the same with a model, which has to be right for so long
+PATIENCE = 20  # a search without a model has settled when so many trials gained little
+MODEL_PATIENCE = 10  # with a model so many are enough, if the model expects no more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,8 @@ class Trial:
 
     Attributes:
         schedule: what was timed.
-        ratio: median of its time over the default's in the same round.
-        median_ms: its own median.
+        ratio: the median, over the rounds, of its time divided by the default's.
+        median_ms: the median of its times.
         resources: what it uses, where the compiler tells.
     """
 
@@ -37,10 +37,12 @@ class Trial:
 
 @dataclass(slots=True, kw_only=True)
 class SearchResult:
-    """What a study holds: timed trials in the order they were made, and how many failed in which way.
+    """The outcomes that a study holds.
 
     Attributes:
-        num_known: of the trials and failures, those that the ledger knew, which cost no time.
+        trials: the timed candidates, in the order in which they were tried.
+        failures: how many candidates failed, by the name of the error.
+        num_known: how many trials and failures the ledger knew, so that they cost no time.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -49,7 +51,7 @@ class SearchResult:
 
     @property
     def num_tried(self) -> int:
-        """Candidates that were timed or failed."""
+        """How many candidates were timed or failed."""
         return len(self.trials) + self.failures.total()
 
     @property
@@ -59,7 +61,7 @@ class SearchResult:
 
     @staticmethod
     def of(finished: Sequence[Finished]) -> "SearchResult":
-        """The sum of outcomes."""
+        """Returns the result that these outcomes add up to."""
         result = SearchResult()
         for one in finished:
             result.num_known += not one.counted
@@ -73,10 +75,10 @@ class SearchResult:
         return result
 
     def has_settled(self, within: float, patience: int = PATIENCE) -> bool:
-        """Whether the last `patience` candidates together made the best better by no more than a share `within`.
+        """Returns whether the last `patience` candidates together improved the best by at most a share `within`.
 
-        If candidates came in random order, one in `patience + 1` searches that settle so would find more in the
-        next one; a sampler that looks in good places first has less left to find.
+        If candidates came in random order, one in `patience + 1` searches that settle so would find a better one
+        next; a sampler that looks in good places first has less left to find.
         """
         ratios = [trial.ratio for trial in self.trials]
         if len(ratios) <= patience:
@@ -99,15 +101,15 @@ def search(
     """Tries schedules until the study has its trials, or the time or the space runs out.
 
     Args:
-        study: what was tried and what to try; the first of its first schedules is the default.
+        study: the study that says what was tried and what to try; the first of its first schedules is the default.
         bench: where candidates are checked and timed.
         deadline: `time.monotonic()` after which no new candidate but the default begins.
-        pool: compiles candidates ahead; without one the bench does, each in its turn.
-        pause_to_time: nothing is compiled while a candidate is timed, since it would use the same cores.
+        pool: what compiles candidates ahead; without one, the bench compiles each in its turn.
+        pause_to_time: whether to compile nothing while a candidate is timed, since it would use the same cores.
         until_within: ends the search when the sampler's model expects no more than this share of the best time from
             all points that are left, and the last `MODEL_PATIENCE` candidates bore it out; where it has no model, when
             the last `PATIENCE` did.
-        ledger: gets each outcome, before the study does.
+        ledger: what gets each outcome, before the study does.
         should_stop: asked before each candidate.
         on_trial: called with the study's result after each candidate of this worker.
 
@@ -149,17 +151,17 @@ def _has_settled(study: TuningStudy, result: SearchResult, within: float) -> boo
 
 
 class _Window:
-    """The proposals that are being compiled or timed, in order: outcomes are told in it, whichever compiles first."""
+    """The proposals that are being compiled or timed; their outcomes are told in order, whichever compiles first."""
 
     def __init__(self, study: TuningStudy, pool: CompilePool | None, pause_to_time: bool) -> None:
         self._study, self._pool, self._pause = study, pool, pause_to_time
         self._waiting: deque[tuple[Proposal, Future[Resources | None] | None]] = deque()
         self._current: Proposal | None = None
-        self._timing = False  # of a batch, in which nothing new is compiled
+        self._timing = False  # whether a batch is being timed, while nothing new is compiled
         self.compiled: Callable[[], Resources | None] | None = None
 
     def next(self, *, only_one: bool) -> Proposal | None:
-        """The next to be timed; None when nothing is left to propose."""
+        """Returns the next proposal to be timed; None when nothing is left to propose."""
         self._refill(only_one)
         self._timing = len(self._waiting) > 1
         if not self._waiting:
@@ -171,11 +173,11 @@ class _Window:
         return self._current
 
     def done(self) -> None:
-        """The current one is told."""
+        """Drops the current proposal, whose outcome is told."""
         self._current = None
 
     def release(self) -> None:
-        """Gives back what was begun and not told."""
+        """Gives back the proposals that were begun and not told."""
         for proposal in [self._current, *(proposal for proposal, _ in self._waiting)]:
             if proposal is not None:
                 self._study.release(proposal)

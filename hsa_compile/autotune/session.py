@@ -1,4 +1,7 @@
-"""Everything that one search needs, opened together and closed together: study, benches, compilers, ledger."""
+"""The session of a search: its study, benches, compilers and ledger, which are opened and closed together.
+
+It also chooses the schedules that a search tries first.
+"""
 
 import contextlib
 import os
@@ -30,24 +33,27 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
-MAX_NEIGHBOURS = 3  # winners of other problems and devices
+MAX_NEIGHBOURS = 3  # the most winners of other problems and devices that a search tries first
+_MAX_COMPILERS = 16
+_SEED_STEP = 1_000_003
+_NUM_SEEDS = 2**32
 
 
 def first_schedules(problem: Problem, target: Target) -> list[Schedule]:
-    """The default, the nearest tuned problem's, other winners by distance, and the one predicted to be fastest."""
+    """Returns the default schedule, the nearest tuned one, other winners by distance, and the predicted fastest."""
     found = [default_schedule(problem, target), *_neighbours(problem, target), *_predicted_best(problem, target)]
     return list(dict.fromkeys(found))
 
 
 def predicted_times(problem: Problem, schedules: Sequence[Schedule], target: Target) -> list[float] | None:
-    """What the model predicts for each, in milliseconds; None where it does not know the target's peaks."""
+    """Returns the milliseconds that the model predicts for each; None where it does not know the target's peaks."""
     if target.arch not in LIMITS:
         return None
     return [estimate(problem, schedule, target) for schedule in schedules]
 
 
 def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
-    """What lookup would use, then winners for the same op and backend, of other devices, too."""
+    """Yields what a lookup would use, then winners for the same op and backend, also those on other devices."""
     cache, space = default_cache(), SearchSpace.of(problem, target)
     if found := cache.lookup(problem, target):
         yield found.schedule
@@ -64,7 +70,7 @@ def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
 
 
 def _far(key: ScheduleKey, other: ScheduleKey) -> tuple[int, float]:
-    """Fields that differ where they should not, then the distance in the others."""
+    """Returns how many fields differ where they must match, then the distance in the others, to sort by."""
     return len(key.mismatches(other)), key.distance(other)
 
 
@@ -74,18 +80,13 @@ def _predicted_best(problem: Problem, target: Target) -> Iterator[Schedule]:
         yield valid[times.index(min(times))]
 
 
-_MAX_COMPILERS = 16
-_SEED_STEP = 1_000_003
-_NUM_SEEDS = 2**32
-
-
 class Session:
-    """An open search of one problem. Its workers share the study; each has a bench, and a device, of its own.
+    """An open search of one problem. Its workers share the study; each has a bench and a device of its own.
 
     Args:
         problem, target: what is tuned.
-        devices: of the target, at hand; workers are dealt out to them in turn.
-        options: how.
+        devices: the devices at hand that the target stands for; workers are dealt out to them in turn.
+        options: how the search is run.
     """
 
     def __init__(self, problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> None:
@@ -113,13 +114,13 @@ class Session:
 
     @property
     def main_bench(self) -> Bench:
-        """Where the play-off is held."""
+        """The bench that the play-off is held on."""
         return self.benches[0]
 
     def run(
         self, deadline: float, should_stop: Callable[[], bool], on_trial: Callable[[SearchResult], None]
     ) -> SearchResult:
-        """Searches with all workers until each has come to an end.
+        """Searches with all workers until each of them has ended.
 
         Raises:
             HSACompileError: the default schedule itself fails.
@@ -150,7 +151,7 @@ class Session:
                 failed.set()
 
     def finish(self) -> None:
-        """Marks the study as done: asked again, the search begins anew."""
+        """Marks the study as done, so that the next search of the same problem begins anew."""
         finish_study(self.study)
 
     def _search(
@@ -169,7 +170,7 @@ class Session:
         )
 
     def _view(self) -> TuningStudy:
-        """The study as one worker sees it; Optuna's own object is not shared, since each worker has its sampler."""
+        """Returns one worker's view of the study; Optuna's object is not shared, since each worker has its sampler."""
         view = TuningStudy(
             optuna.load_study(study_name=self.study.study_name, storage=self.storage),
             self.storage,
@@ -208,7 +209,7 @@ class Session:
         return Limits(memory_bytes=memory)
 
     def _make_pool(self, opening: contextlib.ExitStack) -> CompilePool | None:
-        """Where compiling costs something, as many compilers as cores; elsewhere it is done on the bench."""
+        """Makes as many compilers as there are cores, where compiling takes long; elsewhere the bench compiles."""
         backend = backend_for(self.problem, self.target)
         if not self.options.isolate or backend == "torch":
             return None
@@ -231,10 +232,10 @@ class Session:
 
 
 def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> MakeSampler:
-    """Makes the sampler for a trial by its number, so that it proposes what it would have, had nobody been killed.
+    """Returns what makes the sampler for a trial by its number, so that a killed search goes on with equal proposals.
 
-    Some know nothing but the study's trials, and one serves all; Optuna's carry a random state from one trial to the
-    next, so each trial has a new one with a seed of its own.
+    Samplers that know nothing but the study's trials serve all of them. Optuna's carry a random state from one trial to
+    the next, so each trial has a new one with a seed of its own.
     """
     valid = list(SearchSpace.of(problem, target).schedules())
     points = [parameters_of(schedule) for schedule in valid]

@@ -1,4 +1,4 @@
-"""A full sweep of a kernel's space, recorded once: searches can be replayed on it without the device."""
+"""Full sweeps of a kernel's search space: measuring one, its file, and searches replayed on it without the device."""
 
 import gzip
 import itertools
@@ -27,10 +27,12 @@ from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
 FORMAT, VERSION = "hsa-compile sweep", 1
+MORE_ROUNDS = 24  # rounds of a sweep after the quick timings; a search has fewer
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CLOSINGS = ("", "}", "}}")  # Kernel Tuner leaves a cache file open while it may still be added to
 _NO_TIME_MS = 1e10  # Kernel Tuner's old mark for a failure is a number above this
+_MAX_IDLE_ASKS = 16  # after so many asks in a row that name nothing new, an untried point is drawn, as in a real search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +40,9 @@ class RecordedSweep:
     """Every valid point of a space with its time, or why it failed.
 
     Attributes:
-        points: parameter → value, as Optuna knows them.
-        times: of each point, in milliseconds or any other unit; None if it failed.
-        reasons: of each point, why it failed; empty if it did not.
+        points: the points, each a mapping of parameter → value as Optuna knows them.
+        times: the time of each point, in milliseconds or any other unit; None if it failed.
+        reasons: why each point failed; empty if it did not.
         about: what else is known: problem, target and versions, or the header of Kernel Tuner's file.
     """
 
@@ -70,7 +72,7 @@ class RecordedSweep:
 
     @staticmethod
     def of_schedules(results: Mapping[Schedule, float | str], *, problem: Problem, target: Target) -> "RecordedSweep":
-        """A sweep of our own: the time of each schedule, or why it failed."""
+        """Makes a sweep from the time of each schedule, or the reason why it failed."""
         return RecordedSweep(
             points=[parameters_of(schedule) for schedule in results],
             times=[None if isinstance(result, str) else float(result) for result in results.values()],
@@ -79,7 +81,7 @@ class RecordedSweep:
         )
 
     def save(self, path: Path) -> None:
-        """Writes JSON, compressed where the name ends in `.gz`."""
+        """Writes the sweep as JSON, compressed if the name ends in `.gz`."""
         points = [
             {"parameters": dict(point), **({"failure": reason} if time is None else {"time": time})}
             for point, time, reason in zip(self.points, self.times, self.reasons, strict=True)
@@ -92,7 +94,7 @@ class RecordedSweep:
 
     @staticmethod
     def load(path: Path) -> "RecordedSweep":
-        """Reads our own format or a cache file of Kernel Tuner, compressed or not.
+        """Reads a sweep from a file of our own format or a cache file of Kernel Tuner, compressed or not.
 
         Raises:
             InvalidArgument: the file is neither.
@@ -149,13 +151,10 @@ def _read_kernel_tuner(values: Mapping[str, Any]) -> RecordedSweep:
 
 
 def _kernel_tuner_time(value: object) -> float | None:
-    """A time, or None for what stands in its place where a configuration failed: a word or a huge number."""
+    """Returns a time, or None for a word or a huge number, which stand for a configuration that failed."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if 0 < value < _NO_TIME_MS else None
-
-
-MORE_ROUNDS = 24
 
 
 def sweep(
@@ -168,13 +167,15 @@ def sweep(
     should_stop: Callable[[], bool] = lambda: False,
     on_outcome: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[Schedule, Outcome]:
-    """The outcome of every valid schedule, in the order of the space, or of those up to when it was told to stop.
+    """Times every valid schedule, until it is told to stop; returns the outcomes, in the order of the space.
 
     Args:
-        default: that all are timed in turns with.
-        ledger: has what an earlier, interrupted sweep or search timed, and gets what this one does.
+        problem, target: what the schedules are for.
+        default: the schedule that all are timed in turns with.
+        bench: where they are prepared and timed.
+        ledger: has what an earlier, interrupted sweep or search timed, and gets what this one times.
         should_stop: asked before each candidate.
-        on_outcome: called with how many are done, and of how many.
+        on_outcome: called with how many are done, and how many there are.
     """
     outcomes = ledger.known()
     valid = list(SearchSpace.of(problem, target).schedules())
@@ -186,8 +187,8 @@ def sweep(
         if should_stop():
             break
         if schedule not in outcomes:
-            # Each is timed in full, however slow, and longer than in a search: a sweep is to be exact everywhere, and
-            # the least of many noisy times is less than the best candidate takes.
+            # Each is timed in full, however slow it is, and longer than in a search: a sweep is to be exact everywhere,
+            # and the least of many noisy times is less than the best candidate takes.
             outcome = evaluate(schedule, bench, baseline, best_ratio=float("inf"), more_rounds=MORE_ROUNDS)
             ledger.add(schedule, outcome)
             outcomes[schedule] = outcome
@@ -195,22 +196,19 @@ def sweep(
     return {schedule: outcomes[schedule] for schedule in valid if schedule in outcomes}
 
 
-_MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn, as in a real search
-
-
 class Replay:
     """A sweep made ready for many searches.
 
     Args:
         sweep: what stands in for the device.
-        first: points that each search begins with, before the sampler is asked.
+        first: the points that each search begins with, before the sampler is asked.
     """
 
     def __init__(self, sweep: RecordedSweep, first: Sequence[Point] = ()) -> None:
         self.sweep, self.first = sweep, list(first)
         self.table = PointTable(sweep.points)
         self._first = next(iter(sweep.points[0]))
-        self._names: dict[Any, dict[str, None]] = {}  # value of the first parameter → the others there are then
+        self._names: dict[Any, dict[str, None]] = {}  # value of the first parameter → the others that go with it
         self._values: dict[str, dict[Any, None]] = {}
         for point in sweep.points:
             self._names.setdefault(point[self._first], {}).update(dict.fromkeys(name for name in point))
@@ -218,7 +216,7 @@ class Replay:
                 self._values.setdefault(name, {})[value] = None
 
     def run(self, sampler_name: str, seed: int, evaluations: int) -> list[float]:
-        """One search; see `replay`."""
+        """Runs one search, as `replay` does."""
         if evaluations < 1:
             raise InvalidArgument(f"evaluations = {evaluations} must be at least 1")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -240,7 +238,7 @@ class Replay:
         return best + [least] * (evaluations - len(best))
 
     def _next(self, study: optuna.Study, tried: set[int], spare: list[int]) -> tuple[optuna.Trial, int]:
-        """A trial with a point of the sweep that was not tried."""
+        """Returns a trial with a point of the sweep that was not tried, and the index of that point."""
         for idle in itertools.count():
             if idle == _MAX_IDLE_ASKS:
                 while spare[-1] in tried:
@@ -261,25 +259,25 @@ class Replay:
 
 
 def replay(sweep: RecordedSweep, sampler_name: str, seed: int, evaluations: int) -> list[float]:
-    """The least time after each evaluation, infinite until one succeeds.
+    """Replays one search; returns the least time after each evaluation, infinite until one succeeds.
 
     As in a real search, a point that failed costs an evaluation; one that is not in the sweep, or was tried before,
-    goes straight back to the sampler at no cost. What would come after the optimum is not played.
+    goes straight back to the sampler at no cost. The search is not played on after it found the optimum.
 
     Args:
         sweep: what stands in for the device.
-        sampler_name: one of `choices.SAMPLERS`.
-        seed: of the sampler.
-        evaluations: how many; fewer come back where the sweep has fewer points.
+        sampler_name: one of `options.SAMPLERS`.
+        seed: the seed for the sampler.
+        evaluations: how many points are tried; fewer come back where the sweep has fewer points.
 
     Raises:
-        InvalidArgument: fewer than one evaluation, or no such sampler.
+        InvalidArgument: there would be fewer than one evaluation, or there is no such sampler.
     """
     return Replay(sweep).run(sampler_name, seed, evaluations)
 
 
 def first_points(sweep: RecordedSweep) -> list[Point]:
-    """What our search begins with on an empty cache: the default of the sweep's problem. Nothing for others' sweeps."""
+    """Returns what a search begins with on an empty cache: the default of the sweep's problem; none if it has none."""
     if not {"problem", "target"} <= sweep.about.keys():
         return []
     problem, target = Problem(**sweep.about["problem"]), Target(**sweep.about["target"])

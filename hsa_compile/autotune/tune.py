@@ -1,4 +1,4 @@
-"""The search for one problem, from inputs to a record."""
+"""The tuning of one problem, from its inputs to a stored record: `tune`, `tune_missing` and `set_autotune`."""
 
 import contextlib
 import time
@@ -30,22 +30,24 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
+MODES = ("off", "on-miss")  # what `set_autotune` takes
+
 _MAX_FINALISTS = 8
 _PLAY_OFF_ROUNDS = 15
-_PLAY_OFF_SHARE = 0.2  # of the time
+_PLAY_OFF_SHARE = 0.2  # the share of the time that the play-off gets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """State of a running search, for a progress bar.
+    """The state of a running search, for a progress bar.
 
     Attributes:
         problem: what is being tuned.
-        tried, max_trials: candidates so far, of all workers, and at most.
-        best_ms, default_ms: medians so far.
-        schedule: the best so far.
-        elapsed_s, timeout_s: of the whole tuning.
-        failures: candidates that failed so far, by the name of the error.
+        tried, max_trials: how many candidates all workers tried so far, and may try at most.
+        best_ms, default_ms: the median times of the best candidate so far and of the default.
+        schedule: the best schedule so far.
+        elapsed_s, timeout_s: the seconds since the tuning began, and those it may take.
+        failures: how many candidates failed so far, by the name of the error.
     """
 
     problem: Problem
@@ -70,27 +72,28 @@ def tune(
     on_record: Callable[[TuningRecord], object] = lambda record: None,
     **changes: Any,
 ) -> TuningRecord:
-    """Searches the schedule of one problem on the device at hand. Stores no schedule: `ScheduleCache.put` does.
+    """Searches the best schedule of one problem on the device at hand. It stores none: `ScheduleCache.put` does.
 
-    The default schedule is the first trial, then those that others found for such problems and the one that the
-    model likes best. Every candidate is checked against the reference, then timed in turns with the default; the
-    best few meet the default once more in a play-off, and the default stays unless it is beaten by more than noise.
+    The default schedule is the first trial; then come winners for similar problems, and the one that the model ranks
+    best. Every candidate is checked against the reference, then timed in turns with the default; the best few meet
+    the default once more in a play-off, and the default stays unless it is beaten by more than noise.
 
     Args:
         problem: what to tune.
         target: what the device is; it is found out if None.
-        options: what to do; the defaults of `TuneOptions` if None.
+        options: how to search; the defaults of `TuneOptions` if None.
         device: where to run; the target's own by default (`cpu` or `cuda`). Several of a kind search at once.
         on_progress: called after each candidate.
         should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
             the record is marked incomplete.
         on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
-            Not called where the search was too small (`TuningRecord.shortfall`): its study waits to be gone on with.
+            It is not called where the search was too small (`TuningRecord.shortfall`): the next one goes on with its
+            study.
         changes: fields of `TuneOptions` that replace those of `options`: `trials=20`, `timeout=30`, `seed=1`, …
 
     Raises:
         InvalidArgument: an option is out of range.
-        InvalidProblem: its tensors do not fit in the memory that is free.
+        InvalidProblem: the problem's tensors do not fit in the memory that is free.
         InvalidTarget: the target's device is not the one at hand, or several devices are of different kinds.
         StorageError, MissingDependency: the study's storage cannot be opened, or does not answer any more.
         CompileError, OutOfResources, WrongResult, CandidateCrashed, CandidateError, TimedOut: the default schedule
@@ -146,22 +149,22 @@ def tune_missing(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TuningRecord, bool]:
-    """Tunes a problem that the cache has no finished search of, and stores the winner: the one policy for both.
+    """Tunes a problem unless the cache holds the record of a finished search, and stores the winner.
 
     A search that was interrupted goes on with its study. Nothing is stored where there was time for too few
-    candidates (`TuningRecord.shortfall`), and what an interrupted search found does not push out what a whole one did.
+    candidates (`TuningRecord.shortfall`), and an interrupted search does not replace the record of a finished one.
 
     Args:
-        problem, target: what to tune, and for what.
-        options: what to do. With `anew`, a finished search is done again. Study and ledger lie beside the schedules
+        problem, target: what to tune, and for which device.
+        options: how to search. With `anew`, a finished search is done again. Study and ledger lie beside the schedules
             unless the options name others.
         device, on_progress, should_stop: as in `tune`.
 
     Returns:
-        the record, and whether it was in the cache.
+        the record, and whether it was in the cache already.
 
     Raises:
-        HSACompileError: as `tune`.
+        HSACompileError: as in `tune`.
     """
     chosen, cache = options or TuneOptions(), default_cache()
     if not chosen.anew and (found := cache.finished(problem, target)):
@@ -189,7 +192,7 @@ def tune_missing(
 
 
 def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elapsed_s: float) -> Progress:
-    default = result.trials[0]  # the first to be tried
+    default = result.trials[0]  # the default is the first to be tried
     return Progress(
         problem=problem,
         tried=result.num_tried,
@@ -204,7 +207,7 @@ def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elap
 
 
 def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
-    """The play-off of the best few, in the order of the space, which no clock has a say in."""
+    """Holds the play-off of the best few, in the order of the space, which does not depend on their times."""
     default = session.first[0]
     typical_ms = result.trials[0].median_ms if result.trials else 1.0
     slowest = CLEARLY_SLOWER * result.best.ratio if result.trials else 0.0
@@ -228,7 +231,7 @@ def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
 
 
 def _ready(bench: Bench, schedules: Iterable[Schedule], count: int) -> set[Schedule]:
-    """The first `count` that can be timed on a bench: another process, or an earlier one, found that they are right."""
+    """Prepares the first `count` that can be timed on a bench; another process may have found that they are right."""
     ready: set[Schedule] = set()
     for schedule in schedules:
         if len(ready) == count:
@@ -240,13 +243,13 @@ def _ready(bench: Bench, schedules: Iterable[Schedule], count: int) -> set[Sched
 
 
 def _num_finalists(typical_ms: float, deadline: float) -> int:
-    """As many as can play all rounds that are needed in the time that is left, one at least."""
+    """Returns how many can play all rounds that are needed in the time that is left, at least one."""
     affordable = (deadline - time.monotonic()) * 1e3 / (MIN_ROUNDS * typical_ms) - 1
     return max(1, min(_MAX_FINALISTS, int(affordable)))
 
 
 def _devices(target: Target | None, device: str | torch.device | Sequence[str] | None) -> list[str]:
-    """Names of the devices to run on.
+    """Returns the names of the devices to run on.
 
     Raises:
         InvalidTarget: a name is unknown, or the target is not what is at hand.
@@ -267,7 +270,7 @@ def _devices(target: Target | None, device: str | torch.device | Sequence[str] |
 
 
 def _target_of(devices: Sequence[str]) -> Target:
-    """What the devices are, which must be the same for all: their times are compared."""
+    """Returns the target that the devices are, which must be the same for all, since their times are compared."""
     targets = [Target.of(torch.device(device)) for device in devices]
     for device, target in zip(devices, targets, strict=True):
         if target != targets[0]:
@@ -277,19 +280,16 @@ def _target_of(devices: Sequence[str]) -> Target:
     return targets[0]
 
 
-MODES = ("off", "on-miss")
-
-
 def set_autotune(mode: str) -> None:
-    """Says what a call does whose problem was never tuned.
+    """Sets what a call of an op does if its problem was never tuned.
 
     Args:
-        mode: `off`, it runs the nearest schedule or the default, as in a process that never says anything;
-            `on-miss`, it tunes its problem first, on the device that it is called on, and stores the winner. Every
-            later call, of this process or another, finds it.
+        mode: with `off`, the default, the call runs the nearest schedule or the default one. With `on-miss`, it tunes
+            its problem first, on the device that it is called on, and stores the winner, which every later call, in
+            this process or another, finds.
 
     Raises:
-        InvalidArgument: the mode is neither.
+        InvalidArgument: the mode is neither of these.
     """
     if mode not in MODES:
         raise InvalidArgument(f"autotune = {mode!r} is not one of {', '.join(MODES)}")

@@ -1,4 +1,4 @@
-"""Compile emitted Triton kernels for a GPU that need not be there, and read what they cost from the result."""
+"""Compiles emitted Triton kernels for a GPU that need not be there, and reads from the result what they use of it."""
 
 import re
 import subprocess
@@ -15,14 +15,14 @@ from hsa_compile.target import Target
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-# The most telling instruction of each generation, newest first, as its assembly text spells it.
+# The matrix instruction that tells each generation apart, newest first, as its assembly text spells it.
 MATRIX_INSTRUCTIONS = (
     ("UTCHMMA", "tcgen05.mma"),
     ("HGMMA", "wgmma.mma_async"),
     ("HMMA", "mma.sync"),
     ("MFMA", "v_mfma"),
 )
-# Tensor memory of a Blackwell SM, in columns.
+# The tensor memory of a Blackwell SM, in columns.
 MAX_TENSOR_MEMORY = 512
 
 
@@ -32,11 +32,11 @@ class KernelResources:
 
     Attributes:
         name: the kernel's function.
-        registers: vector registers of a thread.
-        spills: bytes of a thread's registers that live in memory instead; 0 is what one wants.
-        shared_memory: bytes of shared memory (LDS) of a program.
-        num_warps: warps (wavefronts) of a program.
-        matrix_instruction: `UTCHMMA`, `HGMMA`, `HMMA`, `MFMA` or `none`: what the products run on.
+        registers: how many vector registers a thread has.
+        spills: the bytes of a thread's registers that live in memory instead; 0 is best.
+        shared_memory: the bytes of shared memory (LDS) that a program has.
+        num_warps: how many warps (wavefronts) a program has.
+        matrix_instruction: what the products run on: `UTCHMMA`, `HGMMA`, `HMMA`, `MFMA` or `none`.
         asm: the compiler's texts by name, such as `ttgir`, `ptx`, `amdgcn`.
     """
 
@@ -50,12 +50,12 @@ class KernelResources:
 
 
 def compile_launches(module: ModuleType, target: Target, *, sass: bool = False) -> tuple[KernelResources, ...]:
-    """Compile every kernel of an emitted Triton module for `target`; no GPU is needed.
+    """Compiles every kernel of an emitted Triton module for `target`; no GPU is needed.
 
     Args:
         module: an imported module with a `LAUNCHES` tuple.
         target: a `cuda` or `hip` target.
-        sass: disassemble the machine code of a `cuda` target too, which takes longer than compiling.
+        sass: whether to disassemble the machine code of a `cuda` target too, which takes longer than compiling.
 
     Raises:
         CompileError: the compiler refused a kernel, or Triton runs as an interpreter in this process.
@@ -84,7 +84,7 @@ def _compile_launch(launch: Mapping[str, Any], target: Target, sass: bool) -> Ke
             target=GPUTarget(target.kind, arch, target.warp_size),
             options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
         )
-    # Triton's passes and LLVM report through RuntimeError; an assembler, through its own.
+    # Triton's passes and LLVM raise RuntimeError; the assembler has an error of its own.
     except (CompilationError, PTXASError, RuntimeError) as error:
         raise CompileError(f"{kernel.__name__} does not compile for {target.arch}: {error}") from error
     if sass and target.kind == "cuda":
@@ -109,7 +109,7 @@ def _check_limits(resources: KernelResources, compiled: "CompiledKernel", target
 
 def _cuda_resources(compiled: "CompiledKernel") -> KernelResources:
     usage = _cuobjdump(compiled.asm["cubin"])
-    # Emitted kernels have no local arrays: all that lies on the stack was spilled there.
+    # Emitted kernels have no local arrays, so all that lies on the stack was spilled there.
     return _resources(
         compiled,
         assembly="ptx",
@@ -143,7 +143,7 @@ def _resources(compiled: "CompiledKernel", *, assembly: str, registers: int, spi
 
 
 def _cuobjdump(cubin: bytes) -> str:
-    """What the tool in Triton's wheel prints on a cubin's resources: `… REG:96 STACK:0 SHARED:0 LOCAL:0 …`."""
+    """Returns what the tool in Triton's wheel prints about a cubin: `… REG:96 STACK:0 SHARED:0 LOCAL:0 …`."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Each worker of a CPU kernel has its own gradients of the chunks; here they become gradients of the keys."""
+"""Adds up the gradients of chunks, of which each worker of a CPU kernel has its own, to gradients of keys or values."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def add_chunk_gradients(
     x: Tensor, parts: list[tuple[int, Tensor]], chunk_size: int, chunk_starts: Tensor | None
 ) -> Tensor:
-    """Sums the parts in their order, so that every run gives the same bits.
+    """Adds the workers' parts in a fixed order, so that every run gives the same bits.
 
     Args:
         x: `[B, S, H, D]`, the keys or values.
@@ -16,7 +16,7 @@ def add_chunk_gradients(
         chunk_starts: `[N]`, the row where each chunk begins; `chunk · C` if None.
 
     Returns:
-        the gradient of x, in its shape and dtype; rows of no chunk are zero.
+        the gradient of x, in its shape and dtype; rows that belong to no chunk are zero.
     """
     gradient = torch.zeros(x.shape, dtype=parts[0][1].dtype)
     num_kv_heads, whole = x.shape[2], parts[0][1].shape[1]

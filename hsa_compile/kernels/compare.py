@@ -1,4 +1,4 @@
-"""How far a result may be from the float64 reference, and the one comparison that says whether it is."""
+"""The comparison of a kernel's result with the float64 reference, and the tolerances that it must keep."""
 
 from torch import Tensor
 
@@ -6,14 +6,14 @@ from hsa_compile.errors import NotFinite, WrongResult
 
 # The largest ‖a − b‖ / ‖b‖ that a kernel's outputs and gradients may have, by the dtype of its tensors.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
-# The same for the weights that select_chunks gives: they come from float32 sums, whatever the dtype of the tensors is.
+# The tolerance of the weights that select_chunks gives: they come from float32 sums, whatever dtype the tensors have.
 WEIGHT_TOLERANCE = 1e-5
-# How much less a pick may score than the best chunk that was left out, as a share of the largest score.
+# A pick may score this much less than the best chunk that was left out, as a share of the largest score.
 SCORE_TOLERANCE = 1e-5
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖, in float64; infinite where actual is not finite."""
+    """Returns ‖actual − expected‖ / ‖expected‖ in float64; infinite where `actual` is not finite."""
     difference = (actual.double() - expected.double()).norm()
     norm = expected.double().norm()
     error = float(difference / norm) if norm > 0 else float(difference)
@@ -30,7 +30,7 @@ def compare(name: str, actual: Tensor, expected: Tensor, tolerance: float, where
         where: which part of the problem this is, for the message.
 
     Raises:
-        WrongResult: the shape is another, a value is not finite, or the error is too large.
+        WrongResult: the shapes differ, a value is not finite, or the error is too large.
     """
     if actual.shape != expected.shape:
         raise WrongResult(f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}")

@@ -1,4 +1,4 @@
-"""Makes an emitted module importable: a real file on disk, imported once a process."""
+"""Turns an emitted kernel into one that can be called: the source becomes a file, which is built and imported."""
 
 import ctypes
 import importlib.util
@@ -19,7 +19,7 @@ from hsa_compile.paths import source_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 
-# Op → what makes the function of its built library a callable on tensors.
+# Op → the function that makes a callable on tensors of what its built library holds.
 NATIVE_ENTRIES: dict[str, Callable[[ctypes.CDLL, Problem, Schedule], Callable[..., Any]]] = {
     "hsa_forward": attention_entry,
     "hsa_backward": attention_entry,
@@ -33,10 +33,10 @@ _modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded libr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """An importable, launchable kernel.
+    """A kernel that can be called.
 
     Attributes:
-        source: what it was made from.
+        source: the emitted source that it was made from.
         path: the file that holds the source.
         entry: the function to call with tensors.
         module: the imported module or loaded library, for inspection.
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def compile_kernel(source: KernelSource) -> Kernel:
-    """Writes the source to its file and imports it; C++ is built first, once a machine.
+    """Writes the source to its file and imports it; C++ is built first, once for each machine.
 
     A Triton module compiles its kernels when they are first launched (a device of the target's kind must be
     there); `ahead_of_time.compile_launches` compiles them for a device that is not.
@@ -75,7 +75,7 @@ def build_native(source: KernelSource) -> Path:
     """Builds emitted C++ without loading it into this process; returns the library's file.
 
     Raises:
-        CompileError, CacheError: as `compile_kernel`.
+        CompileError, CacheError: as in `compile_kernel`.
     """
     path = _write(source)
     try:
@@ -98,7 +98,7 @@ def _compile_native(source: KernelSource) -> Kernel:
 
 
 def _write(source: KernelSource) -> Path:
-    """Puts the text where it belongs, whole or not at all; a damaged file of that name is replaced."""
+    """Writes the text to its file as a whole or not at all; a damaged file of that name is replaced."""
     directory = source_dir()
     suffix = "cpp" if source.backend == "cpp" else "py"
     path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"

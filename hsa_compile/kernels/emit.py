@@ -1,4 +1,4 @@
-"""Turns a problem and a schedule into the source text of a kernel: pure, the same bytes every time."""
+"""Turns a problem and a schedule into the source text of a kernel; equal arguments give the same bytes every time."""
 
 import functools
 import hashlib
@@ -23,10 +23,10 @@ class KernelSource:
     """An emitted Python module, or a C++ file.
 
     Attributes:
-        problem, schedule, target: what it was emitted for.
+        problem, schedule, target: what the kernel was emitted for.
         backend: what it is written in: `triton`, `cpp` or `torch`.
-        text: the source.
-        entry: name of the function to call, which is the op's.
+        text: the source text.
+        entry: the name of the function to call, which is the op's.
         fingerprint: 16 hex digits of the text's SHA-256.
     """
 

@@ -1,4 +1,4 @@
-"""Gives an operator its gradient, as `torch.library.register_autograd` does and in half of its time a call."""
+"""Registers gradients of operators, as `torch.library.register_autograd` does, but a call takes half of its time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ def register_gradient(
     lists) takes as long as the rest of a call. The dispatcher, and with it tracing, modes and profilers, sees the same.
 
     Args:
-        library: that defines the operator.
-        name: of the operator, without its namespace.
-        save: `(ctx, inputs, output)`: keeps what the gradient needs.
-        gradient: `(ctx, *grad_outputs)` to one gradient, or None, for each input.
+        library: the library that defines the operator.
+        name: the operator's name, without its namespace.
+        save: called as `save(ctx, inputs, output)`; it keeps what the gradient needs.
+        gradient: called as `gradient(ctx, *grad_outputs)`; it returns one gradient, or None, for each input.
     """
     op = getattr(getattr(torch.ops, library.ns), name).default
 

@@ -41,7 +41,7 @@ def list_addresses(entries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
 
     Args:
         entries: `[B·H, T·K]`, from `inverse_index`.
-        shape: of the chunk indices, `(B, T, H, K)`.
+        shape: the shape of the chunk indices, `(B, T, H, K)`.
 
     Returns:
         token_heads `[B·H, T·K]`, the entry's row of a `[B·T·H, …]` tensor, and picks `[B·H, T·K]`, its place in a

@@ -1,14 +1,14 @@
-"""Logits so large that float32 no longer tells near ties apart: their softmax, and its gradient, in float64."""
+"""The softmax of logits so large that float32 does not tell near ties apart, and its gradient, in float64."""
 
 import torch
 from torch import Tensor
 
-# A float32 dot product is off by about 6e-8 of its size: below this, softmax is right to 1e-5.
+# A float32 dot product is off by about 6e-8 of its size; if all logits are below this, softmax is right to 1e-5.
 MAX_FLOAT32_LOGIT = 64.0
 
 
 def too_large_for_float32(logits: Tensor) -> bool:
-    """Whether any entry is beyond `MAX_FLOAT32_LOGIT`; for CPU tensors, where asking does not wait."""
+    """Returns whether any entry is beyond `MAX_FLOAT32_LOGIT`; for CPU tensors, where asking does not wait."""
     if logits.numel() == 0:
         return False
     low, high = torch.aminmax(logits)
@@ -16,14 +16,14 @@ def too_large_for_float32(logits: Tensor) -> bool:
 
 
 def precise_softmax(q: Tensor, k: Tensor, *, scale: float, chunk_size: int, extra_key: bool) -> Tensor:
-    """Softmax over each chunk on its own, from logits in float64.
+    """Computes the softmax over each chunk on its own, from logits in float64.
 
     Args:
         q: `[…, R, D]`.
         k: `[…, M·C, D]`, the keys of M chunks.
-        scale: of the logits.
+        scale: factor of the logits.
         chunk_size: `C`.
-        extra_key: softmax-off-by-one: one more key of logit 0, which is not returned.
+        extra_key: whether there is one more key, of logit 0 (softmax-off-by-one), which is not returned.
 
     Returns:
         `[…, R, M·C]` float64.
@@ -35,7 +35,7 @@ def precise_softmax(q: Tensor, k: Tensor, *, scale: float, chunk_size: int, extr
 
 
 def precise_softmax_gradient(p: Tensor, do: Tensor, v: Tensor, *, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """What the gradient of a nearly one-hot softmax hangs on: dP less its mean, without cancellation.
+    """Computes dP less its mean without cancellation, which the gradient of a nearly one-hot softmax depends on.
 
     Args:
         p: `[…, R, M·C]` float64, from `precise_softmax`.

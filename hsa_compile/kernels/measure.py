@@ -1,4 +1,4 @@
-"""How long does a kernel take? Candidates are timed in turns, so that drift hits all of them alike."""
+"""The timing of kernels: candidates are timed in turns, so that drift hits all of them alike."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from hsa_compile.schedules.record import Measurement
 
 Call = Callable[[], object]
 
-_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache holds
 
 
 def measure(calls: Sequence[Call], device: torch.device, *, rounds: int) -> list[list[float]]:
@@ -18,10 +18,10 @@ def measure(calls: Sequence[Call], device: torch.device, *, rounds: int) -> list
     Args:
         calls: what to time, already warm.
         device: where they run; on a GPU times come from events, after the L2 cache was overwritten.
-        rounds: how often each is timed.
+        rounds: how often each call is timed.
 
     Returns:
-        for each call its times in milliseconds, in the order of the rounds: entries of one round are a pair.
+        for each call its times in milliseconds, in the order of the rounds; times of one round belong together.
     """
     time_once = _time_on_gpu(device) if device.type == "cuda" else _time_on_cpu
     times: list[list[float]] = [[] for _ in calls]
@@ -34,14 +34,14 @@ def measure(calls: Sequence[Call], device: torch.device, *, rounds: int) -> list
 
 
 def summarize(times: Sequence[float]) -> Measurement:
-    """Median and the 20th and 80th percentile of times in milliseconds."""
+    """Returns the median and the 20th and 80th percentiles of times in milliseconds."""
     return Measurement(
         median_ms=quantile(times, 0.5), p20_ms=quantile(times, 0.2), p80_ms=quantile(times, 0.8), repeats=len(times)
     )
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between the closest ranks."""
+    """Returns a quantile (`q` = 0 … 1), interpolated linearly between the closest ranks."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 

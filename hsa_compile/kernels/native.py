@@ -1,4 +1,4 @@
-"""Builds emitted C++ into a shared library, once a machine, and says how tensors are handed to it."""
+"""Builds emitted C++ into shared libraries, once for each machine, and converts arguments to what they take."""
 
 import ctypes
 import hashlib
@@ -11,8 +11,8 @@ from torch import Tensor
 from hsa_compile.errors import CompileError
 from hsa_compile.paths import cxx_compiler
 
-# Flags of each vector extension, rather than -march=native: what is built depends on nothing that the source does
-# not name, so a cache directory can be shared by machines.
+# Each vector extension has flags of its own, rather than -march=native: what is built depends on nothing that the
+# source does not name, so machines can share a cache directory.
 _VECTOR_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
@@ -22,7 +22,7 @@ _BUILD_TIMEOUT_S = 300
 
 
 def build_library(source: Path, arch: str) -> Path:
-    """The file of an emitted C++ file's shared library, built if it is not there or not whole.
+    """Builds the shared library of an emitted C++ file unless it is there as a whole, and returns its path.
 
     Raises:
         CompileError: there is no compiler, or it refuses the file.
@@ -47,7 +47,7 @@ def _build(source: Path, library: Path, arch: str) -> None:
         built = Path(directory) / library.name
         command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
         try:
-            # In a session of its own: Ctrl-C ends a search after the build, which would else look like a refusal.
+            # The build has a session of its own: Ctrl-C ends a search after it, and must not look like its failure.
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False, start_new_session=True
             )
@@ -63,10 +63,10 @@ def _digest(path: Path) -> str:
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's elements begin; null for None."""
+    """Returns a pointer to a tensor's elements; null for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def sizes(*values: int) -> list[ctypes.c_int64]:
-    """Integers as the emitted functions take them."""
+    """Returns integers as the emitted functions take them."""
     return [ctypes.c_int64(value) for value in values]

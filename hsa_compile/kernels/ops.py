@@ -1,4 +1,4 @@
-"""The rooms of the ops on this floor: for each op the tensors it is tuned on, and the check that a kernel must pass."""
+"""The table of the ops' kernels: for each op the tensors that it is tuned on, and the check that a kernel must pass."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ class OpInputs(Protocol):
     """The tensors of one problem."""
 
     def arguments(self, op: str) -> tuple[Tensor | None, ...]:
-        """Positional arguments of the emitted entry of `op`."""
+        """Returns the positional arguments of the emitted entry of `op`."""
 
     def options(self, op: str) -> Mapping[str, Any]:
-        """Keyword arguments of the emitted entry of `op`."""
+        """Returns the keyword arguments of the emitted entry of `op`."""
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the public function."""
+        """Returns the positional and keyword arguments of the public function."""
 
     def filled(self) -> float:
-        """The share of the slots that hold a pick, 0 … 1."""
+        """Returns the share of the slots that hold a pick, 0 … 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpKernels:
-    """What tuning one op needs to know of its tensors.
+    """The two functions that tuning one op needs: one makes its tensors, one checks its kernels.
 
     Attributes:
         make_inputs: `(problem, device, *, distribution, seed)` gives random tensors of the problem's shapes.
@@ -61,7 +61,7 @@ OP_KERNELS: dict[str, OpKernels] = {
 
 
 def inputs_of(problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0) -> OpInputs:
-    """Random tensors of a problem's shapes, whichever its op is.
+    """Makes random tensors of a problem's shapes, for any op.
 
     Raises:
         InvalidArgument: the distribution is unknown.

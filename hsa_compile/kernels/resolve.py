@@ -1,4 +1,4 @@
-"""From a problem to its running kernel: look the schedule up, emit, import. It never tunes."""
+"""Finds the kernel that a problem runs on: looks the schedule up, emits the source, imports it. It never tunes."""
 
 import logging
 import warnings
@@ -29,10 +29,10 @@ _missed: set[tuple[Problem, Target]] = set()
 
 
 def set_on_miss(callback: OnMiss | None) -> None:
-    """What to do once for each problem that has no measured entry of its own, before the next best is taken.
+    """Sets what is called once for each problem that has no measured entry of its own, before the next best is taken.
 
-    A callback may put an entry into the cache: it is looked up again afterwards. One that fails with an error of this
-    project is warned about, and the next best runs. None, the default, does nothing.
+    The callback may put an entry into the cache, which is looked up again afterwards. If it raises an error of this
+    project, a warning says so, and the next best runs. None, the default, does nothing.
     """
     global _on_miss
     _on_miss = callback
@@ -41,12 +41,12 @@ def set_on_miss(callback: OnMiss | None) -> None:
 
 
 def remembered(key: Hashable, target: Target, problem: Callable[[], Problem]) -> Kernel:
-    """The kernel for a call of an op: a dictionary access, except the first time.
+    """Returns the kernel for a call of an op: a dictionary access, except the first time.
 
     Args:
-        key: whatever the problem depends on, quick to make from the arguments of the call.
-        target: of the tensors' device.
-        problem: what to resolve if nothing is known under that key.
+        key: everything that the problem depends on, in a form that is quick to make from the arguments of the call.
+        target: the device that the tensors are on.
+        problem: makes the problem, which is resolved if nothing is known under that key.
     """
     known = (key, target, default_cache().generation)
     kernel = _kernels.get(known)
@@ -58,9 +58,9 @@ def remembered(key: Hashable, target: Target, problem: Callable[[], Problem]) ->
 
 
 def resolve(problem: Problem, target: Target) -> Kernel:
-    """The kernel for a problem, under the best schedule that is known: exact, pretuned, nearest, default.
+    """Returns the kernel for a problem, under the best schedule that is known: exact, pretuned, nearest, default.
 
-    Warns once for each kind of problem that has to run on the default schedule, or on one tuned so far away that
+    It warns once for each kind of problem that has to run on the default schedule, or on one tuned so far away that
     nobody measured what that costs.
     """
     return _resolve(problem, target, _on_miss)
@@ -74,7 +74,7 @@ def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel
         if backend_for(problem, target) != "cpp":
             raise
         warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=5)
-        # Whoever is asked on a miss knows the device as it is, not as it would be without its compiler.
+        # The callback for a miss would tune for the device as it is, not as it would be without its compiler.
         return _resolve(problem, replace(target, has_compiler=False), None)
 
 

@@ -1,4 +1,4 @@
-"""Runs the tiles of an emitted PyTorch kernel on all threads: parallel over tiles rather than inside operators."""
+"""Runs the tiles of an emitted CPU kernel on all threads: tiles run in parallel, rather than parts of an operator."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def run_on_workers(task: Callable[[int, int], R], count: int) -> list[tuple[int, int, R]]:
-    """Splits `count` items into one contiguous range a worker and calls `task(first, last)` for each.
+    """Splits `count` items into one contiguous range for each worker and calls `task(first, last)` for each range.
 
     There are as many workers as `torch.get_num_threads()`; inside one, operators use a single thread, record no
     gradients and do not autocast. The split depends on nothing else, so sums over workers are reproducible.
@@ -41,6 +41,6 @@ def _pool(num_workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_workers, "hsa-compile", initializer=torch.set_num_threads, initargs=(1,))
 
 
-# A forked child has the pool's object but none of its threads.
+# A forked child has the pool's object but none of its threads, so it begins with a new one.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)

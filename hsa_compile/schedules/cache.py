@@ -1,4 +1,4 @@
-"""The file that cuts the pipe in two: tuning puts schedules in, running takes them out."""
+"""The cache of tuned schedules: tuning puts them in, running takes them out."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ _MAX_ANSWERS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """What became of records that were merged into a cache: new, in the place of a worse one, or left out."""
+    """How many of the records merged into a cache were new, replaced a worse entry, or were left out."""
 
     added: int = 0
     replaced: int = 0
@@ -39,14 +39,14 @@ class Merged:
 
 
 class ScheduleCache:
-    """Tuned schedules: the user's, one file a device, then those that ship with the package.
+    """The tuned schedules of the user, one file a device, and those that ship with the package.
 
     All files are read once, at construction; a lookup touches memory only. What another process puts later is
     seen by the next process.
 
     Args:
-        directory: of the user's files; created at the first `put`.
-        pretuned: directory of read-only files of the same format.
+        directory: where the user's files are; it is created at the first `put`.
+        pretuned: a directory of read-only files of the same format.
     """
 
     def __init__(self, directory: Path, pretuned: Path = PRETUNED_DIR) -> None:
@@ -56,11 +56,11 @@ class ScheduleCache:
         self._answers: dict[tuple[Problem, Target], Lookup | None] = {}
 
     def path(self, target: Target) -> Path:
-        """The user's file for a device."""
+        """Returns the path of the user's file for a device."""
         return self.directory / f"{target.slug}.json"
 
     def lookup(self, problem: Problem, target: Target) -> Lookup | None:
-        """The best entry for a problem: the nearest that was measured, else the nearest that was predicted.
+        """Returns the best entry for a problem: the nearest that was measured, else the nearest that was predicted.
 
         An exact entry is at distance 0, so it comes first; at equal distance the user's comes before a pretuned
         one. A measured entry comes before any predicted one: what a measurement of a neighbour is worth is known
@@ -79,14 +79,14 @@ class ScheduleCache:
         return found
 
     def candidates(self, problem: Problem, target: Target, *, serving: bool = False) -> list[Candidate]:
-        """All entries beside a problem, best first; only those that may serve it, if that is asked for."""
+        """Returns all entries compared with a problem, best first; if `serving`, only those that may serve it."""
         entries = (
             (origin, key, record) for origin, records in self._origins.items() for key, record in records.items()
         )
         return candidates(problem, target, entries, serving=serving)
 
     def exact(self, problem: Problem, target: Target, kind: str = MEASURED) -> TuningRecord | None:
-        """The user's own entry of a kind for a problem, if there is one whose schedule can still run it."""
+        """Returns the user's own entry of a kind for a problem, if there is one whose schedule can still run it."""
         record = self._origins["user"].get(ScheduleKey.of(problem, target))
         if record is None or record.kind != kind:
             return None
@@ -94,12 +94,12 @@ class ScheduleCache:
         return record if use(problem, target, candidate) else None
 
     def finished(self, problem: Problem, target: Target) -> TuningRecord | None:
-        """The measured entry that a whole search of this problem left; None if its search has to begin or go on."""
+        """Returns the measured entry that a complete search left; None if the search has to begin or go on."""
         record = self.exact(problem, target)
         return record if record is not None and record.complete else None
 
     def entries(self) -> Iterator[tuple[str, TuningRecord]]:
-        """All entries, as (origin, record)."""
+        """Yields all entries, as (origin, record)."""
         for origin, records in self._origins.items():
             for record in records.values():
                 yield origin, record
@@ -126,7 +126,7 @@ class ScheduleCache:
     def merge(self, records: Iterable[TuningRecord]) -> Merged:
         """Stores records that came from elsewhere, each only if it is better than the user's entry of the same key.
 
-        Better is measured rather than predicted, then tuned later.
+        A measured record is better than a predicted one; among equals, the later one is better.
 
         Raises:
             CacheError: a file cannot be locked or written; the files of other devices may have been.
@@ -153,7 +153,7 @@ class ScheduleCache:
         return Merged(added=added, replaced=replaced, kept=kept)
 
     def clear(self, target: Target | None = None) -> int:
-        """Removes the user's files, of one device or all; returns how many entries they held.
+        """Removes the user's file of one device, or all of them, and returns how many entries they held.
 
         What is damaged in a file is copied aside first.
 
@@ -168,7 +168,7 @@ class ScheduleCache:
         return removed
 
     def explain_miss(self, problem: Problem, target: Target) -> str:
-        """Why no entry serves a problem, in one line; for a hit, which entry and how far it is."""
+        """Returns one line that says which entry serves a problem, and how far it is, or why none does."""
         if found := self.lookup(problem, target):
             how = "exactly" if found.distance == 0 else f"at distance {found.distance:.2f}"
             entry = f"{found.origin} entry ({found.record.kind})"
@@ -199,7 +199,7 @@ class ScheduleCache:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a file's lock, and gives what goes wrong with the file system its name here."""
+    """Holds a file's lock; what goes wrong with the lock or the file system raises CacheError."""
     # Imported here: filelock pulls in asyncio, and only tuning writes.
     import filelock
 
@@ -215,25 +215,26 @@ def _locked(path: Path) -> Iterator[None]:
 
 @functools.cache
 def _cache_of(chosen: str | None) -> ScheduleCache:
-    # By the text of the environment: to make a path of it at every call of an op would take longer than the lookup.
+    # The key is the text of the environment: to make a path of it at every call of an op would take longer than the
+    # lookup.
     del chosen
     return ScheduleCache(schedule_dir())
 
 
 def default_cache() -> ScheduleCache:
-    """This process's cache in the user's directory, read at the first call."""
+    """Returns this process's cache in the user's directory; its files are read at the first call."""
     return _cache_of(chosen_cache_dir())
 
 
 def tuned_for(problem: Problem, target: Target | None = None) -> Lookup | None:
-    """The tuned schedule that a problem would run on here, with where it is from and what it is expected to lose.
+    """Returns the tuned schedule that a problem would run on, with where it is from and what it is expected to lose.
 
     Args:
         problem: what would run.
-        target: where; this machine's first GPU, else its CPU, if None.
+        target: the device that it would run on; this machine's first GPU, else its CPU, if None.
 
     Returns:
-        None if nothing that was tuned can serve it, and the default schedule would run.
+        the lookup, or None if no tuned schedule can serve the problem and the default one would run.
     """
     return default_cache().lookup(problem, target or Target.current())
 

@@ -1,4 +1,4 @@
-"""Tuned schedules in a file that goes to another machine: with a checksum, and for the same version only."""
+"""Files that carry tuned schedules to another machine: they have a checksum, and only the same version reads them."""
 
 import json
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What a file held.
+    """The records that a file held.
 
     Attributes:
-        records: that this version can use.
-        foreign: how many were tuned for kernels of another text, and are left out.
+        records: those that this version can use.
+        foreign: how many were left out, since they were tuned for kernels of another text.
     """
 
     records: tuple[TuningRecord, ...]
@@ -31,10 +31,10 @@ class Imported:
 
 
 def export_records(path: Path, records: Sequence[TuningRecord]) -> None:
-    """Writes records to a file, whole or not at all.
+    """Writes records to a file, as a whole or not at all.
 
     Raises:
-        CacheError: it cannot be written.
+        CacheError: the file cannot be written.
     """
     body = {
         "format": FORMAT,
@@ -50,7 +50,7 @@ def export_records(path: Path, records: Sequence[TuningRecord]) -> None:
 
 
 def import_records(path: Path) -> Imported:
-    """Reads what `export_records` wrote.
+    """Reads a file that `export_records` wrote.
 
     Raises:
         InvalidArgument: the file cannot be read, is damaged, or is of another version; the message says which.

@@ -1,4 +1,4 @@
-"""Why a problem runs on the schedule that it runs on, and why not on a better one."""
+"""An explanation of why a problem runs on the schedule that it runs on, and not on another tuned one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,12 @@ from hsa_compile.target import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One field of the key in which an entry differs from the problem.
+    """A field of the key in which an entry differs from the problem.
 
     Attributes:
-        field: its name.
-        asked, entry: both values.
-        distance: by which it takes them apart; None if it must match.
+        field: the field's name.
+        asked, entry: the problem's value and the entry's.
+        distance: what the field adds to the distance; None if it must match.
     """
 
     field: str
@@ -44,14 +44,14 @@ class Rival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What a problem runs on.
+    """The schedule that a problem runs on, and why.
 
     Attributes:
         problem, target: what was asked.
-        schedule: that it runs on.
+        schedule: what the problem runs on.
         found: the entry that gave it; None for the default schedule.
         how: `exact`, `nearest` or `default`.
-        differences: of the entry that serves.
+        differences: in what the entry that serves differs from the problem.
         loss: what it is expected to lose, in words.
         rivals: all other entries, in the order in which a lookup tries them.
     """
@@ -67,7 +67,7 @@ class Explanation:
 
 
 def explain(cache: ScheduleCache, problem: Problem, target: Target) -> Explanation:
-    """What a problem would run on and why no other entry serves it.
+    """Returns what a problem would run on, and why no other entry serves it.
 
     Raises:
         InvalidSchedule: no schedule at all can run the problem on the target.
@@ -117,7 +117,7 @@ def _differences(problem: Problem, target: Target, candidate: Candidate) -> tupl
 
 
 def _exact_loss(record: TuningRecord) -> str:
-    """What the winner of a search for this very shape is expected to lose."""
+    """Says what the winner of a search for this very shape is expected to lose."""
     if record.shortfall:
         return f"not known: {record.shortfall}"
     if not record.complete:

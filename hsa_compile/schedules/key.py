@@ -1,4 +1,4 @@
-"""What a tuned schedule is looked up by: fields that must match, and fields where a near value will do."""
+"""The key that a tuned schedule is looked up by: some fields must match, in others a near value will do."""
 
 import math
 from collections.abc import Mapping
@@ -35,15 +35,15 @@ class ScheduleKey:
 
     op: str = _must_match("other kernels have other knobs")
     kind: str = _must_match("cuda, hip and cpu have other templates")
-    arch: str = _must_match("of the device; on a CPU the vector extension that PyTorch uses")
+    arch: str = _must_match("the device's architecture; on a CPU the vector extension that PyTorch uses")
     backend: str = _must_match("Triton, C++ and PyTorch kernels have other knobs")
     kernel_source: str = _must_match("what was tuned is another kernel than what would run")
-    dtype: str = _must_match("decides tile bytes and the matrix instruction")
-    head_dim: int = _must_match("decides tile bytes")
-    value_dim: int = _must_match("decides tile bytes")
-    chunk_size: int = _must_match("decides tile bytes")
-    group: int = _must_match("decides rows of a tile for each token, and with it the dataflow")
-    deterministic: bool = _must_match("rules out whole dataflows; always false on a CPU, where all are")
+    dtype: str = _must_match("it decides tile bytes and the matrix instruction")
+    head_dim: int = _must_match("it decides tile bytes")
+    value_dim: int = _must_match("it decides tile bytes")
+    chunk_size: int = _must_match("it decides tile bytes")
+    group: int = _must_match("it decides the rows of a tile for each token, and with them the dataflow")
+    deterministic: bool = _must_match("it rules out whole dataflows; always false on a CPU, where none is ruled out")
     seq_len: int = _near(1.0, "longer lists a chunk; rounded up to a power of two")
     kv_len: int = _near(0.5, "more chunks, shorter lists; rounded up to a power of two")
     top_k: int = _near(1.0, "longer lists a chunk")
@@ -70,7 +70,7 @@ class ScheduleKey:
         versions: Mapping[str, str] | None = None,
         kernel_source: str | None = None,
     ) -> "ScheduleKey":
-        """The key that a problem is looked up by; the kernels' source is this package's unless it is given."""
+        """Returns the key that a problem is looked up by; `kernel_source` is this package's unless it is given."""
         bucket = problem.bucketed()
         return ScheduleKey(
             op=bucket.op,
@@ -105,18 +105,21 @@ class ScheduleKey:
 
     @staticmethod
     def of_record(record: TuningRecord) -> "ScheduleKey":
-        """The key that a record is stored under."""
+        """Returns the key that a record is stored under."""
         return ScheduleKey.of(record.problem, record.target, record.versions, record.kernel_source)
 
     def mismatches(self, other: "ScheduleKey") -> list[str]:
-        """Names of the `exact` fields in which two keys differ; the kernels' source is named where it alone does."""
+        """Returns the names of the `exact` fields in which two keys differ.
+
+        The kernels' source differs with the op and with the backend, so it is left out where one of these is named.
+        """
         names = [name for name in _EXACT if getattr(self, name) != getattr(other, name)]
         if "op" in names or "backend" in names:
             return [name for name in names if name != "kernel_source"]
         return names
 
     def distances(self, other: "ScheduleKey") -> dict[str, float]:
-        """How far each `near` field that differs takes two keys apart."""
+        """Returns, for each `near` field that differs, the distance that it adds between two keys."""
         apart = {}
         for name, weight in _NEAR.items():
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -126,7 +129,7 @@ class ScheduleKey:
         return apart
 
     def distance(self, other: "ScheduleKey") -> float:
-        """How far apart two keys with equal `exact` fields are; 0 for the same key."""
+        """Returns how far apart two keys with equal `exact` fields are; 0 for the same key."""
         return sum(self.distances(other).values())
 
 

@@ -1,4 +1,7 @@
-"""Which entries can serve a problem, in which order, and what the one that does is expected to lose."""
+"""The lookup of a tuned schedule: which entries can serve a problem, in which order, and what the first should lose.
+
+The loss, or regret, of a schedule that was tuned for another shape is read from a table that ships with the package.
+"""
 
 import functools
 import json
@@ -19,13 +22,13 @@ from hsa_compile.target import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegretBin:
-    """Pairs of shapes at distances up to a bound, beyond that of the bin before.
+    """What is known about pairs of shapes whose distance is at most a bound, and more than that of the bin before.
 
     Attributes:
-        up_to: largest distance of the keys.
+        up_to: the largest distance of the keys.
         pairs: how many there were.
-        mean, p90: share of time lost by taking the other shape's winner instead of one's own; 0.03 is 3 %.
-        default_mean: lost by the default schedule instead, on the same shapes.
+        mean, p90: the share of time lost by taking the other shape's winner instead of one's own; 0.03 is 3 %.
+        default_mean: the mean share lost by the default schedule on the same shapes.
     """
 
     up_to: float
@@ -42,12 +45,12 @@ class RegretBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegretTable:
-    """Regret by distance, on one device; taken for all of its kind.
+    """The regret by distance, as measured on one device and taken for all devices of its kind.
 
     Attributes:
         device: where it was measured.
         shapes: how many problems were tuned.
-        bins: by growing distance.
+        bins: the bins, by growing distance.
     """
 
     device: str
@@ -60,13 +63,13 @@ class RegretTable:
         return self.bins[-1].up_to
 
     def at(self, distance: float) -> RegretBin | None:
-        """The bin of a distance; None beyond the last."""
+        """Returns the bin of a distance; None beyond the last."""
         return next((entry for entry in self.bins if distance <= entry.up_to), None)
 
 
 @functools.cache
 def regret_table(kind: str) -> RegretTable | None:
-    """The table for a kind of device (`cpu`, `cuda`, `hip`), or None if none was measured."""
+    """Returns the table for a kind of device (`cpu`, `cuda`, `hip`), or None if none was measured."""
     if not REGRET_FILE.exists():
         return None
     tables: Mapping[str, Any] = json.loads(REGRET_FILE.read_text(encoding="utf-8"))
@@ -78,7 +81,7 @@ def regret_table(kind: str) -> RegretTable | None:
 
 
 def expected_regret(kind: str, distance: float) -> float | None:
-    """Share of time that a schedule from a key so far away is expected to lose; None where nobody measured it."""
+    """Returns the share of time that a schedule tuned at such a distance should lose; None where nobody measured it."""
     if distance == 0:
         return 0.0
     table = regret_table(kind)
@@ -94,10 +97,10 @@ class Lookup:
         schedule: valid for the problem that was asked for.
         record: the entry that it was taken from.
         origin: `user` or `pretuned`.
-        distance: of the entry's key from the problem's; 0 is an exact hit.
+        distance: how far the entry's key is from the problem's; 0 is an exact hit.
         regret: share of time that it is expected to lose against the shape's own winner, 0.03 for 3 %; None where
-            nobody measured it: farther than any measured pair of shapes, or from another device. Of a predicted
-            entry, against what would be predicted for the shape itself.
+            nobody measured it: farther than any measured pair of shapes, or from another device. A predicted entry
+            is compared with what would be predicted for the shape itself.
     """
 
     schedule: Schedule
@@ -114,10 +117,10 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An entry beside a problem: what must match and does not, and how far it is in what need not match.
+    """An entry compared with a problem: what must match and does not, and how far it is in what need not match.
 
     Attributes:
-        record, origin: the entry.
+        record, origin: the entry, and where it comes from: `user` or `pretuned`.
         mismatches: fields of the key that must match and differ.
         distances: how far each other field that differs takes the two apart.
     """
@@ -129,23 +132,23 @@ class Candidate:
 
     @property
     def distance(self) -> float:
-        """Of the entry's key from the problem's."""
+        """How far the entry's key is from the problem's."""
         return sum(self.distances.values())
 
     @property
     def rank(self) -> tuple[int, bool, float]:
-        """What candidates are ordered by: those that may serve, measured ones, near ones first."""
+        """What candidates are sorted by: those that may serve come first, then measured ones, then near ones."""
         return len(self.mismatches), self.record.kind == PREDICTED, self.distance
 
 
 def candidates(
     problem: Problem, target: Target, entries: Iterable[tuple[str, ScheduleKey, TuningRecord]], *, serving: bool
 ) -> list[Candidate]:
-    """Entries in the order in which a lookup tries them; at equal rank in the order given.
+    """Returns entries in the order in which a lookup tries them; at equal rank in the order given.
 
     Args:
-        entries: origin, key and record of each.
-        serving: only those that agree in all that must match; else the others come last, the likest first.
+        entries: (origin, key, record) for each.
+        serving: whether to leave out those that differ in what must match; else they come last, the likest first.
     """
     key = ScheduleKey.of(problem, target)
     found = []
@@ -158,7 +161,7 @@ def candidates(
 
 
 def use(problem: Problem, target: Target, candidate: Candidate) -> Lookup | None:
-    """The answer that a candidate gives, or None if its schedule cannot run the problem."""
+    """Returns the answer that a candidate gives, or None if its schedule cannot run the problem."""
     schedule = fitted(problem, target, candidate.record, candidate.distance)
     if not SearchSpace.of(problem, target).is_valid(schedule):
         return None
@@ -172,12 +175,12 @@ def use(problem: Problem, target: Target, candidate: Candidate) -> Lookup | None
 
 
 def fitted(problem: Problem, target: Target, record: TuningRecord, distance: float) -> Schedule:
-    """A record's schedule, cut to a problem of another size; not always valid."""
+    """Returns a record's schedule, cut to a problem of another size; it is not always valid."""
     return SearchSpace.of(problem, target).fit(record.schedule) if distance else record.schedule
 
 
 def regret_of(target: Target, candidate: Candidate) -> float | None:
-    """What a candidate is expected to lose, as `Lookup.regret`."""
+    """Returns what a candidate is expected to lose, as in `Lookup.regret`."""
     if "device" in candidate.distances and candidate.record.kind == MEASURED:
         return None
     # A prediction is made for an architecture, not for a product.

@@ -1,4 +1,4 @@
-"""What a tuning run found out: a schedule with its measurement, and everything needed to judge it later."""
+"""The record of one search: the schedule that won, its measurement, and everything needed to judge it later."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from hsa_compile.target import Target
 
 MEASURED, PREDICTED = "measured", "predicted"
 KINDS = (MEASURED, PREDICTED)
-MIN_TIMED = 5  # candidates, the default included: after fewer a search has found out nothing worth keeping
+MIN_TIMED = 5  # a search that timed fewer candidates, the default included, has found out nothing worth keeping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Measurement:
     """Wall times of one kernel in milliseconds.
 
     Attributes:
-        median_ms, p20_ms, p80_ms: over the repetitions.
+        median_ms, p20_ms, p80_ms: the median and the 20th and 80th percentiles of the repetitions.
         repeats: how many there were; 0 if the time was predicted, not measured.
     """
 
@@ -41,7 +41,7 @@ class Measurement:
 
     @staticmethod
     def predicted(time_ms: float) -> "Measurement":
-        """A time that a model gave."""
+        """Returns a time that a model gave, as a measurement without repetitions."""
         return Measurement(median_ms=time_ms, p20_ms=time_ms, p80_ms=time_ms, repeats=0)
 
 
@@ -51,21 +51,21 @@ class TuningRecord:
 
     Attributes:
         problem, target, schedule: what was tuned, where, and what won.
-        measurement: of the winner in the final play-off, or what the model predicts for it.
-        default_measurement: of the default schedule in the same play-off, interleaved with it.
-        trials: candidates that were tried.
+        measurement: the winner's times in the final play-off, or what the model predicts for it.
+        default_measurement: the default schedule's times in the same play-off, interleaved with the winner's.
+        trials: how many candidates were tried.
         failures: how many of them failed, by the name of the error.
         inputs: name of the input distribution.
-        fingerprint: of the emitted source that was measured.
-        versions: of torch, triton, optuna and hsa-compile.
-        date: ISO 8601, UTC.
+        fingerprint: the digest of the emitted source that was measured.
+        versions: the versions of torch, triton, optuna and hsa-compile, and of a GPU's driver.
+        date: when the search ended, in ISO 8601, UTC.
         kind: `measured` on the device, or `predicted` for one that was not there.
-        kernel_source: digest of the templates that the kernel was emitted from; those of this package if None.
+        kernel_source: the digest of the templates that the kernel was emitted from; those of this package if None.
         verdict: what the play-off decided, in words.
-        tie_set: schedules that the play-off cannot tell from the winner, which is the first; all would do.
-        confidence: at which it beats the default, and beats whoever is not in the tie-set.
-        clocks_mhz: of a GPU's multiprocessors and memory while it was timed, where that is known.
-        complete: whether the search came to its end; one that was interrupted goes on when it is asked for again.
+        tie_set: the schedules that the play-off cannot tell from the winner, which is the first; any of them would do.
+        confidence: how sure the play-off is that the winner beats the default, and all that are not in the tie-set.
+        clocks_mhz: the clocks of a GPU's multiprocessors and memory while it was timed, where they are known.
+        complete: whether the search came to its end; an interrupted one goes on when it is asked for again.
     """
 
     problem: Problem
@@ -97,12 +97,12 @@ class TuningRecord:
 
     @property
     def speedup(self) -> float:
-        """Time of the default schedule over time of this one."""
+        """The time of the default schedule divided by the time of this one."""
         return self.default_measurement.median_ms / self.measurement.median_ms
 
     @property
     def is_default(self) -> bool:
-        """Whether the default schedule won: both measurements are then one."""
+        """Whether the default schedule won: then the two measurements are the same."""
         return self.measurement == self.default_measurement
 
     @property
@@ -112,8 +112,10 @@ class TuningRecord:
 
     @property
     def shortfall(self) -> str | None:
-        """Why the search was too small for its winner to be kept, or None: fewer than `MIN_TIMED` candidates were
-        timed, and there are others."""
+        """Why the search was too small for its winner to be kept, or None if it was not.
+
+        It was if fewer than `MIN_TIMED` candidates were timed although there are more.
+        """
         timed = self.trials - sum(self.failures.values())
         if self.kind == PREDICTED or timed >= MIN_TIMED or self.tried_all:
             return None
@@ -121,7 +123,7 @@ class TuningRecord:
         return f"only {timed} of {count} candidates {'was' if timed == 1 else 'were'} timed, {MIN_TIMED} are needed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         return {
             "problem": self.problem.to_dict(),
             "target": self.target.to_dict(),
@@ -145,7 +147,7 @@ class TuningRecord:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "TuningRecord":
-        """The record that `to_dict` wrote.
+        """Returns the record that `to_dict` wrote.
 
         Raises:
             InvalidArgument, KeyError, TypeError: a field is missing, unknown or out of range.
@@ -162,7 +164,7 @@ class TuningRecord:
             fingerprint=str(values["fingerprint"]),
             versions={str(name): str(version) for name, version in values["versions"].items()},
             date=str(values["date"]),
-            # Files from before these were kept have neither; what their kernels were emitted from is not known.
+            # Older files lack the fields from here on; what their kernels were emitted from is not known.
             kind=str(values.get("kind", MEASURED)),
             kernel_source=str(values.get("kernel_source", "")),
             verdict=str(values.get("verdict", "")),

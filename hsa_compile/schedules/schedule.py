@@ -1,4 +1,4 @@
-"""The tuned knobs of one kernel."""
+"""A schedule: the values of one kernel's knobs, which tuning chooses."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,13 @@ Knob = int | str | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule(Mapping[str, Knob]):
-    """Knob values of one kernel, the dataflow first: `schedule["dataflow"]`, `schedule["num_warps"]`.
+    """The values of one kernel's knobs, the dataflow first: `schedule["dataflow"]`, `schedule["num_warps"]`.
 
-    Which knobs there are, and which values each may take, is said once, in `SearchSpace`. The values cannot be
-    changed; two schedules with the same knobs are equal and hash alike.
+    `SearchSpace` says which knobs there are and which values each may take. The values cannot be changed; two
+    schedules with the same knobs are equal and hash alike.
 
     Attributes:
-        dataflow: what one program owns: `token` or `chunk`.
+        dataflow: what one program of the kernel owns, such as a `token` or a `chunk`.
         knobs: the other knobs, sorted by name.
     """
 
@@ -33,12 +33,12 @@ class Schedule(Mapping[str, Knob]):
 
     @staticmethod
     def of(dataflow: str, **knobs: Knob) -> "Schedule":
-        """A schedule from keyword arguments."""
+        """Returns a schedule from keyword arguments."""
         return Schedule(dataflow=dataflow, knobs=tuple(knobs.items()))
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Schedule":
-        """A schedule from a flat mapping, as `dict(schedule)` gives it.
+        """Returns the schedule of a flat mapping, as `dict(schedule)` gives it.
 
         Raises:
             InvalidSchedule: there is no dataflow, or a value is no integer, string or boolean.
@@ -54,7 +54,7 @@ class Schedule(Mapping[str, Knob]):
 
     @staticmethod
     def parse(text: str) -> "Schedule":
-        """A schedule as `str` prints it: `chunk block_t=4 num_warps=8`.
+        """Returns the schedule that a text such as `chunk block_t=4 num_warps=8`, as `str` prints it, stands for.
 
         Raises:
             InvalidSchedule: a word after the first is not of the form `name=value`, or a name is given twice.
@@ -77,7 +77,7 @@ class Schedule(Mapping[str, Knob]):
         raise KeyError(name)
 
     def number(self, name: str) -> int:
-        """The value of a knob that counts something."""
+        """Returns the value of a knob that counts something."""
         value = self[name]
         assert isinstance(value, int)
         return value

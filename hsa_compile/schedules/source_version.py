@@ -1,4 +1,4 @@
-"""Which kernel text a schedule was tuned for: a digest of the templates, since other text has another best schedule."""
+"""A digest of the templates that a schedule was tuned for, since another kernel text has another best schedule."""
 
 import functools
 import hashlib
@@ -10,13 +10,13 @@ from hsa_compile.target import Target
 
 
 def source_version(problem: Problem, target: Target) -> str:
-    """12 hex digits of what the kernels of a problem's op are emitted from on a target."""
+    """Returns 12 hex digits that stand for the templates of a problem's op on a target."""
     return _digest(backend_for(problem, target), problem.op)
 
 
 @functools.cache
 def _digest(backend: str, op: str) -> str:
-    """The digest of the op's own templates and of those that all ops share, whose names begin with an underscore."""
+    """Digests the op's own templates and those that all ops share, whose names begin with an underscore."""
     digest = hashlib.sha256()
     for path in sorted((TEMPLATE_DIR / backend).glob("*.jinja")):
         # `hsa_forward_chunk.py.jinja`: the op, then a dataflow without underscores.

@@ -1,4 +1,4 @@
-"""Which schedules there are for a problem on a target, and which of them it can use: the only constraint set."""
+"""The schedules that there are for a problem on a target, and which of them are valid: the only set of constraints."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ class SearchSpace:
 
     @staticmethod
     def of(problem: Problem, target: Target) -> "SearchSpace":
-        """The space of a problem on a target."""
+        """Returns the space of a problem on a target."""
         return SearchSpace(problem=problem, target=target, op_backend=op_backend(problem, target))
 
     @property
     def backend(self) -> str:
-        """What kernels are made of: `triton`, `cpp` or `torch`."""
+        """What the kernels are written in: `triton`, `cpp` or `torch`."""
         return self.op_backend.name
 
     @property
@@ -41,19 +41,19 @@ class SearchSpace:
         return self.op_backend.choices
 
     def is_valid(self, schedule: Schedule) -> bool:
-        """Whether the schedule can run the problem on the target."""
+        """Returns whether the schedule can run the problem on the target."""
         return self.why_invalid(schedule) is None
 
     def why_invalid(self, schedule: Schedule) -> str | None:
-        """The first reason why the schedule cannot run the problem on the target, or None if it can."""
+        """Returns the first reason why the schedule cannot run the problem on the target, or None if it can."""
         return self._why_unknown(schedule) or self.op_backend.why_not(self.problem, schedule, self.target)
 
     def fit(self, schedule: Schedule) -> Schedule:
-        """A schedule tuned for another size, with the knobs that count tokens cut to what this problem can use."""
+        """Returns a schedule tuned for another size, its knobs that count tokens or slots cut to this problem's."""
         return schedule if self._why_unknown(schedule) else self.op_backend.fit(self.problem, schedule)
 
     def schedules(self) -> Iterator[Schedule]:
-        """All valid schedules, in a fixed order."""
+        """Yields all valid schedules, in a fixed order."""
         for dataflow, knobs in self.choices.items():
             for values in itertools.product(*knobs.values()):
                 schedule = Schedule.of(dataflow, **dict(zip(knobs, values, strict=True)))
@@ -61,7 +61,7 @@ class SearchSpace:
                     yield schedule
 
     def default(self) -> Schedule:
-        """A schedule that is valid and good on any device of its kind, found by rule, without measuring.
+        """Returns a schedule that is valid, and good on any device of its kind: a rule finds it, without measuring.
 
         Raises:
             InvalidSchedule: no schedule at all can run the problem on the target; the message says why.
@@ -75,7 +75,7 @@ class SearchSpace:
         )
 
     def work(self, schedule: Schedule) -> Work:
-        """FLOPs and bytes of the problem under the schedule."""
+        """Returns the FLOPs and bytes of the problem under the schedule."""
         return self.op_backend.work(self.problem, schedule)
 
     def _why_unknown(self, schedule: Schedule) -> str | None:
@@ -92,5 +92,5 @@ class SearchSpace:
 
 
 def default_schedule(problem: Problem, target: Target) -> Schedule:
-    """What runs untuned, and the first trial of every search: `SearchSpace.default` of the problem on the target."""
+    """Returns the schedule that runs untuned and that every search tries first (`SearchSpace.default`)."""
     return SearchSpace.of(problem, target).default()

@@ -1,7 +1,8 @@
-"""One JSON file of tuning records: read with every damage found, written whole or not at all.
+"""A file of tuning records, one for each device: JSON, with a journal beside it.
 
-A long file is not written anew at every put: new entries go to a journal beside it, line by line, until the journal
-is as long as the file, which then takes them in.
+A file is written as a whole or not at all, and reading it finds each entry that is damaged. A long file is not written
+anew at every put: new entries go to its journal, line by line, until the journal is as long as the file, which then
+takes them in.
 """
 
 import hashlib
@@ -19,14 +20,28 @@ from hsa_compile.files import end_of_last_line, read_regular, write_whole
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 
+FORMAT = "hsa-compile schedules"
+VERSION = 1
+JOURNAL_ABOVE = 1 << 18  # a file of more bytes, about a hundred entries, is no longer written anew at every put
+
+Records = dict[ScheduleKey, TuningRecord]
+
+
+class DamagedFile(ValueError):
+    """A file that cannot be used as a whole; the message says why."""
+
+
+# An entry that is damaged raises one of these when it is read.
+DAMAGES = (DamagedFile, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+
 
 def journal_path(path: Path) -> Path:
-    """The journal of a schedule file."""
+    """Returns the path of a schedule file's journal."""
     return path.with_name(f"{path.name}.journal")
 
 
 def journal_size(path: Path) -> int:
-    """Bytes of a schedule file's journal; 0 if there is none."""
+    """Returns the bytes of a schedule file's journal; 0 if there is none."""
     try:
         return journal_path(path).stat().st_size
     except FileNotFoundError:
@@ -34,7 +49,7 @@ def journal_size(path: Path) -> int:
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The whole lines of a schedule file's journal. What a killed writer left of its last one is not a line."""
+    """Returns the whole lines of a schedule file's journal; a last one that a killed writer left torn is not one."""
     try:
         content = read_regular(journal_path(path))
     except FileNotFoundError:
@@ -43,7 +58,7 @@ def read_lines(path: Path) -> list[bytes]:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Adds a line and syncs it. The caller holds the lock.
+    """Adds a line to a schedule file's journal and syncs it. The caller holds the lock.
 
     Raises:
         OSError: the disk is full or read-only; what was there is untouched.
@@ -72,24 +87,8 @@ def _write_at(handle: int, offset: int, content: bytes) -> None:
         offset, content = offset + written, content[written:]
 
 
-FORMAT = "hsa-compile schedules"
-VERSION = 1
-
-JOURNAL_ABOVE = 1 << 18  # bytes of a file that is no longer written anew at every put; about a hundred entries
-
-Records = dict[ScheduleKey, TuningRecord]
-
-
-class DamagedFile(ValueError):
-    """A file that cannot be used as a whole; the message says why."""
-
-
-# What an entry that is not whole can raise when it is read.
-DAMAGES = (DamagedFile, KeyError, TypeError, ValueError, AttributeError, RecursionError)
-
-
 def read_records(path: Path) -> tuple[Records, list[str]]:
-    """The records of a file and what is wrong with it, never an exception for its content.
+    """Reads the records of a file and what is wrong with it; its content never raises.
 
     Returns:
         records of the entries that are whole, and one line for each damage; both empty if there is no file.
@@ -97,7 +96,7 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
     entries: list[Any] = []
     damages: list[str] = []
     records: Records = {}
-    # The journal first: a writer drops it only after the file holds its entries, so none is missed.
+    # The journal is read first: a writer drops it only after the file holds its entries, so none is missed.
     try:
         lines = read_lines(path)
         entries = _read_entries(path)
@@ -115,7 +114,7 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = decode(json.loads(line))
-            # A writer killed before it dropped the journal leaves lines older than what the file took in with them.
+            # A writer killed before it dropped the journal leaves lines that are older than the file's entries.
             known = records.get(ScheduleKey.of_record(record))
             if known is None or known.date <= record.date:
                 add(records, record)
@@ -125,11 +124,11 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
 
 
 def add(records: Records, record: TuningRecord) -> None:
-    """Puts a record in the place of one with the same key; a prediction never takes that of a measurement."""
+    """Puts a record in the place of one with the same key; a prediction never replaces a measurement."""
     key = ScheduleKey.of_record(record)
     known = records.get(key)
     if known is None or (record.kind, known.kind) != (PREDICTED, MEASURED):
-        # Removed first, so that the key is the new record's: its recorded fields belong to it.
+        # The old key is removed first, so that the recorded fields of the key are those of the new record.
         records.pop(key, None)
         records[key] = record
 
@@ -154,7 +153,7 @@ def put_record(path: Path, record: TuningRecord) -> None:
 
 
 def warn_of_damage(path: Path, damages: list[str]) -> None:
-    """One warning a file, however much is wrong with it."""
+    """Gives one warning for a file, however much is wrong with it."""
     more = f" and {len(damages) - 1} more" if len(damages) > 1 else ""
     warnings.warn(f"schedule cache {path}: {damages[0]}{more}; what is damaged is ignored", CacheWarning, stacklevel=3)
 
@@ -172,7 +171,7 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Copies a damaged file, and its journal, to the first free `NAME.damaged-N`: writing over them loses nothing."""
+    """Copies a damaged file and its journal to the first free `NAME.damaged-N`, so that writing loses nothing."""
     number = 1
     while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -200,16 +199,16 @@ def _read_entries(path: Path) -> list[Any]:
 
 
 def encode(record: TuningRecord) -> dict[str, Any]:
-    """An entry of a file: the key in clear, the record, and a checksum of both."""
+    """Returns a record as an entry of a file: the key in clear, the record, and a checksum of both."""
     body = {"key": asdict(ScheduleKey.of_record(record)), "record": record.to_dict()}
     return {**body, "checksum": checksum(body)}
 
 
 def decode(entry: Any) -> TuningRecord:
-    """The record of an entry.
+    """Returns the record that an entry holds.
 
     Raises:
-        one of `DAMAGES`: it is not what `encode` made.
+        one of `DAMAGES`: the entry is not what `encode` made.
     """
     if not isinstance(entry, dict) or set(entry) != {"key", "record", "checksum"}:
         raise DamagedFile("it is not a mapping of key, record and checksum")
@@ -219,5 +218,5 @@ def decode(entry: Any) -> TuningRecord:
 
 
 def checksum(body: Any) -> str:
-    """16 hex digits of the SHA-256 of plain values."""
+    """Returns 16 hex digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A bench: the place where candidates are compiled, checked and timed. This one is the process that asks."""
+"""The bench, where candidates are compiled, checked and timed: its protocol, and a bench in the process that asks."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +21,12 @@ from hsa_compile.target import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A schedule whose kernel gave the right answer.
+    """A schedule whose kernel gave the right results.
 
     Attributes:
-        schedule: its knobs.
-        fingerprint: of its emitted source.
-        call: runs it on the tuning inputs.
+        schedule: the schedule.
+        fingerprint: the digest of its emitted source.
+        call: runs its kernel on the tuning inputs.
     """
 
     schedule: Schedule
@@ -38,7 +38,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInpu
     """Emits, imports and checks one schedule; running the check also warms it up.
 
     Raises:
-        CompileError, OutOfResources, WrongResult: the candidate is out, and why.
+        CompileError, OutOfResources, WrongResult: the candidate is out; the message says why.
     """
     source = emit(problem, schedule, target)
     kernel = compile_kernel(source)
@@ -54,7 +54,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInpu
 
 @contextlib.contextmanager
 def _launch_errors(backend: str) -> Iterator[None]:
-    """Gives the errors of a first launch, at which Triton compiles, their names in this project."""
+    """Turns the errors of a first launch, at which Triton compiles, into those of this project."""
     no_resources, no_code = _triton_errors() if backend == "triton" else ((), ())
     try:
         yield
@@ -67,7 +67,7 @@ def _launch_errors(backend: str) -> Iterator[None]:
 
 
 def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
-    """What Triton raises where a kernel does not fit, and where it cannot be compiled."""
+    """Returns the errors that Triton raises where a kernel does not fit, and where it cannot be compiled."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources as TritonOutOfResources
     from triton.runtime.errors import PTXASError
@@ -75,30 +75,30 @@ def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception]
     return (TritonOutOfResources,), (CompilationError, PTXASError)
 
 
-# What puts a candidate out of the search and is counted by name; anything else ends the search.
+# These errors put a candidate out of the search and are counted by name; any other error ends the search.
 FAILURES = (CompileError, OutOfResources, WrongResult, CandidateCrashed, CandidateError, TimedOut)
 
 
 class Bench(Protocol):
-    """Three verbs, each dearer than the one before; a candidate that fails raises one of `FAILURES`."""
+    """The three steps of a candidate, each dearer than the one before; one that fails raises one of `FAILURES`."""
 
     def compile(self, schedule: Schedule) -> Resources | None:
-        """Emits and compiles a candidate without running it; what it uses, where the compiler says so."""
+        """Emits and compiles a candidate without running it; returns what it uses, where the compiler says so."""
 
     def prepare(self, schedule: Schedule) -> str:
         """Checks a candidate's results, which also warms it up; returns the fingerprint of its source."""
 
     def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
-        """Interleaved times of prepared candidates in milliseconds, as `measure` gives them."""
+        """Returns interleaved times of prepared candidates in milliseconds, as `measure` gives them."""
 
 
 class LocalBench:
-    """A bench in this process: a candidate that crashes takes the process along.
+    """A bench in this process: a candidate that crashes ends the process.
 
     Args:
         problem, target: what candidates are made for.
-        device: where they run, as PyTorch names it.
-        distribution, seed: of the inputs, which are made when the first candidate is prepared.
+        device: where candidates run, as PyTorch names it.
+        distribution, seed: what the inputs are drawn from, once the first candidate is prepared.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ class LocalBench:
         self._ready: dict[Schedule, Candidate] = {}
 
     def compile(self, schedule: Schedule) -> Resources | None:
-        """Emits and compiles; of a GPU's kernels the compiler tells what they use."""
+        """Emits and compiles a candidate; for a GPU, returns what its kernels use, as the compiler tells."""
         kernel = compile_kernel(emit(self.problem, schedule, self.target))
         if kernel.source.backend != "triton":
             return None
         return Resources.of(compile_launches(kernel.module, self.target), self.target)
 
     def prepare(self, schedule: Schedule) -> str:
-        """Checks a candidate once; it stays ready to be timed."""
+        """Checks a candidate once, which then stays ready to be timed; returns the fingerprint of its source."""
         if self._inputs is None:
             self._inputs = inputs_of(self.problem, self.device, distribution=self._distribution, seed=self._seed)
         if schedule not in self._ready:
@@ -132,7 +132,7 @@ class LocalBench:
 
 
 def open_bench(problem: Problem, target: Target, device: str, distribution: str, seed: int) -> LocalBench:
-    """What a worker process opens by name: a bench with as many threads as the target has cores."""
+    """Opens a bench with as many threads as the target has cores; a worker process calls this by name."""
     if target.kind == "cpu":
         torch.set_num_threads(target.num_cores)
     return LocalBench(problem, target, device, distribution, seed)

@@ -1,4 +1,4 @@
-"""The far side of isolation: a process that opens one bench and does as it is told until nobody tells it any more."""
+"""The worker process of an isolated bench: it opens one bench and answers calls until the connection closes."""
 
 import ctypes
 import importlib
@@ -12,14 +12,14 @@ from typing import Any
 from hsa_compile.errors import HSACompileError
 
 _PR_SET_PDEATHSIG = 1
-_NO_MEMORY = "can't allocate memory"  # of a CPU's, for which PyTorch has no error of its own
+_NO_MEMORY = "can't allocate memory"  # PyTorch's message where a CPU's memory runs out, which has no error type
 
 
 def serve(handle: int) -> None:
     """Answers `(verb, arguments)` on a connection with `("done", value)` or `("raised", name, message)`.
 
-    An error that has no name in this project ends the process with its traceback on standard error: whoever asked
-    reads it there, and starts another.
+    An error that has no name in this project ends the process with its traceback on standard error: the caller reads
+    it there, and starts another process.
     """
     connection = Connection(handle)
     _die_with_parent()
@@ -38,7 +38,7 @@ def serve(handle: int) -> None:
 
 
 def by_name(name: str) -> Any:
-    """What `module:attribute` names."""
+    """Imports and returns what `module:attribute` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -55,12 +55,12 @@ def _answer(bench: Any, verb: str, arguments: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def _limit_memory(more_bytes: int) -> None:
-    """Lets this process map so much more than it has mapped by now."""
+    """Limits the memory of this process to so many bytes more than it has mapped by now."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
 
 
 def _die_with_parent() -> None:
-    """A process whose parent was killed would else hold the device for as long as its candidate runs."""
+    """Asks Linux to kill this process with its parent, since it would else hold the device while its candidate runs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

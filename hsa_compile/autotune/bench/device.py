@@ -1,4 +1,7 @@
-"""Does a problem fit? Asked before its tensors are made, since Linux kills a process that asks for too much."""
+"""The device that candidates run on: the memory that is free, the lock that one process holds, and the clocks.
+
+Memory is checked before tensors are made, since Linux kills a process that asks for too much.
+"""
 
 import platform
 import re
@@ -14,13 +17,14 @@ from hsa_compile.paths import source_dir
 from hsa_compile.problem import Problem
 
 _CGROUP = Path("/sys/fs/cgroup")
+_TIMEOUT_S = 10  # how long nvidia-smi may take
 
 
 def check_memory(problem: Problem, device: torch.device) -> None:
     """Compares what tuning a problem needs with the memory that is free on the device.
 
     Raises:
-        InvalidProblem: it does not fit; the message says how much of either there is.
+        InvalidProblem: the problem does not fit; the message says how much it needs and how much is free.
     """
     needed, free = needed_bytes(problem), free_bytes(device)
     if free is not None and needed > free:
@@ -31,7 +35,7 @@ def check_memory(problem: Problem, device: torch.device) -> None:
 
 
 def needed_bytes(problem: Problem) -> int:
-    """Inputs, float32 results, and the draws that the inputs are made from."""
+    """Returns the bytes of the inputs, of float32 results, and of the draws that the inputs are made from."""
     tokens, keys = problem.batch * problem.seq_len, problem.batch * problem.kv_len
     rows = tokens * problem.num_heads * (problem.head_dim + problem.value_dim)
     chunks = keys * problem.num_kv_heads * (problem.head_dim + problem.value_dim)
@@ -40,7 +44,7 @@ def needed_bytes(problem: Problem) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None where it cannot be found out."""
+    """Returns the bytes that can still be had on a device; None where that cannot be found out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [value for value in (_of_machine(), _of_control_group()) if value is not None]
@@ -65,9 +69,9 @@ def _of_control_group() -> int | None:
 
 
 def device_lock(device: str) -> filelock.BaseFileLock:
-    """The lock of a device, by what the hardware is called rather than by its number in this process.
+    """Returns the lock of a device, named after the hardware rather than after its number in this process.
 
-    The operating system releases it when its holder dies. It lies beside the emitted kernels, where a read-only
+    The operating system releases the lock when its holder dies. It lies beside the emitted kernels, where a read-only
     home does not matter, and carries the host's name, since hosts may share that directory.
     """
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{platform.node()} {_hardware(torch.device(device))}")
@@ -81,11 +85,8 @@ def _hardware(device: torch.device) -> str:
     return str(getattr(properties, "uuid", f"{properties.name} {device.index}"))
 
 
-_TIMEOUT_S = 10
-
-
 def clocks_mhz(device: str) -> dict[str, int] | None:
-    """Present clocks of a GPU's multiprocessors and memory; None on a CPU and where nvidia-smi does not tell."""
+    """Returns the present clocks of a GPU's multiprocessors and memory; None on a CPU, or if nvidia-smi tells none."""
     place, tool = torch.device(device), shutil.which("nvidia-smi")
     if place.type != "cuda" or tool is None:
         return None

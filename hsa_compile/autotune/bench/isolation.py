@@ -1,4 +1,7 @@
-"""A bench in a process of its own: what a candidate does there, it does to itself. The process is replaced."""
+"""Benches in processes of their own, where a candidate that crashes or hangs harms nobody else, and parallel compiling.
+
+A worker process that died is replaced at the next call.
+"""
 
 import contextlib
 import json
@@ -36,19 +39,19 @@ from hsa_compile.target import Target
 # `__name__` guard, or one from standard input, does not survive.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom hsa_compile.autotune.bench.child import serve\n"
 _START_S = 300.0
-_DEATH_S = 10.0  # between a closed connection and the end of its process
+_DEATH_S = 10.0  # how long a process may take to end after its connection closed
 
 
 class WorkerProcess:
-    """One worker in a session of its own, so that neither Ctrl-C nor its death reaches anybody else.
+    """A worker process in a session of its own, so that Ctrl-C does not reach it and its death reaches nobody else.
 
     Args:
         factory: `module:function` that opens the bench there.
-        arguments: of the factory, picklable.
+        arguments: what the factory is called with; all of it must be picklable.
         memory_bytes: what it may map beyond what it needs to start; None for no limit.
 
     Raises:
-        HSACompileError: it does not start, or the factory fails.
+        HSACompileError: the process does not start, or the factory fails.
     """
 
     def __init__(self, factory: str, arguments: tuple[Any, ...], memory_bytes: int | None = None) -> None:
@@ -69,14 +72,14 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked again."""
+        """Whether the process can be called again."""
         return not self._connection.closed
 
     def wait_until_open(self) -> None:
-        """Returns when the bench is open.
+        """Waits until the bench is open.
 
         Raises:
-            HSACompileError: it cannot be opened.
+            HSACompileError: the bench cannot be opened.
         """
         if self._opening is None:
             return
@@ -87,23 +90,23 @@ class WorkerProcess:
         self._opening = None
 
     def call(self, verb: str, *arguments: Any, timeout_s: float) -> Any:
-        """What the bench returns for a verb.
+        """Calls a method of the bench by name, and returns what it returns.
 
         Raises:
-            HSACompileError: what the bench raised, by its own name.
-            TimedOut: it took too long, and was killed.
-            OutOfResources, CandidateCrashed, CandidateError: it died.
+            HSACompileError: the bench raised this error of the project.
+            TimedOut: the call took too long, and the process was killed.
+            OutOfResources, CandidateCrashed, CandidateError: the process died.
         """
         self.wait_until_open()
         try:
             self._connection.send((verb, arguments))
-        except OSError as error:  # it died since it answered last
+        except OSError as error:  # the process died since it answered last
             raise self._death() from error
         return self._receive(timeout_s)
 
     def close(self) -> None:
-        """Kills the process and all that it started; may be called again, and from another thread."""
-        with contextlib.suppress(ProcessLookupError):  # it is gone, with all that it started
+        """Kills the process and all that it started; it may be called again, and from another thread."""
+        with contextlib.suppress(ProcessLookupError):  # the process is gone, with all that it started
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._connection.close()
@@ -123,7 +126,7 @@ class WorkerProcess:
         raise getattr(errors, name)(message)
 
     def _death(self) -> HSACompileError:
-        """Why the process ended."""
+        """Returns the error that says why the process ended."""
         try:
             code = self._process.wait(_DEATH_S)
         except subprocess.TimeoutExpired:
@@ -140,7 +143,7 @@ class WorkerProcess:
         return CandidateCrashed(f"its process left with code {code}")
 
     def _last_line(self) -> str:
-        """Of standard error: the error, where the process ended with a traceback."""
+        """Returns the last line of standard error, which is the error if the process ended with a traceback."""
         if self._stderr.closed:
             return ""
         self._stderr.seek(0, os.SEEK_END)
@@ -154,9 +157,9 @@ class IsolatedBench:
 
     Args:
         factory: `module:function` that opens the bench in the worker, such as `bench:open_bench`.
-        arguments: of the factory.
-        limits: what a candidate is killed for.
-        lock: held while a candidate is on the device; it must be reentrant.
+        arguments: what the factory is called with.
+        limits: how long and how large a candidate may be before it is killed.
+        lock: what is held while a candidate is on the device; it must be reentrant.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class IsolatedBench:
         self._limits, self._lock = limits or Limits(), lock or contextlib.nullcontext()
         self._worker: WorkerProcess | None = None
         self._ready: set[Schedule] = set()
-        self._prepare_s = self._time_s = 0.0  # of the first candidate; the latter for each call of it
+        self._prepare_s = self._time_s = 0.0  # how long the first candidate took to prepare, and a call of it to time
 
     def __enter__(self) -> "IsolatedBench":
         self.start()
@@ -192,10 +195,10 @@ class IsolatedBench:
             self._worker.close()
 
     def compile(self, schedule: Schedule) -> Resources | None:
-        """Compiles in the worker.
+        """Compiles a candidate in the worker; returns what it uses, where the compiler says so.
 
         Raises:
-            CompileTimedOut: it took too long.
+            CompileTimedOut: the compiler took too long.
         """
         try:
             return self._call("compile", schedule, timeout_s=self._limits.compile_s)
@@ -203,7 +206,7 @@ class IsolatedBench:
             raise CompileTimedOut(str(error)) from error
 
     def prepare(self, schedule: Schedule) -> str:
-        """Checks in the worker, while nobody else is on the device."""
+        """Checks a candidate in the worker, while nobody else is on the device; returns its source's fingerprint."""
         limit = max(self._limits.run_s, 10 * self._prepare_s) if self._prepare_s else self._limits.first_s
         with self._lock:
             start = time.monotonic()
@@ -213,7 +216,7 @@ class IsolatedBench:
         return fingerprint
 
     def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
-        """Times in the worker, while nobody else is on the device; prepares again what a dead worker had ready."""
+        """Times candidates in the worker, alone on the device; what a dead worker had ready is prepared again."""
         calls = max(1, len(schedules) * rounds)
         limit = max(self._limits.run_s, 10 * calls * self._time_s) if self._time_s else self._limits.first_s
         with self._lock:
@@ -234,17 +237,17 @@ class IsolatedBench:
 
 
 class Compiler(Protocol):
-    """What a `CompilePool` compiles with: an `IsolatedBench` or a `LibraryBuilder`."""
+    """A thing that a `CompilePool` compiles with: an `IsolatedBench` or a `LibraryBuilder`."""
 
     def compile(self, schedule: Schedule) -> Resources | None:
-        """Compiles a candidate; what it uses, where the compiler says so."""
+        """Compiles a candidate; returns what it uses, where the compiler says so."""
 
     def close(self) -> None:
-        """Ends what it started."""
+        """Ends all that it started."""
 
 
 class LibraryBuilder:
-    """Builds C++ candidates without loading them. The C++ compiler is a process of its own and needs no other.
+    """Builds C++ candidates without loading them: the C++ compiler is a process of its own, so it needs no worker.
 
     Args:
         problem, target: what candidates are emitted for.
@@ -254,7 +257,7 @@ class LibraryBuilder:
         self._problem, self._target = problem, target
 
     def compile(self, schedule: Schedule) -> None:
-        """Builds a candidate's library, unless it is there."""
+        """Builds a candidate's library unless it is there."""
         build_native(emit(self._problem, schedule, self._target))
 
     def close(self) -> None:
@@ -281,7 +284,7 @@ class CompilePool:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for compiler in self._compilers:  # whose threads then see their worker die
+        for compiler in self._compilers:  # the threads that wait for them then see their worker die
             compiler.close()
         self._threads.shutdown(wait=True)
 

@@ -1,4 +1,7 @@
-"""A schedule for a GPU that is not there: candidates are compiled for real and ranked by the model."""
+"""Predicts a schedule for a GPU that is not there: candidates are compiled for it, and a cost model ranks them.
+
+How well the model ranks is measured by the correlation of its times with measured ones.
+"""
 
 import math
 import time
@@ -26,26 +29,27 @@ from hsa_compile.versions import installed_versions
 
 DEFAULT_BUDGET_S = 75.0
 MAX_CANDIDATES = 96
-_FEW_CANDIDATES = 6  # of an op that the model cannot rank: in case that its default spills
+MIN_SCHEDULES = 3  # the fewest that a correlation is computed of
+_FEW_CANDIDATES = 6  # candidates for an op that the model cannot rank, in case that its default spills
 
 _NUM_WORKERS = 2
 _COMPILE_S = 60.0
-# Knobs about which the model says little before a candidate is compiled.
+# The model says little about these knobs before a candidate is compiled.
 _PIPELINE_KNOBS = ("num_warps", "num_stages", "chunk_warps", "chunk_stages")
-_VARIANTS_APART = 4  # places that each further variant of a tile comes after its first
+_VARIANTS_APART = 4  # how many places each further variant of a tile comes after the one before
 
 _Kernels = tuple[KernelResources, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionProgress:
-    """State of a running prediction, for a progress bar.
+    """The state of a running prediction, for a progress bar.
 
     Attributes:
         problem: what is predicted.
-        compiled, candidates: so far, and at most.
-        best_ms: predicted time of the best so far; None before there is one.
-        elapsed_s, budget_s: of the whole.
+        compiled, candidates: how many candidates are compiled so far, and will be at most.
+        best_ms: the predicted time of the best so far; None before there is one.
+        elapsed_s, budget_s: the seconds since the prediction began, and those it may take.
     """
 
     problem: Problem
@@ -58,7 +62,7 @@ class PredictionProgress:
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """What compiling gave: times of what neither failed nor spilled, and the others counted by reason."""
+    """The candidates compiled so far: times of those that neither failed nor spilled, and counts of the others."""
 
     times: dict[Schedule, float] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
@@ -69,13 +73,13 @@ class _Found:
 
 
 class Compiler:
-    """What a worker process opens: compiles candidates of one problem and tells what their kernels use."""
+    """Compiles candidates of one problem, in a worker process, and tells what their kernels use."""
 
     def __init__(self, problem: Problem, target: Target) -> None:
         self.problem, self.target = problem, target
 
     def compile(self, schedule: Schedule) -> _Kernels:
-        """Resources of a candidate's kernels, without the compiler's texts."""
+        """Returns the resources of a candidate's kernels, without the compiler's texts."""
         kernel = compile_kernel(emit(self.problem, schedule, self.target))
         return tuple(replace(k, asm={}) for k in compile_launches(kernel.module, self.target))
 
@@ -87,20 +91,20 @@ def predict_schedule(
     budget_s: float = DEFAULT_BUDGET_S,
     on_progress: Callable[[PredictionProgress], None] = lambda progress: None,
 ) -> TuningRecord:
-    """The schedule that should be fastest on a GPU, which need not be there. Stores nothing.
+    """Predicts the schedule that should be fastest on a GPU, which need not be there. It stores nothing.
 
-    The default schedule and those that the model likes best are compiled for the target, two at a time; what does
-    not fit or spills is out; the others are ranked again, by what their kernels use. Of ops other than
+    The default schedule and those that the model ranks best are compiled for the target, two at a time. Those that do
+    not fit or spill are out; the others are ranked again, by what their kernels use. About ops other than
     `hsa_attention` the model knows too little to prefer anything: their default is taken, if it does not spill.
 
     Args:
         problem: what is to run.
-        target: where; `cuda` or `hip`, of a known architecture.
+        target: the device it is to run on: `cuda` or `hip`, with a known architecture.
         budget_s: seconds after which no more candidates are compiled; the default is compiled in any case.
         on_progress: called after each candidate.
 
     Returns:
-        a record of kind `predicted`; its times, of the winner and of the default, are the model's.
+        a record of kind `predicted`; the times of the winner and of the default are the model's.
 
     Raises:
         InvalidArgument: the budget is not positive.
@@ -141,10 +145,10 @@ def predict_schedule(
 
 
 def check_predictable(target: Target) -> None:
-    """Whether there is a model for a target.
+    """Raises unless there is a model for a target.
 
     Raises:
-        InvalidTarget: it is a CPU, or its peaks are not known.
+        InvalidTarget: the target is a CPU, or its peaks are not known.
     """
     if target.kind == "cpu":
         raise InvalidTarget("there is no model of CPUs: only the times of GPU kernels can be predicted")
@@ -152,7 +156,7 @@ def check_predictable(target: Target) -> None:
 
 
 def ranked_candidates(problem: Problem, target: Target) -> list[Schedule]:
-    """The default, then what the model likes best; variants of one tile in warps and stages are spread out."""
+    """Returns the default, then what the model ranks best; variants of a tile in warps and stages are spread out."""
     default = default_schedule(problem, target)
     tiles: dict[tuple[tuple[str, Knob], ...], list[Schedule]] = {}
     for schedule in SearchSpace.of(problem, target).schedules():
@@ -168,7 +172,7 @@ def ranked_candidates(problem: Problem, target: Target) -> list[Schedule]:
 
 
 def _unlike(schedule: Schedule, default: Schedule) -> int:
-    """Pipeline knobs in which a schedule differs from the default, which neither spills nor overflows."""
+    """Counts the pipeline knobs in which a schedule differs from the default, which neither spills nor overflows."""
     return sum(schedule.get(knob) != default.get(knob, schedule.get(knob)) for knob in _PIPELINE_KNOBS)
 
 
@@ -202,7 +206,7 @@ def _compile_all(
 def _as_compiled(
     pool: CompilePool, candidates: Sequence[Schedule], deadline: float
 ) -> Iterator[tuple[Schedule, "Future[_Kernels]"]]:
-    """Candidates as they are compiled, until the deadline; the first whenever that is."""
+    """Yields candidates as they are compiled, until the deadline; the first, the default, is yielded in any case."""
     waiting = iter(candidates)
     running: dict[Future[Any], Schedule] = {}
     first_is_out = False
@@ -231,7 +235,7 @@ def _judge(
     except OutOfResources:
         found.failures[OutOfResources.__name__] += 1
     except HSACompileError as error:
-        if is_default:  # nothing else would fare better: the compiler is missing, or runs as an interpreter
+        if is_default:  # no other would compile either: the compiler is missing, or runs as an interpreter
             raise
         found.failures[type(error).__name__] += 1
     else:
@@ -241,20 +245,18 @@ def _judge(
             found.times[schedule] = estimate(problem, schedule, target, kernels)
 
 
-MIN_SCHEDULES = 3
-
-
 def prediction_correlation(
     problem: Problem,
     target: Target,
     times: Mapping[Schedule, float],
     kernels: Mapping[Schedule, Sequence[KernelResources]] | None = None,
 ) -> float:
-    """Spearman's rank correlation of predicted with measured times, −1 … 1; NaN where all are equal.
+    """Returns Spearman's rank correlation of predicted with measured times, −1 … 1; NaN where all are equal.
 
     Args:
-        times: measured, of each schedule.
-        kernels: what their kernels use, where that is known.
+        problem, target: what the schedules are for.
+        times: the measured time of each schedule.
+        kernels: what the kernels of each schedule use, where that is known.
 
     Raises:
         InvalidTarget: there is no model for the target; there is none for CPUs.
@@ -269,7 +271,7 @@ def prediction_correlation(
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Correlation of the ranks of two lists of equal length; equal values share their mean rank."""
+    """Returns the correlation of the ranks of two lists of equal length; equal values share their mean rank."""
     left, right = _ranks(one), _ranks(other)
     mean = (len(left) - 1) / 2
     covariance = sum((a - mean) * (b - mean) for a, b in zip(left, right, strict=True))
@@ -278,5 +280,5 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Of each value: how many are less, and half of the others that are equal."""
+    """Returns each value's rank: how many are less, plus half of the others that are equal."""
     return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]

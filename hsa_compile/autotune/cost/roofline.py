@@ -1,8 +1,8 @@
-"""A finer roofline than `predict`: it tells schedules of one dataflow apart, by tiles, traffic and resources.
+"""The cost model of GPU kernels: a roofline (`predict`), a finer one that ranks schedules (`estimate`), and occupancy.
 
-Its times are for ranking. What it takes into account: padding of tiles, traffic that the shared cache does not hold,
-how sums come together, the last wave of programs, and, once a candidate is compiled, matrix instructions and the
-warps that hide latency.
+The finer model tells schedules of one dataflow apart. It takes into account the padding of tiles, traffic that the
+shared cache does not hold, how sums come together, the last wave of programs, and, once a candidate is compiled, its
+matrix instructions and the warps that hide latency. `Resources` says what a compiled candidate uses.
 """
 
 import math
@@ -17,17 +17,30 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
+MAX_MORE_SPILLS = 128  # bytes that a candidate's thread may spill beyond those of the default
+
+# The shares of the peaks that good kernels of this kind reach.
+_MATRIX_SHARE, _BANDWIDTH_SHARE = 0.6, 0.8
+_NORM = 3  # clocks overlap, though not wholly: their norm lies between the largest and the sum
+_LAUNCH_MS, _LISTS_MS = 0.004, 0.03  # the time to launch a kernel, and to make the chunks' lists
+_HIDING_WARPS = 12  # resident warps that hide the latency of memory; each further pipeline stage counts half as much
+_MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
+# The matrix instruction of each architecture, and the shares of its peak that older ones reach, and code without any.
+_NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+_OLDER_SHARE, _NO_MATRIX_SHARE = 0.5, 0.06
+_WIDE_ROWS = {"sm_90": 64, "sm_100": 128}  # with fewer rows, Triton takes the older instruction
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """The roofline: the slowest of three clocks, and which it is (`matrix`, `memory` or `cache`)."""
+    """The time that a roofline gives, and the part of the device that bounds it: `matrix`, `memory` or `cache`."""
 
     time_ms: float
     bound: str
 
 
 def predict(problem: Problem, work: Work, target: Target) -> Prediction:
-    """The time that the busiest part of the device needs at its peak: a lower bound, good for comparing.
+    """Returns the time that the busiest part of the device needs at its peak: a lower bound, good for comparing.
 
     Raises:
         InvalidTarget: the architecture's peaks are not known.
@@ -38,13 +51,13 @@ def predict(problem: Problem, work: Work, target: Target) -> Prediction:
 
 
 def occupancy(resources: KernelResources, target: Target) -> float:
-    """Share of a multiprocessor's threads that resident programs of a kernel fill, 0 … 1."""
+    """Returns the share of a multiprocessor's threads that resident programs of a kernel fill, 0 … 1."""
     threads = resources.num_warps * target.warp_size
     return resident_programs(resources, target) * threads / limits_of(target).threads
 
 
 def resident_programs(resources: KernelResources, target: Target) -> int:
-    """Programs of a kernel that one multiprocessor holds at once."""
+    """Returns how many programs of a kernel one multiprocessor holds at once."""
     limits = limits_of(target)
     threads = resources.num_warps * target.warp_size
     registers = -(-max(resources.registers, 1) // limits.register_unit) * limits.register_unit
@@ -56,23 +69,12 @@ def resident_programs(resources: KernelResources, target: Target) -> int:
     )
 
 
-# Shares of the peaks that good kernels of this kind reach.
-_MATRIX_SHARE, _BANDWIDTH_SHARE = 0.6, 0.8
-_NORM = 3  # clocks overlap, though not wholly: their norm lies between the largest and the sum
-_LAUNCH_MS, _LISTS_MS = 0.004, 0.03  # of a kernel, and of making the chunks' lists
-_HIDING_WARPS = 12  # resident on a multiprocessor that hide the latency of memory; a pipeline stage more counts half
-_MIN_ROWS = 16  # of a matrix instruction
-# Matrix instruction of each architecture, and what older ones reach of its peak there.
-_NEWEST = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
-_OLDER_SHARE, _NO_MATRIX_SHARE = 0.5, 0.06
-_WIDE_ROWS = {"sm_90": 64, "sm_100": 128}  # below which Triton takes the older instruction
-
-
 def estimate(problem: Problem, schedule: Schedule, target: Target, kernels: Sequence[KernelResources] = ()) -> float:
-    """Milliseconds that a schedule should take.
+    """Returns the milliseconds that a schedule should take; such times are for ranking.
 
     Args:
-        kernels: what its kernels use, if they were compiled, in the order in which they run.
+        problem, schedule, target: what runs, how, and where.
+        kernels: what the schedule's kernels use, in the order in which they run, if they were compiled.
 
     Raises:
         InvalidTarget: the target's peaks are not known.
@@ -117,18 +119,15 @@ def _matrix_share(problem: Problem, one: Pass, target: Target, kernel: KernelRes
     return 1.0 if kernel.matrix_instruction == newest else _OLDER_SHARE
 
 
-MAX_MORE_SPILLS = 128  # bytes of a thread, over what the default spills
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """The worst of a candidate's kernels in each respect.
+    """What a compiled candidate uses of a GPU: the spills of all its kernels, and else what its worst kernel does.
 
     Attributes:
-        spills: bytes of a thread's registers that live in memory.
-        registers: of a thread.
-        shared_memory: bytes of a program.
-        occupancy: share of a multiprocessor's threads that are resident, 0 … 1; None if its limits are not known.
+        spills: the bytes of a thread's registers that live in memory.
+        registers: how many registers a thread has.
+        shared_memory: the bytes of shared memory that a program has.
+        occupancy: the share of a multiprocessor's threads that are resident, 0 … 1; None if its limits are not known.
     """
 
     spills: int = 0
@@ -148,7 +147,7 @@ class Resources:
         )
 
     def why_hopeless(self, default: "Resources") -> str | None:
-        """Why a candidate that uses this need not be run, or None if it may be good."""
+        """Returns why a candidate that uses this need not be run, or None if it may be good."""
         if self.spills > default.spills + MAX_MORE_SPILLS:
             return f"it spills {self.spills} bytes of a thread, the default {default.spills}"
         if self.occupancy == 0:

@@ -1,4 +1,7 @@
-"""Samplers that choose one of a finite list of points, knowing nothing but the trials of the study."""
+"""Samplers that choose from a finite list of points: the list, their base class, a grid, and schedules as points.
+
+They know nothing but the trials of the study.
+"""
 
 import math
 from abc import abstractmethod
@@ -20,24 +23,29 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 
 Point = Mapping[str, Any]
+POINT = "hsa_compile:point"  # system attribute of a trial: the point chosen for it
+_FIXED = "fixed_params"  # Optuna's system attribute of an enqueued trial: its parameters
+_MAX_YIELDS = 8  # how often a worker yields to others that chose the same point at the same time
+
+_Seen = tuple[int | None, float | None]  # index of a point, and its time: NaN if it failed, None if not finished
 
 
 class PointTable:
     """A finite list of points, each a mapping of parameter → value; a point need not have every parameter.
 
     Args:
-        points: at least one; no two alike.
+        points: the points, at least one; no two are alike.
 
     Attributes:
         points: as given.
-        codes: [num_points, num_parameters], which value of a parameter a point has, counted in order of size; a
+        codes: `[num_points, num_parameters]`, which value of a parameter a point has, counted in order of size; a
             missing parameter is a value, too. Parameters with one value are left out.
-        features: [num_points, num_features], each from 0 to 1, for a model to learn from: the codes of numbers, a
-            column for each value of anything else, and how often an integer can be halved, since kernels take more
-            kindly to 96 than to 97.
+        features: `[num_points, num_features]`, each from 0 to 1, for a model to learn from: the codes of numbers, a
+            column for each value of anything else, and how often an integer can be halved, since kernels like 96
+            better than 97.
 
     Raises:
-        InvalidArgument: there is no point, or one is there twice.
+        InvalidArgument: there is no point, or one is given twice.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
@@ -61,7 +69,7 @@ class PointTable:
         return len(self.points)
 
     def find(self, point: Point) -> int | None:
-        """The index of a point, or None if it is not one of them."""
+        """Returns the index of a point, or None if it is not in the list."""
         return self._index.get(point_key(point))
 
     def _make_features(self, columns: Sequence[Sequence[Any]], ordered: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
@@ -81,17 +89,17 @@ class PointTable:
 
 
 def point_key(point: Point) -> Hashable:
-    """What makes two points the same, whatever the order of their parameters."""
+    """Returns a key that is the same for equal points, whatever the order of their parameters."""
     return tuple(sorted((name, *_typed(value)) for name, value in point.items()))
 
 
 def _typed(value: Any) -> tuple[str, str]:
-    """A value that can be compared with any other, and with 1 and True apart."""
+    """Returns a form of a value that can be compared with that of any other, and tells 1 from True."""
     return type(value).__name__, repr(value)
 
 
 def _ordered(column: Sequence[Any]) -> list[Any]:
-    """The values that occur: a missing one, then numbers by size, then the rest by name."""
+    """Returns the values that occur: a missing one, then numbers by size, then the rest by name."""
     values = list({_typed(value): value for value in column}.values())
     numbers = sorted(value for value in values if _is_number(value))
     rest = sorted((value for value in values if value is not None and not _is_number(value)), key=_typed)
@@ -103,7 +111,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _powers_of_two(counts: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """How often each value can be halved; None where that says no more than the size does, or always the same."""
+    """Returns how often each value can be halved; None where that is always the same or follows from the size."""
     if (counts < 0).any():
         return None
     positive = np.maximum(counts, 1)
@@ -113,21 +121,14 @@ def _powers_of_two(counts: NDArray[np.int64]) -> NDArray[np.int64] | None:
     return np.log2(lowest_bit).astype(np.int64)
 
 
-POINT = "hsa_compile:point"  # system attribute of a trial: the point chosen for it
-_FIXED = "fixed_params"  # Optuna's, of an enqueued trial
-_MAX_YIELDS = 8  # to other workers that chose the same point at the same time
-
-_Seen = tuple[int | None, float | None]  # index of a point, and its time: NaN if it failed, None if not finished
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What a study has seen, as indices into the list of points, each once, in the order of the trials.
+    """The points that a study has seen, as indices into the list, each once, in the order of the trials.
 
     Attributes:
-        taken: finished, running or waiting; nobody else should try these.
-        finished: those with a time or a failure.
-        times: of the finished ones, NaN where the point failed.
+        taken: the points that are finished, running or waiting; nobody else should try these.
+        finished: the points with a time or a failure.
+        times: the times of the finished points, NaN where a point failed.
     """
 
     taken: tuple[int, ...]
@@ -138,26 +139,27 @@ class History:
 class PointSampler(BaseSampler):
     """Chooses a point when a trial begins, keeps it in the trial, and answers each `suggest` from there.
 
-    The distributions come too late for a relative sampler, which must give them back before the first `suggest`; so it
-    is done as in Optuna's own `GridSampler`. All that a choice depends on is in the storage: a search that was killed
-    goes on as if it had not been, and several workers may share a study. A point is chosen again only when all were.
+    A relative sampler would have to name the distributions before the first `suggest`, where they are not known yet, so
+    this works as Optuna's own `GridSampler` does. All that a choice depends on is in the storage: a search that was
+    killed goes on as if it had not been, and several workers may share a study. A point is chosen again only when all
+    were.
 
     Args:
-        points: all there are, each a mapping of parameter → value as `suggest` will ask for them; or their table.
+        points: all points, each a mapping of parameter → value as `suggest` will ask for them; or their table.
         seed: equal seeds make equal choices from equal trials.
     """
 
     def __init__(self, points: Sequence[Point] | PointTable, *, seed: int) -> None:
         self.table = points if isinstance(points, PointTable) else PointTable(points)
         self.seed = seed
-        self._finished: dict[tuple[int, int, datetime], _Seen] = {}  # read once, for they do not change
+        self._finished: dict[tuple[int, int, datetime], _Seen] = {}  # finished trials do not change: read once
 
     @abstractmethod
     def choose(self, history: History, untaken: NDArray[np.bool_], rng: np.random.Generator) -> int:
-        """The index of the point to try next, one of the untaken, of which there is at least one."""
+        """Returns the index of the point to try next: one of the untaken, of which there is at least one."""
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Chooses a trial's point unless it has one: enqueued, retried, or taken over from a process that died."""
+        """Chooses a trial's point unless it has one, as an enqueued, retried or taken-over trial has."""
         if POINT in trial.system_attrs or trial.system_attrs.get(_FIXED) or trial.params:
             return
         if list(study.directions) != [StudyDirection.MINIMIZE]:
@@ -172,22 +174,22 @@ class PointSampler(BaseSampler):
             refused.add(index)  # another worker wrote the same before we read again
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """None: see the class."""
+        """Returns no distributions: the class says why."""
         return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """None: see the class."""
+        """Returns no values: the class says why."""
         return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """One value of the trial's point.
+        """Returns one value of the trial's point.
 
         Raises:
-            InvalidArgument: the trial was enqueued with some of its parameters only, or asks for one that the point
+            InvalidArgument: the trial was enqueued with some of its parameters only, or it asks for one that the point
                 does not have.
         """
         point: Mapping[str, Any] = trial.system_attrs.get(POINT, {})
@@ -206,7 +208,7 @@ class PointSampler(BaseSampler):
         return self.choose(history, kept if kept.any() else untaken, rng)
 
     def _read(self, study: optuna.Study, own_number: int) -> History:
-        """The points of all other trials: a time counts more than a failure, and that more than a trial's running."""
+        """Reads the points of all other trials; if a point has several, a time counts most, then a failure."""
         found: dict[int, float | None] = {}
         for trial in study._storage.get_all_trials(study._study_id, deepcopy=False):
             if trial.number == own_number:
@@ -220,7 +222,7 @@ class PointSampler(BaseSampler):
         return History(taken=tuple(found), finished=tuple(finished), times=tuple(finished.values()))
 
     def _look(self, study: optuna.Study, trial: FrozenTrial) -> _Seen:
-        """A trial's point, also before all its parameters are suggested, and its time."""
+        """Returns a trial's point, also before all its parameters are suggested, and its time."""
         key = None if trial.datetime_complete is None else (study._study_id, trial._trial_id, trial.datetime_complete)
         if key is not None and key in self._finished:
             return self._finished[key]
@@ -233,18 +235,18 @@ class PointSampler(BaseSampler):
 
 
 class GridSampler(PointSampler):
-    """Every point once, in an order that depends on the seed alone."""
+    """A sampler that chooses every point once, in an order that depends on the seed alone."""
 
     def choose(self, history: History, untaken: NDArray[np.bool_], rng: np.random.Generator) -> int:
-        """The first untaken point of the order."""
+        """Returns the first untaken point of the order."""
         order = np.random.default_rng(self.seed).permutation(len(self.table))
         return int(order[untaken[order]][0])
 
 
 def _time_of(trial: FrozenTrial) -> float | None:
-    """A finished trial's time, NaN if it failed; None of one that is not finished.
+    """Returns a finished trial's time, NaN if it failed; None if it is not finished.
 
-    A pruned trial counts with the time it had then. One that failed because its process died is retried by Optuna, and
+    A pruned trial counts with the time that it had then. Optuna retries one that failed because its process died, and
     the retry carries its point.
     """
     if not trial.state.is_finished():
@@ -262,12 +264,12 @@ def _is_time(value: float | None) -> bool:
 
 
 def parameters_of(schedule: Schedule) -> dict[str, Any]:
-    """A schedule's parameters: `dataflow`, and `DATAFLOW.KNOB` for each of its knobs."""
+    """Returns a schedule's parameters: `dataflow`, and `DATAFLOW.KNOB` for each of its knobs."""
     return {"dataflow": schedule.dataflow, **{f"{schedule.dataflow}.{name}": value for name, value in schedule.knobs}}
 
 
 def distributions_of(schedule: Schedule, space: SearchSpace) -> dict[str, BaseDistribution]:
-    """What each of a schedule's parameters may be."""
+    """Returns what each of a schedule's parameters may be."""
     dataflow = schedule.dataflow
     knobs = space.choices[dataflow]
     return {
@@ -277,7 +279,7 @@ def distributions_of(schedule: Schedule, space: SearchSpace) -> dict[str, BaseDi
 
 
 def schedule_of(parameters: Mapping[str, Any], space: SearchSpace) -> Schedule | None:
-    """The schedule of a trial's parameters; None while some are not suggested yet."""
+    """Returns the schedule that a trial's parameters stand for; None while some are not suggested yet."""
     dataflow = parameters.get("dataflow", "")
     if dataflow not in space.choices:
         return None
@@ -288,7 +290,7 @@ def schedule_of(parameters: Mapping[str, Any], space: SearchSpace) -> Schedule |
 
 
 def suggest(trial: optuna.Trial, space: SearchSpace) -> Schedule:
-    """Asks for the dataflow first, then for its knobs."""
+    """Asks a trial for the dataflow first, then for its knobs, and returns the schedule."""
     dataflow = trial.suggest_categorical("dataflow", list(space.choices))
     knobs: dict[str, Any] = {
         name: trial.suggest_categorical(f"{dataflow}.{name}", choices)

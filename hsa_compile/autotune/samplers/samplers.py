@@ -1,4 +1,4 @@
-"""Samplers by name: ours for kernel spaces, and Optuna's."""
+"""Makes a sampler by its name: ours, which is for kernel spaces, a grid, or one of Optuna's."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hsa_compile.autotune.samplers.point import GridSampler, Point, PointTable
 from hsa_compile.autotune.samplers.surrogate import Known, SurrogateSampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 
-STATELESS = ("ours", "grid")  # one object serves all trials, and proposes the same in any process
+STATELESS = ("ours", "grid")  # these samplers serve all trials with one object, and propose the same in any process
 
 _TPE_STARTUP_TRIALS = 8
 _NEEDS = {"gp": ("torch", "scipy"), "cmaes": ("cmaes",), "ours": ("scipy",)}
@@ -24,20 +24,20 @@ def make_sampler(
     prior: Known | None = None,
     cost: Known | None = None,
 ) -> optuna.samplers.BaseSampler:
-    """A sampler for a study that minimises.
+    """Makes a sampler for a study that minimises.
 
     Args:
-        name: one of `SAMPLERS`. `ours` and `grid` try valid points only; `cmaes` leaves categorical parameters, which
-            all knobs are, to chance.
+        name: one of `SAMPLERS`. `ours` and `grid` try valid points only; `cmaes` leaves categorical parameters to
+            chance, and all knobs are such.
         seed: equal seeds make equal proposals from equal trials.
-        space_points: every valid point as Optuna's parameters, or their table; `ours` and `grid` need them, the others
-            do not look.
-        prior: predicted time of each point, in the same order, or a function of the point; for `ours`.
-        cost: the same, of what it costs to try a point; for `ours`.
+        space_points: every valid point as Optuna's parameters, or their table; only `ours` and `grid` use them, and
+            need them.
+        prior: the predicted time of each point, in the same order, or a function of the point; for `ours`.
+        cost: what it costs to try each point, in the same form; for `ours`.
 
     Raises:
         InvalidArgument: there is no such sampler, or it needs the points.
-        MissingDependency: it needs a package that is not installed.
+        MissingDependency: the sampler needs a package that is not installed.
     """
     if name not in SAMPLERS:
         raise InvalidArgument(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")

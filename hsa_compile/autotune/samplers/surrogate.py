@@ -1,4 +1,4 @@
-"""The sampler for kernel spaces: a Gaussian process on what was measured, and what is known beforehand."""
+"""The sampler for kernel spaces, and its model: a Gaussian process on measured times and what is known beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,25 +11,37 @@ from hsa_compile.autotune.samplers.point import History, Point, PointSampler, Po
 from hsa_compile.errors import InvalidArgument
 
 Array = NDArray[np.float64]
+Known = Sequence[float | None] | Callable[[Point], float | None]  # a value for each point, in order, or for any point
 
-# Priors of the fit, as centre and weight of a squared logarithm: they keep few points from making bold claims.
+# The fit has priors, given as centre and weight of a squared logarithm: they keep a few points from bold claims.
 _RATE, _RATE_WEIGHT = 1.0, 2.0
 _NOISE, _NOISE_WEIGHT = 0.02, 0.1
 _RATE_RANGE, _NOISE_RANGE = (0.02, 20.0), (1e-4, 0.5)
 _JITTER = 1e-6
-_LEAST_SCALE = 1e-12  # of values that are all alike
+_LEAST_SCALE = 1e-12  # the scale of values that are all alike
 _MAX_ITERATIONS = 30
+
+MAX_START, MIN_START = 10, 3  # the most and the fewest points before the first model, enqueued ones included
+_START_SHARE = 0.05  # a small space starts with this share of its points
+_CANDIDATES = 32  # points drawn for one start point: the one with the rarest values is taken
+_PREDICT_EVERY = 2  # the model predicts anew after so many finished trials; between, the next best point is proposed
+_FIT_EVERY = 8  # the model's smoothness is fitted anew after so many finished trials
+_MAX_LEARNED = 300  # the most points that the model learns from, since the cost grows with the cube
+_SLOW = 0.75  # points that are slower than this share of all count as equally slow
+_COST_POWER = 0.25  # the power of the cost that divides the expected gain; with 1, the cheapest points would win
+_DRAWN_POINTS, _DRAWS = 200, 200  # the gain that is left is the mean of so many draws of the most promising points
+_NOBODY = -1  # no trial has this number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Smoothness:
-    """How fast points grow unlike each other: the correlation of two is exp(-sum of rate * distance).
+    """The smoothness of a process: the correlation of two points is exp(-sum of rate * distance).
 
-    A sum of absolute differences, not a Euclidean distance: each knob has an effect of its own, with kinks.
+    The distance is a sum of absolute differences, not Euclidean: each knob has an effect of its own, with kinks.
 
     Attributes:
-        rates: [num_features].
-        noise: variance of what the features do not explain, as a share.
+        rates: `[num_features]`, how fast points become unlike each other along each feature.
+        noise: the share of the variance that the features do not explain.
     """
 
     rates: Array
@@ -37,13 +49,13 @@ class Smoothness:
 
 
 def fit_smoothness(features: Array, values: Array) -> Smoothness:
-    """The most probable smoothness, by gradient ascent from the priors' centres.
+    """Returns the most probable smoothness, by gradient ascent from the priors' centres.
 
     Args:
-        features: [num_measured, num_features], each from 0 to 1.
-        values: [num_measured], of mean 0.
+        features: `[num_measured, num_features]`, each from 0 to 1.
+        values: `[num_measured]`, with mean 0.
     """
-    # Here, since it takes long to import and only a search needs it.
+    # SciPy is imported here, since that takes long and only a search needs it.
     from scipy.optimize import minimize
 
     distances = np.abs(features[:, None, :] - features[None, :, :])
@@ -63,13 +75,13 @@ def fit_smoothness(features: Array, values: Array) -> Smoothness:
 
 
 def predict(features: Array, measured: NDArray[np.int64], values: Array, smoothness: Smoothness) -> tuple[Array, Array]:
-    """Mean and standard deviation at each point.
+    """Returns mean and standard deviation at each point.
 
     Args:
-        features: [num_points, num_features].
-        measured: indices of points, without repeats.
-        values: of these, of mean 0.
-        smoothness: of the process.
+        features: `[num_points, num_features]`.
+        measured: the indices of the measured points, without repeats.
+        values: what was measured there, with mean 0.
+        smoothness: the smoothness of the process.
     """
     mean, scale, explained = _condition(features, measured, values, smoothness)
     return mean, np.sqrt(scale * np.maximum(1.0 - np.square(explained).sum(axis=0), 1e-9))
@@ -85,13 +97,13 @@ def draw(
     count: int,
     rng: np.random.Generator,
 ) -> Array:
-    """Values that some points may have together: [count, len(among)].
+    """Draws values that some points may have together: `[count, len(among)]`.
 
     Args:
-        features, measured, values, smoothness: see `predict`.
-        among: indices of the points.
-        count: how many draws.
-        rng: makes them.
+        features, measured, values, smoothness: as in `predict`.
+        among: the indices of these points.
+        count: how many draws to make.
+        rng: what the draws are made with.
     """
     from scipy.linalg import cholesky
     from scipy.spatial.distance import cdist
@@ -108,7 +120,7 @@ def draw(
 def _condition(
     features: Array, measured: NDArray[np.int64], values: Array, smoothness: Smoothness
 ) -> tuple[Array, float, Array]:
-    """Mean at each point, the variance where nothing is known, and the root of its share that is explained."""
+    """Returns the mean at each point, the variance where nothing is known, and the root of its explained share."""
     from scipy.linalg import cho_solve, cholesky, solve_triangular
     from scipy.spatial.distance import cdist
 
@@ -122,7 +134,7 @@ def _condition(
 
 
 def _loss(theta: Array, distances: Array, values: Array) -> tuple[float, Array]:
-    """Minus the log of the posterior density, the scale of the values chosen at its best, and its gradient."""
+    """Returns minus the log of the posterior density, with the values' scale at its best, and its gradient."""
     from scipy.linalg import cho_solve, cholesky
 
     n = len(values)
@@ -141,34 +153,20 @@ def _loss(theta: Array, distances: Array, values: Array) -> tuple[float, Array]:
     return float(loss), np.append(by_rate, by_noise) + 2 * strength * far
 
 
-Known = Sequence[float | None] | Callable[[Point], float | None]  # of each point, in their order, or of any
-
-MAX_START, MIN_START = 10, 3  # points before the first model; one that was enqueued counts
-_START_SHARE = 0.05  # of a small space's points
-_CANDIDATES = 32  # drawn for a start point, of which the one with the rarest values is taken
-_PREDICT_EVERY = 2  # finished trials; between, the next best point is proposed
-_FIT_EVERY = 8
-_MAX_LEARNED = 300  # points that the model learns from: the cost grows with the cube
-_SLOW = 0.75  # share of the times beyond which it does not matter how slow a point is
-_COST_POWER = 0.25  # of the expected gain, per cost; 1 would make the cheapest points win
-_DRAWN_POINTS, _DRAWS = 200, 200  # for the gain that is left: the most promising points, drawn together so often
-_NOBODY = -1  # no trial has this number
-
-
 class SurrogateSampler(PointSampler):
-    """Proposes the point with the greatest expected improvement under a Gaussian process.
+    """A sampler that proposes the point with the greatest expected improvement under a Gaussian process.
 
     It starts with points that together have each value about equally often; where times are predicted, every other one
-    is the best predicted. Replayed on recorded sweeps this model found better points, and sooner, than random forests
+    is the best predicted. Replayed on recorded sweeps, this model found better points, and sooner, than random forests
     and moves around the best, alone or together with it. Failed points count as the slowest did, so that their region
     is avoided; points that others are trying count as what is expected of them.
 
     Args:
-        points, seed: see `PointSampler`.
-        prior: predicted time of each point, None where there is none; only the order counts. Gives the start, and the
-            model one more feature.
-        cost: what trying each point costs, for instance seconds to compile; of two that promise alike the cheaper is
-            tried.
+        points, seed: as in `PointSampler`.
+        prior: the predicted time of each point, None where there is none; only the order counts. It decides the start,
+            and gives the model one more feature.
+        cost: what trying each point costs, for instance seconds to compile; among points that promise alike, the
+            cheaper is tried.
     """
 
     def __init__(
@@ -185,16 +183,16 @@ class SurrogateSampler(PointSampler):
         self._promise: tuple[History, Array] | None = None
 
     def choose(self, history: History, untaken: NDArray[np.bool_], rng: np.random.Generator) -> int:
-        """A start point until there are enough and one has a time, then the most promising one."""
+        """Returns a start point until there are enough and one has a time, then the most promising point."""
         if len(history.taken) < self.num_start or np.isnan(history.times).all():
             return self._start(history, untaken, rng)
         return _least(-self._expect(history), untaken, rng)
 
     def expected_gain(self, study: optuna.Study) -> float:
-        """The share of the best time that the best of all unfinished points is expected to save.
+        """Returns the share of the best time that the best of all unfinished points is expected to save.
 
-        Much more than the improvement to expect of the next point: it is of all that are left, drawn together from the
-        model. Before there is a model it is 1.
+        It is much more than the improvement to expect of the next point: all points that are left are drawn together
+        from the model. Before there is a model it is 1.
         """
         history = self._read(study, _NOBODY)
         left = np.ones(len(self.table), dtype=bool)
@@ -228,7 +226,7 @@ class SurrogateSampler(PointSampler):
         return int(drawn[np.argmin(commonness)])
 
     def _expect(self, history: History) -> Array:
-        """Logarithm of the improvement to expect of each point, less what it costs."""
+        """Returns the logarithm of the improvement to expect of each point, less what it costs."""
         known = _first(history, _PREDICT_EVERY)
         pending = set(history.taken) - set(history.finished)
         known = History(taken=tuple(sorted(pending)), finished=known.finished, times=known.times)
@@ -260,7 +258,7 @@ class SurrogateSampler(PointSampler):
 
 
 def _first(history: History, step: int) -> History:
-    """The finished trials up to a multiple of `step`, so that what is learned does not hang on when it is asked for."""
+    """Cuts the finished trials to a multiple of `step`, so that the model does not depend on when it is asked."""
     count = max(len(history.finished) // step * step, 1)
     while np.isnan(history.times[:count]).all():
         count += 1
@@ -268,11 +266,11 @@ def _first(history: History, step: int) -> History:
 
 
 def _learned(history: History) -> tuple[NDArray[np.int64], Array]:
-    """Points to learn from, and of each a measure of its time, of mean 0.
+    """Returns points to learn from, and for each a measure of its time, with mean 0.
 
-    It is the sum of two, each of variance 1: the logarithm of the place among the measured, which tells the best few
-    apart, and that of the time, which tells how far apart they are. Neither feels how slow the slow are: that may be a
-    thousandfold, and is no help in finding the fast.
+    The measure is the sum of two, each with variance 1: the logarithm of the place among the measured, which tells the
+    best few apart, and that of the time, which tells how far apart they are. Neither depends on how slow the slow are:
+    that may be a thousandfold, and does not help to find the fast.
     """
     points, times = _selection(history)
     ok = np.sort(times[~np.isnan(times)])
@@ -281,10 +279,10 @@ def _learned(history: History) -> tuple[NDArray[np.int64], Array]:
 
 
 def _selection(history: History) -> tuple[NDArray[np.int64], Array]:
-    """Finished points with their times, or as many of them as the model can learn from."""
+    """Returns finished points with their times, or as many of them as the model can learn from."""
     points, times = np.array(history.finished), np.array(history.times)
     order = np.argsort(np.where(np.isnan(times), np.inf, times), kind="stable")
-    if len(order) > _MAX_LEARNED:  # the best half, and of the others an even selection
+    if len(order) > _MAX_LEARNED:  # half are the best points, half an even selection of the others
         best, rest = order[: _MAX_LEARNED // 2], order[_MAX_LEARNED // 2 :]
         order = np.append(best, rest[np.linspace(0, len(rest) - 1, _MAX_LEARNED - len(best)).astype(int)])
         order = np.sort(order)
@@ -293,14 +291,14 @@ def _selection(history: History) -> tuple[NDArray[np.int64], Array]:
 
 
 def _logs(times: Array) -> Array:
-    """Logarithms of times, those of the slow and the failed cut to one that is slow enough to be avoided."""
+    """Returns logarithms of times; those of slow and failed points are cut to one that is slow enough to be avoided."""
     ok = np.sort(times[~np.isnan(times)])
     slow = ok[min(int(len(ok) * _SLOW), len(ok) - 1)]
     return np.log(np.where(np.isnan(times), slow, np.minimum(times, slow)))
 
 
 def _log_improvement(mean: Array, spread: Array, best: float) -> Array:
-    """Logarithm of the expected improvement on `best`, also where that is too small for a number."""
+    """Returns the logarithm of the expected improvement on `best`, also where that is too small for a number."""
     from scipy.special import ndtr
 
     u = (best - mean) / spread
@@ -312,26 +310,26 @@ def _log_improvement(mean: Array, spread: Array, best: float) -> Array:
 
 
 def _standard(values: Array) -> Array:
-    """Of mean 0 and variance 1, or 0 throughout if they are all alike."""
+    """Scales values to mean 0 and variance 1, or to 0 throughout if they are all alike."""
     return (values - values.mean()) / (values.std() + 1e-12)
 
 
 def _least(values: Array, among: NDArray[np.bool_], rng: np.random.Generator) -> int:
-    """The index of the least value, of several alike any."""
+    """Returns the index of the least value, and any of several that are alike."""
     indices = np.flatnonzero(among)
     chosen = values[indices]
     return int(rng.choice(indices[chosen == chosen.min()]))
 
 
 def _places(values: Array) -> Array:
-    """Places in order of size, from 0 to 1, equal ones with the same; unknown ones in the middle."""
+    """Returns places in order of size, from 0 to 1; equal values share a place, unknown ones lie in the middle."""
     known = np.sort(values[~np.isnan(values)])
     places = np.searchsorted(known, values) / max(len(known), 1)
     return np.where(np.isnan(values), 0.5, places)
 
 
 def _log_cost(values: Array) -> Array:
-    """Logarithms of the costs over their median; unknown ones cost the median."""
+    """Returns logarithms of the costs over their median; unknown ones cost the median."""
     if not (values > 0).any():
         return np.zeros(len(values))
     values = np.where(values > 0, values, np.median(values[values > 0]))

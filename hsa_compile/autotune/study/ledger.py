@@ -1,4 +1,4 @@
-"""Every timing of every candidate, kept for good: a later search with a new knob or value times only what is new."""
+"""The ledger: a file that keeps every timing of every candidate, so that a later search times only what is new."""
 
 import json
 import os
@@ -20,30 +20,30 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
-_PASSING = ("TimedOut", "CompileTimedOut", "CandidateCrashed")  # may be the machine's fault: worth another try
+_PASSING = ("TimedOut", "CompileTimedOut", "CandidateCrashed")  # the machine may be at fault: worth another try
 
 
 def default_ledger(target: Target) -> Path:
-    """The ledger of a device, beside its studies."""
+    """Returns the path of a device's ledger, beside its studies."""
     return schedule_dir() / "studies" / f"{target.slug}.ledger.jsonl"
 
 
 class Ledger:
-    """An append-only file of one problem's and many others' outcomes, one JSON line each.
+    """An append-only file of the outcomes of many problems, one JSON line each.
 
     A line's key is the problem, target, inputs, candidate, default, both sources' fingerprints and the versions of
     what compiled them: nothing that changes when the search space grows. A line counts only if its checksum fits;
     one that was torn by a crash is passed over, and the next begins on a line of its own.
 
     Args:
-        path: of the file; made at the first `add`.
+        path: where the file is; it is made at the first `add`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, key: Mapping[str, Any], outcome: Outcome) -> None:
-        """Appends an outcome and syncs it.
+        """Appends an outcome and syncs the file.
 
         Raises:
             StorageError: the file cannot be written.
@@ -63,7 +63,7 @@ class Ledger:
             raise StorageError(f"ledger {self.path} cannot be written: {error.strerror or error}") from error
 
     def lines(self) -> Iterator[tuple[dict[str, Any], Outcome]]:
-        """Key and outcome of each whole line, oldest first."""
+        """Yields (key, outcome) of each whole line, oldest first."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -76,8 +76,8 @@ class ProblemLedger:
     """A ledger as the search of one problem sees it.
 
     Args:
-        ledger: where lines go.
-        problem, target, inputs: what they are about.
+        ledger: the file that the lines are in.
+        problem, target, inputs: what the lines are about.
         default: the schedule that all are timed against.
     """
 
@@ -98,7 +98,7 @@ class ProblemLedger:
         self._ledger.add(self._key(schedule), outcome)
 
     def known(self) -> dict[Schedule, Outcome]:
-        """The latest outcome of each candidate that is valid now and whose source is still the same.
+        """Returns the latest outcome of each candidate that is valid now and whose source is still the same.
 
         Failures that another day may not repeat are left out.
         """
@@ -120,7 +120,7 @@ class ProblemLedger:
 
 
 def _read(line: bytes) -> tuple[dict[str, Any], Outcome] | None:
-    """A line's content; None if it is torn or not of this format."""
+    """Returns a line's (key, outcome); None if it is torn or has another format."""
     try:
         body = json.loads(line)
         checksum = body.pop("checksum")

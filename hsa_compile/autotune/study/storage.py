@@ -1,4 +1,7 @@
-"""Where studies are kept: Optuna's own storages, opened so that a killed process leaves nothing that stops the next."""
+"""The storages that keep studies, Optuna's own, opened so that a killed process does not stop the next one.
+
+A study is found in its storage by the question that its search answers.
+"""
 
 import contextlib
 import hashlib
@@ -28,13 +31,14 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
+FINISHED = "finished"  # the attribute of a study that says when its search ended
 HEARTBEAT_S = 10
-GRACE_S = 60  # without a heartbeat: then a trial's process is taken for dead
-MAX_RETRIES = 2  # of a trial whose process died
+GRACE_S = 60  # after so long without a heartbeat, a trial's process is taken for dead
+MAX_RETRIES = 2  # how often a trial whose process died is tried again
 
 _SQLITE_TIMEOUT_S = 60
 _PROXY_TIMEOUT_S = 10
-_ATTEMPTS = 5  # to open a database whose tables somebody else is making
+_ATTEMPTS = 5  # how often to try to open a database whose tables somebody else is making
 _DRIVERS = {
     "psycopg": "'psycopg[binary]'",
     "psycopg2": "psycopg2-binary",
@@ -44,16 +48,16 @@ _DRIVERS = {
 
 
 def default_storage(target: Target) -> str:
-    """The journal file of a device's studies, beside its schedules."""
+    """Returns the path of the journal of a device's studies, beside its schedules."""
     return str(schedule_dir() / "studies" / f"{target.slug}.journal")
 
 
 def open_storage(address: str | None) -> BaseStorage:
-    """The storage at an address; None is this process's memory.
+    """Opens the storage at an address; None stands for this process's memory.
 
     Args:
         address: `postgresql://…`, `mysql://…`, `sqlite:///FILE`, each perhaps with a driver (`mysql+pymysql://…`);
-            `grpc://HOST:PORT` of Optuna's proxy, which asks a database for many workers
+            `grpc://HOST:PORT` for Optuna's proxy, which asks a database for many workers
             (`optuna.storages.run_grpc_proxy_server`); or a path that ends in `.journal`.
 
     Raises:
@@ -70,7 +74,7 @@ def open_storage(address: str | None) -> BaseStorage:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Lets go of connections; a journal holds none."""
+    """Closes the connections of a storage; a journal has none."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
@@ -80,15 +84,15 @@ def close_storage(storage: BaseStorage) -> None:
 
 @contextlib.contextmanager
 def answering(address: str | None) -> Iterator[None]:
-    """While a storage is in use: makes one line of the error of one that has gone away.
+    """Turns errors of a storage that goes away while it is in use into one of a single line.
 
     Raises:
-        StorageError: it does not answer any more.
+        StorageError: the storage does not answer any more.
     """
     try:
         yield
     except _errors_in_use() as error:
-        details = getattr(error, "details", None)  # of gRPC, whose text is a block of many lines
+        details = getattr(error, "details", None)  # gRPC's error has them; its text is a block of many lines
         cause = str(details() if details else error.__cause__ or error).strip().partition("\n")[0]
         raise StorageError(
             f"storage {_shown(address or '')} stopped answering: {cause}; what was finished is in it, and the same "
@@ -97,7 +101,7 @@ def answering(address: str | None) -> Iterator[None]:
 
 
 def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractContextManager[object]:
-    """What processes of a host hold while they take over trials of a storage where no heart beats."""
+    """Returns the lock that processes of a host hold while they take over trials of a storage without heartbeats."""
     if address is not None and isinstance(storage, JournalStorage):
         return filelock.FileLock(f"{address}.adopt.lock")
     if address is not None and isinstance(storage, GrpcStorageProxy):
@@ -108,9 +112,9 @@ def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractCon
 
 
 class _FileLock:
-    """Optuna's journal lock by the operating system, which frees it when its holder is killed.
+    """A lock for Optuna's journal that the operating system frees when its holder is killed.
 
-    Optuna's own locks are files that a killed process leaves behind: the next one would wait for half a minute.
+    Optuna's own locks are files that a killed process leaves behind, for which the next one would wait half a minute.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,7 +160,7 @@ def _open_database(address: str) -> RDBStorage:
             package = _DRIVERS.get(missing, missing or "the database's driver")
             raise MissingDependency(f"storage {shown} needs a driver: pip install {package}") from error
         except sqlalchemy.exc.SQLAlchemyError as error:
-            # Of several that come first to an empty database, all but one find its tables half made.
+            # If several come first to an empty database, all but one find its tables half made.
             if not _is_being_made(error) or attempt == _ATTEMPTS - 1:
                 raise StorageError(f"storage {shown} does not answer: {str(error).splitlines()[0]}") from error
             time.sleep(0.2 * 2**attempt)
@@ -178,14 +182,14 @@ def _open_proxy(address: str) -> GrpcStorageProxy:
 
 
 def _errors_in_use() -> tuple[type[Exception], ...]:
-    """What calls of a storage raise that has gone away; a proxy's can only where gRPC was imported."""
+    """Returns the errors of calls to a storage that has gone away; gRPC's are among them only if it was imported."""
     grpc = sys.modules.get("grpc")
     errors = optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError
     return (*errors, grpc.RpcError) if grpc else errors
 
 
 def _shown(address: str) -> str:
-    """An address without its password."""
+    """Returns an address without its password."""
     if address.partition("://")[0].partition("+")[0] in DATABASES:
         return sqlalchemy.engine.make_url(address).render_as_string(hide_password=True)
     return address
@@ -204,17 +208,14 @@ def _connect(address: str, *, sqlite: bool) -> RDBStorage:
 
 
 def _is_being_made(error: sqlalchemy.exc.SQLAlchemyError) -> bool:
-    """Whether another process made a table, or wrote the one row that says its version, a moment before."""
+    """Returns whether another process made a table, or wrote the row with the version, a moment before."""
     return isinstance(error, sqlalchemy.exc.IntegrityError) or (
         isinstance(error, sqlalchemy.exc.DBAPIError) and "already exists" in str(error)
     )
 
 
-FINISHED = "finished"  # study attribute: when its search ended
-
-
 def question(problem: Problem, target: Target, *, inputs: str, seed: int) -> dict[str, Any]:
-    """Everything that a search's answer depends on; the library's versions and the space's choices among it."""
+    """Returns everything that a search's answer depends on, among it the packages' versions and the space's choices."""
     return {
         "problem": problem.to_dict(),
         "target": target.to_dict(),
@@ -227,10 +228,10 @@ def question(problem: Problem, target: Target, *, inputs: str, seed: int) -> dic
 
 
 def open_study(storage: BaseStorage, asked: Mapping[str, Any], *, anew: bool) -> optuna.Study:
-    """The latest study of a question if its search has not ended and `anew` does not say otherwise, else a new one.
+    """Returns the latest study of a question if its search has not ended, else, or if `anew`, a new one.
 
     Args:
-        storage: where studies are.
+        storage: where studies are kept.
         asked: what `question` gave; a new study carries it.
         anew: whether to begin again in any case.
     """
@@ -255,7 +256,7 @@ def open_study(storage: BaseStorage, asked: Mapping[str, Any], *, anew: bool) ->
 
 
 def finish_study(study: optuna.Study) -> None:
-    """Marks a search as ended: the next one with the same question begins anew."""
+    """Marks a study's search as ended, so that the next one with the same question begins anew."""
     study.set_user_attr(FINISHED, datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 

@@ -1,4 +1,4 @@
-"""One problem's study: what was tried, by whomever, and what to try next. Optuna keeps it, we ask and tell."""
+"""The study of one problem: what all workers tried, and what to try next. Optuna keeps it; workers ask and tell."""
 
 import contextlib
 import random
@@ -37,14 +37,14 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
-_MAX_IDLE_ASKS = 16  # in a row that name nothing new: then one untried point is drawn at random
+_MAX_IDLE_ASKS = 16  # after so many asks in a row that name nothing new, an untried point is drawn at random
 
 MakeSampler = Callable[[int], optuna.samplers.BaseSampler]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A point that is this worker's to try, and the trial to tell the outcome to."""
+    """A schedule that is this worker's to try, and the trial to tell the outcome to."""
 
     trial: optuna.Trial
     schedule: Schedule
@@ -52,7 +52,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A point and what became of it; `counted` unless it was read from the ledger."""
+    """A schedule and what became of it; it is `counted` unless it was read from the ledger."""
 
     schedule: Schedule
     outcome: Outcome
@@ -60,21 +60,21 @@ class Finished:
 
 
 class TuningStudy:
-    """A worker's view of a study; several, in processes or hosts, may share one through its storage.
+    """A worker's view of a study; several workers, in processes or on hosts, may share one through its storage.
 
-    A trial is RUNNING from when a worker asks for it until its outcome is told. Of two workers that come up with the
-    same point the one with the lower trial number has it. A trial whose process died is taken over as it stands, by
-    its number and parameters, or in a database retried by Optuna; so a killed search goes on as if it had not been.
+    A trial is RUNNING from when a worker asks for it until its outcome is told. If two workers come up with the same
+    point, the one with the lower trial number has it. A trial whose process died is taken over as it stands, with its
+    number and parameters, or, in a database, retried by Optuna; so a killed search goes on as if it had not been.
 
     Args:
-        study: Optuna's, already there.
-        storage: that it was opened with.
+        study: Optuna's study, which is there already.
+        storage: what the study was opened in.
         problem, target: what is tuned.
-        first: tried before anything is sampled.
-        max_trials: trials that the study may have, of all workers.
-        make_sampler: the sampler that chooses the trial with a number.
-        seed: orders the points that are drawn when the sampler has no new one.
-        adopting: held while trials of dead processes are taken over.
+        first: the schedules that are tried before anything is sampled.
+        max_trials: the most trials that the study may have, by all workers.
+        make_sampler: makes the sampler that chooses the trial with a given number.
+        seed: decides the order in which points are drawn when the sampler has no new one.
+        adopting: what is held while trials of dead processes are taken over.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class TuningStudy:
         self._make_sampler = make_sampler
         self._adopting = adopting or contextlib.nullcontext()
         self._has_heartbeat = isinstance(storage, RDBStorage)
-        self._next_look = 0.0  # for trials without a heartbeat
+        self._next_look = 0.0  # when to look for trials without a heartbeat again
         self._valid = list(self.space.schedules())
         random.Random(seed).shuffle(self._valid)
-        self._schedules: dict[int, Schedule | None] = {}  # of finished trials, which do not change
+        self._schedules: dict[int, Schedule | None] = {}  # the schedules of finished trials, which do not change
         self._finished: dict[int, Finished | None] = {}
 
     def propose(self) -> Proposal | None:
-        """A point that nobody has tried or is trying, or None if there is none or the study has its trials."""
+        """Returns a point that nobody has tried or is trying; None if there is none, or the study has its trials."""
         while True:
             if self._has_heartbeat:
                 self._retry_stale()
@@ -127,12 +127,12 @@ class TuningStudy:
             self._skip(trial, *known)
 
     def tell(self, proposal: Proposal, outcome: Outcome) -> None:
-        """Finishes a trial: its outcome first, its state then."""
+        """Finishes a trial: first its outcome is stored, then its state."""
         proposal.trial.set_user_attr(OUTCOME, outcome.to_dict())
         self._tell(proposal.trial, outcome.ratio)
 
     def release(self, proposal: Proposal) -> None:
-        """Gives a trial back unfinished: whoever goes on with the study takes it over."""
+        """Gives a trial back unfinished, so that whoever goes on with the study takes it over."""
         self.heartbeat.remove(proposal.trial._trial_id)
         proposal.trial.set_user_attr(OWNER, {})
 
@@ -153,16 +153,16 @@ class TuningStudy:
             )
 
     def num_counted(self) -> int:
-        """Trials of all workers that count against `max_trials`: those being tried and those with an outcome."""
+        """Counts the trials of all workers that `max_trials` limits: those being tried and those with an outcome."""
         return sum(map(counts, self._trials()))
 
     def expected_gain(self) -> float | None:
-        """What the sampler's model expects of the points left (`SurrogateSampler.expected_gain`); None without one."""
+        """Returns what the sampler's model expects to gain (`SurrogateSampler.expected_gain`); None without a model."""
         sampler = self._make_sampler(0)
         return sampler.expected_gain(self.study) if isinstance(sampler, SurrogateSampler) else None
 
     def finished(self) -> list[Finished]:
-        """All points with an outcome, each once, in the order of their trials."""
+        """Returns all points with an outcome, each once, in the order of their trials."""
         found: dict[Schedule, Finished] = {}
         for trial in self._trials():
             if trial.state.is_finished() and (finished := self._read(trial)) is not None:
@@ -192,7 +192,7 @@ class TuningStudy:
         return self._schedules[trial.number]
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> set[Schedule]:
-        """Points that are tried, being tried, or were given up because each process that tried them died."""
+        """Returns points that were tried, are being tried, or were given up as each process that tried them died."""
         deaths: Counter[Schedule] = Counter()
         taken: set[Schedule] = set()
         for trial in trials:
@@ -206,7 +206,7 @@ class TuningStudy:
         return taken | {schedule for schedule, count in deaths.items() if count > MAX_RETRIES}
 
     def _ask(self, trials: Sequence[FrozenTrial], wanted: Schedule | None) -> optuna.Trial:
-        """Pops a trial that waits, or makes one that carries its owner from the start."""
+        """Takes a trial that waits, or makes one that carries its owner from the start."""
         number = next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
         if number == len(trials):
             self.study.enqueue_trial(parameters_of(wanted) if wanted else {}, user_attrs={OWNER: this_process()})
@@ -223,10 +223,10 @@ class TuningStudy:
             trial.set_user_attr(OWNER, this_process())
 
     def _why_not(self, number: int, schedule: Schedule) -> tuple[str, float | None] | None:
-        """Why a claimed point is not this trial's to try, with its value if that is known.
+        """Returns why a claimed point is not this trial's to try, and its value if that is known; None if it is.
 
-        As in a bakery: a trial waits until all with lower numbers have claimed their points, then yields to any of
-        them with the same one. Of two that choose at once the later sees the earlier, whatever the storage.
+        As in Lamport's bakery algorithm, a trial waits until all with lower numbers have claimed their points, then
+        yields to any of them with the same one. If two choose at once, the later sees the earlier, in any storage.
         """
         if not self.space.is_valid(schedule):
             return "invalid", None

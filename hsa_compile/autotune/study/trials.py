@@ -1,4 +1,4 @@
-"""What a trial's state and attributes say: whether it counts, still chooses its point, or has lost its process."""
+"""The state of trials: whether one counts, still chooses its point, or has lost its process; and their heartbeats."""
 
 import functools
 import itertools
@@ -14,17 +14,22 @@ from typing import Any
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-_ABANDONED_AFTER = timedelta(hours=1)  # a trial of another host, whose processes cannot be seen from here
+# The attributes that our trials carry beside their parameters.
+OWNER, CLAIMED, OUTCOME, SKIPPED, LEDGER = "owner", "claimed", "outcome", "skipped", "ledger"
+
+CHOOSING_S = 10.0  # if a sampler takes longer to choose a point, its process is taken for stuck
+
+_ABANDONED_AFTER = timedelta(hours=1)  # for trials of other hosts, whose processes cannot be seen from here
 
 
 @functools.cache
 def this_process() -> dict[str, Any]:
-    """Host, process and its start, as a trial carries them."""
+    """Returns this process's host, number and start, as a trial carries them."""
     return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_gone(owner: Mapping[str, Any], since: datetime | None) -> bool:
-    """Whether nobody works on a trial any more.
+    """Returns whether nobody works on a trial any more.
 
     Args:
         owner: what `this_process` gave where the trial began; empty if it was given back.
@@ -38,7 +43,7 @@ def is_gone(owner: Mapping[str, Any], since: datetime | None) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; empty if there is no such process."""
+    """Returns when a process began, in ticks since the machine started; empty if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -56,21 +61,15 @@ def _exists(pid: int) -> bool:
     return True
 
 
-# What our trials carry beside their parameters.
-OWNER, CLAIMED, OUTCOME, SKIPPED, LEDGER = "owner", "claimed", "outcome", "skipped", "ledger"
-
-CHOOSING_S = 10.0  # for a sampler to choose a point; beyond that its process is taken for stuck
-
-
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those that the study may have: being tried, or with an outcome of its own."""
+    """Returns whether a trial counts for the study's limit: it is being tried, or has an outcome of its own."""
     if is_skipped(trial) or LEDGER in trial.user_attrs:
         return False
     return trial.state == TrialState.RUNNING or OUTCOME in trial.user_attrs
 
 
 def num_idle(trials: Sequence[FrozenTrial]) -> int:
-    """How many points in a row, up to now, were nothing new."""
+    """Counts the points in a row, up to now, that were nothing new."""
     return len(list(itertools.takewhile(is_skipped, reversed(trials))))
 
 
@@ -79,7 +78,7 @@ def is_skipped(trial: FrozenTrial) -> bool:
 
 
 def is_choosing(trial: FrozenTrial) -> bool:
-    """Whether a trial's worker may still come up with any point."""
+    """Returns whether a trial's worker may still come up with any point."""
     if trial.state != TrialState.RUNNING or CLAIMED in trial.user_attrs:
         return False
     since = trial.datetime_start
@@ -93,12 +92,12 @@ def is_stale(trial: FrozenTrial) -> bool:
 
 
 class Heartbeat:
-    """Beats for each trial that was added, from a thread, while the context is open; idle where nobody listens.
+    """A thread that records a heartbeat for each added trial while the context is open, where the storage keeps them.
 
-    Optuna beats by itself within `Study.optimize` alone; here trials are asked for ahead and told later.
+    Optuna does so by itself only within `Study.optimize`; here trials are asked for ahead and told later.
 
     Args:
-        storage: of the study.
+        storage: where the study is kept.
     """
 
     def __init__(self, storage: BaseStorage) -> None:
@@ -120,13 +119,13 @@ class Heartbeat:
             self._thread.join()
 
     def add(self, trial_id: int) -> None:
-        """Beats for a trial from now on."""
+        """Records heartbeats for a trial from now on."""
         self._trials.add(trial_id)
         if self._storage is not None:
             self._storage.record_heartbeat(trial_id)
 
     def remove(self, trial_id: int) -> None:
-        """Beats for it no more."""
+        """Records no more heartbeats for a trial."""
         self._trials.discard(trial_id)
 
     def _beat(self) -> None:

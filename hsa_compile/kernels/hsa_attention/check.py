@@ -1,4 +1,4 @@
-"""Is a kernel right? Compared with the float64 reference before anything is timed."""
+"""The check of a kernel of `hsa_attention` or its backward: before it is timed, it must agree with the reference."""
 
 import functools
 from dataclasses import replace
@@ -17,32 +17,32 @@ from hsa_compile.problem import Problem
 
 RESULT_NAMES = {"hsa_forward": ("o",), "hsa_backward": ("dq", "dk", "dv", "dw")}
 
-_SMALL_TOKENS = 200  # with whole chunks, a tail and rows that see nothing
-_SAMPLED_TOKENS = 64  # of the full problem
+_SMALL_TOKENS = 200  # tokens of the small problem: whole chunks, a tail and rows that see nothing
+_SAMPLED_TOKENS = 64  # tokens of the full problem that are compared
 
 
 class _Sample(NamedTuple):
-    """A part of one result of the full problem, and what the reference says of it."""
+    """A part of one result of the full problem, and what the reference gives for it."""
 
     name: str
-    at: Any  # index
+    at: Any  # the index of the part in the result
     expected: Tensor
     where: str
 
 
-# Of inputs that are still in use; all candidates of a search are compared with the same.
+# The samples of inputs that are still in use: all candidates of a search are compared with the same ones.
 _samples: WeakKeyDictionary[Inputs, dict[Problem, list[_Sample]]] = WeakKeyDictionary()
 
 
 def check_attention(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
-    """Runs a kernel on a small problem with every oddity, then compares a sample of the full one.
+    """Compares a kernel on a small problem with every oddity, then on a sample of the full problem.
 
-    The full problem is too large for the reference: outputs and dq, dw are compared on some tokens, dk and dv on
-    the last chunk that the middle token picked and the last that any did, with the reference given the tokens that
-    picked them. All of each result must be finite.
+    The full problem is too large for the reference. So outputs, dq and dw are compared on some tokens; dk and dv are
+    compared on two chunks, the last that the middle token picked and the last that any token picked, where the
+    reference gets the tokens that picked them. All of each result must be finite.
 
     Args:
-        kernel: of `problem.op`.
+        kernel: what is checked; it computes `problem.op`.
         problem: what it is to be timed on.
         inputs: the tensors it is to be timed on.
 
@@ -65,7 +65,7 @@ def check_attention(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
 
 
 def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
-    """Some tokens, and of the gradients of keys and values some chunks."""
+    """Computes with the reference the parts that are compared: some tokens, and gradients of some chunks."""
     count = min(_SAMPLED_TOKENS, problem.seq_len)
     tokens = torch.linspace(0, problem.seq_len - 1, count).long().unique()
     expected = dict(
@@ -86,7 +86,7 @@ def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
 
 
 def _only_chunk(inputs: Inputs, chunk: int, chunk_size: int) -> Inputs:
-    """One chunk as all the keys there are, and the tokens that picked it with no other slots."""
+    """Returns inputs whose only keys are one chunk, and whose tokens are those that picked it, without other slots."""
     matches = inputs.chunk_indices == chunk  # [B, T, H, K]
     tokens = matches.any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
     matches = matches[:, tokens]
@@ -105,7 +105,7 @@ def _only_chunk(inputs: Inputs, chunk: int, chunk_size: int) -> Inputs:
 
 @functools.lru_cache(maxsize=8)
 def _small_case(problem: Problem, device: torch.device) -> tuple[Problem, Inputs, tuple[Tensor, ...]]:
-    """A short problem of the same kind with empty rows and duplicates, and what the reference says of it."""
+    """Makes a short problem of the same kind with empty rows and duplicates, and what the reference gives for it."""
     kv_len = min(problem.kv_len, _SMALL_TOKENS + 3 * problem.chunk_size + 1)
     small = replace(
         problem, batch=min(problem.batch, 2), seq_len=min(problem.seq_len, _SMALL_TOKENS + 1), kv_len=kv_len
@@ -136,7 +136,7 @@ def _run(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _reference(op: str, inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
-    """Results of `op` in float64: o, or (dq, dk, dv, dw)."""
+    """Returns the results of `op` in float64: o, or (dq, dk, dv, dw)."""
     leaves = [x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.chunk_weights)]
     if op == "hsa_backward":
         leaves = [x.requires_grad_() for x in leaves]

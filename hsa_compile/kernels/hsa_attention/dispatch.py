@@ -1,4 +1,7 @@
-"""The kernels as operators of PyTorch: schema, shapes for tracing, gradients; each call finds its tuned kernel."""
+"""The kernels of `hsa_attention` as operators of PyTorch: their schemas, shapes for tracing, and gradients.
+
+Each call of an operator finds the tuned kernel of its problem.
+"""
 
 from typing import Any
 
@@ -12,7 +15,7 @@ from hsa_compile.kernels.resolve import remembered
 from hsa_compile.problem import DTYPES, Problem
 from hsa_compile.target import Target
 
-DEVICE_TYPES = ("cpu", "cuda", "meta")  # with a kernel, or with shapes alone
+DEVICE_TYPES = ("cpu", "cuda", "meta")  # those with a kernel, and `meta`, which has shapes alone
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
@@ -55,7 +58,7 @@ def _run(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, opti
 
 
 def _kernel(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, options: tuple[Any, ...]) -> Kernel:
-    """The kernel for these tensors: a dictionary access, except the first time."""
+    """Returns the kernel for these tensors: a dictionary access, except the first time."""
     q, k, v, indices, weights = tensors[:5]
     chunk_size, _, softmax_off_by_one, mask_last_token, deterministic = options
     num_chunks = k.shape[1] // chunk_size if chunk_starts is None else chunk_starts.numel()

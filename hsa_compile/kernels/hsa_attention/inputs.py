@@ -1,4 +1,4 @@
-"""Tensors to tune and check on: a problem's shapes filled by a named distribution."""
+"""The tensors that `hsa_attention` is tuned and checked on: a problem's shapes, filled from a named distribution."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,13 +9,13 @@ from torch import Tensor
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 
-LOCAL_OVERLAP = 0.8  # share of its picks that a token of `local` takes over from its block
-LOCAL_BLOCK = 64  # tokens
+LOCAL_OVERLAP = 0.8  # in `local`, the share of its picks that a token takes over from its block
+LOCAL_BLOCK = 64  # in `local`, the tokens of a block
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """Arguments of both kernels of one problem; equal to itself only.
+    """The arguments of both kernels of one problem; inputs are equal to themselves only.
 
     Attributes:
         q `[B, T, HQ, D]`, k `[B, S, H, D]`, v `[B, S, H, Dv]`, chunk_indices `[B, T, H, K]` int32,
@@ -30,33 +30,33 @@ class Inputs:
     grad_o: Tensor
 
     def arguments(self, op: str) -> tuple[Tensor, ...]:
-        """Positional arguments of the emitted entry of `op`."""
+        """Returns the positional arguments of the emitted entry of `op`."""
         forward = (self.q, self.k, self.v, self.chunk_indices, self.chunk_weights)
         return forward if op == "hsa_forward" else (*forward, self.grad_o)
 
     def options(self, op: str) -> dict[str, float]:
-        """Keyword arguments of the emitted entry of `op`."""
+        """Returns the keyword arguments of the emitted entry of `op`."""
         del op
         return {"scale": self.q.shape[-1] ** -0.5}
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Positional and keyword arguments of `hsa_attention`."""
+        """Returns the positional and keyword arguments of `hsa_attention`."""
         return self.arguments("hsa_forward"), {"chunk_size": problem.chunk_size}
 
     def filled(self) -> float:
-        """The share of the slots that hold a pick, 0 … 1."""
+        """Returns the share of the slots that hold a pick, 0 … 1."""
         return float((self.chunk_indices >= 0).double().mean())
 
     def with_indices(self, chunk_indices: Tensor) -> "Inputs":
-        """The same tensors with other picks."""
+        """Returns the same tensors with other picks."""
         return replace(self, chunk_indices=chunk_indices)
 
 
 def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0) -> Inputs:
-    """Random tensors of a problem's shapes, with causal picks drawn from `distribution`.
+    """Makes random tensors of a problem's shapes, with causal picks drawn from `distribution`.
 
-    `random`: uniform over the visible chunks, without repetition. `local`: neighbouring tokens share most of
-    their picks. `hot`: early chunks are picked far more often than late ones, and may repeat.
+    With `random`, picks are uniform over the visible chunks, without repetition. With `local`, neighbouring tokens
+    share most of their picks. With `hot`, early chunks are picked far more often than late ones, and may repeat.
 
     Raises:
         InvalidArgument: the distribution is unknown.
@@ -83,7 +83,7 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
 
 
 def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
-    """Causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last `T` of `S` positions."""
+    """Draws causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last T of S positions."""
     if distribution not in DISTRIBUTIONS:
         raise InvalidArgument(f"distribution = {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
     B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
@@ -98,7 +98,7 @@ def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator)
             shared = uniform[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
             keep = torch.rand(B, T, H, K, generator=generator) < LOCAL_OVERLAP
             uniform = torch.where(keep, shared, uniform)
-        # One pick from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
+        # One pick comes from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
         first, past = slot * visible // K, (slot + 1) * visible // K
         indices = first + (uniform * (past - first)).long()
         few = visible <= K

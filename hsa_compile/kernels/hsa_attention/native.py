@@ -1,4 +1,4 @@
-"""Calls the emitted C++ of hsa_attention and its backward on tensors, from all threads."""
+"""Calls the emitted C++ of `hsa_attention` and its backward on tensors, from all threads."""
 
 import ctypes
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from hsa_compile.schedules.schedule import Schedule
 
 
 def attention_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Any]:
-    """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    """Returns the library's function as a callable on tensors, with the signature of any other emitted entry."""
     super_tile = schedule.number("super_tile")
     run = _forward if problem.op == "hsa_forward" else _backward
 

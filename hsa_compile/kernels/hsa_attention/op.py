@@ -1,4 +1,4 @@
-"""The op as users call it: arguments checked, then PyTorch's dispatcher finds the tuned kernel and its gradient."""
+"""`hsa_attention` as users call it: it checks its arguments, then PyTorch's dispatcher finds kernel and gradient."""
 
 import math
 
@@ -11,11 +11,11 @@ from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM
 
 
 def global_indices(chunk_indices: Tensor, cu_seqlens: Tensor, kv_len: int, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Turns chunks of a token's own sequence into chunks of the whole, without asking the device anything.
+    """Turns chunks of a token's own sequence into chunks of the whole batch, without waiting for the device.
 
     Args:
         chunk_indices: `[1, T, H, K]`, chunks of each token's own sequence; −1 is an empty slot.
-        cu_seqlens: `[num_sequences + 1]`, where each sequence begins, and the end.
+        cu_seqlens: `[num_sequences + 1]`, the row where each sequence begins, and the end.
         kv_len: `S`, equal to `T`.
         chunk_size: `C`.
 
@@ -75,13 +75,13 @@ def hsa_attention(
     cu_seqlens: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """Hierarchical sparse attention over selected chunks, with the schedule that was tuned for this shape.
+    """Computes hierarchical sparse attention over selected chunks, with the schedule that was tuned for this shape.
 
         o[t,h] = Σ_i  w[t,·,i] · softmax(scale · q[t,h] K_cᵀ) V_c        with c = chunk_indices[t, h // G, i]
 
     Each chunk is attended to on its own and the results are fused by weight. There is no causal mask inside:
-    a token sees exactly the chunks in its slots. Differentiable in q, k, v and chunk_weights; q, k, v, indices and
-    weights are all that is saved for backward. Under autocast, q, k and v are cast as for
+    a token sees exactly the chunks in its slots. The result is differentiable in q, k, v and chunk_weights; q, k, v,
+    indices and weights are all that is saved for backward. Under autocast, q, k and v are cast as for
     `scaled_dot_product_attention`: all but float64.
 
     Args:
@@ -90,24 +90,25 @@ def hsa_attention(
             rows `c·C … (c+1)·C − 1`; rows past the last whole chunk belong to none.
         v: `[B, S, H, Dv]`, dtype and device of q; `Dv` at most 256.
         chunk_indices: `[B, T, H, K]` int32 or int64, in any order; −1 is an empty slot; a chunk named twice
-            counts twice. On a GPU a value outside −1 … S // C − 1 is taken as empty, since to look would wait.
+            counts twice. On a GPU a value outside −1 … S // C − 1 is taken as empty, since a check would have to wait
+            for the device.
         chunk_weights: `[B, T, H, K]`, or `[B, T, HQ, K]` for a weight of its own for each query head; any
             float dtype, float32 by custom. Weights of empty slots are never read.
         chunk_size: `C`, keys in a chunk.
         scale: factor of the logits; `D ** -0.5` if None.
-        softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
-        mask_last_token: the last key of each chunk, a landmark, is not attended to.
+        softmax_off_by_one: adds 1 to each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: leaves out the last key of each chunk, a landmark.
         cu_seqlens: `[num_sequences + 1]` int32 or int64, the first row of each of several sequences packed into a
             batch of one with `T = S`, and the end. Chunks are counted from the beginning of a token's own sequence;
             a sequence's rows past its last whole chunk belong to none.
-        deterministic: only schedules that give the same bits in every run; also asked for by
+        deterministic: allows only schedules that give the same bits in every run; it is also switched on by
             `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         o `[B, T, HQ, Dv]` in the dtype of q; zeros where all slots are empty.
 
     Raises:
-        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is.
+        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is allowed.
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
@@ -139,7 +140,7 @@ def hsa_attention(
 
 
 def _autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast casts them; what is no tensor is left for the check to name."""
+    """Casts tensors as autocast would; what is no tensor is left for the check to name."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
@@ -148,7 +149,7 @@ def _autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _nothing_to_attend_to(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-    """Zeros that still belong to the graph, for no tokens, no slots or no whole chunk."""
+    """Returns zeros that still belong to the graph, where there are no tokens, no slots or no whole chunk."""
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     for x in (q, k, v, weights):
         o = o + 0 * x[:0].sum().to(q.dtype)

@@ -1,4 +1,4 @@
-"""The definition of the op in plain PyTorch: what every kernel is checked against."""
+"""The definition of `hsa_attention` in plain PyTorch, which every kernel is checked against."""
 
 import itertools
 
@@ -19,24 +19,25 @@ def hsa_attention_reference(
     mask_last_token: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Hierarchical sparse attention: each chunk is attended to on its own, the results fused by weight.
+    """Computes hierarchical sparse attention: each chunk is attended to on its own, and weights fuse the results.
 
         o[t,h] = Σ_i  w[t,·,i] · softmax(scale · q[t,h] K_cᵀ) V_c        with c = chunk_indices[t, h // G, i]
 
-    Differentiable, of any float dtype (float64 for checks), on any device; gathers, so for small shapes.
+    The result is differentiable, in any float dtype (float64 for checks), on any device. Chunks are gathered for each
+    token, so this is for small shapes.
 
     Args:
         q: `[B, T, HQ, D]`.
-        k: `[B, S, H, D]`; chunk `c` is rows `c·C … (c+1)·C − 1`, rows past the last whole chunk belong to none.
+        k: `[B, S, H, D]`; chunk `c` is the rows `c·C … (c+1)·C − 1`; rows past the last whole chunk belong to none.
         v: `[B, S, H, Dv]`.
-        chunk_indices: `[B, T, H, K]` integers; −1 is an empty slot; any order, duplicates count each time.
+        chunk_indices: `[B, T, H, K]` integers in any order; −1 is an empty slot; a chunk named twice counts twice.
         chunk_weights: `[B, T, H or HQ, K]`.
-        chunk_size: `C`.
-        scale: of the logits; `D ** -0.5` if None.
-        softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
-        mask_last_token: the last key of each chunk, a landmark, is not attended to.
-        cu_seqlens: `[num_sequences + 1]`, where each of several sequences packed into a batch of one begins, and
-            the end; chunks are counted from the beginning of a token's own sequence.
+        chunk_size: `C`, keys in a chunk.
+        scale: factor of the logits; `D ** -0.5` if None.
+        softmax_off_by_one: adds 1 to each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: leaves out the last key of each chunk, a landmark.
+        cu_seqlens: `[num_sequences + 1]`, the row where each of several sequences packed into a batch of one begins,
+            and the end; chunks are counted from the beginning of a token's own sequence.
 
     Returns:
         o `[B, T, HQ, Dv]`; zeros where all slots are empty.

@@ -1,4 +1,4 @@
-"""Is a kernel of decoding right? Compared with the float64 reference before anything is timed."""
+"""The check of a kernel of `hsa_decode`: before it is timed, it must agree with the float64 reference."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ _POISON = float("nan")
 
 
 def check_decode(kernel: Kernel, problem: Problem, inputs: DecodeInputs) -> None:
-    """Runs a kernel on a small problem with every oddity, then on the full one, compared on some sequences.
+    """Compares a kernel on a small problem with every oddity, then on some sequences of the full problem.
 
     Raises:
         WrongResult: the result is not finite or too far off; the message says where and by how much.
@@ -34,7 +34,7 @@ def check_decode(kernel: Kernel, problem: Problem, inputs: DecodeInputs) -> None
 
 
 def _with_oddities(inputs: DecodeInputs) -> DecodeInputs:
-    """Sequence 1 is empty, slots of sequence 0 repeat, one chunk has no page, and page 0, picked by none, is NaN."""
+    """Repeats slots of sequence 0, empties sequence 1, and fills page 0, which no slot reaches, with NaN."""
     indices, weights, table = inputs.chunk_indices.clone(), inputs.chunk_weights.clone(), inputs.page_table
     indices[0, :, :, -1] = indices[0, :, :, 0]
     indices[1] = -1
@@ -65,7 +65,7 @@ def _compare(kernel: Kernel, inputs: DecodeInputs, problem: Problem, where: str)
 
 
 def _reference(inputs: DecodeInputs, sequences: Tensor, problem: Problem) -> Tensor:
-    """o of some sequences in float64, from the pages that they pick alone: the pool may be large."""
+    """Returns o of some sequences in float64, from the pages that they pick alone, since the pool may be large."""
     indices, weights = inputs.chunk_indices[sequences], inputs.chunk_weights[sequences].double()
     pages = indices.long()
     if inputs.page_table is not None:

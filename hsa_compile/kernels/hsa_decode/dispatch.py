@@ -1,4 +1,4 @@
-"""Decoding as an operator of PyTorch: schema, shape for tracing; each call finds its tuned kernel."""
+"""`hsa_decode` as an operator of PyTorch: its schema and its shape for tracing; each call finds its tuned kernel."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def _run(
 
 
 def _check_memory(name: str, x: Tensor, device: torch.device) -> None:
-    """Kernels read pages where they lie: a copy would cost more than the attention."""
+    """Raises InvalidArgument unless kernels can read the pages where they lie: a copy costs more than the attention."""
     if x.device != device and not x.is_pinned():
         raise InvalidArgument(
             f"{name} is in pageable memory of the CPU, q on {device}; pin it (`Tensor.pin_memory`) or move it"
@@ -66,7 +66,7 @@ def _kernel(
     softmax_off_by_one: bool,
     mask_last_token: bool,
 ) -> Kernel:
-    """The kernel for these tensors: a dictionary access, except the first time."""
+    """Returns the kernel for these tensors: a dictionary access, except the first time."""
     target = Target.of(q.device)
     num_pages, num_kv_heads, chunk_size, _ = k_chunks.shape
     num_chunks = num_pages if page_table is None else page_table.shape[1]

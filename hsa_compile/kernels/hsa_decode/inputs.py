@@ -1,4 +1,4 @@
-"""Tensors to tune and check decoding on: a pool of pages, and tables that scatter each sequence over it."""
+"""The tensors that `hsa_decode` is tuned and checked on: a pool of pages, and tables that scatter sequences over it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from hsa_compile.problem import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeInputs:
-    """Arguments of the kernel of one decoding problem.
+    """The arguments of the kernel of one decoding problem.
 
     Attributes:
         q `[B, T, HQ, D]`, k_chunks `[P, H, C, D]`, v_chunks `[P, H, C, Dv]`, chunk_indices `[B, T, H, K]` int32,
@@ -27,29 +27,29 @@ class DecodeInputs:
     page_table: Tensor | None
 
     def arguments(self, op: str) -> tuple[Tensor, ...]:
-        """Positional arguments of the emitted entry."""
+        """Returns the positional arguments of the emitted entry."""
         del op
         return (self.q, self.k_chunks, self.v_chunks, self.chunk_indices, self.chunk_weights)
 
     def options(self, op: str) -> dict[str, float | Tensor]:
-        """Keyword arguments of the emitted entry."""
+        """Returns the keyword arguments of the emitted entry."""
         del op
         options: dict[str, float | Tensor] = {"scale": self.q.shape[-1] ** -0.5}
         return options if self.page_table is None else {**options, "page_table": self.page_table}
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Positional and keyword arguments of `hsa_decode`."""
+        """Returns the positional and keyword arguments of `hsa_decode`."""
         return self.arguments(problem.op), {"page_table": self.page_table}
 
     def filled(self) -> float:
-        """The share of the slots that hold a pick, 0 … 1."""
+        """Returns the share of the slots that hold a pick, 0 … 1."""
         return float((self.chunk_indices >= 0).double().mean())
 
 
 def make_decode_inputs(
     problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
 ) -> DecodeInputs:
-    """Random tensors of a problem's shapes; the pages of all sequences are shuffled if there is a table.
+    """Makes random tensors of a problem's shapes; the pages of all sequences are shuffled if there is a table.
 
     Raises:
         InvalidArgument: the distribution is unknown.

@@ -1,4 +1,4 @@
-"""Calls the emitted C++ of hsa_decode on tensors, from as many threads as its schedule has work for."""
+"""Calls the emitted C++ of `hsa_decode` on tensors, from as many threads as its schedule has work for."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from hsa_compile.schedules.schedule import Schedule
 
 
 def decode_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Tensor]:
-    """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    """Returns the library's function as a callable on tensors, with the signature of any other emitted entry."""
     split = schedule.number("split")
     decode, value_dim = library.hsa_decode, problem.value_dim
     pick_bytes = problem.chunk_size * (problem.head_dim + value_dim) * problem.itemsize

@@ -1,4 +1,4 @@
-"""Decoding as users call it: arguments checked, then PyTorch's dispatcher finds the tuned kernel."""
+"""`hsa_decode` as users call it: it checks its arguments, then PyTorch's dispatcher finds the tuned kernel."""
 
 import math
 
@@ -23,22 +23,22 @@ def hsa_decode(
     softmax_off_by_one: bool = False,
     mask_last_token: bool = False,
 ) -> Tensor:
-    """Hierarchical sparse attention of the newest token, or few, over chunks that lie in pages; for inference.
+    """Computes hierarchical sparse attention of the newest token or few over chunks in pages, for inference.
 
         o[t,h] = Σ_i  w[t,·,i] · softmax(scale · q[t,h] K_pᵀ) V_p        with p the page of chunk_indices[t, h // G, i]
 
-    The maths of `hsa_attention`; a page holds one chunk. Only pages that are picked are read. On a GPU a call is
-    two launches at most, its grid depends on shapes alone, and nothing waits for the device: after a first call,
+    The maths is that of `hsa_attention`; a page holds one chunk. Only pages that are picked are read. On a GPU a call
+    is two launches at most, its grid depends on shapes alone, and nothing waits for the device: after a first call,
     which compiles, it can be captured into a CUDA graph. There it allocates at most 16 float32 copies of o.
     Autocast casts nothing here, since that would copy all pages.
 
     Args:
-        q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU. `T` at most 16.
+        q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU; `T` is at most 16.
         k_chunks: `[P, H, C, D]`, dtype of q; `HQ` is a multiple of `H`, `D` at most 256. A page `[H, C, D]` is
-            contiguous; pages may lie any number of rows apart, and are never copied. On the device of q, or for q on
-            a GPU in pinned memory of the CPU, from which kernels read picked pages directly.
+            contiguous; pages may lie any number of rows apart, and are never copied. They are on the device of q, or,
+            for q on a GPU, in pinned memory of the CPU, from which kernels read picked pages directly.
         v_chunks: `[P, H, C, Dv]`, as k_chunks; `Dv` at most 256.
-        chunk_indices: `[B, T, H, K]` int32 or int64, in any order: pages 0 … P − 1, or with a page table chunks
+        chunk_indices: `[B, T, H, K]` int32 or int64, in any order: pages 0 … P − 1, or, with a page table, chunks
             0 … N − 1 of the token's own sequence. Any other value, −1 by custom, is an empty slot; a chunk named
             twice counts twice.
         chunk_weights: `[B, T, H, K]`, or `[B, T, HQ, K]` for a weight of its own for each query head; any float
@@ -46,8 +46,8 @@ def hsa_decode(
         page_table: `[B, N]` int32 or int64, the page of each chunk of a sequence. A value outside 0 … P − 1, −1 by
             custom, is no page, and makes a slot that picks it empty.
         scale: factor of the logits; `D ** -0.5` if None.
-        softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
-        mask_last_token: the last key of each chunk, a landmark, is not attended to.
+        softmax_off_by_one: adds 1 to each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: leaves out the last key of each chunk, a landmark.
 
     Returns:
         o `[B, T, HQ, Dv]` in the dtype of q, with no gradient; zeros where all slots are empty.

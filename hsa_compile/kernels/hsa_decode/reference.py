@@ -1,4 +1,4 @@
-"""The definition of `hsa_decode` in plain PyTorch: what every kernel is checked against."""
+"""The definition of `hsa_decode` in plain PyTorch, which every kernel is checked against."""
 
 import torch
 from torch import Tensor
@@ -16,27 +16,27 @@ def hsa_decode_reference(
     softmax_off_by_one: bool = False,
     mask_last_token: bool = False,
 ) -> Tensor:
-    """Hierarchical sparse attention of a few tokens over chunks that lie in pages.
+    """Computes hierarchical sparse attention of a few tokens over chunks that lie in pages.
 
         o[t,h] = Σ_i  w[t,·,i] · softmax(scale · q[t,h] K_pᵀ) V_p        with p the page of chunk_indices[t, h // G, i]
 
-    Of any float dtype (float64 for checks), on any device.
+    It works in any float dtype (float64 for checks), on any device.
 
     Args:
         q: `[B, T, HQ, D]`.
         k_chunks: `[P, H, C, D]`, one chunk a page.
         v_chunks: `[P, H, C, Dv]`.
-        chunk_indices: `[B, T, H, K]` integers, pages if there is no table; what is out of range is an empty slot.
+        chunk_indices: `[B, T, H, K]` integers, pages if there is no table; a value out of range is an empty slot.
         chunk_weights: `[B, T, H or HQ, K]`.
-        page_table: `[B, N]`, the page of each chunk of a sequence; what is out of range is no page.
-        scale: of the logits; `D ** -0.5` if None.
-        softmax_off_by_one: an extra 1 in each chunk's normaliser, so that a chunk may be ignored.
-        mask_last_token: the last key of each chunk, a landmark, is not attended to.
+        page_table: `[B, N]`, the page of each chunk of a sequence; a value out of range is no page.
+        scale: factor of the logits; `D ** -0.5` if None.
+        softmax_off_by_one: adds 1 to each chunk's normaliser, so that a chunk may be ignored.
+        mask_last_token: leaves out the last key of each chunk, a landmark.
 
     Returns:
         o `[B, T, HQ, Dv]`; zeros where all slots are empty.
 
-    Source: as `hsa_attention_reference`.
+    Source: that of `hsa_attention_reference`.
     """
     batch, _, num_heads, head_dim = q.shape
     num_pages, num_kv_heads, chunk_size, value_dim = v_chunks.shape

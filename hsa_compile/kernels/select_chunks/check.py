@@ -1,4 +1,7 @@
-"""Is a kernel of chunk selection right? Its picks are the best there are, its weights and gradients the reference's."""
+"""The check of a kernel of `select_chunks` or its backward.
+
+Before it is timed, its picks must be the best there are, and its weights and gradients must agree with the reference.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +22,7 @@ _SAMPLED_TOKENS = 64
 
 
 def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None:
-    """Runs a kernel on a small problem with rows that see little or nothing, then on a sample of the full one.
+    """Compares a kernel on a small problem with rows that see little or nothing, then on a sample of the full problem.
 
     Raises:
         WrongResult: a pick is not one of the best, or a result is too far off; the message names it.
@@ -30,7 +33,7 @@ def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None
         seq_len=min(problem.seq_len, _SMALL_TOKENS),
         kv_len=min(problem.num_chunks, _SMALL_CHUNKS) * problem.chunk_size,
     )
-    # From position 0 on, so that the first rows see nothing.
+    # The small problem begins at position 0, so that the first rows see nothing.
     small_inputs = replace(make_select_inputs(small, inputs.query.device, seed=1), offset=0)
     for one, where in ((small_inputs, "a small odd shape"), (inputs, "sampled tokens")):
         results = kernel.entry(*one.arguments(problem.op), **one.options(problem.op))

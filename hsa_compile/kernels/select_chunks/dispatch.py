@@ -1,4 +1,4 @@
-"""Chunk selection as operators of PyTorch: schema, shapes for tracing, gradients."""
+"""`select_chunks` and its backward as operators of PyTorch: their schemas, shapes for tracing, and gradients."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def _run_forward(
     noise_seed: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """chunk_weights and chunk_indices, where there is something to select; what is differentiable comes first."""
+    """Returns (chunk_weights, chunk_indices), where there is something to select; the differentiable one is first."""
     query, landmarks = query.contiguous(), landmarks.contiguous()
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     noise = noise_seed is not None
@@ -60,7 +60,7 @@ def _run_backward(
     fusion: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and landmarks, from those of the weights `[B, T, H, K]`."""
+    """Returns the gradients of query and landmarks, from those of the weights `[B, T, H, K]`."""
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     query, landmarks = query.contiguous(), landmarks.contiguous()
     top_k = chunk_indices.shape[3]
@@ -79,7 +79,7 @@ def _kernel(
     noise: bool,
     deterministic: bool,
 ) -> Kernel:
-    """The kernel for these tensors: a dictionary access, except the first time."""
+    """Returns the kernel for these tensors: a dictionary access, except the first time."""
     target = Target.of(query.device)
     key = (
         op, query.shape, landmarks.shape[1], query.dtype, chunk_size, top_k, fusion, noise, deterministic,

@@ -1,4 +1,4 @@
-"""Tensors to tune and check chunk selection on."""
+"""The tensors that `select_chunks` is tuned and checked on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ NOISE_SEED = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectInputs:
-    """Arguments of both kernels of one selection problem.
+    """The arguments of both kernels of one selection problem.
 
     Attributes:
         query `[B, T, H, Dr]`, landmarks `[B, N, H, Dr]`, noise_keys `[B, T, H]` int32 or None, chunk_indices and
         grad_weights `[B, T, H, K]`, as the backward kernel gets them.
         top_k: `K`.
-        offset: position of the first query row: queries are the last `T` of `N·C` positions.
+        offset: the position of the first query row: queries are the last `T` of `N·C` positions.
     """
 
     query: Tensor
@@ -33,34 +33,35 @@ class SelectInputs:
     offset: int
 
     def arguments(self, op: str) -> tuple[Tensor | None, ...]:
-        """Positional arguments of the emitted entry of `op`."""
+        """Returns the positional arguments of the emitted entry of `op`."""
         if op == "select_chunks":
             return (self.query, self.landmarks, self.noise_keys)
         return (self.query, self.landmarks, self.chunk_indices, self.grad_weights)
 
     def options(self, op: str) -> dict[str, int]:
-        """Keyword arguments of the emitted entry of `op`."""
+        """Returns the keyword arguments of the emitted entry of `op`."""
         return {"top_k": self.top_k, "offset": self.offset} if op == "select_chunks" else {}
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Positional and keyword arguments of `select_chunks`."""
+        """Returns the positional and keyword arguments of `select_chunks`."""
         return (self.query, self.landmarks), {"chunk_size": problem.chunk_size, "top_k": self.top_k}
 
     def filled(self) -> float:
-        """All slots count: a selection scores every visible chunk, whatever is picked."""
+        """Returns 1: all slots count, since a selection scores every visible chunk, whatever is picked."""
         return 1.0
 
     def positions(self) -> Tensor:
-        """`[T]` absolute positions of the query rows."""
+        """Returns the absolute positions of the query rows, `[T]`."""
         return torch.arange(self.query.shape[1], device=self.query.device) + self.offset
 
 
 def make_select_inputs(
     problem: Problem, device: torch.device, *, distribution: str = "random", seed: int = 0
 ) -> SelectInputs:
-    """Queries and landmarks whose picks fall as `distribution` says.
+    """Makes queries and landmarks whose picks fall as `distribution` says.
 
-    `random`: all normal. `local`: neighbouring queries are alike. `hot`: early landmarks score far from zero.
+    With `random`, all are normal. With `local`, neighbouring queries are alike. With `hot`, early landmarks score far
+    from zero.
 
     Raises:
         InvalidArgument: the distribution is unknown.

@@ -1,4 +1,4 @@
-"""Calls the emitted C++ of select_chunks on tensors, from all threads."""
+"""Calls the emitted C++ of `select_chunks` and its backward on tensors, from all threads."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from hsa_compile.schedules.schedule import Schedule
 
 
 def select_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Any]:
-    """The library's function as a callable on tensors, with the signature of any other emitted entry."""
+    """Returns the library's function as a callable on tensors, with the signature of any other emitted entry."""
     super_tile = schedule.number("super_tile")
 
     def forward(

@@ -1,4 +1,4 @@
-"""Chunk selection as users call it: arguments checked, then PyTorch's dispatcher finds the kernel and its gradient."""
+"""`select_chunks` as users call it: it checks its arguments, then PyTorch's dispatcher finds kernel and gradient."""
 
 import torch
 from torch import Tensor
@@ -29,38 +29,38 @@ def select_chunks(
     noise_seed: int | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The chunks that each token attends to, and how much: what `hsa_attention` takes.
+    """Selects the chunks that each token attends to, and their weights, as `hsa_attention` takes them.
 
     A chunk's score is `query · landmark / √Dr`. Row `t` stands at position `p = offset + t` and sees chunk `i` iff
-    it is complete, `p ≥ (i + 1)·C`. The K visible chunks of the highest scores are picked; of equal scores the
+    it is complete, `p ≥ (i + 1)·C`. The K visible chunks of the highest scores are picked; if scores are equal, the
     lower chunk wins. Scores are compared in float32 (float64 for float64 inputs). Weights come from the scores of
     the picks: their softmax, or stick-breaking from the most recent chunk on,
     `w_i = σ(s_i) · Π (1 − σ(s_j))` over the more recent picks `j`.
 
-    Differentiable in query and landmarks, through the weights: K landmarks a token. Forward and backward need
-    memory linear in T and N; saved for backward are query, landmarks and chunk_indices. Beyond inputs, outputs and
-    gradients they allocate at most: a key `[B, T, H]` int32 where there is noise, and on a GPU `[B, T, H, K]` score
-    gradients in float32 with the inverse index, three int32 arrays of that size, or for the split schedule one
+    The weights are differentiable in query and landmarks: K landmarks a token. Forward and backward need memory
+    linear in T and N; query, landmarks and chunk_indices are saved for backward. Beyond inputs, outputs and gradients
+    they allocate at most: a key `[B, T, H]` int32 where there is noise, and on a GPU `[B, T, H, K]` score gradients in
+    float32 with the inverse index, three int32 arrays of that size, or, for the split schedule, one
     `[splits, B, T, H, K]` array of int64.
 
     Args:
-        query: `[B, T, H, Dr]`, float32, bfloat16 or float16; float64 on a CPU. `Dr` at most 1024.
+        query: `[B, T, H, Dr]`, float32, bfloat16 or float16; float64 on a CPU; `Dr` is at most 1024.
         landmarks: `[B, N, H, Dr]`, dtype and device of query; one for each chunk. `N` may be 0.
         chunk_size: `C`, keys in a chunk.
-        top_k: `K`, at most 128; may exceed `N`.
-        offset: position of the first query row: 0 in training, the number of earlier tokens in decoding.
-        fusion: `softmax` or `stick_breaking`.
-        noise_seed: 0 … 2⁶⁴ − 1 adds standard Gumbel noise to the scores for the comparison, None does not. The
-            noise depends on seed, batch, head, position and chunk alone: another schedule, device or split of the
+        top_k: `K`, at most 128; it may exceed `N`.
+        offset: the position of the first query row: 0 in training, the number of earlier tokens in decoding.
+        fusion: how scores become weights: `softmax` or `stick_breaking`.
+        noise_seed: a seed 0 … 2⁶⁴ − 1 adds standard Gumbel noise to the scores for the comparison; None adds none.
+            The noise depends on seed, batch, head, position and chunk alone: another schedule, device or split of the
             sequence draws the same.
-        deterministic: only schedules that give the same bits in every run, gradients included.
+        deterministic: allows only schedules that give the same bits in every run, gradients included.
 
     Returns:
         chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K are visible;
         chunk_weights `[B, T, H, K]` float32 (float64 for float64 inputs), 0 in that tail.
 
     Raises:
-        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is.
+        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is allowed.
 
     Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
     """
@@ -77,7 +77,7 @@ def select_chunks(
 
 
 def _nothing_to_select(query: Tensor, landmarks: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Empty slots whose zero weights still belong to the graph."""
+    """Returns empty slots whose zero weights still belong to the graph."""
     shape = (*query.shape[:3], top_k)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     weights = torch.zeros(shape, dtype=dtype, device=query.device)

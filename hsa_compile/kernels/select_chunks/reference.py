@@ -1,4 +1,4 @@
-"""The definition of chunk selection in plain PyTorch: dense scores, so for small shapes."""
+"""The definition of `select_chunks` in plain PyTorch; it computes dense scores, so it is for small shapes."""
 
 import torch
 from torch import Tensor
@@ -17,24 +17,24 @@ def select_chunks_reference(
     fusion: str = "softmax",
     noise_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `top_k` chunks that score highest for each token, most recent first, and their weights.
+    """Selects the `top_k` chunks that score highest for each token, most recent first, and their weights.
 
     Chunk `i` is visible to row `t`, at position `offset + t`, iff `offset + t ≥ (i + 1)·C`. Scores are
-    `query · landmark / √Dr`. Of equal scores the lower chunk wins. Differentiable in query and landmarks, through the
-    weights, of any float dtype (float64 for checks), on any device.
+    `query · landmark / √Dr`; if scores are equal, the lower chunk wins. The weights are differentiable in query and
+    landmarks, in any float dtype (float64 for checks), on any device.
 
     Args:
         query: `[B, T, H, Dr]`.
         landmarks: `[B, N, H, Dr]`.
-        chunk_size: `C`.
-        top_k: `K`.
-        offset: position of the first query row.
+        chunk_size: `C`, keys in a chunk.
+        top_k: `K`, chunks to pick for each token.
+        offset: the position of the first query row.
         fusion: `softmax` over the K scores, or `stick_breaking` from the most recent chunk on.
-        noise_seed: of the Gumbel noise that is added to the scores for the comparison alone; None for none.
+        noise_seed: the seed of Gumbel noise that is added to the scores for the comparison alone; None for no noise.
 
     Returns:
-        chunk_indices `[B, T, H, K]` int32, falling, −1 where fewer than K chunks are visible, and chunk_weights
-        `[B, T, H, K]` in the dtype of query, 0 there.
+        chunk_indices `[B, T, H, K]` int32 in falling order, −1 where fewer than K chunks are visible, and
+        chunk_weights `[B, T, H, K]` in the dtype of query, 0 there.
 
     Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
     """
@@ -55,7 +55,7 @@ def select_chunks_reference(
 
 
 def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Tensor, *, fusion: str) -> Tensor:
-    """The weights of chunks that were picked: `[B, T, H, K]` in the dtype of query, differentiable.
+    """Computes the weights of chunks that were picked: `[B, T, H, K]` in the dtype of query, differentiable.
 
     Args:
         query: `[B, T, H, Dr]`.

@@ -1,4 +1,4 @@
-"""The rooms of the ops: for each op and backend its knobs, constraints, defaults and cost."""
+"""The schedules of all ops: one table leads from an op and a backend to its knobs, constraints, defaults and cost."""
 
 from collections.abc import Mapping
 
@@ -31,21 +31,21 @@ OP_BACKENDS: Mapping[tuple[str, str], OpBackend] = {
 
 
 def backend_for(problem: Problem, target: Target) -> str:
-    """The backend that serves a problem: `triton` on a GPU, `cpp` where C++ can be built, else `torch`."""
+    """Returns the backend that serves a problem: `triton` on a GPU, `cpp` where C++ can be built, else `torch`."""
     if target.kind != "cpu":
         return "triton"
     return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
 
 
 def op_backend(problem: Problem, target: Target) -> OpBackend:
-    """What the problem's op has on the backend that serves it.
+    """Returns what the table holds for the problem's op on the backend that serves it.
 
     Raises:
-        KeyError: the op has no room on that backend, which is a fault of the table.
+        KeyError: the table has no entry for the op on that backend, which is a fault of the table.
     """
     return OP_BACKENDS[problem.op, backend_for(problem, target)]
 
 
 def count_work(problem: Problem, schedule: Schedule) -> Work:
-    """FLOPs and bytes of a problem under a schedule when all slots are filled; they are the same on every backend."""
+    """Returns the FLOPs and bytes of a problem under a schedule when all slots are filled, alike on every backend."""
     return OP_BACKENDS[problem.op, "torch"].work(problem, schedule)

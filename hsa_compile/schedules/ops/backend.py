@@ -1,7 +1,8 @@
-"""What one op on one backend gives a search: which knobs there are, what they may be, what runs untuned, what it costs.
+"""The form in which an op describes its schedules on one backend: `OpBackend`, and the costs that it is built from.
 
-An op has a room in `schedules/ops`, with one `OpBackend` for each backend that serves it; `ops.OP_BACKENDS` is the one
-table that leads there.
+It says which knobs there are, what values they may take, which schedules run untuned, and what a schedule costs. Each
+op has a module or folder in `schedules/ops` with one `OpBackend` for each backend that serves it; the table
+`ops.OP_BACKENDS` leads there.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,17 +13,21 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
 
-OVERLAP = 0.8  # of the picks of neighbouring tokens, as in the `local` inputs; what `union` saves hangs on it
+# The share of picks that neighbouring tokens have in common, as in the `local` inputs; `union` saves by that.
+OVERLAP = 0.8
+
+Knobs = Mapping[str, tuple[Knob, ...]]
+Choices = Mapping[str, Knobs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one op on one problem does under a schedule.
+    """The FLOPs and bytes of one op on one problem under a schedule.
 
     Attributes:
-        flops: of all matrix products, padding not counted.
-        memory_bytes: every tensor once, as if the cache held the rest.
-        cache_bytes: what the programs read and write, from wherever it comes.
+        flops: the FLOPs of all matrix products, padding not counted.
+        memory_bytes: the bytes of every tensor, counted once, as if the cache held it afterwards.
+        cache_bytes: the bytes that the programs read and write, wherever they come from.
     """
 
     flops: float
@@ -35,12 +40,12 @@ class Pass:
     """One kernel of an op and its work, padding included.
 
     Attributes:
-        flops: of its matrix products.
-        cache_bytes, memory_bytes: what it moves, through the shared cache and beyond it.
-        programs: of one launch.
-        launches: how often it is launched.
-        rows: of a tile.
-        warps, stages: of a program.
+        flops: the FLOPs of its matrix products.
+        cache_bytes, memory_bytes: the bytes that it moves through the shared cache, and beyond it.
+        programs: how many programs one launch has.
+        launches: how often the kernel is launched.
+        rows: how many rows a tile has.
+        warps, stages: how many warps, and stages of its pipeline, a program has.
     """
 
     flops: float
@@ -54,12 +59,14 @@ class Pass:
 
 
 def clocks(work: Work, itemsize: int, limits: Limits) -> dict[str, float]:
-    """Milliseconds that each part of a device needs at its peak: `matrix`, `memory`, `cache`; the slowest is a bound.
+    """Returns the milliseconds that each part of a device (`matrix`, `memory`, `cache`) needs at its peak.
+
+    The slowest is a lower bound of the time.
 
     Args:
-        work: of one or several ops.
+        work: what one or several ops do.
         itemsize: bytes of an element, which decides between the peaks of products.
-        limits: of the device.
+        limits: the peaks of the device.
     """
     peak = limits.float32_tflops if itemsize == 4 else limits.tflops
     return {
@@ -69,23 +76,19 @@ def clocks(work: Work, itemsize: int, limits: Limits) -> dict[str, float]:
     }
 
 
-Knobs = Mapping[str, tuple[Knob, ...]]
-Choices = Mapping[str, Knobs]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpBackend:
     """The schedules of one op on one backend.
 
     Attributes:
-        name: the backend, `triton`, `cpp` or `torch`.
+        name: the backend: `triton`, `cpp` or `torch`.
         choices: dataflow → knob → allowed values, in a fixed order.
-        why_not: the first reason why a schedule made of these choices cannot run a problem on a target, or None.
+        why_not: gives the first reason why a schedule made of these choices cannot run a problem on a target, or None.
         fit: makes a schedule that was tuned for another size usable for a problem: knobs that count tokens or slots
             are cut to what the problem has.
-        defaults: schedules to run untuned, the best first.
-        work: FLOPs and bytes of a problem under a schedule.
-        passes: the kernels of a schedule one by one, for the finer cost model; None where an op has no such model.
+        defaults: gives the schedules to run untuned, the best first.
+        work: gives the FLOPs and bytes of a problem under a schedule.
+        passes: gives the kernels of a schedule one by one, for the finer cost model; None where there is no such model.
     """
 
     name: str
@@ -98,11 +101,11 @@ class OpBackend:
 
 
 def keep(problem: Problem, schedule: Schedule) -> Schedule:
-    """The `fit` of schedules whose knobs do not depend on a problem's size."""
+    """Returns the schedule as it is: the `fit` of schedules whose knobs do not depend on a problem's size."""
     return schedule
 
 
 def largest_choice(choices: tuple[Knob, ...], wanted: int, limit: int) -> int:
-    """`wanted`, or the largest choice that is within the limit, or the smallest choice there is."""
+    """Returns the largest choice that is at most `wanted` and `limit`; if there is none, the first, the smallest."""
     numbers = [int(choice) for choice in choices]
     return max((number for number in numbers if number <= min(limit, wanted)), default=numbers[0])

@@ -16,10 +16,11 @@ from hsa_compile.schedules.ops.limits import (
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-SHARED_BYTES = 1 << 20  # of keys and values that a CPU reads: below, a second thread takes longer to wake than it saves
+# If a CPU reads fewer bytes of keys and values, a second thread takes longer to wake than it saves.
+SHARED_BYTES = 1 << 20
 _SPLITS = (1, 2, 4, 8, 16)
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_BLOCK_BYTES = 1 << 22  # gathered by one batched product: fewer cost more calls, more leave the cache
+_BLOCK_BYTES = 1 << 22  # what one batched product gathers: less would take more calls, more would leave the cache
 
 
 def _why_not_torch(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -40,7 +41,7 @@ def _why_not_triton(problem: Problem, schedule: Schedule, target: Target) -> str
         return NO_FLOAT64
     if reason := why_not_warps(schedule, target):
         return reason
-    # Looking pages up takes stages of the pipeline too: of keys and values there may be but one copy.
+    # Looking pages up takes stages of the pipeline too, so there may be only one copy of keys and values.
     needed = token_shared_memory(problem, target, 1, min(schedule.number("num_stages"), 2))[0]
     return why_not_shared_memory(needed, target)
 
@@ -52,7 +53,7 @@ def _why_not_split(problem: Problem, schedule: Schedule) -> str | None:
 
 
 def _fit_split(problem: Problem, schedule: Schedule) -> Schedule:
-    """A schedule tuned for more slots, with no more parts of a token than this problem has slots."""
+    """Cuts the parts of a token to the slots that this problem has."""
     split = min(schedule.number("split"), next_power_of_2(problem.top_k))
     return Schedule.from_dict({**schedule, "split": split})
 
@@ -63,7 +64,7 @@ def _torch_defaults(problem: Problem, target: Target) -> list[Schedule]:
 
 
 def _cpp_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
-    """One part a core where tokens are fewer than cores and read enough to pay for waking threads."""
+    """Gives each core one part where tokens are fewer than cores and read enough to pay for waking threads."""
     tokens = problem.batch * problem.seq_len * problem.num_kv_heads
     split = 1
     if tokens * gathered_bytes(problem) >= SHARED_BYTES:
@@ -73,7 +74,7 @@ def _cpp_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
 
 
 def _triton_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
-    """As many programs as the device has multiprocessors, if the slots suffice; then the longest pipeline that fits."""
+    """Takes as many programs as there are multiprocessors, if the slots suffice, and the longest pipeline that fits."""
     tokens = problem.batch * problem.seq_len * problem.num_kv_heads
     wanted = next_power_of_2(-(-target.num_cores // tokens))
     split = min(wanted, next_power_of_2(problem.top_k), _SPLITS[-1])
@@ -82,7 +83,7 @@ def _triton_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
     # A stage more than a program has chunks would never be filled.
     steps = -(-problem.top_k // split)
     most = 1 if problem.itemsize == 4 and target.kind == "hip" else 2 if target.kind == "hip" else 3
-    # Seen on sm_90 with chunks of 64 keys, D 64: a third stage of single heads spills two registers.
+    # On sm_90, with chunks of 64 keys and D 64, a third stage of single heads was seen to spill two registers.
     if problem.paged and problem.group == 1:
         most = min(most, 2)
     for stages in range(min(most, max(1, steps)), 0, -1):
@@ -91,12 +92,12 @@ def _triton_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
 
 
 def _pick_bytes(problem: Problem) -> int:
-    """Bytes that one pick gathers, in the dtype that is computed in."""
+    """Returns the bytes that one pick gathers, in the dtype that is computed in."""
     return gathered_bytes(problem) // problem.top_k
 
 
 def _work(problem: Problem, schedule: Schedule) -> Work:
-    """FLOPs and bytes of the picked chunks alone; each is read once."""
+    """Counts the FLOPs and bytes of the picked chunks alone, each of which is read once."""
     D, Dv, size = problem.head_dim, problem.value_dim, problem.itemsize
     tokens = problem.batch * problem.seq_len
     lists = tokens * problem.num_kv_heads * problem.top_k
@@ -107,7 +108,7 @@ def _work(problem: Problem, schedule: Schedule) -> Work:
 
 TORCH = OpBackend(
     name="torch",
-    choices={"split": {"block": _BLOCKS}},  # picks of one batched product
+    choices={"split": {"block": _BLOCKS}},  # `block` counts the picks of one batched product
     why_not=_why_not_torch,
     fit=keep,
     defaults=_torch_defaults,
@@ -115,7 +116,8 @@ TORCH = OpBackend(
 )
 CPP = OpBackend(
     name="cpp",
-    # Parts of a token's slots, which cores share; rows of a register tile: keys of its logits, heads of its output.
+    # `split` is the number of parts, shared by cores, that a token's slots are cut into; `rows` is the rows of a
+    # register tile: keys for its logits, heads for its output.
     choices={"split": {"split": _SPLITS, "rows": (1, 2, 3, 4, 6, 8, 12, 16, 24)}},
     why_not=_why_not_cpp,
     fit=_fit_split,
@@ -124,7 +126,7 @@ CPP = OpBackend(
 )
 TRITON = OpBackend(
     name="triton",
-    # Programs that share the picks of one token and kv head.
+    # `split` is how many programs share the picks of one token and kv head.
     choices={"split": {"split": _SPLITS, "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}},
     why_not=_why_not_triton,
     fit=_fit_split,

@@ -1,4 +1,4 @@
-"""What a device can hold of a kernel: vector registers of a CPU, rows and shared memory of a Triton program."""
+"""The limits that a device sets a kernel: a CPU's vector registers, a Triton program's rows and shared memory."""
 
 from collections.abc import Sequence
 
@@ -6,37 +6,37 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-MAX_GATHER_BYTES = 1 << 28  # that one batched product in PyTorch may gather
-MIN_ROWS = 16  # what a matrix instruction needs
-MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
+MAX_GATHER_BYTES = 1 << 28  # the most that one batched product in PyTorch may gather
+MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
+MAX_HIP_WARPS = 4  # with more, a wavefront has half of the registers, and most kernels spill
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
 
-_MAX_PANEL = 4  # vectors in a row of a C++ register tile
+_MAX_PANEL = 4  # the most vectors in a row of a C++ register tile
 
-# Floats of a vector register, and registers that a tile may fill: what is left holds a row and a broadcast.
+# The floats that a vector register holds, and the registers that a tile may fill: the rest hold a row and a broadcast.
 _VECTORS = {"avx512": (16, 28), "avx2": (8, 12)}
-_OTHER_VECTORS = (4, 24)  # of Arm's 32
+_OTHER_VECTORS = (4, 24)  # Arm has 32 registers
 
 
 def vector_lanes(arch: str) -> int:
-    """Floats of a vector register of a CPU."""
+    """Returns how many floats a vector register of a CPU holds."""
     return _VECTORS.get(arch, _OTHER_VECTORS)[0]
 
 
 def vector_columns(size: int, lanes: int) -> int:
-    """Vectors in a row of a register tile that covers `size` floats in panels of equal width, four at most."""
+    """Returns the vectors in a row of a register tile that covers `size` floats in panels of equal width, at most 4."""
     vectors = -(-size // lanes)
     panels = -(-vectors // _MAX_PANEL)
     return -(-vectors // panels)
 
 
 def gathered_bytes(problem: Problem) -> int:
-    """Bytes of keys and values that the PyTorch token dataflow gathers for one token."""
+    """Returns the bytes of keys and values that the PyTorch token dataflow gathers for one token."""
     return problem.top_k * problem.chunk_size * (problem.head_dim + problem.value_dim) * max(problem.itemsize, 4)
 
 
 def why_not_rows(schedule: Schedule, target: Target, sizes: Sequence[int]) -> str | None:
-    """Whether a C++ register tile of `rows` rows of so many floats is too large."""
+    """Returns why a C++ register tile of `rows` rows, each of one of these sizes in floats, is too large, or None."""
     lanes, registers = _VECTORS.get(target.arch, _OTHER_VECTORS)
     needed = schedule.number("rows") * max(vector_columns(size, lanes) for size in sizes)
     if needed > registers:
@@ -45,7 +45,7 @@ def why_not_rows(schedule: Schedule, target: Target, sizes: Sequence[int]) -> st
 
 
 def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> str | None:
-    """Whether a super-tile holds more tokens than the problem has, and more than the smallest choice."""
+    """Returns why a super-tile has too many tokens for the problem, or None; the smallest choice is always allowed."""
     tokens = max(smallest, next_power_of_2(problem.seq_len))
     if schedule.number("super_tile") > tokens:
         return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
@@ -53,7 +53,7 @@ def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> s
 
 
 def why_not_warps(schedule: Schedule, target: Target) -> str | None:
-    """Whether a Triton program has more wavefronts than an AMD GPU has registers for."""
+    """Returns why a Triton program has more wavefronts than an AMD GPU has registers for, or None."""
     for knob in ("num_warps", "chunk_warps"):
         if target.kind == "hip" and knob in schedule and schedule.number(knob) > MAX_HIP_WARPS:
             return f"{knob} = {schedule[knob]} leaves a wavefront too few registers, at most {MAX_HIP_WARPS}"
@@ -61,19 +61,19 @@ def why_not_warps(schedule: Schedule, target: Target) -> str | None:
 
 
 def why_not_shared_memory(needed: int, target: Target) -> str | None:
-    """Whether a Triton program needs more bytes of shared memory than the target has."""
+    """Returns why a Triton program that needs so many bytes of shared memory does not fit the target, or None."""
     if needed > target.shared_memory:
         return f"it needs at least {needed} bytes of shared memory, {target.name} has {target.shared_memory}"
     return None
 
 
 def tile_rows(problem: Problem, tokens: int) -> int:
-    """Rows of a Triton tile of so many tokens or list entries: each is a group of heads, padded."""
+    """Returns the rows of a Triton tile of so many tokens or list entries: each is a group of heads, padded."""
     return tokens * next_power_of_2(problem.group)
 
 
 def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: int) -> tuple[int, int]:
-    """Least and most bytes of a Triton kernel that owns so many tokens, by the buffers of its software pipeline."""
+    """Returns the least and most shared memory of a Triton kernel that owns so many tokens, by its pipeline."""
     C, D, Dv = _padded_dims(problem)
     rows = max(MIN_ROWS, tile_rows(problem, tokens))
     tile = C * (D + Dv) * problem.itemsize
@@ -86,7 +86,7 @@ def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: i
 
 
 def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int, atomics: bool) -> tuple[int, int]:
-    """Least and most bytes of a chunk-stationary Triton kernel, by the buffers of its software pipeline."""
+    """Returns the least and most shared memory of a chunk-stationary Triton kernel, by its pipeline."""
     C, D, Dv = _padded_dims(problem)
     size, backward = problem.itemsize, problem.op == "hsa_backward"
     if target.kind == "hip":
@@ -103,7 +103,7 @@ def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int
 
 
 def _buffers(problem: Problem, target: Target, rows: int, stages: int) -> int:
-    """Copies of a streamed tile that the pipeliner keeps; asynchronous matrix instructions hold one longer."""
+    """Returns how many copies of a streamed tile the pipeliner keeps; asynchronous matrix instructions add one."""
     if stages == 1:
         return 1
     asynchronous = rows >= 64 and target.arch != "sm_80" and problem.itemsize == 2

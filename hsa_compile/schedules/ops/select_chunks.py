@@ -17,11 +17,11 @@ _TRITON_STREAM = {
 }
 _TRITON_TOKEN = {"block_t": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
 
-# Of a Triton program, in elements: beyond, registers spill on every GPU.
+# A Triton program that holds more of these elements spills registers on every GPU.
 _MAX_SCORES = 64 * 128
 _MAX_KEPT = 64 * 64
 _MAX_GATHERED_ROWS = 256
-_FEW_PROGRAMS = 2  # a core, below which splitting the landmarks pays
+_FEW_PROGRAMS = 2  # with fewer programs for each core, splitting the landmarks pays
 
 
 def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -47,7 +47,7 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
 
 
 def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
-    """The largest tiles that compile without spills; where they are too few for the device, the landmarks are split."""
+    """Takes the largest tiles that compile without spills; if they are too few for the device, splits the landmarks."""
     kept, sliced = next_power_of_2(problem.top_k), problem.head_dim > 128
     wide, cuda = problem.itemsize == 4, target.kind == "cuda"
     if problem.seq_len <= 16 or kept > 32 or (problem.noise and sliced):
@@ -73,14 +73,14 @@ def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
 
 
 def _triton_backward(problem: Problem, target: Target) -> list[Schedule]:
-    """Landmark by landmark: fewer bytes than atomics move, and the same bits every time."""
+    """Goes landmark by landmark, which moves fewer bytes than atomics and gives the same bits every time."""
     kept = next_power_of_2(problem.top_k)
     block_t = max(1, min(16, 64 // kept))
     return [Schedule.of("chunk", block_t=block_t, num_warps=4, chunk_t=16, chunk_warps=4)]
 
 
 def _work(problem: Problem, schedule: Schedule) -> Work:
-    """Scores of all visible landmarks, read once a block of tokens; backward, K landmarks a token."""
+    """Counts the scores of all visible landmarks, read once a block of tokens; backward, K landmarks a token."""
     tokens = problem.batch * problem.seq_len * problem.num_kv_heads
     row = problem.head_dim * problem.itemsize
     landmarks = problem.batch * problem.num_kv_heads * problem.num_chunks

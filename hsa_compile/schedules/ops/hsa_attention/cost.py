@@ -79,7 +79,7 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     """Programs that own a chunk, or a segment of its list: the forward, or the whole backward."""
     D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
     shape = _Lists.of(problem, schedule, schedule.number("segment"), schedule.number("super_tile"))
-    width = D if backward else Dv  # of a row that is added up over a token's picks
+    width = D if backward else Dv  # the width of a row that is added up over a token's picks
     reduction = schedule["dq" if backward else "reduce"]
     part_bytes = shape.rows * width * (2 if reduction == "slots16" else 4)
     row_bytes = shape.rows * (D + Dv if backward else D) * problem.itemsize
@@ -131,8 +131,8 @@ def _second_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
 class _Lists:
     """The chunks' lists of picks, cut into segments and tiles."""
 
-    rows: float  # of all lists: a pick is a row for each head of its group
-    padded_rows: float  # of all tiles
+    rows: float  # the rows of all lists: a pick is a row for each head of its group
+    padded_rows: float  # the rows of all tiles
     segments: float  # programs, over all launches
     launches: int  # super-tiles
     live_tokens: int  # whose rows are in use at a time

@@ -9,8 +9,8 @@ from hsa_compile.schedules.ops.limits import why_not_rows, why_not_super_tile
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-_SMALLEST_SUPER_TILE = 128  # tokens
-_ROWS_A_CHUNK = 512  # rows of a chunk's list in one super-tile
+_SMALLEST_SUPER_TILE = 128  # in tokens
+_ROWS_A_CHUNK = 512  # how many rows a chunk's list should have in one super-tile
 
 _FORWARD: Knobs = {
     "super_tile": (_SMALLEST_SUPER_TILE, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),

@@ -7,8 +7,8 @@ from hsa_compile.schedules.ops.limits import MAX_GATHER_BYTES, gathered_bytes, w
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-_SMALLEST_SUPER_TILE = 512  # tokens; each tile costs the calls of several operators
-_FEW_PICKS = 16  # picks a chunk, below which chunk-stationary tiles are nearly empty
+_SMALLEST_SUPER_TILE = 512  # in tokens; each tile costs the calls of several operators
+_FEW_PICKS = 16  # with fewer picks for each chunk, chunk-stationary tiles are nearly empty
 
 _CHOICES: Choices = {
     "chunk": {
@@ -50,7 +50,7 @@ def _defaults(problem: Problem, target: Target) -> list[Schedule]:
     if problem.seq_len * problem.top_k < _FEW_PICKS * num_chunks and problem.seq_len < num_chunks:
         return token
     tile_rows = max(4096, next_power_of_2(problem.group))
-    # Enough tokens that a chunk's list fills a tile, few enough that their rows stay in cache.
+    # There are enough tokens that a chunk's list fills a tile, and few enough that their rows stay in cache.
     tokens = next_power_of_2(tile_rows // problem.group * num_chunks // problem.top_k)
     limit = next_power_of_2(problem.seq_len)
     preferences = []

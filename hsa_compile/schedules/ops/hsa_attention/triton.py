@@ -20,7 +20,7 @@ from hsa_compile.target import Target
 _MAX_ROWS = 256  # in a tile with more, the accumulators spill on every GPU
 _SMALL_CHUNK, _FULL_CHUNK = 32 * 128, 64 * 256  # elements of keys and values
 _LARGE_GROUP = 64  # heads of a group that fill a matrix instruction without other tokens
-_SLOT_BYTES = 1 << 29  # of the slots of one super-tile
+_SLOT_BYTES = 1 << 29  # the most that the slots of one super-tile may take
 _FEW_PICKS = 16  # picks a chunk below which chunk-stationary tiles are nearly empty
 
 _WARPS, _STAGES = (2, 4, 8), (1, 2, 3, 4)
