@@ -1,14 +1,17 @@
-"""Checks of single values of a config; each message shows the value and what is allowed."""
+"""Checks of single values, wherever they come from; each message shows the value and what is allowed."""
 
+from collections.abc import Collection
 from typing import Any
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import HSACompileError, InvalidArgument
 
 
-def check_count(name: str, value: object, low: int, high: int) -> None:
-    """Raises InvalidArgument unless the value is an integer from `low` to `high`, both included."""
+def check_count(
+    name: str, value: object, low: int, high: int, *, error: type[HSACompileError] = InvalidArgument
+) -> None:
+    """Raises the error unless the value is an integer from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
+        raise error(f"{name} = {value!r} must be an integer in {low} … {high}")
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
@@ -17,10 +20,12 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
         raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises InvalidArgument unless the value is one of those that are allowed."""
+def check_choice(
+    name: str, value: object, allowed: Collection[str], *, error: type[HSACompileError] = InvalidArgument
+) -> None:
+    """Raises the error unless the value is one of the allowed."""
     if value not in allowed:
-        raise InvalidArgument(f"{name} = {value!r} is not one of {', '.join(allowed)}")
+        raise error(f"{name} = {value!r} is not one of {', '.join(allowed)}")
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ chunks, `E` experts, `V` vocabulary.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hsa_compile.checks import check_choice, check_count
 from hsa_compile.errors import InvalidProblem
 
 OPS = ("hsa_forward", "hsa_backward")  # the ops behind hsa_attention
@@ -82,19 +83,21 @@ class Problem:
             object.__setattr__(self, "kv_len", self.seq_len)
         if self.value_dim == 0:
             object.__setattr__(self, "value_dim", self.head_dim)
-        _check_choice("op", self.op, ALL_OPS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("fusion", self.fusion, FUSIONS)
+        check_choice("op", self.op, ALL_OPS, error=InvalidProblem)
+        check_choice("dtype", self.dtype, DTYPES, error=InvalidProblem)
+        check_choice("fusion", self.fusion, FUSIONS, error=InvalidProblem)
         for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
-            _check_range(name, getattr(self, name), 1, 2**40)
+            check_count(name, getattr(self, name), 1, 2**40, error=InvalidProblem)
         if self.decodes:
-            _check_range("seq_len", self.seq_len, 1, MAX_DECODE_TOKENS)
+            check_count("seq_len", self.seq_len, 1, MAX_DECODE_TOKENS, error=InvalidProblem)
         most = MAX_RETRIEVAL_DIM if self.selects else MAX_HEAD_DIM
-        _check_range("head_dim", self.head_dim, 1, most)
-        _check_range("value_dim", self.value_dim, 1, most)
+        check_count("head_dim", self.head_dim, 1, most, error=InvalidProblem)
+        check_count("value_dim", self.value_dim, 1, most, error=InvalidProblem)
         if self.selects:
-            _check_range("top_k", self.top_k, 1, MAX_SELECTED)
-        _check_range("chunk_size", self.chunk_size, 2 if self.mask_last_token else 1, MAX_CHUNK_SIZE)
+            check_count("top_k", self.top_k, 1, MAX_SELECTED, error=InvalidProblem)
+        check_count(
+            "chunk_size", self.chunk_size, 2 if self.mask_last_token else 1, MAX_CHUNK_SIZE, error=InvalidProblem
+        )
         if self.num_heads % self.num_kv_heads:
             raise InvalidProblem(
                 f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -185,13 +188,3 @@ class Problem:
 def next_power_of_2(n: int) -> int:
     """Returns the smallest power of two that is at least `n` (1 for n ≤ 1)."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidProblem(f"{name} = {value!r} is not one of {', '.join(allowed)}")
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidProblem(f"{name} = {value!r} must be an integer in {low} … {high}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
 
@@ -44,8 +45,7 @@ class Target:
     has_compiler: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InvalidTarget(f"kind = {self.kind!r} is not one of {', '.join(KINDS)}")
+        check_choice("kind", self.kind, KINDS, error=InvalidTarget)
         if self.num_cores < 1:
             raise InvalidTarget(f"num_cores = {self.num_cores} must be at least 1")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hsa_compile.autotune.bench.bench import FAILURES, Bench
 from hsa_compile.autotune.cost.roofline import Resources
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
 from hsa_compile.kernels.measure import quantile
 from hsa_compile.schedules.schedule import Schedule
@@ -46,8 +47,7 @@ class Outcome:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise InvalidArgument(f"stage = {self.stage!r} is not one of {', '.join(STAGES)}")
+        check_choice("stage", self.stage, STAGES)
         if bool(self.failure) == bool(self.times_ms) or len(self.times_ms) != len(self.default_times_ms):
             raise InvalidArgument(
                 f"an outcome has a failure or pairs of times, not {self.failure!r} with {len(self.times_ms)} times "

@@ -4,10 +4,10 @@ The command line reads the names and bounds here before it loads a search, so th
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS
 
@@ -97,8 +97,8 @@ class TuneOptions:
             raise InvalidArgument(f"until_within = {self.until_within} must be a share between 0 and 1")
         if self.storage is not None:
             check_address(self.storage)
-        _check_name("distribution", self.distribution, DISTRIBUTIONS)
-        _check_name("sampler", self.sampler, SAMPLERS)
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_choice("sampler", self.sampler, SAMPLERS)
 
 
 def check_address(address: str) -> None:
@@ -117,8 +117,3 @@ def check_address(address: str) -> None:
             f"storage {address!r} is not known; allowed are postgresql://…, mysql://…, sqlite:///…, grpc://HOST:PORT "
             "and FILE.journal"
         )
-
-
-def _check_name(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InvalidArgument(f"{name} = {value!r} is not one of {', '.join(allowed)}")

@@ -18,7 +18,8 @@ from hsa_compile.autotune.search import SearchResult
 from hsa_compile.autotune.session import Session
 from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.study.storage import answering, default_storage
-from hsa_compile.errors import InvalidArgument, InvalidTarget
+from hsa_compile.checks import check_choice
+from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.resolve import set_on_miss
 from hsa_compile.log import logger
@@ -291,8 +292,7 @@ def set_autotune(mode: str) -> None:
     Raises:
         InvalidArgument: the mode is neither of these.
     """
-    if mode not in MODES:
-        raise InvalidArgument(f"autotune = {mode!r} is not one of {', '.join(MODES)}")
+    check_choice("autotune", mode, MODES)
     set_on_miss(_tune if mode == "on-miss" else None)
 
 

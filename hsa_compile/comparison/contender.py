@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_choice
 from hsa_compile.comparison.choices import BOTH, KINDS
 from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.kernels.hsa_attention.inputs import Inputs
@@ -153,11 +154,9 @@ class Contender:
     note: Callable[[Case], str] = nothing
 
     def __post_init__(self) -> None:
-        if self.computes not in CLAIMS:
-            raise InvalidArgument(f"computes = {self.computes!r} is not one of {', '.join(CLAIMS)}")
+        check_choice("computes", self.computes, CLAIMS)
         for kind in self.kinds:
-            if kind not in KINDS:
-                raise InvalidArgument(f"kind = {kind!r} is not one of {', '.join(KINDS)}")
+            check_choice("kind", kind, KINDS)
 
     def effort_of(self, case: Case) -> float:
         """Returns the effort of a case, or the FLOPs of its work where `effort` is None."""

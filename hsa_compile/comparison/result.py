@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hsa_compile.checks import check_choice
 from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import CLAIMS
 from hsa_compile.comparison.peaks import Peaks
@@ -43,10 +44,8 @@ class Result:
     gb_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise InvalidArgument(f"status = {self.status!r} is not one of {', '.join(STATUSES)}")
-        if self.computes not in CLAIMS:
-            raise InvalidArgument(f"computes = {self.computes!r} is not one of {', '.join(CLAIMS)}")
+        check_choice("status", self.status, STATUSES)
+        check_choice("computes", self.computes, CLAIMS)
         if (self.status == TIMED) != (self.measurement is not None):
             raise InvalidArgument(f"a result that is {self.status} has the measurement {self.measurement}")
 

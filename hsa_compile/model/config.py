@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
 
@@ -153,8 +154,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise InvalidArgument(f"variant = {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        check_choice("variant", self.variant, VARIANTS)
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

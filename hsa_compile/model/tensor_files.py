@@ -19,7 +19,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     def write(temporary: Path) -> None:
         try:
             save_file(whole, temporary, metadata=metadata)
-        except SafetensorError as error:  # of a full disk, among others
+        except SafetensorError as error:  # the disk is full, for example
             raise OSError(str(error)) from error
 
     replace_file(path, write)

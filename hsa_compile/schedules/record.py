@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
@@ -88,8 +89,7 @@ class TuningRecord:
     complete: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InvalidArgument(f"kind = {self.kind!r} is not one of {', '.join(KINDS)}")
+        check_choice("kind", self.kind, KINDS)
         if (self.measurement.repeats == 0) != (self.kind == PREDICTED):
             raise InvalidArgument(f"a {self.kind} record has a time from {self.measurement.repeats} repeats")
         if self.kernel_source is None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.checks import check_choice
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 
 LOCAL_OVERLAP = 0.8  # in `local`, the share of its picks that a token takes over from its block
@@ -84,8 +84,7 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
 
 def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
     """Draws causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last T of S positions."""
-    if distribution not in DISTRIBUTIONS:
-        raise InvalidArgument(f"distribution = {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
     position = torch.arange(T) + max(0, problem.kv_len - T)
     visible = (position // problem.chunk_size).clamp(max=problem.num_chunks).view(1, T, 1, 1)

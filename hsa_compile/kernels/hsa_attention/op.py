@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM
@@ -176,8 +177,7 @@ def _check(
         if x.dtype != dtype or dtype not in torch_ops.DTYPE_NAMES:
             raise InvalidArgument(f"{name} has dtype {x.dtype}; q, k and v must share one of {', '.join(DTYPES)}")
     least = 2 if mask_last_token else 1
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or not least <= chunk_size <= MAX_CHUNK_SIZE:
-        raise InvalidArgument(f"chunk_size = {chunk_size!r} must be an integer in {least} … {MAX_CHUNK_SIZE}")
+    check_count("chunk_size", chunk_size, least, MAX_CHUNK_SIZE)
     k_shape, v_shape, indices_shape, weights_shape = k.shape, v.shape, indices.shape, weights.shape
     B, T, HQ, D = q.shape
     S, H, Dv, K = k_shape[1], k_shape[2], v_shape[3], indices_shape[3]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
 from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES
@@ -118,5 +119,4 @@ def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             ending = ", or None for no noise" if name == "noise_seed" else ""
             raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}{ending}")
-    if fusion not in FUSIONS:
-        raise InvalidArgument(f"fusion = {fusion!r} is not one of {', '.join(FUSIONS)}")
+    check_choice("fusion", fusion, FUSIONS)

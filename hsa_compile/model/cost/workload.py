@@ -1,5 +1,6 @@
 """What a model will ask of the schedule cache, so that exactly that can be tuned beforehand."""
 
+from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.problem import DTYPES, Problem, next_power_of_2
@@ -37,8 +38,7 @@ def problems(
     for name, value in (("batch", batch), ("seq_len", seq_len)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(f"{name} = {value!r} must be an integer of at least 1")
-    if dtype not in DTYPES:
-        raise InvalidArgument(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     if not config.has_memory:
         return []
     positions = seq_len + (seq_len // (config.chunk_size - 1) if config.has_landmark_tokens else 0)

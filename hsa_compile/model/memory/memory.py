@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_choice, check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import PLACEMENTS
 from hsa_compile.model.memory.attend import AttendOptions, attend
@@ -55,8 +56,7 @@ class ChunkMemory:
         placement: str = "device",
         directory: Path | str | None = None,
     ) -> None:
-        if placement not in PLACEMENTS:
-            raise InvalidArgument(f"placement = {placement!r} is not one of {', '.join(PLACEMENTS)}")
+        check_choice("placement", placement, PLACEMENTS)
         if placement == "disk" and directory is None:
             raise InvalidArgument("directory = None; placement 'disk' needs one for its file")
         self.shape = MemoryShape(
@@ -218,10 +218,8 @@ class ChunkMemory:
         positions = [int(position) for position in positions]
         if len(positions) != self.shape.batch or not all(0 <= position < 2**40 for position in positions):
             raise InvalidArgument(f"positions = {positions} must be {self.shape.batch} integers in 0 … 2⁴⁰ − 1")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_SELECTED:
-            raise InvalidArgument(f"top_k = {top_k!r} must be an integer in 1 … {MAX_SELECTED}")
-        if fusion not in FUSIONS:
-            raise InvalidArgument(f"fusion = {fusion!r} is not one of {', '.join(FUSIONS)}")
+        check_count("top_k", top_k, 1, MAX_SELECTED)
+        check_choice("fusion", fusion, FUSIONS)
         return self.landmarks.select(
             query.to(self.shape.landmark_dtype),
             positions,
