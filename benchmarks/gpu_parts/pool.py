@@ -1,0 +1,130 @@
+"""Processes that compile and check on all cores at once; one that dies or hangs is replaced, its case has failed."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from hsa_compile.autotune.worker_process import WorkerProcess
+from hsa_compile.errors import HSACompileError, TimedOut
+
+START_S = 90.0  # that a process may take to load PyTorch and to open the device, many of them at once
+
+Outcome = dict[str, Any]
+
+
+class Worker:
+    """One process with a bench of its own, started when it is first needed and again after it died.
+
+    Args:
+        factory: `module:class` of the bench.
+        arguments: of the factory.
+    """
+
+    def __init__(self, factory: str, arguments: tuple[Any, ...]) -> None:
+        self._factory, self._arguments = factory, arguments
+        self._process: WorkerProcess | None = None
+
+    def call(self, verb: str, *arguments: Any, timeout_s: float) -> Any:
+        """What the bench returns.
+
+        Raises:
+            HSACompileError: what the bench raised, or what its process died of.
+        """
+        if self._process is None or not self._process.alive:
+            self._process = WorkerProcess(self._factory, self._arguments)
+            self._process.call("hello", timeout_s=START_S)
+        return self._process.call(verb, *arguments, timeout_s=timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether what it has loaded is still there."""
+        return self._process is not None and self._process.alive
+
+    def close(self) -> None:
+        """Kills the process."""
+        if self._process is not None:
+            self._process.close()
+
+
+class Pool:
+    """Several workers, each of which takes the next case when it has finished one.
+
+    Args:
+        factory, arguments: as for `Worker`.
+        size: how many; all cores but one if None.
+    """
+
+    def __init__(self, factory: str, arguments: tuple[Any, ...], size: int | None = None) -> None:
+        self.size = size or max(1, num_cores() - 1)
+        self._workers = [Worker(factory, arguments) for _ in range(self.size)]
+        # The threads live as long as the pool: Linux ends a worker with the thread that started it.
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="pool")
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True)
+        for worker in self._workers:
+            worker.close()
+
+    def map(
+        self,
+        verb: str,
+        cases: Iterable[tuple[Any, ...]],
+        *,
+        limit_s: float,
+        deadline: float,
+        on_outcome: Callable[[tuple[Any, ...], Outcome], None],
+    ) -> None:
+        """Calls a verb for each case until there are no more, or it is too late to begin another.
+
+        Args:
+            cases: arguments of each call.
+            limit_s: for each case; less where the deadline is near.
+            deadline: by `time.monotonic()`; a case that is still running 5 s later is killed.
+            on_outcome: is told of each case `{"status": "ok", "seconds": …, "result": …}`, or the name of the error
+                as its status and `error`, its message. It is never called twice at once.
+        """
+        source: Iterator[tuple[Any, ...]] = iter(cases)
+        lock = threading.Lock()
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._workers:
+            idle.put(worker)
+
+        def work() -> None:
+            worker = idle.get()
+            while time.monotonic() < deadline:
+                with lock:
+                    case = next(source, None)
+                if case is None:
+                    return
+                left = max(1.0, deadline + 5 - time.monotonic())
+                outcome = outcome_of(worker, verb, case, min(limit_s, left))
+                if outcome["status"] == TimedOut.__name__ and left < limit_s:
+                    return  # the time was over, which says nothing of the case
+                with lock:
+                    on_outcome(case, outcome)
+
+        for future in [self._threads.submit(work) for _ in range(self.size)]:
+            future.result()
+
+
+def outcome_of(worker: Worker, verb: str, case: tuple[Any, ...], limit_s: float) -> Outcome:
+    """What became of one call: the status `ok`, or the name of the error."""
+    start = time.monotonic()
+    try:
+        result = worker.call(verb, *case, timeout_s=limit_s)
+    except HSACompileError as error:
+        seconds = round(time.monotonic() - start, 3)
+        return {"status": type(error).__name__, "seconds": seconds, "error": str(error)[:500]}
+    return {"status": "ok", "seconds": round(time.monotonic() - start, 3), "result": result}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
