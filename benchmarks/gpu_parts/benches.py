@@ -115,8 +115,8 @@ class Timer:
         else:
             inputs = make_inputs(problem, self.device)
             for name in DISTRIBUTIONS:
-                picks = pick_chunks(problem, name, torch.Generator().manual_seed(1))
-                self._inputs[name] = inputs.with_indices(picks.to(self.device))
+                picks = pick_chunks(problem, name, torch.Generator(self.device).manual_seed(1))
+                self._inputs[name] = inputs.with_indices(picks)
         self._problem = problem
 
     def time(self, schedule: Schedule, best_ms: float) -> dict[str, float | bool]:

@@ -33,21 +33,21 @@ def commands(device: str, folder: str) -> list[Command]:
     gpu = device != "cpu"
     steps = "20" if gpu else "2"
     shape = () if gpu else ("--seq-len", "512")
-    tune = ("tune", "--device", device, "--op", "forward", "--trials", "5", "--timeout", "20", *shape)
+    tune = ("tune", "--device", device, "--op", "forward", "--trials", "5", "--timeout", "20" if gpu else "5", *shape)
     found = [
         Command("doctor", ("doctor",), 0.5),
-        Command("tune", tune, 1.5),
-        Command("train tiny", ("train", "--preset", "tiny", "--steps", steps, "--out", f"{folder}/tiny"), 2),
-        Command(
-            "eval",
-            ("eval", "--model", "tiny", "--lengths", "4k" if gpu else "1k", "--depths", "0.5", "--samples", "2",
-             "--device", device, "--out", f"{folder}/evaluation"),
-        ),
         Command(
             "generate",
             ("generate", "--model", "tiny", "--prompt", "The grass is green. abc=1234. The sky is blue. ?abc=",
              "--max-new-tokens", "16", "--device", device),
         ),
+        Command(
+            "eval",
+            ("eval", "--model", "tiny", "--lengths", "4k" if gpu else "1k", "--depths", "0.5", "--samples", "2",
+             "--device", device, "--out", f"{folder}/evaluation"),
+        ),
+        Command("tune", tune, 1.5),
+        Command("train tiny", ("train", "--preset", "tiny", "--steps", steps, "--out", f"{folder}/tiny"), 2),
     ]  # fmt: skip
     if gpu:  # on a CPU it takes minutes
         train = ("train", "--preset", "small", "--steps", steps, "--out", f"{folder}/small")

@@ -1,6 +1,7 @@
 """One point of the search: a schedule made into a checked, warm, callable kernel."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
+
+
+# What a GPU's driver says where a compiled kernel cannot be loaded or launched; Triton's loader has no type for it.
+_NO_ROOM = re.compile(r"Triton Error \[\w+\]: .*(out of memory|too many resources requested)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,10 @@ def _launch_errors(template: str) -> Iterator[None]:
         raise OutOfResources(str(error)) from error
     except no_code as error:
         raise CompileError(str(error)) from error
+    except RuntimeError as error:
+        if not _NO_ROOM.match(str(error)):
+            raise
+        raise OutOfResources(str(error)) from error
 
 
 def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
