@@ -20,7 +20,6 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-
 # What a GPU's driver says where a compiled kernel cannot be loaded or launched; Triton's loader has no type for it.
 _NO_ROOM = re.compile(r"Triton Error \[\w+\]: .*(out of memory|too many resources requested)")
 
