@@ -234,9 +234,9 @@ def main() -> None:
     if given.out is not None:
         given.out = given.out.resolve()
         given.out.mkdir(parents=True, exist_ok=True)
-        # Not in the folder of the results, which is to be carried away: kernels are many small files.
-        folder = hashlib.sha256(str(given.out).encode()).hexdigest()[:12]
-        os.environ.setdefault(CACHE_VARIABLE, str(Path(tempfile.gettempdir()) / f"hsa-compile-gpu-{folder}"))
+    # Neither the user's cache, nor in the folder of the results, which is to be carried away: kernels are many files.
+    folder = hashlib.sha256(str(given.out).encode()).hexdigest()[:12]
+    os.environ[CACHE_VARIABLE] = str(Path(tempfile.gettempdir()) / f"hsa-compile-gpu-{folder}")
     if given.repeat or given.part or given.heat:
         run_here(given)
         return

@@ -4,7 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,9 @@ TIME_LIMIT_S = 30.0  # for timing one
 LOAD_LIMIT_S = 120.0  # for making the inputs
 INPUTS = "random and local"
 
-_COMPILE_SHARE = 0.5  # of the time of a problem; the rest is for timing
+_COMPILE_SHARE = 0.5  # of the time of a round; the rest is for timing
+_FIRST_ROUND = 0.6  # of the time of a problem; the rest is for the neighbours of the best
+_PARENTS = 2  # whose neighbours are tried
 _PLAY_OFF_S = 4.0  # that is kept for the best few
 _FINALISTS, _ROUNDS = 3, 11
 _ENOUGH_FASTER = 0.98  # of the default's time: what is closer may be noise
@@ -113,6 +115,18 @@ def candidates(problem: Problem, target: Target, heirs: list[Schedule], seed: in
     others = [schedule for schedule in space.schedules() if schedule not in known]
     random.Random(seed).shuffle(others)
     yield from others
+
+
+def neighbours(problem: Problem, target: Target, best: list[Schedule]) -> Iterator[Schedule]:
+    """The schedules that differ from one of the best in one knob by one step."""
+    space = SearchSpace.of(problem, target)
+    for schedule in best:
+        for name, choices in space.choices[schedule.dataflow].items():
+            place = choices.index(schedule[name])
+            for value in (*choices[max(0, place - 1) : place], *choices[place + 1 : place + 2]):
+                near = Schedule.from_dict({**schedule, name: value})
+                if space.is_valid(near):
+                    yield near
 
 
 def run(out: Path, target: Target, device: str, seconds: float) -> None:
@@ -205,15 +219,16 @@ class Tuned:
         self.failures: Counter[str] = Counter()
         self.compile_s: dict[Schedule, float] = {}
         self.times: dict[Schedule, float] = {}
-        self._tried = 0
+        self._seen: set[Schedule] = set()
 
     def record(self, deadline: float, heirs: list[Schedule]) -> TuningRecord | None:
         """The winner; None where the default itself could not be timed."""
         start = time.monotonic()
+        end = deadline - _PLAY_OFF_S
         loading = self.loader.submit(outcome_of, self.timer, "load", (self.problem,), LOAD_LIMIT_S)
-        self._compile(start + _COMPILE_SHARE * (deadline - start), heirs)
-        loading.result()  # if it failed, the next attempt says why
-        self._time(deadline - _PLAY_OFF_S)
+        self._round(candidates(self.problem, self.target, heirs), start + _FIRST_ROUND * (end - start), loading)
+        best = sorted(self.times, key=lambda each: self.times[each])[:_PARENTS]
+        self._round(neighbours(self.problem, self.target, best), end)
         default = SearchSpace.of(self.problem, self.target).default()
         if default not in self.times:
             self._line("no winner", default, {"error": "the default schedule was not timed"})
@@ -226,51 +241,59 @@ class Tuned:
         row = {"kind": kind, "problem": problem.describe(), **about, "schedule": str(schedule), **more}
         self.lines.append(row)
 
-    def _compile(self, deadline: float, heirs: list[Schedule]) -> None:
-        """Checks and compiles as many as the time allows, on all cores; nothing is timed meanwhile."""
+    def _round(self, listed: Iterator[Schedule], deadline: float, loading: "Future[Outcome] | None" = None) -> None:
+        """Checks and compiles what is listed on all cores, then, while they rest, times it."""
+        start, before = time.monotonic(), list(self.compile_s)
+        self._compile(listed, start + _COMPILE_SHARE * (deadline - start))
+        if loading is not None:
+            loading.result()  # if it failed, the next attempt says why
+        new = [schedule for schedule in self.compile_s if schedule not in before]
+        self._time([*new, *before], deadline)
 
+    def _compile(self, listed: Iterator[Schedule], deadline: float) -> None:
         def on_outcome(arguments: tuple[Problem, Schedule], outcome: Outcome) -> None:
             schedule = arguments[1]
-            self._tried += 1
             if outcome["status"] == "ok":
                 self.compile_s[schedule] = outcome["seconds"]
             else:
                 self._failed(schedule, outcome)
 
-        listed = ((self.problem, schedule) for schedule in candidates(self.problem, self.target, heirs))
-        self.pool.map("prepare", listed, limit_s=LIMIT_S, deadline=deadline, on_outcome=on_outcome)
+        def unseen() -> Iterator[tuple[Problem, Schedule]]:
+            for schedule in listed:
+                if schedule not in self._seen:
+                    self._seen.add(schedule)
+                    yield self.problem, schedule
+
+        self.pool.map("prepare", unseen(), limit_s=LIMIT_S, deadline=deadline, on_outcome=on_outcome)
 
     def _failed(self, schedule: Schedule, outcome: Outcome) -> None:
         self.failures[outcome["status"]] += 1
         self._line("failed", schedule, outcome)
 
-    def _time(self, deadline: float) -> None:
-        """Times what was compiled, in the order of the list, the default first."""
-        order = {schedule: place for place, schedule in enumerate(self._order())}
-        for schedule in sorted(self.compile_s, key=lambda each: order[each]):
+    def _time(self, compiled: list[Schedule], deadline: float) -> None:
+        """Times what has no time yet, the default before all, until it is late."""
+        default = SearchSpace.of(self.problem, self.target).default()
+        left = [schedule for schedule in compiled if schedule not in self.times]
+        for schedule in sorted(left, key=lambda each: each != default):
             if self.times and time.monotonic() > deadline:
-                self._tried -= 1  # compiled, but never timed: no trial
-                continue
+                return
             if not self._load():
                 return
             best = min(self.times.values(), default=float("inf"))
             outcome = outcome_of(self.timer, "time", (schedule, best), TIME_LIMIT_S)
             if outcome["status"] != "ok":
+                del self.compile_s[schedule]
                 self._failed(schedule, outcome)
                 continue
             found = outcome["result"]
             self.times[schedule] = found["ms"]
             self._line("timed", schedule, {**found, "compile_s": self.compile_s[schedule]})
 
-    def _order(self) -> list[Schedule]:
-        default = SearchSpace.of(self.problem, self.target).default()
-        return list(dict.fromkeys([default, *self.compile_s]))
-
     def _load(self) -> bool:
         """Has the timer hold the inputs of this problem, again if it had to be replaced."""
         outcome = outcome_of(self.timer, "load", (self.problem,), LOAD_LIMIT_S)
         if outcome["status"] != "ok":
-            self._line("not loaded", self._order()[0], outcome)
+            self._line("not loaded", SearchSpace.of(self.problem, self.target).default(), outcome)
         return outcome["status"] == "ok"
 
     def _decide(self, default: Schedule) -> TuningRecord:
@@ -312,7 +335,7 @@ class Tuned:
             schedule=winner,
             measurement=measured,
             default_measurement=default,
-            trials=self._tried,
+            trials=len(self.times) + self.failures.total(),
             failures=dict(self.failures),
             inputs=INPUTS,
             fingerprint=emit(self.problem, winner, self.target).fingerprint,
