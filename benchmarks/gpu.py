@@ -13,6 +13,7 @@ Four parts, the most useful first, each in a process of its own with a share of 
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]  # a checkout need not be
 from gpu_parts.lines import Lines  # noqa: E402
 
 GRACE_S = 20.0  # after its share of the time, before a part is killed
+_PR_SET_PDEATHSIG = 1
 CACHE_VARIABLE = "HSA_COMPILE_CACHE_DIR"
 
 
@@ -75,7 +77,7 @@ def run(parts: list[tuple[Part, float]], command: list[str], out: Path) -> None:
         last_call = min(seconds + GRACE_S, left + 5)
         print(f"== {part.name}: {seconds / 60:.1f} minutes", flush=True)
         start = time.monotonic()
-        code = run_part([*command, "--part", part.name, "--seconds", f"{seconds:.1f}"], last_call)
+        code = run_part([*command, "--part", part.name, "--until", f"{time.time() + seconds:.1f}"], last_call)
         ended = {"part": part.name, "exit": code, "seconds": round(time.monotonic() - start, 1)}
         write_summary(out, ended)
 
@@ -105,7 +107,9 @@ def write_summary(out: Path, ended: dict[str, Any]) -> None:
         "failed": [row for row in rows["correctness"] if row["failed"]],
     }
     merged["tune"] = [row for row in rows["tune"] if row["kind"] in ("winner", "final")]
-    merged["race"] = [row for row in rows["race"] if row["kind"] == "result"]
+    results = [row for row in rows["race"] if row["kind"] == "result"]
+    # Of what was run twice, the last.
+    merged["race"] = list({(row["heat"], row["kind_of_case"], row["contender"]): row for row in results}.values())
     merged["smoke"] = rows["smoke"]
     text = json.dumps(merged, indent=1, ensure_ascii=False)
     (out / f"gpu_{about['slug']}.json").write_text(text + "\n", encoding="utf-8")
@@ -158,6 +162,9 @@ def now() -> str:
 
 def run_here(given: argparse.Namespace) -> None:
     """One part, heat or case, in this process: what the others are started for."""
+    if sys.platform == "linux":  # else a part would go on after whoever started it was killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
     import torch
 
     from hsa_compile.target import Target
@@ -173,28 +180,29 @@ def run_here(given: argparse.Namespace) -> None:
     if given.heat:
         from gpu_parts.race import run_heat
 
-        run_heat(given.heat, given.out, target, device, given.seconds, given.contender)
+        run_heat(given.heat, given.out, target, device, given.until - time.time(), given.contender)
         return
     from hsa_compile.versions import installed_versions
 
     about = {"slug": target.slug, "device": f"{target.name} ({target.arch}, {target.num_cores} cores)"}
     Lines(given.out / "run.jsonl").append({"kind": "device", **about, "versions": installed_versions()})
+    seconds = given.until - time.time()
     if given.part == "correctness":
         from gpu_parts.correctness import run as run_correctness
 
-        run_correctness(given.out, target, device, given.seconds)
+        run_correctness(given.out, target, device, seconds)
     elif given.part == "tune":
         from gpu_parts.tuning import run as run_tuning
 
-        run_tuning(given.out, target, device, given.seconds)
+        run_tuning(given.out, target, device, seconds)
     elif given.part == "race":
         from gpu_parts.race import run as run_race
 
-        run_race(given.out, target, device, given.seconds, given.contender)
+        run_race(given.out, target, device, seconds, given.contender)
     else:
         from gpu_parts.smoke import run as run_smoke
 
-        run_smoke(given.out, device, given.seconds)
+        run_smoke(given.out, device, seconds)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -211,7 +219,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeat", metavar="CASE", help="check one case again, as a failure printed it")
     for name in ("--part", "--heat"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by time.time()
     given = parser.parse_args(words)
     given.parts = given.parts.split(",")
     if unknown := [name for name in given.parts if name not in names]:
@@ -238,7 +246,13 @@ def main() -> None:
     folder = hashlib.sha256(str(given.out).encode()).hexdigest()[:12]
     os.environ[CACHE_VARIABLE] = str(Path(tempfile.gettempdir()) / f"hsa-compile-gpu-{folder}")
     if given.repeat or given.part or given.heat:
-        run_here(given)
+        from hsa_compile.errors import HSACompileError, InvalidArgument
+
+        try:
+            run_here(given)
+        except HSACompileError as error:
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, InvalidArgument) else 1)
         return
     command = [sys.executable, str(Path(__file__).resolve()), "--device", given.device, "--out", str(given.out)]
     for contender in given.contender:

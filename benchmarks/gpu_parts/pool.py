@@ -1,10 +1,13 @@
 """Processes that compile and check on all cores at once; one that dies or hangs is replaced, its case has failed."""
 
+import contextlib
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,6 +15,9 @@ from hsa_compile.autotune.worker_process import WorkerProcess
 from hsa_compile.errors import HSACompileError, TimedOut
 
 START_S = 90.0  # that a process may take to load PyTorch and to open the device, many of them at once
+
+_MOST_WORKERS = 16  # each takes half a gigabyte of a GPU's memory before it does anything
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 Outcome = dict[str, Any]
 
@@ -34,15 +40,18 @@ class Worker:
         Raises:
             HSACompileError: what the bench raised, or what its process died of.
         """
+        return self.start().call(verb, *arguments, timeout_s=timeout_s)
+
+    def start(self) -> WorkerProcess:
+        """The process, with the device open.
+
+        Raises:
+            HSACompileError: it does not start.
+        """
         if self._process is None or not self._process.alive:
             self._process = WorkerProcess(self._factory, self._arguments)
             self._process.call("hello", timeout_s=START_S)
-        return self._process.call(verb, *arguments, timeout_s=timeout_s)
-
-    @property
-    def alive(self) -> bool:
-        """Whether what it has loaded is still there."""
-        return self._process is not None and self._process.alive
+        return self._process
 
     def close(self) -> None:
         """Kills the process."""
@@ -59,7 +68,7 @@ class Pool:
     """
 
     def __init__(self, factory: str, arguments: tuple[Any, ...], size: int | None = None) -> None:
-        self.size = size or max(1, num_cores() - 1)
+        self.size = size or max(1, min(_MOST_WORKERS, num_cores() - 1))
         self._workers = [Worker(factory, arguments) for _ in range(self.size)]
         # The threads live as long as the pool: Linux ends a worker with the thread that started it.
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="pool")
@@ -71,6 +80,12 @@ class Pool:
         self._threads.shutdown(wait=True)
         for worker in self._workers:
             worker.close()
+
+    def start(self) -> None:
+        """Starts all workers; what one of them dies of, its first case will tell."""
+        for future in [self._threads.submit(worker.start) for worker in self._workers]:
+            with contextlib.suppress(HSACompileError):
+                future.result()
 
     def map(
         self,
@@ -86,19 +101,20 @@ class Pool:
         Args:
             cases: arguments of each call.
             limit_s: for each case; less where the deadline is near.
-            deadline: by `time.monotonic()`; a case that is still running 5 s later is killed.
+            deadline: by `time.monotonic()`; no case begins that is likely to end later, and one that is still running
+                5 s later is killed.
             on_outcome: is told of each case `{"status": "ok", "seconds": …, "result": …}`, or the name of the error
                 as its status and `error`, its message. It is never called twice at once.
         """
         source: Iterator[tuple[Any, ...]] = iter(cases)
-        lock = threading.Lock()
+        lock, durations = threading.Lock(), list[float]()
         idle: SimpleQueue[Worker] = SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
 
         def work() -> None:
             worker = idle.get()
-            while time.monotonic() < deadline:
+            while time.monotonic() + (statistics.median(durations) if durations else 0.0) < deadline:
                 with lock:
                     case = next(source, None)
                 if case is None:
@@ -108,6 +124,7 @@ class Pool:
                 if outcome["status"] == TimedOut.__name__ and left < limit_s:
                     return  # the time was over, which says nothing of the case
                 with lock:
+                    durations.append(outcome["seconds"])
                     on_outcome(case, outcome)
 
         for future in [self._threads.submit(work) for _ in range(self.size)]:
@@ -126,5 +143,9 @@ def outcome_of(worker: Worker, verb: str, case: tuple[Any, ...], limit_s: float)
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; in a container often fewer than the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # there is no quota, or it is "max"
+        quota, period = map(int, _CPU_QUOTA.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

@@ -33,7 +33,6 @@ LEFT_ASIDE = ("SDPA math", "SDPA efficient")  # slower than the other two wherev
 
 _GRACE_S = 30.0  # beyond the share of a heat, before it is killed
 _LEAST_S = {"cuda": 20.0, "cpu": 8.0}  # that a heat of weight 1 needs to start, to check and to time anything
-_START_S = 6.0  # of a process that loads PyTorch
 _FLEX_S = 8.0  # left over, without which FlexAttention is not begun with: it compiles for as long
 _CACHE_VARIABLE = "HSA_COMPILE_CACHE_DIR"
 
@@ -90,8 +89,9 @@ def run(out: Path, target: Target, device: str, seconds: float, files: Sequence[
     """Runs one heat after the other, each in a process of its own, until the time is up."""
     deadline = time.monotonic() + seconds
     lines = Lines(out / "race.jsonl")
-    done = {row["heat"] for row in lines.read() if row["kind"] == "heat" and row["files"] == list(files)}
-    left = [heat for heat in heats(target) if heat.name not in done]
+    ended = {row["heat"]: row["exit"] for row in lines.read() if row["kind"] == "heat" and row["files"] == list(files)}
+    left = [heat for heat in heats(target) if ended.get(heat.name) != 0]
+    left.sort(key=lambda heat: heat.name in ended)  # what failed once comes last
     while left:
         remaining = deadline - time.monotonic()
         share = remaining * left[0].weight / sum(heat.weight for heat in left)
@@ -109,7 +109,7 @@ def _in_a_process(
 ) -> dict[str, Any]:
     """How a heat ended."""
     command = [sys.executable, str(Path(__file__).parents[1] / "gpu.py"), "--out", str(out), "--device", device]
-    command += ["--heat", json.dumps(asdict(heat)), "--seconds", f"{seconds:.1f}"]
+    command += ["--heat", json.dumps(asdict(heat)), "--until", f"{time.time() + seconds:.1f}"]
     for file in files:
         command += ["--contender", file]
     start = time.monotonic()
@@ -126,7 +126,7 @@ def _in_a_process(
 
 def run_heat(text: str, out: Path, target: Target, device: str, seconds: float, files: Sequence[str]) -> None:
     """Times all contenders on one shape, in this process; a line for each."""
-    deadline = time.monotonic() + seconds - _START_S
+    deadline = time.monotonic() + seconds
     heat = Heat(**json.loads(text))
     problem, place = problem_of(heat, target), torch.device(device)
     lines = Lines(out / "race.jsonl")
