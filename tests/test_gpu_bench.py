@@ -168,6 +168,7 @@ def test_a_pool_replaces_a_worker_that_dies_and_reports_its_case(
     monkeypatch.syspath_prepend(tmp_path)
     outcomes = {}
     with pool.Pool("dividing:Bench", (), size=1) as workers:
+        workers.start()
         workers.map(
             "divide",
             [(0,), (1,), (2,)],

@@ -95,7 +95,7 @@ def run(out: Path, target: Target, device: str, seconds: float, files: Sequence[
     while left:
         remaining = deadline - time.monotonic()
         share = remaining * left[0].weight / sum(heat.weight for heat in left)
-        allowed = max(share, _LEAST_S["cpu" if target.kind == "cpu" else "cuda"] * left[0].weight)
+        allowed = max(share, _LEAST_S[device.split(":")[0]] * left[0].weight)
         if allowed > remaining:
             break
         heat = left.pop(0)

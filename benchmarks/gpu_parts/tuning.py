@@ -149,9 +149,7 @@ def run(out: Path, target: Target, device: str, seconds: float) -> None:
                 now = time.monotonic()
                 share = left[0].weight / sum(entry.weight for entry in left)
                 # With less a problem finds nothing: the first ones get all there is, and the last ones nothing.
-                slot = max(
-                    (deadline - now) * share, _LEAST_S["cpu" if target.kind == "cpu" else "cuda"] * left[0].weight
-                )
+                slot = max((deadline - now) * share, _LEAST_S[device.split(":")[0]] * left[0].weight)
                 if now + slot > deadline + 1:
                     break
                 problem = left.pop(0).problem
