@@ -152,10 +152,10 @@ def test_a_wrong_kernel_gets_a_line_that_repeats_it(
         (row,) = lines.Lines(tmp_path / "correctness.jsonl").read()
         assert (row["failed"], row["status"], row["error"]) == (True, "WrongResult", "o is off by 1.0e+00")
         words = shlex.split(row["repeat"])
-        assert words[:3] == ["python", "benchmarks/gpu.py", "--repeat"]
+        assert words[:5] == ["python", "benchmarks/gpu.py", "--device", "cpu", "--repeat"]
         assert row["repeat"] in capsys.readouterr().out
         with pytest.raises(WrongResult, match="off by"):
-            correctness.repeat(words[3], CPU, "cpu")
+            correctness.repeat(words[5], CPU, "cpu")
     assert correctness.repeat(gpu.parse(words[2:]).repeat, CPU, "cpu") == {"status": "ok"}
 
 
@@ -263,7 +263,7 @@ def test_a_command_that_lacks_a_package_is_skipped_with_the_reason(tmp_path: Pat
 def test_the_summary_shows_what_was_found(tmp_path: Path) -> None:
     case = {"problem": {}, "schedule": "token", "seed": 0}
     lines.Lines(tmp_path / "run.jsonl").append({"kind": "device", "slug": "h100", "device": "H100", "versions": {}})
-    failed = correctness.row_of(case, {"status": "WrongResult", "seconds": 1.0, "error": "o is off"})
+    failed = correctness.row_of(case, {"status": "WrongResult", "seconds": 1.0, "error": "o is off"}, "cuda:0")
     lines.Lines(tmp_path / "correctness.jsonl").append(failed)
     measurement = {"median_ms": 10.79, "p20_ms": 10.0, "p80_ms": 11.0, "repeats": 15}
     result = {"kind": "result", "heat": "T65536 G16 random", "kind_of_case": "forward", "contender": "hsa-compile"}
@@ -272,7 +272,7 @@ def test_the_summary_shows_what_was_found(tmp_path: Path) -> None:
     gpu.write_summary(tmp_path, {"part": "race", "exit": 0, "seconds": 9.5})
     text = (tmp_path / "summary.md").read_text()
     assert "| T65536 G16 random | forward | hsa-compile | 10.790 | 1.00 | 101 |  |" in text
-    assert correctness.repeat_command(case) in text
+    assert failed["repeat"] in text
     merged = json.loads((tmp_path / "gpu_h100.json").read_text())
     assert merged["correctness"]["statuses"] == {"WrongResult": 1}
     assert merged["race"][0]["measurement"] == measurement

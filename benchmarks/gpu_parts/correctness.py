@@ -235,9 +235,10 @@ def run(out: Path, target: Target, device: str, seconds: float) -> None:
 
     def on_outcome(arguments: tuple[Case], outcome: Outcome) -> None:
         (case,) = arguments
-        lines.append(row_of(case, outcome))
-        if outcome["status"] not in NOT_WRONG:
-            print(f"FAILED {outcome['status']}: {outcome['error']}\n  {repeat_command(case)}", flush=True)
+        row = row_of(case, outcome, device)
+        lines.append(row)
+        if row["failed"]:
+            print(f"FAILED {outcome['status']}: {outcome['error']}\n  {row['repeat']}", flush=True)
 
     left = ((case,) for case in cases(target) if json.dumps(case, sort_keys=True) not in done)
     with Pool("gpu_parts.correctness:Checker", (target, device)) as pool:
@@ -246,16 +247,12 @@ def run(out: Path, target: Target, device: str, seconds: float) -> None:
     print(f"correctness: {len(rows)} cases, {sum(row['failed'] for row in rows)} failed", flush=True)
 
 
-def row_of(case: Case, outcome: Outcome) -> dict[str, Any]:
+def row_of(case: Case, outcome: Outcome, device: str) -> dict[str, Any]:
     """A line of the file: the case, what became of it, and how to repeat one that failed."""
     failed = outcome["status"] not in NOT_WRONG
     row = {"case": case, "failed": failed, **{name: outcome.get(name) for name in ("status", "seconds", "error")}}
-    return {**row, "repeat": repeat_command(case)} if failed else row
-
-
-def repeat_command(case: Case) -> str:
-    """What to type to see a failure again."""
-    return f"python benchmarks/gpu.py --repeat '{json.dumps(case)}'"
+    command = f"python benchmarks/gpu.py --device {device.split(':')[0]} --repeat '{json.dumps(case)}'"
+    return {**row, "repeat": command} if failed else row
 
 
 def repeat(text: str, target: Target, device: str) -> Outcome:
