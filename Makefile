@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 TUNE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEVICE ?= cuda
+MINUTES ?= 12
+OUT ?= gpu_results
+GPU_ARGS ?=
 
-.PHONY: help install tune test test-fast test-all lint bench docs clean
+.PHONY: help install tune test test-fast test-all lint bench gpu docs clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -49,6 +53,9 @@ bench: install  ## the benchmarks with their ratios, and this commit against the
 	$(BIN)/python -m pytest benchmarks -n 0 --benchmark-enable --benchmark-only --benchmark-disable-gc -s \
 		--benchmark-autosave --benchmark-group-by=fullname --benchmark-sort=name --benchmark-columns=median,min,rounds \
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(BENCH_ARGS)
+
+gpu: $(VENV)/.runtime  ## on a GPU: check all kernels, tune, race, run the commands; MINUTES=12 OUT=gpu_results DEVICE=cuda
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE) --minutes $(MINUTES) --out $(OUT) $(GPU_ARGS)
 
 docs: install  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

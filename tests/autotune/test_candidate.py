@@ -64,6 +64,9 @@ def test_tritons_errors_of_a_first_launch_get_names_of_ours(monkeypatch: pytest.
     translations = (
         (TritonOutOfResources(300000, 232448, "shared memory"), OutOfResources),
         (PTXASError("ptxas died"), CompileError),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfResources),
+        (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), OutOfResources),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), RuntimeError),
         (ZeroDivisionError("a bug"), ZeroDivisionError),
     )
     for error, expected in translations:

@@ -1,6 +1,7 @@
 """The bench, where candidates are compiled, checked and timed: its protocol, and a bench in the process that asks."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,9 @@ from hsa_compile.kernels.ops import OpInputs, check, inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
+
+# What a GPU's driver says where a compiled kernel cannot be loaded or launched; Triton's loader has no type for it.
+_NO_ROOM = re.compile(r"Triton Error \[\w+\]: .*(out of memory|too many resources requested)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,10 @@ def _launch_errors(backend: str) -> Iterator[None]:
         raise OutOfResources(str(error)) from error
     except no_code as error:
         raise CompileError(str(error)) from error
+    except RuntimeError as error:
+        if not _NO_ROOM.match(str(error)):
+            raise
+        raise OutOfResources(str(error)) from error
 
 
 def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:

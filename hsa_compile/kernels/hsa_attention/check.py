@@ -77,12 +77,39 @@ def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
     samples = [_Sample(name, at, expected[name], "sampled tokens") for name in ("dq", "dw")]
     middle = int(inputs.chunk_indices[0, problem.seq_len // 2].max())
     for chunk in sorted({middle, int(inputs.chunk_indices.max())} - {-1}):
-        only = _only_chunk(inputs, chunk, problem.chunk_size)
         keys = slice(chunk * problem.chunk_size, (chunk + 1) * problem.chunk_size)
-        _, dk_chunk, dv_chunk, _ = _reference(problem.op, only, problem)
+        dk_chunk, dv_chunk = _gradients_of_chunk(problem, inputs, chunk)
         for name, one in (("dk", dk_chunk), ("dv", dv_chunk)):
             samples.append(_Sample(name, (slice(None), keys), one, f"chunk {chunk}"))
     return samples
+
+
+def _gradients_of_chunk(problem: Problem, inputs: Inputs, chunk: int) -> tuple[Tensor, ...]:
+    """dk and dv of one chunk, head by head: what 32 heads gather of long lists at once fills a GPU's memory."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for head in range(problem.num_kv_heads):
+        one = _only_head(inputs, head)
+        if (one.chunk_indices == chunk).any():
+            _, dk, dv, _ = _reference(problem.op, _only_chunk(one, chunk, problem.chunk_size), problem)
+        else:
+            dk, dv = (torch.zeros_like(x[:, : problem.chunk_size], dtype=torch.float64) for x in (one.k, one.v))
+        parts.append((dk, dv))
+    return tuple(torch.cat(heads, dim=2) for heads in zip(*parts, strict=True))
+
+
+def _only_head(inputs: Inputs, head: int) -> Inputs:
+    """One kv head, and the query heads that share it."""
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+    weights = queries if inputs.chunk_weights.shape[2] == inputs.q.shape[2] else keys
+    return Inputs(
+        q=inputs.q[:, :, queries],
+        k=inputs.k[:, :, keys],
+        v=inputs.v[:, :, keys],
+        chunk_indices=inputs.chunk_indices[:, :, keys],
+        chunk_weights=inputs.chunk_weights[:, :, weights],
+        grad_o=inputs.grad_o[:, :, queries],
+    )
 
 
 def _only_chunk(inputs: Inputs, chunk: int, chunk_size: int) -> Inputs:

@@ -61,41 +61,47 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
     Raises:
         InvalidArgument: the distribution is unknown.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # On the device: to draw the 64K tokens of 32 heads on a CPU takes longer than to time ten kernels.
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
     B, T, S, H = problem.batch, problem.seq_len, problem.kv_len, problem.num_kv_heads
     weight_heads = problem.num_heads if problem.per_head_weights else H
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     indices = pick_chunks(problem, distribution, generator)
-    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator)
-    weights = scores.softmax(dim=-1).to(device, torch.float64 if problem.dtype == "float64" else torch.float32)
+    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device)
+    weights = scores.softmax(dim=-1).to(torch.float64 if problem.dtype == "float64" else torch.float32)
     return Inputs(
         q=normal(B, T, problem.num_heads, problem.head_dim),
         k=normal(B, S, H, problem.head_dim),
         v=normal(B, S, H, problem.value_dim),
-        chunk_indices=indices.to(device),
+        chunk_indices=indices,
         chunk_weights=weights,
         grad_o=normal(B, T, problem.num_heads, problem.value_dim),
     )
 
 
 def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator) -> Tensor:
-    """Draws causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last T of S positions."""
+    """Draws causal picks `[B, T, H, K]` int32, −1 where too few are visible; queries are the last T of S positions.
+
+    They lie on the generator's device.
+    """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     B, T, H, K = problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k
-    position = torch.arange(T) + max(0, problem.kv_len - T)
+    device = generator.device
+    token = torch.arange(T, device=device)
+    position = token + max(0, problem.kv_len - T)
     visible = (position // problem.chunk_size).clamp(max=problem.num_chunks).view(1, T, 1, 1)
-    slot = torch.arange(K).view(1, 1, 1, K)
-    uniform = torch.rand(B, T, H, K, generator=generator)
+    slot = torch.arange(K, device=device).view(1, 1, 1, K)
+    uniform = torch.rand(B, T, H, K, generator=generator, device=device)
     if distribution == "hot":
         indices = (visible * uniform**3).long()
     else:
         if distribution == "local":
-            shared = uniform[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
-            keep = torch.rand(B, T, H, K, generator=generator) < LOCAL_OVERLAP
+            shared = uniform[:, token // LOCAL_BLOCK * LOCAL_BLOCK]
+            keep = torch.rand(B, T, H, K, generator=generator, device=device) < LOCAL_OVERLAP
             uniform = torch.where(keep, shared, uniform)
         # One pick comes from each of K strata of whole chunks: uniform, no repetition, and no [T, N] scores.
         first, past = slot * visible // K, (slot + 1) * visible // K
