@@ -87,6 +87,32 @@ def split_lists(offsets: Tensor, *, segment: int, num_entries: int) -> Tensor:
     return tiles.to(offsets.dtype)
 
 
+def super_tile_lists(chunk_indices: Tensor, num_chunks: int, *, super_tile: int, segment: int) -> tuple[Tensor, Tensor]:
+    """Sort the picks of each (batch, kv head) by super-tile of tokens, then by chunk, and cut them into tiles.
+
+    Args:
+        chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
+        num_chunks: `N`.
+        super_tile: tokens of a super-tile; the last one may hold fewer.
+        segment: the most entries of a tile.
+
+    Returns:
+        entries `[B·H, T·K]`, flat positions `t·K + slot`, empty slots last; and tiles `[B·H, M, 3]`, (chunk, start,
+        stop) as `split_lists` returns them, super-tile by super-tile.
+    """
+    _, T, _, K = chunk_indices.shape
+    num_super_tiles = -(-T // super_tile)
+    token = torch.arange(T, dtype=torch.int32, device=chunk_indices.device)
+    first = torch.div(token, super_tile, rounding_mode="floor") * num_chunks  # [T]
+    picked = (chunk_indices >= 0) & (chunk_indices < num_chunks)
+    # Each super-tile has its own numbers for the chunks.
+    chunk = torch.where(picked, chunk_indices + first.view(1, T, 1, 1), -1)
+    entries, offsets = inverse_index(chunk, num_super_tiles * num_chunks)
+    tiles = split_lists(offsets, segment=segment, num_entries=T * K)
+    tiles[..., 0].remainder_(max(num_chunks, 1))
+    return entries, tiles
+
+
 def block_visits(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
     """The union of the chunks that each block of neighbouring tokens picked, as a list of visits.
 

@@ -35,6 +35,11 @@ CASES = {
         default_schedule(replace(PROBLEM, num_heads=4, num_kv_heads=4), H100),
         H100,
     ),
+    "forward_fused_sm_90.py": lambda: (
+        PROBLEM,
+        Schedule.of("fused", super_tile=512, segment=16, unroll=8, num_warps=4, num_stages=2),
+        H100,
+    ),
     "backward_chunk_sm_90.py": lambda: named("hsa_backward", "chunk"),
     "forward_chunk_avx512.cpp": lambda: (SMALL, default_schedule(SMALL, CPU), CPU),
     "forward_chunk_torch.py": lambda: (

@@ -6,6 +6,7 @@ A process either interprets kernels, as the other tests do, or compiles them: al
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -33,14 +34,33 @@ _CHUNK = "block_t=8 num_warps=4 num_stages=2 super_tile=1024"
 SCHEDULES = {
     "hsa_forward": [
         "token num_warps=4 num_stages=2",
+        "fused super_tile=128 segment=16 unroll=8 num_warps=4 num_stages=2",
         "union block_m=8 num_warps=4 num_stages=2",
         *(f"chunk reduce={reduction} segment=128 {_CHUNK}" for reduction in ("atomic", "slots", "slots16")),
     ],
     "hsa_backward": [
         f"token dk_dv=together {_SECOND_PASS}",
+        "fused dq=slots super_tile=128 segment=32 unroll=8 num_warps=8 num_stages=2",
         f"union dk_dv=apart block_m=8 {_SECOND_PASS}",
         *(f"chunk dq={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
         "chunk dq=slots segment=0 block_t=8 num_warps=4 num_stages=2 super_tile=0",
+    ],
+}
+
+# Of tiles with the 64 rows that Hopper's matrix instructions take, with loops that run ahead.
+GATHERING = {
+    "hsa_forward": [
+        "fused super_tile=128 segment={} unroll=8 num_warps=4 num_stages=2",
+        *(f"union block_m={{}} num_warps=4 num_stages={stages}" for stages in (2, 3)),
+        *(f"chunk reduce=slots16 segment=128 block_t={{}} num_warps=4 num_stages={s} super_tile=0" for s in (2, 3)),
+    ],
+    "hsa_backward": [
+        *(f"fused dq={dq} super_tile=128 segment=64 unroll=8 num_warps=8 num_stages=2" for dq in ("atomic", "slots")),
+        "union dk_dv=together block_m={0} num_warps=8 num_stages=2 block_t={0} chunk_warps=4 chunk_stages=2",
+        *(
+            f"chunk dq={dq} segment=128 block_t={{}} num_warps=8 num_stages=2 super_tile=0"
+            for dq in ("atomic", "slots")
+        ),
     ],
 }
 
@@ -67,7 +87,11 @@ def altered(module, signature, constants={}):
     def own(values, launch):
         return {name: value for name, value in values.items() if name in launch["kernel"].arg_names}
     return SimpleNamespace(LAUNCHES=[
-        {**x, "signature": {**x["signature"], **own(signature, x)}, "constants": own(constants, x)}
+        {
+            **x,
+            "signature": {**x["signature"], **own(signature, x)},
+            "constants": {**x.get("constants", {}), **own(constants, x)},
+        }
         for x in module.LAUNCHES
     ])
 
@@ -77,8 +101,8 @@ def failure(module, target):
     except (CompileError, OutOfResources) as error:
         return [type(error).__name__, str(error)]
 
-result = {"rows": []}
-pairs, all_schedules, exhaustive = map(json.loads, sys.argv[1:])
+result = {"rows": [], "sass": []}
+pairs, all_schedules, gathering, exhaustive = map(json.loads, sys.argv[1:])
 for place, (arch, group) in enumerate(pairs):
     target = Target.parse(arch)
     # Few tokens make the token dataflow the default; determinism, slots or two passes.
@@ -92,7 +116,7 @@ for place, (arch, group) in enumerate(pairs):
             result["rows"].append({"arch": arch, "group": group, **row})
 
 hopper, cdna = Target.parse("sm_90"), Target.parse("gfx942")
-names = ("T", "S", "H", "K", "N", "num_blocks", "num_tiles", "num_rows")
+names = ("T", "S", "H", "K", "N", "num_blocks", "num_tiles", "num_rows", "blocks", "num_picks", "list_length")
 ones = {name: "constexpr" for name in names}
 variants = ({"packed": True, "mask_last_token": True}, {"per_head_weights": True}, {})
 for op, schedules in all_schedules.items():
@@ -101,6 +125,13 @@ for op, schedules in all_schedules.items():
             one = module(hopper, op=op, group=3, head_dim=20, schedule=schedule, **options)
             # Sizes of one, which Triton makes constants.
             compile_launches(one if options else altered(one, ones, dict.fromkeys(ones, 1)), hopper)
+for op, schedules in gathering.items():
+    for group in (16, 4) if exhaustive else (16,):
+        for schedule in [None, *schedules] if exhaustive else [None]:
+            schedule = schedule and schedule.format(64 // group)
+            for kernel in compile_launches(module(hopper, op=op, group=group, schedule=schedule), hopper, sass=True):
+                if "HGMMA" in kernel.asm["sass"]:
+                    result["sass"].append([f"{kernel.name} G{group} {schedule}", kernel.asm["sass"]])
 wide = module(hopper, op="hsa_backward", group=1, head_dim=256, chunk_size=128)
 result["too large"] = failure(wide, cdna)
 result["ill-typed"] = failure(altered(module(hopper, op="hsa_forward", group=4), {"q": "*i32"}), hopper)
@@ -113,7 +144,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     every = request.param == "every group"
     pairs = list(itertools.product(TARGETS, GROUPS)) if every else list(zip(TARGETS, (4, 1, 16, 16), strict=True))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, *map(json.dumps, (pairs, SCHEDULES, every))]
+    command = [sys.executable, "-c", SCRIPT, *map(json.dumps, (pairs, SCHEDULES, GATHERING, every))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -138,6 +169,41 @@ def instruction(name: str, arch: str) -> str:
     if name == "_sum_slots":
         return "none"
     return (TOKEN_INSTRUCTION if name in ("_hsa_forward_token", "_hsa_backward_dq_dw") else CHUNK_INSTRUCTION)[arch]
+
+
+@pytest.mark.slow
+def test_on_hopper_the_rows_of_the_next_step_are_on_their_way_before_the_products_of_this_one(
+    compiled: dict[str, Any],
+) -> None:
+    assert {name.split()[0] for name, _ in compiled["sass"]} >= {"_hsa_forward_union", "_hsa_backward_chunk"}
+    for name, sass in compiled["sass"]:
+        loop = longest_loop(sass)
+        product = next(place for place, text in enumerate(loop) if "HGMMA" in text)
+        copies = [place for place, text in enumerate(loop[:product]) if re.search(r"LDGSTS\S*\.128", text)]
+        assert copies, name
+        # A wait for all copies after the first of them would wait for the next step's, too.
+        assert not any("DEPBAR.LE SB0, 0x0" in text for text in loop[copies[0] : product]), name
+        assert not re.search(r"\b(LDL|STL|HMMA)\b", sass), name
+
+
+def longest_loop(sass: str) -> list[str]:
+    """The instructions of the longest loop of a kernel, from a label to the last branch back to it."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loop = slice(0, 0)
+    for line in sass.splitlines()[1:]:
+        if label := re.match(r"(LBB\d+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif line.strip():
+            instructions.append(line)
+    for place, text in enumerate(instructions):
+        branch = re.search(r"BRA.*?(?:(LBB\d+)|(0x[0-9a-f]+));", text)  # to a label, or if conditional to an address
+        if branch is None:
+            continue
+        target = labels[branch.group(1)] if branch.group(1) else int(branch.group(2), 16) // 16
+        if place - target > loop.stop - loop.start:
+            loop = slice(target, place + 1)
+    return instructions[loop]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 TARGET = Target.parse("sm_90")
 # Dataflow and, for chunk, how parts are added up; `chunk-whole` does not split lists.
-VARIANTS = ("token", "union-apart", "chunk", "chunk-slots", "chunk-whole")
+VARIANTS = ("token", "union-apart", "chunk", "chunk-slots", "chunk-whole", "fused", "fused-atomic")
 DETERMINISTIC = ("token", "union-apart", "chunk-whole")
 ROWS = 32  # of a tile: small, so that short lists take several
 CANARY, MARGIN = 12345.0, 64
@@ -170,6 +170,10 @@ def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Sc
         segment = 0 if op == "hsa_backward" and adding == "whole" else 128
         knobs |= {"block_t": block_t, "segment": segment, "super_tile": super_tile}
         knobs["dq" if op == "hsa_backward" else "reduce"] = reduction
+    elif dataflow == "fused":
+        segment = max(16, 64 // next_power_of_2(problem.group))
+        knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8}
+        knobs |= {"dq": adding or "slots"} if op == "hsa_backward" else {}
     elif op == "hsa_backward":
         knobs |= {"block_t": block_t, "chunk_warps": 8, "chunk_stages": 2}
         knobs["dk_dv"] = "apart" if adding == "apart" else "together"

@@ -6,9 +6,16 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
+<<<<<<< HEAD
 MAX_GATHER_BYTES = 1 << 28  # the most that one batched product in PyTorch may gather
 MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
 MAX_HIP_WARPS = 4  # with more, a wavefront has half of the registers, and most kernels spill
+=======
+MAX_GATHER_BYTES = 1 << 28  # that one batched product in PyTorch may gather
+MIN_ROWS = 16  # what a matrix instruction needs
+FUSED_ROWS = 64  # of a tile of a fused Triton kernel: the fewest that the newer matrix instructions take
+MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
+>>>>>>> kern-ported
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
 
 _MAX_PANEL = 4  # the most vectors in a row of a C++ register tile
@@ -72,17 +79,23 @@ def tile_rows(problem: Problem, tokens: int) -> int:
     return tokens * next_power_of_2(problem.group)
 
 
+def fused_step(problem: Problem) -> int:
+    """List entries of one step of a fused Triton kernel: as many as fill a tile of `FUSED_ROWS`."""
+    return max(1, FUSED_ROWS // next_power_of_2(problem.group))
+
+
 def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: int) -> tuple[int, int]:
     """Returns the least and most shared memory of a Triton kernel that owns so many tokens, by its pipeline."""
     C, D, Dv = _padded_dims(problem)
     rows = max(MIN_ROWS, tile_rows(problem, tokens))
     tile = C * (D + Dv) * problem.itemsize
     row_bytes = rows * (D + (Dv if problem.op == "hsa_backward" else 0)) * problem.itemsize
-    least = max(1, stages - 2) * tile if stages > 1 else C * max(D, Dv) * problem.itemsize
+    # Keys may move on to registers before the next ones arrive, values hardly.
+    least = max(1, stages - 1 - (target.arch == "sm_80")) * tile if stages > 1 else C * max(D, Dv) * problem.itemsize
     extra = row_bytes + 2 * rows * C * problem.itemsize + 512
     if target.kind == "hip":
         return least, least + extra
-    return least, _buffers(problem, target, rows, stages) * tile + extra
+    return least, _buffers(target, stages) * tile + extra
 
 
 def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int, atomics: bool) -> tuple[int, int]:
@@ -95,19 +108,27 @@ def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int
         return 0, rows * D * size + 4 * rows * Dv + C * max(D, Dv) * size
     row_bytes = rows * (D + (Dv if backward else 0)) * size
     chunk_bytes = C * (D + Dv) * size
-    most = chunk_bytes + _buffers(problem, target, rows, stages) * row_bytes + 512
+    most = chunk_bytes + _buffers(target, stages) * row_bytes + 512
     most += (2 if backward else 1) * rows * C * size + (C * D * size if backward else 0)
     if atomics:
         most += 4 * rows * (D if backward else Dv)
-    return chunk_bytes + max(1, stages - 2) * row_bytes, most
+    # Fewer rows than the newer matrix instructions take keep the chunk in registers.
+    least = chunk_bytes if rows >= 64 and size == 2 else 0
+    return least + max(1, stages - 1 - (target.arch == "sm_80")) * row_bytes, most
 
 
+<<<<<<< HEAD
 def _buffers(problem: Problem, target: Target, rows: int, stages: int) -> int:
     """Returns how many copies of a streamed tile the pipeliner keeps; asynchronous matrix instructions add one."""
     if stages == 1:
         return 1
     asynchronous = rows >= 64 and target.arch != "sm_80" and problem.itemsize == 2
     return max(2, stages - 1) if asynchronous else max(1, stages - 2)
+=======
+def _buffers(target: Target, stages: int) -> int:
+    """Copies of a streamed tile that the pipeliner keeps; those that run ahead of the products hold one longer."""
+    return max(1, stages - 1) if target.arch == "sm_80" else stages
+>>>>>>> kern-ported
 
 
 def _padded_dims(problem: Problem) -> tuple[int, int, int]:

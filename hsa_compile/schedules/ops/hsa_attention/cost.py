@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hsa_compile.peaks import Limits
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops.backend import OVERLAP, Pass, Work
-from hsa_compile.schedules.ops.limits import MIN_ROWS, tile_rows
+from hsa_compile.schedules.ops.limits import MIN_ROWS, fused_step, tile_rows
 from hsa_compile.schedules.schedule import Schedule
 
 
@@ -21,7 +21,7 @@ def attention_work(problem: Problem, schedule: Schedule) -> Work:
     o_bytes = tokens * problem.num_heads * Dv * size
     kv_bytes = problem.batch * problem.kv_len * problem.num_kv_heads * (D + Dv) * size
     pick_bytes = lists * 8
-    two_pass = backward and schedule.dataflow != "chunk"
+    two_pass = backward and schedule.dataflow not in ("chunk", "fused")
     products = D + Dv if not backward else 4 * D + 3 * Dv if two_pass else 3 * D + 2 * Dv
     memory = (q_bytes + o_bytes + kv_bytes) * (2 if backward else 1) + pick_bytes
 
@@ -32,7 +32,7 @@ def attention_work(problem: Problem, schedule: Schedule) -> Work:
     by_chunk = kv_bytes + rows * D * size + rows * Dv * 8  # a row of q in, a float32 row of o read and added to
     if backward:
         by_chunk = kv_bytes * 2 + rows * (D + Dv) * size + rows * D * 8
-    cache = by_chunk if schedule.dataflow == "chunk" else by_token
+    cache = by_chunk if schedule.dataflow in ("chunk", "fused") else by_token
     if two_pass:
         cache += kv_bytes * 2 + rows * (D + Dv) * size
     return Work(flops=2.0 * rows * C * products, memory_bytes=memory, cache_bytes=cache + pick_bytes)
@@ -42,6 +42,8 @@ def attention_passes(problem: Problem, schedule: Schedule, limits: Limits) -> li
     """The kernels of a schedule, in the order in which they run."""
     if schedule.dataflow == "chunk":
         return [_chunk_pass(problem, schedule, limits)]
+    if schedule.dataflow == "fused":
+        return [_fused_pass(problem, schedule, limits)]
     passes = [_token_pass(problem, schedule, limits)]
     if problem.op == "hsa_backward":
         passes.append(_second_pass(problem, schedule, limits))
@@ -107,6 +109,43 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     )
 
 
+def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
+    """Programs that own a chunk within one super-tile, all in one launch: what tokens share is read again soon."""
+    D, Dv, size, backward = problem.head_dim, problem.value_dim, problem.itemsize, problem.op == "hsa_backward"
+    super_tile, segment = schedule.number("super_tile"), schedule.number("segment")
+    shape = _Lists.of(problem, schedule, segment, super_tile)
+    live = min(super_tile, problem.seq_len) * problem.group  # rows of the super-tile of one kv head
+    width = D if backward else Dv  # of a row that is added up over a token's picks
+    row_width = D + Dv if backward else D
+    kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * size
+    head_bytes = problem.kv_len * (D + Dv) * size  # what all super-tiles of one kv head read again
+    row_bytes = shape.rows * row_width * size
+    own = problem.batch * problem.seq_len * problem.num_heads * (row_width + width) * size
+    memory = own + kv_bytes * _missed(head_bytes, limits) + row_bytes * _missed(live * row_width * size, limits)
+    if backward and schedule["dq"] == "atomic":
+        traffic = 3 * 4 * shape.rows * width  # read, added to, written
+        memory += traffic * _missed(live * width * 4, limits)
+    else:
+        traffic = 2 * shape.rows * width * size
+        # Parts are written back even though nobody reads them again.
+        memory += traffic / 2 * (1 + _missed(live * problem.top_k * width * size, limits))
+    if backward:
+        traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # of dk and dv
+    return Pass(
+        flops=2.0
+        * shape.padded_rows
+        * _padded(problem.chunk_size)
+        * _products(problem, (3, 2) if backward else (1, 1)),
+        cache_bytes=kv_bytes + row_bytes + traffic,
+        memory_bytes=memory,
+        programs=shape.segments,
+        launches=1,
+        rows=shape.tile,
+        warps=schedule.number("num_warps"),
+        stages=schedule.number("num_stages"),
+    )
+
+
 def _second_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     """dk and dv, chunk by chunk, after a first pass by tokens."""
     D, Dv = problem.head_dim, problem.value_dim
@@ -144,7 +183,7 @@ class _Lists:
         picks = problem.batch * problem.seq_len * problem.num_kv_heads * problem.top_k
         num_lists = problem.batch * problem.num_kv_heads * max(1, problem.num_chunks) * launches
         length = picks / num_lists
-        block_t = schedule.number("block_t")
+        block_t = fused_step(problem) if schedule.dataflow == "fused" else schedule.number("block_t")
         tile = max(MIN_ROWS, tile_rows(problem, block_t))
         segments = num_lists * max(1, math.ceil(length / segment) if segment else 1)
         # The last tile of a list is half full on average.

@@ -1,17 +1,19 @@
-"""The schedules of `hsa_attention` in Triton, for a GPU: three dataflows forward, three backward."""
+"""The schedules of `hsa_attention` in Triton, for a GPU: four dataflows forward and as many backward."""
 
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
-from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend, keep
+from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend, largest_choice
 from hsa_compile.schedules.ops.hsa_attention.cost import attention_passes, attention_work
 from hsa_compile.schedules.ops.limits import (
+    FUSED_ROWS,
     MIN_ROWS,
     NO_FLOAT64,
     chunk_shared_memory,
     tile_rows,
     token_shared_memory,
     why_not_shared_memory,
+    why_not_super_tile,
     why_not_warps,
 )
 from hsa_compile.schedules.schedule import Knob, Schedule
@@ -51,12 +53,32 @@ _SECOND_PASS: Knobs = {
     "chunk_stages": (1, 2),
 }
 
+# Chunk by chunk within super-tiles of tokens, all in one launch: who writes a token's last part adds them up.
+_FUSED: Knobs = {
+    "super_tile": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    "segment": (4, 8, 16, 32, 64, 128, 256),
+    "unroll": (8, 16),
+    "num_warps": _CHUNK_WARPS,
+    "num_stages": _CHUNK_STAGES,
+}
+# dk and dv of a program are added to memory at its end: the longer its list, the rarer.
+_FUSED_BACKWARD: Knobs = {
+    **_FUSED,
+    "dq": ("atomic", "slots"),
+    "super_tile": (*_FUSED["super_tile"], 32768, 65536),
+    "segment": (16, 32, 64, 128, 256, 512, 1024, 4096),
+}
+_MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
+_MAX_FUSED_GROUP = 16
+_MAX_FUSED_CHUNKS = 4096
+_MAX_LIVE_SLOTS = 3 << 25  # bytes of the slots of one super-tile: with more, they leave every cache
 _BACKWARD: Choices = {
     "chunk": _CHUNK_BACKWARD,
     "union": {**_UNION, **_SECOND_PASS},
     "token": {**_TOKEN, **_SECOND_PASS},
+    "fused": _FUSED_BACKWARD,
 }
-_FORWARD: Choices = {"chunk": _CHUNK_FORWARD, "union": _UNION, "token": _TOKEN}
+_FORWARD: Choices = {"chunk": _CHUNK_FORWARD, "union": _UNION, "token": _TOKEN, "fused": _FUSED}
 
 
 def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -65,6 +87,8 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
     if reason := _why_not_reduction(problem, schedule):
         return reason
     if reason := why_not_warps(schedule, target):
+        return reason
+    if schedule.dataflow == "fused" and (reason := _why_not_fused(problem, schedule, target)):
         return reason
     for knob in ("block_t", "block_m"):
         if knob not in schedule:
@@ -92,6 +116,54 @@ def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
     return None
 
 
+def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    """The first reason against going through all super-tiles in one launch."""
+    backward, most_rows = problem.op == "hsa_backward", _MAX_SEGMENT_ROWS[problem.op]
+    rows = tile_rows(problem, schedule.number("segment"))
+    if target.kind != "cuda":
+        return "dataflow = 'fused' counts on one L2 cache, which the dies of this device do not share"
+    if next_power_of_2(problem.group) > _MAX_FUSED_GROUP:
+        return f"dataflow = 'fused' is for groups of at most {_MAX_FUSED_GROUP} heads, this one has {problem.group}"
+    if backward and problem.deterministic:
+        return "dataflow = 'fused' adds dk and dv in any order; a deterministic schedule is asked for"
+    if not FUSED_ROWS <= rows <= most_rows:
+        allowed = f"{FUSED_ROWS} … {most_rows}"
+        return f"segment = {schedule['segment']} makes {rows} rows a program, allowed are {allowed}"
+    if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
+        return reason
+    if backward and schedule["dq"] == "atomic":
+        # There are no slots to unroll; of the choices that mean the same, one is enough.
+        smallest = _FUSED["unroll"][0]
+        return (
+            None if schedule["unroll"] == smallest else f"unroll = {schedule['unroll']} unrolls nothing, use {smallest}"
+        )
+    return _why_not_slots(problem, schedule)
+
+
+def _why_not_slots(problem: Problem, schedule: Schedule) -> str | None:
+    """The first reason against adding parts up in the launch that makes them."""
+    if problem.num_chunks > _MAX_FUSED_CHUNKS:
+        return f"dataflow = 'fused' keeps all slots, for at most {_MAX_FUSED_CHUNKS} chunks, not {problem.num_chunks}"
+    width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
+    slots = schedule.number("super_tile") * problem.top_k * problem.group * width * problem.itemsize
+    if slots > _MAX_LIVE_SLOTS:
+        return f"super_tile = {schedule['super_tile']} has {slots} bytes of slots, a cache keeps {_MAX_LIVE_SLOTS}"
+    if schedule.number("unroll") > max(int(_FUSED["unroll"][0]), next_power_of_2(problem.top_k)):
+        return f"unroll = {schedule['unroll']} is more than the {problem.top_k} slots there are"
+    return None
+
+
+def _fit(problem: Problem, schedule: Schedule) -> Schedule:
+    """A fused schedule with no more tokens in a super-tile, or slots read at a time, than the problem has."""
+    if schedule.dataflow != "fused":
+        return schedule
+    cut = {
+        knob: largest_choice(_FUSED_BACKWARD[knob], schedule.number(knob), next_power_of_2(size))
+        for knob, size in (("super_tile", problem.seq_len), ("unroll", problem.top_k))
+    }
+    return Schedule.from_dict({**schedule, **cut})
+
+
 def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) -> int:
     """A lower bound of the bytes that any kernel of a Triton schedule needs; below it, compiling is in vain.
 
@@ -101,6 +173,8 @@ def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) ->
     if schedule.dataflow in ("token", "union"):
         tokens = schedule.number("block_m") if schedule.dataflow == "union" else 1
         needed = token_shared_memory(problem, target, tokens, schedule.number("num_stages"))[0]
+    if schedule.dataflow == "fused":
+        needed = chunk_shared_memory(problem, target, FUSED_ROWS, schedule.number("num_stages"), False)[0]
     if "block_t" in schedule:
         stages = schedule.number("chunk_stages" if "chunk_stages" in schedule else "num_stages")
         rows = tile_rows(problem, schedule.number("block_t"))
@@ -164,7 +238,7 @@ def _union(problem: Problem, target: Target) -> Schedule:
         rows = 16
     block_m = max(1, rows // next_power_of_2(problem.group))
     eight_warps = target.kind == "cuda" and backward and full
-    stages = _stages(problem, target, block_m, 3 if target.kind == "cuda" and not backward else 2)
+    stages = _stages(problem, target, block_m, 3 if target.arch == "sm_80" and not backward else 2)
     knobs = {"block_m": block_m, "num_warps": 8 if eight_warps else 4, "num_stages": stages}
     return Schedule.of("union", **knobs, **_second_pass(problem, target))
 
@@ -181,7 +255,7 @@ def _token(problem: Problem, target: Target) -> Schedule:
     hip, wide, backward = target.kind == "hip", problem.itemsize == 4, problem.op == "hsa_backward"
     group = next_power_of_2(problem.group)
     eight_warps = not hip and (group >= 128 or (backward and (_is_big(problem) or group >= 64)))
-    most_stages = 1 if wide and (hip or backward) else 2 if wide or hip or backward else 3
+    most_stages = 1 if wide and (hip or backward) else 2
     if target.arch == "sm_100" and backward:
         most_stages = 1  # a second one spills
     knobs = {"num_warps": 8 if eight_warps else 4, "num_stages": _stages(problem, target, 1, most_stages)}
@@ -207,13 +281,15 @@ def _chunk_knobs(problem: Problem, target: Target, *, atomics: bool) -> dict[str
     full, small = _chunk_elements(problem) >= _FULL_CHUNK, _chunk_elements(problem) <= _SMALL_CHUNK
     if wide or (hip and big and backward):
         most_rows = 16
-    elif backward and (hip or target.arch == "sm_80" or big or (full and atomics and target.arch == "sm_90")):
+    elif backward and (hip or target.arch == "sm_80" or big or (full and atomics and problem.chunk_size > 64)):
         most_rows = 32
     else:
         most_rows = 64
     one_stage = (backward and (wide or big)) or group > most_rows
-    # One pass holds dq's product too: of a chunk of 128 keys, Ampere's registers leave no room for a second stage.
-    one_stage |= backward and atomics and full and target.arch == "sm_80" and problem.chunk_size > 64
+    # One pass holds dq's product too, for which Ampere's registers leave no room beside a second stage.
+    if backward and atomics and target.arch == "sm_80":
+        one_stage |= (full and problem.chunk_size > 64) or (problem.deterministic and not small)
+        most_rows = 16 if full and problem.chunk_size > 64 else most_rows
     all_stages: tuple[int, ...] = (1,) if one_stage else (2, 1)
     if target.arch == "sm_100" and not backward and problem.head_dim > 64 and not one_stage:
         all_stages = (3, 2, 1)
@@ -244,7 +320,7 @@ FORWARD = OpBackend(
     name="triton",
     choices=_FORWARD,
     why_not=_why_not,
-    fit=keep,
+    fit=_fit,
     defaults=_defaults,
     work=attention_work,
     passes=attention_passes,
