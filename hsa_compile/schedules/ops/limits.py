@@ -6,16 +6,10 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-<<<<<<< HEAD
 MAX_GATHER_BYTES = 1 << 28  # the most that one batched product in PyTorch may gather
 MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
+FUSED_ROWS = 64  # the rows of a tile of a fused Triton kernel: the fewest that the newer matrix instructions take
 MAX_HIP_WARPS = 4  # with more, a wavefront has half of the registers, and most kernels spill
-=======
-MAX_GATHER_BYTES = 1 << 28  # that one batched product in PyTorch may gather
-MIN_ROWS = 16  # what a matrix instruction needs
-FUSED_ROWS = 64  # of a tile of a fused Triton kernel: the fewest that the newer matrix instructions take
-MAX_HIP_WARPS = 4  # more halve the registers of a wavefront, and most kernels spill
->>>>>>> kern-ported
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
 
 _MAX_PANEL = 4  # the most vectors in a row of a C++ register tile
@@ -117,18 +111,9 @@ def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int
     return least + max(1, stages - 1 - (target.arch == "sm_80")) * row_bytes, most
 
 
-<<<<<<< HEAD
-def _buffers(problem: Problem, target: Target, rows: int, stages: int) -> int:
-    """Returns how many copies of a streamed tile the pipeliner keeps; asynchronous matrix instructions add one."""
-    if stages == 1:
-        return 1
-    asynchronous = rows >= 64 and target.arch != "sm_80" and problem.itemsize == 2
-    return max(2, stages - 1) if asynchronous else max(1, stages - 2)
-=======
 def _buffers(target: Target, stages: int) -> int:
-    """Copies of a streamed tile that the pipeliner keeps; those that run ahead of the products hold one longer."""
+    """Returns how many copies of a streamed tile the pipeliner keeps; one more where copies run ahead of products."""
     return max(1, stages - 1) if target.arch == "sm_80" else stages
->>>>>>> kern-ported
 
 
 def _padded_dims(problem: Problem) -> tuple[int, int, int]:
