@@ -78,6 +78,22 @@ def fused_step(problem: Problem) -> int:
     return max(1, FUSED_ROWS // next_power_of_2(problem.group))
 
 
+def why_not_pipelined(problem: Problem, target: Target, rows: int, stages: int) -> str | None:
+    """Returns why a loop that makes dk and dv together may not overlap its steps, or None.
+
+    With rows for Hopper's matrix instructions and a chunk for Ampere's, or the other way around, Triton 3.6 takes dk
+    from the wrong step: on an H100 all of 13 such loops were wrong, and all of 31 others were right.
+    """
+    chunk = _padded_dims(problem)[0]
+    mixed = (rows >= FUSED_ROWS) != (chunk >= FUSED_ROWS)
+    if target.arch not in ("sm_90", "sm_100") or problem.itemsize != 2 or stages == 1 or not mixed:
+        return None
+    return (
+        f"tiles of {rows} rows and chunks of {chunk} mix two kinds of matrix instructions, which gives a wrong dk "
+        "where steps overlap; it takes one stage"
+    )
+
+
 def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: int) -> tuple[int, int]:
     """Returns the least and most shared memory of a Triton kernel that owns so many tokens, by its pipeline."""
     C, D, Dv = _padded_dims(problem)
@@ -86,6 +102,8 @@ def token_shared_memory(problem: Problem, target: Target, tokens: int, stages: i
     row_bytes = rows * (D + (Dv if problem.op == "hsa_backward" else 0)) * problem.itemsize
     # Keys may move on to registers before the next ones arrive, values hardly.
     least = max(1, stages - 1 - (target.arch == "sm_80")) * tile if stages > 1 else C * max(D, Dv) * problem.itemsize
+    if _runs_ahead(problem, target, rows, stages):
+        least = stages * tile + row_bytes + rows * C * problem.itemsize
     extra = row_bytes + 2 * rows * C * problem.itemsize + 512
     if target.kind == "hip":
         return least, least + extra
@@ -106,9 +124,17 @@ def chunk_shared_memory(problem: Problem, target: Target, rows: int, stages: int
     most += (2 if backward else 1) * rows * C * size + (C * D * size if backward else 0)
     if atomics:
         most += 4 * rows * (D if backward else Dv)
+    if _runs_ahead(problem, target, rows, stages):
+        return chunk_bytes + stages * row_bytes + (rows if backward or size == 4 else FUSED_ROWS) * C * size, most
     # Fewer rows than the newer matrix instructions take keep the chunk in registers.
     least = chunk_bytes if rows >= 64 and size == 2 else 0
     return least + max(1, stages - 1 - (target.arch == "sm_80")) * row_bytes, most
+
+
+def _runs_ahead(problem: Problem, target: Target, rows: int, stages: int) -> bool:
+    """Whether a loop keeps a copy for each stage, as those on Hopper do whose products read shared memory alone."""
+    wide = rows >= FUSED_ROWS and _padded_dims(problem)[0] >= FUSED_ROWS
+    return target.arch == "sm_90" and stages > 1 and (wide or problem.itemsize == 4)
 
 
 def _buffers(target: Target, stages: int) -> int:

@@ -12,6 +12,7 @@ from hsa_compile.schedules.ops.limits import (
     chunk_shared_memory,
     tile_rows,
     token_shared_memory,
+    why_not_pipelined,
     why_not_shared_memory,
     why_not_super_tile,
     why_not_warps,
@@ -97,7 +98,19 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
         if rows < MIN_ROWS or (rows > _MAX_ROWS and schedule[knob] != 1):
             allowed = f"{MIN_ROWS} … {_MAX_ROWS}"
             return f"{knob} = {schedule[knob]} makes tiles of {rows} rows, allowed are {allowed}"
+    if problem.op == "hsa_backward" and (reason := _why_not_stages(problem, schedule, target)):
+        return reason
     return why_not_shared_memory(least_shared_memory(problem, schedule, target), target)
+
+
+def _why_not_stages(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    """The first reason against the number of stages of the loop that makes dk and dv."""
+    if schedule.dataflow == "fused":
+        return why_not_pipelined(problem, target, FUSED_ROWS, schedule.number("num_stages"))
+    if schedule.dataflow != "chunk" and schedule["dk_dv"] == "apart":
+        return None
+    stages = schedule.number("num_stages" if schedule.dataflow == "chunk" else "chunk_stages")
+    return why_not_pipelined(problem, target, tile_rows(problem, schedule.number("block_t")), stages)
 
 
 def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
