@@ -17,6 +17,7 @@ from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
+tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 # Several super-tiles, the last one of a few tokens; duplicates, empty rows, and for single heads blocks of 16 tokens.
@@ -29,13 +30,21 @@ SHAPES = [
     Shape(packed=(20, 15, 40, 16), S=91, K=4, HQ=2),
     Shape(D=20, Dv=40, C=19, mask_last=True, off_by_one=True),
 ]
+PIPELINE: dict[str, Knob] = {"num_warps": 4, "num_stages": 2}
 
 
-def kernel(case: Case, dq: str | None = None) -> Kernel:
+def kernel(case: Case, dq: str | None = None, discard: int = 0) -> Kernel:
     """The forward, or the backward that adds dq up as told."""
     problem = case.problem().with_op("hsa_backward" if dq else "hsa_forward")
     segment = max(16, 64 // next_power_of_2(problem.group))
-    knobs: dict[str, Knob] = {"super_tile": 128, "segment": segment, "unroll": 8, "num_warps": 4, "num_stages": 2}
+    knobs: dict[str, Knob] = {
+        "super_tile": 128,
+        "segment": segment,
+        "unroll": 8,
+        "discard": discard,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
     return compile_kernel(emit(problem, Schedule.of("fused", **knobs, **({"dq": dq} if dq else {})), TARGET))
 
 
@@ -117,6 +126,25 @@ def test_picks_sorted_block_by_block_or_by_pytorch_give_the_same(
     assert all(torch.equal(one, other) for one, other in zip(results(case, compiled), first, strict=True))
 
 
+@pytest.mark.parametrize("shape", [MANY, SHAPES[3]], ids=str)
+def test_only_slots_that_nobody_reads_again_are_discarded(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(shape)
+    kept, discarding = kernel(case), kernel(case, discard=1)
+    discarded = []
+
+    def overwrite(place: tl.tensor) -> None:
+        """What an interpreter has no cache for: the line loses what it holds."""
+        discarded.append(len(np.unique(place.handle.data)))
+        line = tl.arange(0, discarding.module.LINE.value)[None, :]
+        tl.store(place[:, None] + line, tl.full([256, line.shape[1]], float("nan"), tl.float32))
+
+    monkeypatch.setattr(discarding.module, "DISCARDS", True)
+    monkeypatch.setattr(discarding.module, "_discard", overwrite)
+    run_in_order(monkeypatch, 0)
+    assert torch.equal(results(case, discarding)[0], results(case, kept)[0])
+    assert sum(discarded) > 0
+
+
 @pytest.mark.parametrize("dq", [None, "slots"])
 @pytest.mark.parametrize("shape", [Shape(T=0), Shape(K=0), Shape(S=15), Shape(S=0), Shape(B=0)], ids=str)
 def test_nothing_to_attend_to_gives_zeros(shape: Shape, dq: str | None) -> None:
@@ -161,11 +189,12 @@ LARGE = Problem(seq_len=65536, num_heads=32, num_kv_heads=2, head_dim=128, top_k
         (LARGE, "sm_90", {"super_tile": 2048}, "a cache keeps 100663296"),
         (replace(LARGE, seq_len=300), "sm_90", {"super_tile": 1024}, "is more than the 300 tokens there are"),
         (replace(LARGE, top_k=8), "sm_90", {"unroll": 16}, "unroll = 16 is more than the 8 slots there are"),
+        (replace(LARGE, value_dim=3, top_k=1), "sm_90", {"discard": 1}, "the slots of a token have 96"),
     ],
 )
 def test_what_the_forward_cannot_do_is_said(problem: Problem, target: str, change: dict[str, int], reason: str) -> None:
     space = SearchSpace.of(problem, Target.parse(target))
-    usual = {"super_tile": 512, "segment": 16, "unroll": 8, "num_warps": 4, "num_stages": 2}
+    usual = {"super_tile": 512, "segment": 16, "unroll": 8, "discard": 0, **PIPELINE}
     schedule = Schedule.of("fused", **{**usual, **change})
     assert reason in (space.why_invalid(schedule) or "")
 
@@ -174,20 +203,28 @@ def test_what_the_forward_cannot_do_is_said(problem: Problem, target: str, chang
     ("options", "change", "reason"),
     [
         ({"deterministic": True}, {}, "adds dk and dv in any order"),
-        ({}, {"unroll": 16}, "unroll = 16 unrolls nothing, use 8"),
+        ({}, {"unroll": 16}, "unroll = 16 is about slots, of which dq = 'atomic' has none"),
         ({}, {"segment": 4096}, "makes 65536 rows a program, allowed are 64 … 16384"),
         ({}, {"dq": "slots", "super_tile": 4096}, "a cache keeps 100663296"),
     ],
 )
 def test_what_the_backward_cannot_do_is_said(options: dict[str, bool], change: dict[str, Knob], reason: str) -> None:
     space = SearchSpace.of(replace(LARGE, op="hsa_backward", **options), TARGET)
-    usual = {"dq": "atomic", "super_tile": 2048, "segment": 256, "unroll": 8, "num_warps": 8, "num_stages": 2}
+    usual = {
+        "dq": "atomic",
+        "super_tile": 2048,
+        "segment": 256,
+        "unroll": 8,
+        "discard": 0,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
     assert reason in (space.why_invalid(Schedule.of("fused", **{**usual, **change})) or "")
 
 
 def test_a_schedule_of_a_long_sequence_fits_a_short_one() -> None:
-    long = Schedule.of("fused", super_tile=512, segment=16, unroll=16, num_warps=4, num_stages=2)
+    long = Schedule.of("fused", super_tile=512, segment=16, unroll=16, discard=0, num_warps=4, num_stages=2)
     space = SearchSpace.of(replace(LARGE, seq_len=100, top_k=4, deterministic=True), TARGET)
     fitted = space.fit(long)
-    assert fitted == Schedule.of("fused", super_tile=128, segment=16, unroll=8, num_warps=4, num_stages=2)
+    assert fitted == Schedule.of("fused", super_tile=128, segment=16, unroll=8, discard=0, num_warps=4, num_stages=2)
     assert space.is_valid(fitted)

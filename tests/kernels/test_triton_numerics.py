@@ -172,7 +172,7 @@ def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Sc
         knobs["dq" if op == "hsa_backward" else "reduce"] = reduction
     elif dataflow == "fused":
         segment = max(16, 64 // next_power_of_2(problem.group))
-        knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8}
+        knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8, "discard": 0}
         knobs |= {"dq": adding or "slots"} if op == "hsa_backward" else {}
     elif op == "hsa_backward":
         knobs |= {"block_t": block_t, "chunk_warps": 8, "chunk_stages": 2}

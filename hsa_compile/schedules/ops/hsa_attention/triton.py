@@ -59,6 +59,7 @@ _FUSED: Knobs = {
     "super_tile": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     "segment": (4, 8, 16, 32, 64, 128, 256),
     "unroll": (8, 16),
+    "discard": (0, 1),  # whether slots that were added up are dropped from the cache, not written back
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
@@ -72,6 +73,7 @@ _FUSED_BACKWARD: Knobs = {
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _MAX_FUSED_CHUNKS = 4096
+_CACHE_LINE = 128  # bytes
 _MAX_LIVE_SLOTS = 3 << 25  # bytes of the slots of one super-tile: with more, they leave every cache
 _BACKWARD: Choices = {
     "chunk": _CHUNK_BACKWARD,
@@ -145,11 +147,13 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
     if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
         return reason
     if backward and schedule["dq"] == "atomic":
-        # There are no slots to unroll; of the choices that mean the same, one is enough.
-        smallest = _FUSED["unroll"][0]
-        return (
-            None if schedule["unroll"] == smallest else f"unroll = {schedule['unroll']} unrolls nothing, use {smallest}"
-        )
+        # There are no slots; of the choices that mean the same, one is enough.
+        for knob in ("unroll", "discard"):
+            if schedule[knob] != _FUSED[knob][0]:
+                return (
+                    f"{knob} = {schedule[knob]} is about slots, of which dq = 'atomic' has none; use {_FUSED[knob][0]}"
+                )
+        return None
     return _why_not_slots(problem, schedule)
 
 
@@ -158,11 +162,14 @@ def _why_not_slots(problem: Problem, schedule: Schedule) -> str | None:
     if problem.num_chunks > _MAX_FUSED_CHUNKS:
         return f"dataflow = 'fused' keeps all slots, for at most {_MAX_FUSED_CHUNKS} chunks, not {problem.num_chunks}"
     width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
-    slots = schedule.number("super_tile") * problem.top_k * problem.group * width * problem.itemsize
+    token = problem.top_k * problem.group * width * problem.itemsize  # bytes of its slots
+    slots = schedule.number("super_tile") * token
     if slots > _MAX_LIVE_SLOTS:
         return f"super_tile = {schedule['super_tile']} has {slots} bytes of slots, a cache keeps {_MAX_LIVE_SLOTS}"
     if schedule.number("unroll") > max(int(_FUSED["unroll"][0]), next_power_of_2(problem.top_k)):
         return f"unroll = {schedule['unroll']} is more than the {problem.top_k} slots there are"
+    if schedule["discard"] and token % _CACHE_LINE:
+        return f"discard = 1 drops whole lines of {_CACHE_LINE} bytes, the slots of a token have {token}"
     return None
 
 
