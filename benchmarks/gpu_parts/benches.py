@@ -22,20 +22,21 @@ from hsa_compile.target import Target
 
 DISTRIBUTIONS = ("random", "local")
 
-_CHECK_TOKENS = 4999  # more than the longest super-tile has, and odd
+_CHECK_TOKENS, _MORE_TOKENS = 4999, 17001  # more than most super-tiles, and than nearly all, have; odd
 # Triton compiles for sizes that are multiples of 16 anew, but not for each of them: this length stands for all longer.
 _WARM_TOKENS = 4096
-_CHECK_PICKS, _CHECK_HEADS = 6, 2  # what the float64 reference gathers has to fit many times over
+_CHECK_PICKS, _CHECK_HEADS = 16, 2  # what the float64 reference gathers has to fit many times over
 _HOPELESS = 2.0  # times the best after two launches
 _LAUNCHES = 7
 _ENOUGH_MS = 300.0  # of launches of one candidate on one distribution
 
 
-def check_problem(problem: Problem) -> Problem:
+def check_problem(problem: Problem, schedule: Schedule) -> Problem:
     """A smaller problem whose kernels have the same text; a schedule of the one is right if it is on the other."""
     if problem.decodes:
         return problem
-    tokens = min(problem.seq_len, _CHECK_TOKENS)
+    long = "super_tile" in schedule and schedule.number("super_tile") >= _CHECK_TOKENS
+    tokens = min(problem.seq_len, _MORE_TOKENS if long else _CHECK_TOKENS)
     heads = min(problem.num_kv_heads, _CHECK_HEADS)
     picks = problem.top_k if problem.selects else min(problem.top_k, _CHECK_PICKS)
     return replace(
@@ -62,13 +63,15 @@ class Compiler(Checker):
         Raises:
             CompileError, OutOfResources, WrongResult: what is the matter with it.
         """
-        small = check_problem(problem)
+        small = check_problem(problem, schedule)
         warm = problem
         if not problem.decodes:
             tokens = min(problem.seq_len, _WARM_TOKENS)
             warm = replace(problem, seq_len=tokens, kv_len=tokens)
         if warm not in self._inputs:
-            self._inputs = {each: inputs_of(each, self.device) for each in (small, warm)}
+            self._inputs = {warm: inputs_of(warm, self.device)}
+        if small not in self._inputs:
+            self._inputs[small] = inputs_of(small, self.device)
         try:
             prepare(small, schedule, self.target, self._inputs[small])
             if self.device.type == "cuda" and warm != small:

@@ -12,7 +12,7 @@ import torch
 
 from gpu_parts.lines import Lines
 from gpu_parts.pool import Outcome, Pool
-from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.autotune.bench.bench import launch_errors, prepare
 from hsa_compile.errors import InvalidSchedule, WrongResult
 from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
@@ -113,7 +113,8 @@ def _check_packed(problem: Problem, schedule: Schedule, target: Target, device: 
     numbered, starts = global_indices(picks, bounds, T, C)
     entry = compile_kernel(emit(problem, schedule, target)).entry
     arguments = inputs.with_indices(numbered).arguments(problem.op)
-    results = _tensors(entry(*arguments, scale=problem.head_dim**-0.5, chunk_starts=starts))
+    with launch_errors("cpp" if device.type == "cpu" else "triton"):
+        results = _tensors(entry(*arguments, scale=problem.head_dim**-0.5, chunk_starts=starts))
     for name, actual, right in zip(RESULT_NAMES[problem.op], results, wanted, strict=True):
         error = relative_error(actual, right)
         if not error <= TOLERANCES[problem.dtype]:

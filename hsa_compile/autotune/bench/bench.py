@@ -46,7 +46,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInpu
     """
     source = emit(problem, schedule, target)
     kernel = compile_kernel(source)
-    with _launch_errors(source.backend):
+    with launch_errors(source.backend):
         check(kernel, problem, inputs)
     arguments, options = inputs.arguments(problem.op), inputs.options(problem.op)
     return Candidate(
@@ -57,7 +57,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInpu
 
 
 @contextlib.contextmanager
-def _launch_errors(backend: str) -> Iterator[None]:
+def launch_errors(backend: str) -> Iterator[None]:
     """Turns the errors of a first launch, at which Triton compiles, into those of this project."""
     no_resources, no_code = _triton_errors() if backend == "triton" else ((), ())
     try:
