@@ -1,7 +1,5 @@
 """The schedules of all ops: one table leads from an op and a backend to its knobs, constraints, defaults and cost."""
 
-from collections.abc import Mapping
-
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import hsa_decode, select_chunks
 from hsa_compile.schedules.ops.backend import OpBackend, Work
@@ -11,7 +9,7 @@ from hsa_compile.target import Target
 
 _CPP_DTYPES = ("float32", "bfloat16")
 
-OP_BACKENDS: Mapping[tuple[str, str], OpBackend] = {
+OP_BACKENDS: dict[tuple[str, str], OpBackend] = {
     ("hsa_forward", "torch"): torch.FORWARD,
     ("hsa_forward", "cpp"): cpp.FORWARD,
     ("hsa_forward", "triton"): triton.FORWARD,
@@ -31,10 +29,14 @@ OP_BACKENDS: Mapping[tuple[str, str], OpBackend] = {
 
 
 def backend_for(problem: Problem, target: Target) -> str:
-    """Returns the backend that serves a problem: `triton` on a GPU, `cpp` where C++ can be built, else `torch`."""
+    """Returns the backend that serves a problem: `triton` on a GPU, `cpp` where the op has it and it can be built.
+
+    Elsewhere it is `torch`, with which every op begins.
+    """
     if target.kind != "cpu":
         return "triton"
-    return "cpp" if target.has_compiler and problem.dtype in _CPP_DTYPES else "torch"
+    has_cpp = (problem.op, "cpp") in OP_BACKENDS and problem.dtype in _CPP_DTYPES
+    return "cpp" if has_cpp and target.has_compiler else "torch"
 
 
 def op_backend(problem: Problem, target: Target) -> OpBackend:
