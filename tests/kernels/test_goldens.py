@@ -37,7 +37,17 @@ CASES = {
     ),
     "forward_fused_sm_90.py": lambda: (
         PROBLEM,
-        Schedule.of("fused", super_tile=512, segment=16, unroll=8, discard=0, num_warps=4, num_stages=2),
+        Schedule.of(
+            "fused",
+            reduce="fused",
+            window=0,
+            super_tile=512,
+            segment=16,
+            unroll=8,
+            discard=0,
+            num_warps=4,
+            num_stages=2,
+        ),
         H100,
     ),
     "backward_chunk_sm_90.py": lambda: named("hsa_backward", "chunk"),

@@ -34,13 +34,14 @@ _CHUNK = "block_t=8 num_warps=4 num_stages=2 super_tile=1024"
 SCHEDULES = {
     "hsa_forward": [
         "token num_warps=4 num_stages=2",
-        "fused super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
+        "fused reduce=fused window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
+        "fused reduce=slots window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
         "union block_m=8 num_warps=4 num_stages=2",
         *(f"chunk reduce={reduction} segment=128 {_CHUNK}" for reduction in ("atomic", "slots", "slots16")),
     ],
     "hsa_backward": [
         f"token dk_dv=together {_SECOND_PASS}",
-        "fused dq=slots super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
+        "fused dq=fused super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
         f"union dk_dv=apart block_m=8 {_SECOND_PASS}",
         *(f"chunk dq={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
         "chunk dq=slots segment=0 block_t=8 num_warps=4 num_stages=2 super_tile=0",
@@ -50,14 +51,14 @@ SCHEDULES = {
 # Of tiles with the 64 rows that Hopper's matrix instructions take, with loops that run ahead.
 GATHERING = {
     "hsa_forward": [
-        "fused super_tile=128 segment={} unroll=8 discard=1 num_warps=4 num_stages=2",
+        "fused reduce=fused window=0 super_tile=128 segment={} unroll=8 discard=1 num_warps=4 num_stages=2",
         *(f"union block_m={{}} num_warps=4 num_stages={stages}" for stages in (2, 3)),
         *(f"chunk reduce=slots16 segment=128 block_t={{}} num_warps=4 num_stages={s} super_tile=0" for s in (2, 3)),
     ],
     "hsa_backward": [
         *(
             f"fused dq={dq} super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
-            for dq in ("atomic", "slots")
+            for dq in ("atomic", "fused")
         ),
         "union dk_dv=together block_m={0} num_warps=8 num_stages=2 block_t={0} chunk_warps=4 chunk_stages=2",
         *(

@@ -12,7 +12,7 @@ from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.hsa_attention.check import relative_error
 from hsa_compile.kernels.inverse_index import super_tile_lists
-from hsa_compile.problem import Problem, next_power_of_2
+from hsa_compile.problem import OPS, Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
@@ -33,19 +33,17 @@ SHAPES = [
 PIPELINE: dict[str, Knob] = {"num_warps": 4, "num_stages": 2}
 
 
-def kernel(case: Case, dq: str | None = None, discard: int = 0) -> Kernel:
-    """The forward, or the backward that adds dq up as told."""
-    problem = case.problem().with_op("hsa_backward" if dq else "hsa_forward")
+KNOBS: dict[str, Knob] = {"super_tile": 128, "unroll": 8, "discard": 0, "num_warps": 4, "num_stages": 2}
+FORWARD: dict[str, Knob] = {"reduce": "fused", "window": 0}
+
+
+def kernel(case: Case, op: str = "hsa_forward", **change: Knob) -> Kernel:
+    """A fused kernel, in the space of long sequences: what is emitted does not depend on how long they are."""
+    problem = replace(case.problem(), op=op, seq_len=65536)
+    own: dict[str, Knob] = FORWARD if op == "hsa_forward" else {"dq": "fused"}
     segment = max(16, 64 // next_power_of_2(problem.group))
-    knobs: dict[str, Knob] = {
-        "super_tile": 128,
-        "segment": segment,
-        "unroll": 8,
-        "discard": discard,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-    return compile_kernel(emit(problem, Schedule.of("fused", **knobs, **({"dq": dq} if dq else {})), TARGET))
+    schedule = Schedule.of("fused", **{**KNOBS, **own, "segment": segment, **change})
+    return compile_kernel(emit(problem, schedule, TARGET))
 
 
 def results(case: Case, kernel: Kernel) -> list[Tensor]:
@@ -96,30 +94,38 @@ def test_the_output_equals_the_reference_in_any_order_of_programs(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dq"), [(MANY, "slots"), (SHAPES[2], "atomic"), (SHAPES[3], "slots"), (SHAPES[4], "slots")], ids=str
+    ("shape", "dq"), [(MANY, "fused"), (SHAPES[2], "atomic"), (SHAPES[3], "fused"), (SHAPES[4], "fused")], ids=str
 )
 def test_the_gradients_equal_the_reference_in_any_order_of_programs(
     shape: Shape, dq: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(shape)
-    backward = kernel(case, dq)
+    backward = kernel(case, "hsa_backward", dq=dq)
     first, expected = results(case, backward), case.expected()[1:]
     run_in_order(monkeypatch, 0)
     again = results(case, backward)
     for one, other in ((first, expected), (again, expected)):
         for name, gradient, wanted in zip(("dq", "dk", "dv", "dw"), one, other, strict=True):
             assert relative_error(gradient, wanted) <= TOLERANCES["float32"], name
-    if dq == "slots":
+    if dq == "fused":
         assert torch.equal(first[0], again[0])
 
 
-@pytest.mark.parametrize("dq", [None, "atomic"])
+@pytest.mark.parametrize("reduce", ["fused", "slots"])
+def test_windows_add_nothing_twice(reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(replace(MANY, B=2, T=70, per_head=True, HQ=4))
+    windows = kernel(case, reduce=reduce, window=16384)
+    monkeypatch.setattr(windows.module, "WINDOW", 32)
+    assert relative_error(results(case, windows)[0], case.expected()[0]) <= TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("limit", ["MOST_SORTED", "MOST_COUNTED"])
 def test_picks_sorted_block_by_block_or_by_pytorch_give_the_same(
-    limit: str, dq: str | None, monkeypatch: pytest.MonkeyPatch
+    limit: str, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(MANY)
-    compiled = kernel(case, dq)
+    compiled = kernel(case, op)
     first = results(case, compiled)
     # A program sorts the picks of 16 tokens, an eighth of a super-tile; or PyTorch sorts all.
     monkeypatch.setattr(compiled.module, limit, {"MOST_SORTED": 16 * MANY.K, "MOST_COUNTED": 0}[limit])
@@ -145,13 +151,13 @@ def test_only_slots_that_nobody_reads_again_are_discarded(shape: Shape, monkeypa
     assert sum(discarded) > 0
 
 
-@pytest.mark.parametrize("dq", [None, "slots"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [Shape(T=0), Shape(K=0), Shape(S=15), Shape(S=0), Shape(B=0)], ids=str)
-def test_nothing_to_attend_to_gives_zeros(shape: Shape, dq: str | None) -> None:
+def test_nothing_to_attend_to_gives_zeros(shape: Shape, op: str) -> None:
     case = Case(shape)
     inputs = case.tensors()
-    like = [*inputs[:3], inputs[4]] if dq else [inputs[5]]
-    for result, other in zip(results(case, kernel(case, dq)), like, strict=True):
+    like = [inputs[5]] if op == "hsa_forward" else [*inputs[:3], inputs[4]]
+    for result, other in zip(results(case, kernel(case, op)), like, strict=True):
         assert result.shape == other.shape
         assert not result.any()
 
@@ -183,8 +189,11 @@ LARGE = Problem(seq_len=65536, num_heads=32, num_kv_heads=2, head_dim=128, top_k
     [
         (LARGE, "gfx942", {}, "which the dies of this device do not share"),
         (replace(LARGE, num_heads=64), "sm_90", {}, "at most 16 heads, this one has 32"),
-        (replace(LARGE, kv_len=1 << 20), "sm_90", {}, "for at most 4096 chunks, not 16384"),
-        (LARGE, "sm_90", {"segment": 256 * 2}, "segment = 512 is not one of"),
+        (replace(LARGE, kv_len=1 << 20), "sm_90", {}, "are for at most 4096 chunks, not 16384"),
+        (LARGE, "sm_90", {"segment": 512}, "makes 8192 rows a program, allowed are 64 … 4096"),
+        (LARGE, "sm_90", {"window": 65536}, "window = 65536 is no less than the 65536 tokens there are; use 0"),
+        (LARGE, "sm_90", {"window": 16384, "super_tile": 32768}, "is less than super_tile = 32768"),
+        (LARGE, "sm_90", {"reduce": "slots", "unroll": 16}, "parts that are added up in the same launch; use 8"),
         (replace(LARGE, num_kv_heads=32), "sm_90", {}, "makes 16 rows a program, allowed are 64 … 4096"),
         (LARGE, "sm_90", {"super_tile": 2048}, "a cache keeps 100663296"),
         (replace(LARGE, seq_len=300), "sm_90", {"super_tile": 1024}, "is more than the 300 tokens there are"),
@@ -194,7 +203,7 @@ LARGE = Problem(seq_len=65536, num_heads=32, num_kv_heads=2, head_dim=128, top_k
 )
 def test_what_the_forward_cannot_do_is_said(problem: Problem, target: str, change: dict[str, int], reason: str) -> None:
     space = SearchSpace.of(problem, Target.parse(target))
-    usual = {"super_tile": 512, "segment": 16, "unroll": 8, "discard": 0, **PIPELINE}
+    usual = {**KNOBS, **FORWARD, "super_tile": 512, "segment": 16}
     schedule = Schedule.of("fused", **{**usual, **change})
     assert reason in (space.why_invalid(schedule) or "")
 
@@ -203,28 +212,21 @@ def test_what_the_forward_cannot_do_is_said(problem: Problem, target: str, chang
     ("options", "change", "reason"),
     [
         ({"deterministic": True}, {}, "adds dk and dv in any order"),
-        ({}, {"unroll": 16}, "unroll = 16 is about slots, of which dq = 'atomic' has none"),
+        ({}, {"unroll": 16}, "unroll = 16 is for parts that are added up in the same launch; use 8"),
         ({}, {"segment": 4096}, "makes 65536 rows a program, allowed are 64 … 16384"),
-        ({}, {"dq": "slots", "super_tile": 4096}, "a cache keeps 100663296"),
+        ({}, {"dq": "fused", "super_tile": 4096}, "a cache keeps 100663296"),
     ],
 )
 def test_what_the_backward_cannot_do_is_said(options: dict[str, bool], change: dict[str, Knob], reason: str) -> None:
     space = SearchSpace.of(replace(LARGE, op="hsa_backward", **options), TARGET)
-    usual = {
-        "dq": "atomic",
-        "super_tile": 2048,
-        "segment": 256,
-        "unroll": 8,
-        "discard": 0,
-        "num_warps": 8,
-        "num_stages": 2,
-    }
+    usual = {**KNOBS, "dq": "atomic", "super_tile": 2048, "segment": 256}
     assert reason in (space.why_invalid(Schedule.of("fused", **{**usual, **change})) or "")
 
 
 def test_a_schedule_of_a_long_sequence_fits_a_short_one() -> None:
-    long = Schedule.of("fused", super_tile=512, segment=16, unroll=16, discard=0, num_warps=4, num_stages=2)
+    usual = {**KNOBS, **FORWARD, "segment": 16}
+    long = Schedule.of("fused", **{**usual, "super_tile": 512, "unroll": 16, "window": 16384})
     space = SearchSpace.of(replace(LARGE, seq_len=100, top_k=4, deterministic=True), TARGET)
     fitted = space.fit(long)
-    assert fitted == Schedule.of("fused", super_tile=128, segment=16, unroll=8, discard=0, num_warps=4, num_stages=2)
+    assert fitted == Schedule.of("fused", **usual)
     assert space.is_valid(fitted)

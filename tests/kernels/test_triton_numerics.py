@@ -173,7 +173,10 @@ def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Sc
     elif dataflow == "fused":
         segment = max(16, 64 // next_power_of_2(problem.group))
         knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8, "discard": 0}
-        knobs |= {"dq": adding or "slots"} if op == "hsa_backward" else {}
+        if op == "hsa_backward":
+            knobs["dq"] = adding or "fused"
+        else:
+            knobs |= {"reduce": "slots" if adding else "fused", "window": 0}
     elif op == "hsa_backward":
         knobs |= {"block_t": block_t, "chunk_warps": 8, "chunk_stages": 2}
         knobs["dk_dv"] = "apart" if adding == "apart" else "together"

@@ -110,7 +110,7 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
 
 
 def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
-    """Programs that own a chunk within one super-tile, all in one launch: what tokens share is read again soon."""
+    """Programs that own a chunk within one super-tile, all in one launch; what tokens share is read again soon."""
     D, Dv, size, backward = problem.head_dim, problem.value_dim, problem.itemsize, problem.op == "hsa_backward"
     super_tile, segment = schedule.number("super_tile"), schedule.number("segment")
     shape = _Lists.of(problem, schedule, segment, super_tile)
@@ -122,13 +122,16 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     row_bytes = shape.rows * row_width * size
     own = problem.batch * problem.seq_len * problem.num_heads * (row_width + width) * size
     memory = own + kv_bytes * _missed(head_bytes, limits) + row_bytes * _missed(live * row_width * size, limits)
-    if backward and schedule["dq"] == "atomic":
+    reduction = schedule["dq" if backward else "reduce"]
+    if reduction == "atomic":
         traffic = 3 * 4 * shape.rows * width  # read, added to, written
         memory += traffic * _missed(live * width * 4, limits)
     else:
         traffic = 2 * shape.rows * width * size
-        # Parts are written back even though nobody reads them again.
-        memory += traffic / 2 * (1 + _missed(live * problem.top_k * width * size, limits))
+        # Parts are written back even though nobody reads them again; a second kernel finds them in memory alone.
+        late = 1.0 if reduction == "slots" else _missed(live * problem.top_k * width * size, limits)
+        memory += traffic / 2 * (1 + late)
+    windows = 1 if backward else math.ceil(problem.seq_len / (schedule.number("window") or problem.seq_len))
     if backward:
         traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # of dk and dv
     return Pass(
@@ -138,8 +141,8 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         * _products(problem, (3, 2) if backward else (1, 1)),
         cache_bytes=kv_bytes + row_bytes + traffic,
         memory_bytes=memory,
-        programs=shape.segments,
-        launches=1,
+        programs=shape.segments / windows,
+        launches=windows * (2 if reduction == "slots" else 1),
         rows=shape.tile,
         warps=schedule.number("num_warps"),
         stages=schedule.number("num_stages"),

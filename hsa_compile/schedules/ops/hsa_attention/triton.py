@@ -54,22 +54,18 @@ _SECOND_PASS: Knobs = {
     "chunk_stages": (1, 2),
 }
 
-# Chunk by chunk within super-tiles of tokens, all in one launch: who writes a token's last part adds them up.
+# Chunk by chunk within super-tiles of tokens, all in one launch. Parts are added up by the program that writes the last
+# one of a token (`fused`), by a second kernel (`slots`), or in memory (`atomic`).
 _FUSED: Knobs = {
-    "super_tile": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-    "segment": (4, 8, 16, 32, 64, 128, 256),
+    "super_tile": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
+    "segment": (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     "unroll": (8, 16),
     "discard": (0, 1),  # whether slots that were added up are dropped from the cache, not written back
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
-# dk and dv of a program are added to memory at its end: the longer its list, the rarer.
-_FUSED_BACKWARD: Knobs = {
-    **_FUSED,
-    "dq": ("atomic", "slots"),
-    "super_tile": (*_FUSED["super_tile"], 32768, 65536),
-    "segment": (16, 32, 64, 128, 256, 512, 1024, 4096),
-}
+_FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), "window": (0, 16384, 65536), **_FUSED}
+_FUSED_BACKWARD: Knobs = {"dq": ("fused", "atomic"), **_FUSED}
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _MAX_FUSED_CHUNKS = 4096
@@ -81,7 +77,7 @@ _BACKWARD: Choices = {
     "token": {**_TOKEN, **_SECOND_PASS},
     "fused": _FUSED_BACKWARD,
 }
-_FORWARD: Choices = {"chunk": _CHUNK_FORWARD, "union": _UNION, "token": _TOKEN, "fused": _FUSED}
+_FORWARD: Choices = {"chunk": _CHUNK_FORWARD, "union": _UNION, "token": _TOKEN, "fused": _FUSED_FORWARD}
 
 
 def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -146,21 +142,40 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return f"segment = {schedule['segment']} makes {rows} rows a program, allowed are {allowed}"
     if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
         return reason
-    if backward and schedule["dq"] == "atomic":
-        # There are no slots; of the choices that mean the same, one is enough.
-        for knob in ("unroll", "discard"):
-            if schedule[knob] != _FUSED[knob][0]:
-                return (
-                    f"{knob} = {schedule[knob]} is about slots, of which dq = 'atomic' has none; use {_FUSED[knob][0]}"
-                )
-        return None
-    return _why_not_slots(problem, schedule)
+    if not backward and (reason := _why_not_window(problem, schedule)):
+        return reason
+    reduction = schedule["dq" if backward else "reduce"]
+    if reduction == "fused":
+        return _why_not_slots(problem, schedule)
+    # Of the choices that mean the same, one is enough.
+    for knob in ("unroll", "discard"):
+        if schedule[knob] != _FUSED[knob][0]:
+            return f"{knob} = {schedule[knob]} is for parts that are added up in the same launch; use {_FUSED[knob][0]}"
+    return None
+
+
+def _why_not_window(problem: Problem, schedule: Schedule) -> str | None:
+    """The first reason against keeping the slots of so many tokens."""
+    window = schedule.number("window")
+    if not window:
+        return _why_not_all_slots(problem)
+    if window >= next_power_of_2(problem.seq_len):
+        return f"window = {window} is no less than the {problem.seq_len} tokens there are; use 0"
+    if window < schedule.number("super_tile"):
+        return f"window = {window} is less than super_tile = {schedule['super_tile']}"
+    return None
+
+
+def _why_not_all_slots(problem: Problem) -> str | None:
+    if problem.num_chunks > _MAX_FUSED_CHUNKS:
+        return f"slots of all tokens at once are for at most {_MAX_FUSED_CHUNKS} chunks, not {problem.num_chunks}"
+    return None
 
 
 def _why_not_slots(problem: Problem, schedule: Schedule) -> str | None:
     """The first reason against adding parts up in the launch that makes them."""
-    if problem.num_chunks > _MAX_FUSED_CHUNKS:
-        return f"dataflow = 'fused' keeps all slots, for at most {_MAX_FUSED_CHUNKS} chunks, not {problem.num_chunks}"
+    if problem.op == "hsa_backward" and (reason := _why_not_all_slots(problem)):
+        return reason
     width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
     token = problem.top_k * problem.group * width * problem.itemsize  # bytes of its slots
     slots = schedule.number("super_tile") * token
@@ -178,9 +193,11 @@ def _fit(problem: Problem, schedule: Schedule) -> Schedule:
     if schedule.dataflow != "fused":
         return schedule
     cut = {
-        knob: largest_choice(_FUSED_BACKWARD[knob], schedule.number(knob), next_power_of_2(size))
+        knob: largest_choice(_FUSED[knob], schedule.number(knob), next_power_of_2(size))
         for knob, size in (("super_tile", problem.seq_len), ("unroll", problem.top_k))
     }
+    if "window" in schedule and schedule.number("window") >= next_power_of_2(problem.seq_len):
+        cut["window"] = 0
     return Schedule.from_dict({**schedule, **cut})
 
 
