@@ -54,7 +54,7 @@ class Schedule(Mapping[str, Knob]):
 
     @staticmethod
     def parse(text: str) -> "Schedule":
-        """Returns the schedule that a text such as `chunk block_t=4 num_warps=8`, as `str` prints it, stands for.
+        """Returns the schedule that a text such as `chunk block_tokens=4 num_warps=8`, as `str` prints it, stands for.
 
         Raises:
             InvalidSchedule: a word after the first is not of the form `name=value`, or a name is given twice.

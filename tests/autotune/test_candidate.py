@@ -13,7 +13,7 @@ from hsa_compile.target import NAMED_TARGETS, Target
 
 PROBLEM = Problem(seq_len=67, num_heads=4, num_kv_heads=2, head_dim=8, chunk_size=16, top_k=2)
 INPUTS = make_inputs(PROBLEM, torch.device("cpu"))
-TOKEN = Schedule.of("token", block_t=4)
+TOKEN = Schedule.of("token", block_tokens=4)
 
 
 def failing(error: Exception) -> Callable[..., None]:
@@ -32,8 +32,8 @@ def test_a_prepared_candidate_runs_the_kernel_of_its_schedule_on_the_inputs() ->
 
 
 def test_an_invalid_schedule_is_refused_before_anything_is_compiled() -> None:
-    with pytest.raises(InvalidSchedule, match="block_t = 3"):
-        prepare(PROBLEM, Schedule.of("token", block_t=3), Target.parse("cpu"), INPUTS)
+    with pytest.raises(InvalidSchedule, match="block_tokens = 3"):
+        prepare(PROBLEM, Schedule.of("token", block_tokens=3), Target.parse("cpu"), INPUTS)
 
 
 def test_a_wrong_result_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

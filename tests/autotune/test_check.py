@@ -34,7 +34,7 @@ def inputs_of(problem: Problem) -> Inputs:
 
 def kernel_of(problem: Problem) -> Kernel:
     block = 16 if problem.seq_len >= 16 else 1
-    return compile_kernel(emit(problem, Schedule.of("token", block_t=block), Target.parse("cpu")))
+    return compile_kernel(emit(problem, Schedule.of("token", block_tokens=block), Target.parse("cpu")))
 
 
 def spoilt(problem: Problem, spoil: Spoil) -> Kernel:

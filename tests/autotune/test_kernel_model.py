@@ -22,7 +22,7 @@ KERNEL = KernelResources(
 
 
 def chunk(**knobs: int | str) -> Schedule:
-    usual = {"block_t": 4, "segment": 512, "super_tile": 0, "num_warps": 4, "num_stages": 2, "reduce": "slots"}
+    usual = {"block_entries": 4, "segment": 512, "super_tile": 0, "num_warps": 4, "num_stages": 2, "reduce": "slots"}
     return Schedule.of("chunk", **{**usual, **knobs})
 
 
@@ -51,7 +51,7 @@ def test_tiles_padded_for_a_small_group_cost_more() -> None:
 
 
 def test_neighbours_that_share_their_picks_read_less() -> None:
-    blocks = [Schedule.of("union", block_m=m, num_warps=4, num_stages=2) for m in (1, 4)]
+    blocks = [Schedule.of("union", block_tokens=m, num_warps=4, num_stages=2) for m in (1, 4)]
     few_heads = replace(PROBLEM, num_heads=8)
     assert estimate(few_heads, blocks[1], H100) < estimate(few_heads, blocks[0], H100)
 

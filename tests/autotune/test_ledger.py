@@ -36,7 +36,7 @@ TIMED = Outcome(
     resources=Resources(spills=4, registers=96, shared_memory=1024, occupancy=0.25),
     seconds=1.5,
 )
-KEY: Mapping[str, Any] = {"schedule": {"dataflow": "token", "block_t": 4}, "fingerprint": "0123456789abcdef"}
+KEY: Mapping[str, Any] = {"schedule": {"dataflow": "token", "block_tokens": 4}, "fingerprint": "0123456789abcdef"}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def noisy(speeds: Sequence[float], seed: int, noise: float = NOISE) -> Callable[
 
 def decide(speeds: Sequence[float], seed: int = 0, noise: float = NOISE) -> tuple[int, Verdict]:
     """The index in `speeds` of the winner (0 is the default) and the verdict."""
-    entrants = [Schedule.of("token", block_t=i) for i in range(len(speeds))]
+    entrants = [Schedule.of("token", block_tokens=i) for i in range(len(speeds))]
     verdict = play_off(entrants[0], entrants[1:], noisy(speeds, seed, noise), max_rounds=ROUNDS, deadline=float("inf"))
     return entrants.index(verdict.winner), verdict
 
@@ -56,7 +56,7 @@ def test_a_median_gain_that_most_rounds_do_not_confirm_is_noise() -> None:
     def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
         return [[1.0, 1.0, 1.0], [0.9, 0.9, 1.2]]  # faster by a tenth at the median, in two rounds of three
 
-    default, other = (Schedule.of("token", block_t=i) for i in (0, 1))
+    default, other = (Schedule.of("token", block_tokens=i) for i in (0, 1))
     verdict = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=float("inf"))
     assert verdict.winner is default
 
@@ -71,7 +71,7 @@ def test_a_tie_that_does_not_clearly_beat_the_default_is_told_but_not_picked() -
         # The second is the fastest at the median, but slower than the default in a third of the rounds.
         return [[1.0] * 3, [0.965, 0.965, 1.2], [0.97] * 3]
 
-    default, unclear, clear = (Schedule.of("token", block_t=i) for i in range(3))
+    default, unclear, clear = (Schedule.of("token", block_tokens=i) for i in range(3))
     verdict = play_off(default, [unclear, clear], time_all, max_rounds=12, deadline=float("inf"))
     assert verdict.tie_set == (clear, unclear)
 
@@ -88,7 +88,7 @@ def test_no_round_begins_after_the_deadline_but_those_that_are_needed(
     clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(play_off_module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    default, other = (Schedule.of("token", block_t=i) for i in (0, 1))
+    default, other = (Schedule.of("token", block_tokens=i) for i in (0, 1))
 
     def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
         clock.pass_(1.0 * rounds)

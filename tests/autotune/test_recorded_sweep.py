@@ -40,13 +40,13 @@ def test_what_is_saved_is_read(tmp_path: Path, name: str) -> None:
     results: dict[Schedule, float | str] = {
         Schedule.of("token", num_warps=2, num_stages=1): 1.5,
         Schedule.of("token", num_warps=4, num_stages=1): "OutOfResources: shared memory",
-        Schedule.of("chunk", reduce="slots", block_t=4): 1.25,
+        Schedule.of("chunk", reduce="slots", block_entries=4): 1.25,
     }
     sweep = RecordedSweep.of_schedules(results, problem=problem, target=target)
     sweep.save(tmp_path / "new" / name)
     read = RecordedSweep.load(tmp_path / "new" / name)
     assert read == sweep
-    assert read.points[2] == {"dataflow": "chunk", "chunk.reduce": "slots", "chunk.block_t": 4}
+    assert read.points[2] == {"dataflow": "chunk", "chunk.reduce": "slots", "chunk.block_entries": 4}
     assert read.times == [1.5, None, 1.25]
     assert read.reasons == ["", "OutOfResources: shared memory", ""]
     assert read.about["problem"]["seq_len"] == 1024

@@ -245,7 +245,7 @@ def test_what_an_error_or_ctrl_c_leaves_running_is_taken_over_and_nothing_is_rep
 
 def test_a_search_has_settled_when_nothing_much_better_came_up_for_long() -> None:
     def result(ratios: Sequence[float]) -> SearchResult:
-        schedule = Schedule.of("token", block_t=1)
+        schedule = Schedule.of("token", block_tokens=1)
         return SearchResult(trials=[Trial(schedule=schedule, ratio=ratio, median_ms=ratio) for ratio in ratios])
 
     assert not result([1.0] * PATIENCE).has_settled(0.02)

@@ -99,7 +99,7 @@ def test_another_question_has_another_study(monkeypatch: pytest.MonkeyPatch) -> 
     questions = [asked(), asked(replace(PROBLEM, top_k=3)), asked(inputs="local"), asked(seed=1)]
     kind = ("hsa_forward", "torch")
     own = ops_module.OP_BACKENDS[kind]
-    fewer = {**own.choices, "token": {"block_t": (1, 4)}}
+    fewer = {**own.choices, "token": {"block_tokens": (1, 4)}}
     monkeypatch.setitem(ops_module.OP_BACKENDS, kind, replace(own, choices=fewer))
     questions.append(asked())
     names = {open_study(storage, one, anew=False).study_name for one in questions}

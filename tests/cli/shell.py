@@ -55,7 +55,7 @@ def record_of(op: str) -> TuningRecord:
     return TuningRecord(
         problem=problem,
         target=target,
-        schedule=Schedule.of("token", block_t=4),
+        schedule=Schedule.of("token", block_tokens=4),
         measurement=Measurement(median_ms=1.0, p20_ms=1.0, p80_ms=1.0, repeats=15),
         default_measurement=Measurement(median_ms=2.0, p20_ms=2.0, p80_ms=2.0, repeats=15),
         trials=12,

@@ -168,7 +168,7 @@ def test_emit_prints_cpp_for_a_cpu_with_a_compiler(op: str, run: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "schedule"), [("cpu", "token block_t=4"), ("gfx942", "token num_warps=4 num_stages=1")]
+    ("target", "schedule"), [("cpu", "token block_tokens=4"), ("gfx942", "token num_warps=4 num_stages=1")]
 )
 def test_emit_follows_the_schedule_it_is_given(target: str, schedule: str, run: Shell) -> None:
     outcome = run("emit", "--target", target, *SHAPE, "--schedule", schedule)
@@ -181,8 +181,8 @@ def test_emit_follows_the_schedule_it_is_given(target: str, schedule: str, run: 
 @pytest.mark.usefixtures("stored")
 def test_emit_prints_the_tuned_schedule_where_there_is_one(run: Shell) -> None:
     outcome = run("emit", "--target", "cpu", *SHAPE)
-    assert "\nschedule  token block_t=4\n" in outcome.out
-    assert "\nschedule  token block_t=4\n" not in run("emit", "--target", "cpu", *SHAPE, "--head-dim", "32").out
+    assert "\nschedule  token block_tokens=4\n" in outcome.out
+    assert "\nschedule  token block_tokens=4\n" not in run("emit", "--target", "cpu", *SHAPE, "--head-dim", "32").out
 
 
 # --- doctor
@@ -283,14 +283,18 @@ BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["emit", "--seq-len", "1k,2k"], "2 shapes", "one"),
     (["emit", "--target", "cpu", "--schedule", ""], "''", "chunk, token"),
     (["emit", "--target", "cpu", "--schedule", "banana"], "'banana'", "chunk, token"),
-    (["emit", "--target", "cpu", "--schedule", "token"], "none", "block_t"),
-    (["emit", "--target", "cpu", "--schedule", "token block_t"], "'block_t'", "name=value"),
-    (["emit", "--target", "cpu", "--schedule", "token block_t=3"], "block_t = 3", "1, 4, 16"),
-    (["emit", "--target", "cpu", "--schedule", "token block_t=²"], "'²'", "1, 4, 16"),
-    (["emit", "--target", "cpu", "--schedule", "token block_t=1 block_t=4"], "'block_t', 'block_t'", "once each"),
+    (["emit", "--target", "cpu", "--schedule", "token"], "none", "block_tokens"),
+    (["emit", "--target", "cpu", "--schedule", "token block_tokens"], "'block_tokens'", "name=value"),
+    (["emit", "--target", "cpu", "--schedule", "token block_tokens=3"], "block_tokens = 3", "1, 4, 16"),
+    (["emit", "--target", "cpu", "--schedule", "token block_tokens=²"], "'²'", "1, 4, 16"),
+    (
+        ["emit", "--target", "cpu", "--schedule", "token block_tokens=1 block_tokens=4"],
+        "'block_tokens', 'block_tokens'",
+        "once each",
+    ),
     (["emit", "--target", "cpu", "--schedule", "token dataflow=chunk"], "'dataflow'", "apart"),
-    (["emit", "--target", "cpu", "--schedule", "token colour=red"], "colour", "block_t"),
-    (["emit", "--target", "sm_90", "--schedule", "token block_t=4"], "block_t", "num_warps"),
+    (["emit", "--target", "cpu", "--schedule", "token colour=red"], "colour", "block_tokens"),
+    (["emit", "--target", "sm_90", "--schedule", "token block_tokens=4"], "block_tokens", "num_warps"),
 ]
 NO_GPU_INPUTS = [
     (["tune", "--device", "cuda:0"], "'cuda:0' is not present", "use cpu"),

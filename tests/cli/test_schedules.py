@@ -89,7 +89,7 @@ def test_explain_tells_the_entry_its_loss_and_why_no_other_serves(run: Shell) ->
     exact = run("schedules", "explain", *SHAPE, "--device", "cpu", "--op", "forward")
     assert exact.code == 0
     for words in (
-        "runs      token block_t=4",
+        "runs      token block_tokens=4",
         "exact: hsa_forward B1 T128",
         "expected to lose  none",
         "op hsa_backward",
@@ -99,7 +99,7 @@ def test_explain_tells_the_entry_its_loss_and_why_no_other_serves(run: Shell) ->
     assert (near[0]["how"], near[0]["distance"], near[0]["schedule"]) == (
         "nearest",
         2.0,
-        {"dataflow": "token", "block_t": 4},
+        {"dataflow": "token", "block_tokens": 4},
     )
     assert near[0]["differences"] == {"top_k": {"asked": 8, "entry": 2, "distance": 2.0}}
     assert near[0]["others"][0]["why_not"] == "must match: op"
@@ -123,7 +123,7 @@ def test_diff_of_two_entries_shows_the_fields_that_differ(run: Shell) -> None:
 def test_diff_of_a_file_and_a_device_goes_problem_by_problem(run: Shell, tmp_path: Path) -> None:
     exported = str(tmp_path / "all.json")
     assert run("schedules", "export", exported).code == 0
-    default_cache().put(replace(record_of(OPS[0]), schedule=Schedule.of("token", block_t=1)))
+    default_cache().put(replace(record_of(OPS[0]), schedule=Schedule.of("token", block_tokens=1)))
     verdicts = [row["verdict"] for row in run("schedules", "diff", exported, "cpu", "--json").json]
     assert verdicts == ["another schedule", "same entry"]
     stored_in = str(default_cache().path(Target.parse("cpu")))

@@ -264,7 +264,7 @@ def test_several_threads_give_the_right_answer_and_the_same_bits_twice(family: s
     assert_close(first, given.run(hsa_attention_reference, torch.float64), torch.float32)
 
 
-TORCH_SCHEDULES = [Schedule.of("chunk", super_tile=512, tile_rows=256), Schedule.of("token", block_t=16)]
+TORCH_SCHEDULES = [Schedule.of("chunk", super_tile=512, tile_rows=256), Schedule.of("token", block_tokens=16)]
 
 
 @pytest.mark.usefixtures("three_threads")

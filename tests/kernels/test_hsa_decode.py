@@ -94,7 +94,7 @@ def test_tokens_are_shared_by_threads_if_they_read_enough(threads: int, monkeypa
     try:
         for shape in (Shape(B=3), Shape(B=8, T=16, HQ=8, K=16)):
             case = Case(shape)
-            o = case.run(Schedule.of("split", split=1, rows=1))
+            o = case.run(Schedule.of("split", num_splits=1, rows=1))
             assert relative_error(o, case.expected()) <= TOLERANCES["float32"]
     finally:
         torch.set_num_threads(before)
@@ -263,7 +263,7 @@ def test_a_problem_of_many_tokens_is_none() -> None:
 def test_the_default_fills_the_device_if_the_slots_suffice(name: str, top_k: int, batch: int) -> None:
     target = NAMED_TARGETS[name]
     problem = replace(expand(target, {}, DECODE_OPS)[0], top_k=top_k, batch=batch)
-    split = default_schedule(problem, target).number("split")
+    split = default_schedule(problem, target).number("num_splits")
     assert split in (1, 2, 4, 8, 16)
     assert split / 2 < top_k
     tokens = batch * problem.num_kv_heads
@@ -287,7 +287,7 @@ def test_schedules_are_valid_and_fit_fewer_slots(name: str, group: int, top_k: i
 def test_float64_is_refused_on_a_gpu_and_a_huge_gather_on_a_cpu() -> None:
     sm_90 = NAMED_TARGETS["sm_90"]
     problem = replace(Case(Shape(), torch.float64).problem(), head_dim=256, value_dim=256, chunk_size=1024)
-    schedule = Schedule.of("split", split=1, num_warps=4, num_stages=1)
+    schedule = Schedule.of("split", num_splits=1, num_warps=4, num_stages=1)
     assert "float64" in (SearchSpace.of(problem, sm_90).why_invalid(schedule) or "")
     reason = SearchSpace.of(problem, CPU).why_invalid(Schedule.of("split", block=1024))
     assert "block = 1024 gathers" in (reason or "")
@@ -297,7 +297,7 @@ def test_float64_is_refused_on_a_gpu_and_a_huge_gather_on_a_cpu() -> None:
     ("target", "schedule"),
     [
         (WITHOUT_COMPILER, Schedule.of("split", block=4)),
-        pytest.param(CPU, Schedule.of("split", split=2, rows=1), marks=needs_compiler),
+        pytest.param(CPU, Schedule.of("split", num_splits=2, rows=1), marks=needs_compiler),
     ],
     ids=["torch", "cpp"],
 )

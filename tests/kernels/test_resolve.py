@@ -33,7 +33,7 @@ from hsa_compile.target import Target
 
 # In float64, which is never built from C++.
 PROBLEM = Problem(seq_len=64, num_heads=4, num_kv_heads=2, head_dim=8, chunk_size=16, top_k=2, dtype="float64")
-TOKEN_4 = Schedule.of("token", block_t=4)
+TOKEN_4 = Schedule.of("token", block_tokens=4)
 
 
 def record(problem: Problem = PROBLEM, schedule: Schedule = TOKEN_4, **changes: Any) -> TuningRecord:
@@ -164,7 +164,7 @@ def test_debug_messages_tell_the_schedule_and_why(caplog: pytest.LogCaptureFixtu
         warned(replace(PROBLEM, kv_len=128))
     first, exact, near = (entry.getMessage() for entry in caplog.records)
     assert "nothing has been tuned yet" in first
-    assert "runs token block_t=4: served exactly by the user entry (measured)" in exact
+    assert "runs token block_tokens=4: served exactly by the user entry (measured)" in exact
     assert "served at distance 0.50 by the user entry" in near
 
 

@@ -29,22 +29,22 @@ TOKEN_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HMMA", "gfx942": "MFMA", "sm_100
 CHUNK_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "MFMA", "sm_100": "UTCHMMA"}
 
 # Every dataflow and reduction, for groups of three.
-_SECOND_PASS = "block_t=8 chunk_warps=4 chunk_stages=2 num_warps=4 num_stages=2"
-_CHUNK = "block_t=8 num_warps=4 num_stages=2 super_tile=1024"
+_SECOND_PASS = "block_entries=8 chunk_warps=4 chunk_stages=2 num_warps=4 num_stages=2"
+_CHUNK = "block_entries=8 num_warps=4 num_stages=2 super_tile=1024"
 SCHEDULES = {
     "hsa_forward": [
         "token num_warps=4 num_stages=2",
         "fused reduce=fused window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
         "fused reduce=slots window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
-        "union block_m=8 num_warps=4 num_stages=2",
+        "union block_tokens=8 num_warps=4 num_stages=2",
         *(f"chunk reduce={reduction} segment=128 {_CHUNK}" for reduction in ("atomic", "slots", "slots16")),
     ],
     "hsa_backward": [
         f"token dk_dv=together {_SECOND_PASS}",
-        "fused dq=fused super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
-        f"union dk_dv=apart block_m=8 {_SECOND_PASS}",
-        *(f"chunk dq={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
-        "chunk dq=slots segment=0 block_t=8 num_warps=4 num_stages=2 super_tile=0",
+        "fused reduce=fused super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
+        f"union dk_dv=apart block_tokens=8 {_SECOND_PASS}",
+        *(f"chunk reduce={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
+        "chunk reduce=slots segment=0 block_entries=8 num_warps=4 num_stages=2 super_tile=0",
     ],
 }
 
@@ -52,17 +52,20 @@ SCHEDULES = {
 GATHERING = {
     "hsa_forward": [
         "fused reduce=fused window=0 super_tile=128 segment={} unroll=8 discard=1 num_warps=4 num_stages=2",
-        *(f"union block_m={{}} num_warps=4 num_stages={stages}" for stages in (2, 3)),
-        *(f"chunk reduce=slots16 segment=128 block_t={{}} num_warps=4 num_stages={s} super_tile=0" for s in (2, 3)),
+        *(f"union block_tokens={{}} num_warps=4 num_stages={stages}" for stages in (2, 3)),
+        *(
+            f"chunk reduce=slots16 segment=128 block_entries={{}} num_warps=4 num_stages={s} super_tile=0"
+            for s in (2, 3)
+        ),
     ],
     "hsa_backward": [
         *(
-            f"fused dq={dq} super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
+            f"fused reduce={dq} super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
             for dq in ("atomic", "fused")
         ),
-        "union dk_dv=together block_m={0} num_warps=8 num_stages=2 block_t={0} chunk_warps=4 chunk_stages=2",
+        "union dk_dv=together block_tokens={0} num_warps=8 num_stages=2 block_entries={0} chunk_warps=4 chunk_stages=2",
         *(
-            f"chunk dq={dq} segment=128 block_t={{}} num_warps=8 num_stages=2 super_tile=0"
+            f"chunk reduce={dq} segment=128 block_entries={{}} num_warps=8 num_stages=2 super_tile=0"
             for dq in ("atomic", "slots")
         ),
     ],

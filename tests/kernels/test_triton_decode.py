@@ -30,7 +30,7 @@ MORE_SHAPES = [
 
 
 def split_schedule(split: int) -> Schedule:
-    return Schedule.of("split", split=split, num_warps=4, num_stages=2)
+    return Schedule.of("split", num_splits=split, num_warps=4, num_stages=2)
 
 
 @pytest.fixture(autouse=True)

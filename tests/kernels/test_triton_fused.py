@@ -40,7 +40,7 @@ FORWARD: dict[str, Knob] = {"reduce": "fused", "window": 0}
 def kernel(case: Case, op: str = "hsa_forward", **change: Knob) -> Kernel:
     """A fused kernel, in the space of long sequences: what is emitted does not depend on how long they are."""
     problem = replace(case.problem(), op=op, seq_len=65536)
-    own: dict[str, Knob] = FORWARD if op == "hsa_forward" else {"dq": "fused"}
+    own: dict[str, Knob] = FORWARD if op == "hsa_forward" else {"reduce": "fused"}
     segment = max(16, 64 // next_power_of_2(problem.group))
     schedule = Schedule.of("fused", **{**KNOBS, **own, "segment": segment, **change})
     return compile_kernel(emit(problem, schedule, TARGET))
@@ -94,20 +94,20 @@ def test_the_output_equals_the_reference_in_any_order_of_programs(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dq"), [(MANY, "fused"), (SHAPES[2], "atomic"), (SHAPES[3], "fused"), (SHAPES[4], "fused")], ids=str
+    ("shape", "reduce"), [(MANY, "fused"), (SHAPES[2], "atomic"), (SHAPES[3], "fused"), (SHAPES[4], "fused")], ids=str
 )
 def test_the_gradients_equal_the_reference_in_any_order_of_programs(
-    shape: Shape, dq: str, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(shape)
-    backward = kernel(case, "hsa_backward", dq=dq)
+    backward = kernel(case, "hsa_backward", reduce=reduce)
     first, expected = results(case, backward), case.expected()[1:]
     run_in_order(monkeypatch, 0)
     again = results(case, backward)
     for one, other in ((first, expected), (again, expected)):
         for name, gradient, wanted in zip(("dq", "dk", "dv", "dw"), one, other, strict=True):
             assert relative_error(gradient, wanted) <= TOLERANCES["float32"], name
-    if dq == "fused":
+    if reduce == "fused":
         assert torch.equal(first[0], again[0])
 
 
@@ -214,12 +214,12 @@ def test_what_the_forward_cannot_do_is_said(problem: Problem, target: str, chang
         ({"deterministic": True}, {}, "adds dk and dv in any order"),
         ({}, {"unroll": 16}, "unroll = 16 is for parts that are added up in the same launch; use 8"),
         ({}, {"segment": 4096}, "makes 65536 rows a program, allowed are 64 … 16384"),
-        ({}, {"dq": "fused", "super_tile": 4096}, "a cache keeps 100663296"),
+        ({}, {"reduce": "fused", "super_tile": 4096}, "a cache keeps 100663296"),
     ],
 )
 def test_what_the_backward_cannot_do_is_said(options: dict[str, bool], change: dict[str, Knob], reason: str) -> None:
     space = SearchSpace.of(replace(LARGE, op="hsa_backward", **options), TARGET)
-    usual = {**KNOBS, "dq": "atomic", "super_tile": 2048, "segment": 256}
+    usual = {**KNOBS, "reduce": "atomic", "super_tile": 2048, "segment": 256}
     assert reason in (space.why_invalid(Schedule.of("fused", **{**usual, **change})) or "")
 
 

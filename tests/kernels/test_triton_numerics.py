@@ -164,24 +164,24 @@ class Case:
 def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Schedule:
     dataflow, _, adding = variant.partition("-")
     knobs: dict[str, Knob] = {"num_warps": 4, "num_stages": 2}
-    block_t = max(1, ROWS // next_power_of_2(problem.group))
+    block_entries = max(1, ROWS // next_power_of_2(problem.group))
     if dataflow == "chunk":
         reduction = {"": "atomic", "whole": "slots"}.get(adding, adding)
         segment = 0 if op == "hsa_backward" and adding == "whole" else 128
-        knobs |= {"block_t": block_t, "segment": segment, "super_tile": super_tile}
-        knobs["dq" if op == "hsa_backward" else "reduce"] = reduction
+        knobs |= {"block_entries": block_entries, "segment": segment, "super_tile": super_tile}
+        knobs["reduce"] = reduction
     elif dataflow == "fused":
         segment = max(16, 64 // next_power_of_2(problem.group))
         knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8, "discard": 0}
         if op == "hsa_backward":
-            knobs["dq"] = adding or "fused"
+            knobs["reduce"] = adding or "fused"
         else:
             knobs |= {"reduce": "slots" if adding else "fused", "window": 0}
     elif op == "hsa_backward":
-        knobs |= {"block_t": block_t, "chunk_warps": 8, "chunk_stages": 2}
+        knobs |= {"block_entries": block_entries, "chunk_warps": 8, "chunk_stages": 2}
         knobs["dk_dv"] = "apart" if adding == "apart" else "together"
     if dataflow == "union":
-        knobs["block_m"] = max(1, ROWS // next_power_of_2(problem.group))
+        knobs["block_tokens"] = max(1, ROWS // next_power_of_2(problem.group))
     return Schedule.of(dataflow, **knobs)
 
 

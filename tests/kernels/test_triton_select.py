@@ -27,13 +27,13 @@ pytest.importorskip("triton")
 HOPPER = Target.parse("sm_90")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FORWARD = [
-    Schedule.of(flow, block_t=16, block_n=16, selection=selection, num_warps=4, num_stages=2, **more)
+    Schedule.of(flow, block_tokens=16, block_n=16, selection=selection, num_warps=4, num_stages=2, **more)
     for flow, more in (("stream", {}), ("split", {"num_splits": 4}))
     for selection in ("insert", "merge")
 ]
 BACKWARD = [
-    Schedule.of("token", block_t=4, num_warps=4),
-    Schedule.of("chunk", block_t=2, num_warps=4, chunk_t=8, chunk_warps=4),
+    Schedule.of("token", block_tokens=4, num_warps=4),
+    Schedule.of("chunk", block_tokens=2, num_warps=4, chunk_t=8, chunk_warps=4),
 ]
 
 

@@ -21,7 +21,7 @@ MakeProblem = Callable[..., Problem]
 MakeRecord = Callable[..., TuningRecord]
 OpenCache = Callable[..., ScheduleCache]
 
-TOKEN_1, TOKEN_4, TOKEN_16 = (Schedule.of("token", block_t=block) for block in (1, 4, 16))
+TOKEN_1, TOKEN_4, TOKEN_16 = (Schedule.of("token", block_tokens=block) for block in (1, 4, 16))
 
 
 def test_what_was_put_is_found_exactly_now_and_by_the_next_process(
@@ -179,7 +179,7 @@ def test_a_near_entry_that_the_problem_cannot_use_gives_way_to_the_next(
 def test_an_exact_entry_of_a_version_with_other_knobs_counts_as_none(
     make_record: MakeRecord, open_cache: OpenCache
 ) -> None:
-    record = make_record(schedule=Schedule.of("token", block_t=4, colour="red"))
+    record = make_record(schedule=Schedule.of("token", block_tokens=4, colour="red"))
     open_cache().put(record)
     assert open_cache().lookup(record.problem, record.target) is None
     assert open_cache().exact(record.problem, record.target) is None
@@ -213,7 +213,7 @@ def test_the_file_is_json_that_a_person_can_read(make_record: MakeRecord, open_c
     assert entry["key"]["seq_len"] == 4096
     assert entry["key"]["torch"] == "2.13.0"
     stored = entry["record"]
-    assert stored["schedule"] == {"dataflow": "token", "block_t": 4}
+    assert stored["schedule"] == {"dataflow": "token", "block_tokens": 4}
     assert stored["measurement"] == {"median_ms": 1.25, "p20_ms": 1.25, "p80_ms": 1.25, "repeats": 15}
     assert stored["default_measurement"]["median_ms"] == 2.5
     assert set(stored["versions"]) == {"torch", "triton", "optuna", "hsa-compile"}

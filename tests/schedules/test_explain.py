@@ -17,7 +17,7 @@ MakeProblem = Callable[..., Problem]
 MakeRecord = Callable[..., TuningRecord]
 OpenCache = Callable[..., ScheduleCache]
 
-TOKEN_1, TOKEN_4, TOKEN_16 = (Schedule.of("token", block_t=block) for block in (1, 4, 16))
+TOKEN_1, TOKEN_4, TOKEN_16 = (Schedule.of("token", block_tokens=block) for block in (1, 4, 16))
 
 
 @pytest.fixture(autouse=True)

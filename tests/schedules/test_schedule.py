@@ -7,8 +7,8 @@ from hsa_compile.schedules.schedule import Schedule
 
 SCHEDULES = [
     Schedule.of("token"),
-    Schedule.of("token", block_t=16),
-    Schedule.of("chunk", num_warps=8, block_t=4, order="spread", depth=-1),
+    Schedule.of("token", block_tokens=16),
+    Schedule.of("chunk", num_warps=8, block_tokens=4, order="spread", depth=-1),
 ]
 
 
@@ -31,9 +31,9 @@ def test_schedules_with_the_same_knobs_are_equal_and_hash_alike_in_any_order() -
 
 
 def test_a_schedule_reads_like_a_mapping_with_the_dataflow_first() -> None:
-    schedule = Schedule.of("chunk", num_warps=8, block_t=4)
-    assert list(schedule) == ["dataflow", "block_t", "num_warps"]
-    assert dict(schedule) == {"dataflow": "chunk", "block_t": 4, "num_warps": 8}
+    schedule = Schedule.of("chunk", num_warps=8, block_tokens=4)
+    assert list(schedule) == ["dataflow", "block_tokens", "num_warps"]
+    assert dict(schedule) == {"dataflow": "chunk", "block_tokens": 4, "num_warps": 8}
     assert len(schedule) == 3
     assert "num_warps" in schedule
     assert "segment" not in schedule
@@ -43,21 +43,21 @@ def test_a_schedule_reads_like_a_mapping_with_the_dataflow_first() -> None:
 
 
 def test_a_schedule_cannot_be_changed() -> None:
-    schedule = Schedule.of("token", block_t=16)
+    schedule = Schedule.of("token", block_tokens=16)
     with pytest.raises(AttributeError):
         schedule.dataflow = "chunk"  # type: ignore[misc]
     with pytest.raises(TypeError):
-        schedule["block_t"] = 4  # type: ignore[index]
+        schedule["block_tokens"] = 4  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "token block_t",
+        "token block_tokens",
         "token =4",
-        "token block_t=",
+        "token block_tokens=",
         "chunk dataflow=token",
-        "token block_t=1 block_t=4",
+        "token block_tokens=1 block_tokens=4",
     ],
 )
 def test_a_text_that_is_no_schedule_is_refused_with_the_word_that_is_wrong(text: str) -> None:
@@ -68,17 +68,17 @@ def test_a_text_that_is_no_schedule_is_refused_with_the_word_that_is_wrong(text:
 
 @pytest.mark.parametrize("value", ["²", "٣", "1.5", "-", "--1", "9" * 5000])
 def test_what_only_looks_like_a_number_stays_a_word(value: str) -> None:
-    assert Schedule.parse(f"token block_t={value}")["block_t"] == value
+    assert Schedule.parse(f"token block_tokens={value}")["block_tokens"] == value
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"block_t": 4}, "dataflow = None"),
+        ({"block_tokens": 4}, "dataflow = None"),
         ({"dataflow": 3}, "dataflow = 3"),
-        ({"dataflow": "token", "block_t": 1.5}, "block_t = 1.5"),
-        ({"dataflow": "token", "block_t": None}, "block_t = None"),
-        ({"dataflow": "token", "block_t": [4]}, r"block_t = \[4\]"),
+        ({"dataflow": "token", "block_tokens": 1.5}, "block_tokens = 1.5"),
+        ({"dataflow": "token", "block_tokens": None}, "block_tokens = None"),
+        ({"dataflow": "token", "block_tokens": [4]}, r"block_tokens = \[4\]"),
     ],
 )
 def test_a_mapping_that_is_no_schedule_is_refused_with_the_value(values: dict[str, Any], named: str) -> None:
@@ -88,4 +88,4 @@ def test_a_mapping_that_is_no_schedule_is_refused_with_the_value(values: dict[st
 
 def test_a_knob_given_twice_is_refused() -> None:
     with pytest.raises(InvalidSchedule, match="once each"):
-        Schedule(dataflow="token", knobs=(("block_t", 1), ("block_t", 4)))
+        Schedule(dataflow="token", knobs=(("block_tokens", 1), ("block_tokens", 4)))

@@ -98,7 +98,7 @@ def test_an_unknown_dataflow_knob_or_value_is_named(op: str, target: Target) -> 
 def test_blocks_and_super_tiles_larger_than_the_sequence_are_refused(op: str) -> None:
     problem = problem_of(op, seq_len=5)
     space = SearchSpace.of(problem, CPU)
-    largest = Schedule.of("token", block_t=max(space.choices["token"]["block_t"]))
+    largest = Schedule.of("token", block_tokens=max(space.choices["token"]["block_tokens"]))
     assert "5 tokens" in (space.why_invalid(largest) or "")
     tile = Schedule.of("chunk", **{knob: max(values) for knob, values in space.choices["chunk"].items()})  # type: ignore[type-var]
     assert "5 tokens" in (space.why_invalid(tile) or "")
@@ -131,9 +131,9 @@ def test_a_register_tile_that_does_not_fit_the_registers_is_refused(op: str) -> 
 def test_a_block_that_gathers_too_many_bytes_is_refused_but_a_single_token_never(op: str) -> None:
     problem = problem_of(op, top_k=64, chunk_size=1024, head_dim=256)
     space = SearchSpace.of(problem, CPU)
-    blocks = space.choices["token"]["block_t"]
-    assert space.is_valid(Schedule.of("token", block_t=1))
-    assert "gathers" in (space.why_invalid(Schedule.of("token", block_t=blocks[-1])) or "")
+    blocks = space.choices["token"]["block_tokens"]
+    assert space.is_valid(Schedule.of("token", block_tokens=1))
+    assert "gathers" in (space.why_invalid(Schedule.of("token", block_tokens=blocks[-1])) or "")
 
 
 @both_ops

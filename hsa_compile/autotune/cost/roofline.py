@@ -88,7 +88,7 @@ def estimate(problem: Problem, schedule: Schedule, target: Target, kernels: Sequ
         # The first pass is the first kernel; a second pass in two kernels is as slow as the worse.
         own = main[number:] if number else main[:1]
         time_ms += max((_time(problem, one, target, kernel) for kernel in own), default=_time(problem, one, target))
-    return time_ms + (_LISTS_MS if "block_t" in schedule else 0.0)
+    return time_ms + (_LISTS_MS if "block_tokens" in schedule else 0.0)
 
 
 def _time(problem: Problem, one: Pass, target: Target, kernel: KernelResources | None = None) -> float:

@@ -15,7 +15,7 @@ from hsa_compile.schedules.schedule import Schedule
 
 def decode_entry(library: ctypes.CDLL, problem: Problem, schedule: Schedule) -> Callable[..., Tensor]:
     """Returns the library's function as a callable on tensors, with the signature of any other emitted entry."""
-    split = schedule.number("split")
+    split = schedule.number("num_splits")
     decode, value_dim = library.hsa_decode, problem.value_dim
     pick_bytes = problem.chunk_size * (problem.head_dim + value_dim) * problem.itemsize
 

@@ -47,15 +47,15 @@ def _why_not_triton(problem: Problem, schedule: Schedule, target: Target) -> str
 
 
 def _why_not_split(problem: Problem, schedule: Schedule) -> str | None:
-    if schedule.number("split") > next_power_of_2(problem.top_k):
+    if schedule.number("num_splits") > next_power_of_2(problem.top_k):
         return f"split = {schedule['split']} is more than the {problem.top_k} slots there are"
     return None
 
 
 def _fit_split(problem: Problem, schedule: Schedule) -> Schedule:
     """Cuts the parts of a token to the slots that this problem has."""
-    split = min(schedule.number("split"), next_power_of_2(problem.top_k))
-    return Schedule.from_dict({**schedule, "split": split})
+    split = min(schedule.number("num_splits"), next_power_of_2(problem.top_k))
+    return Schedule.from_dict({**schedule, "num_splits": split})
 
 
 def _torch_defaults(problem: Problem, target: Target) -> list[Schedule]:
@@ -70,7 +70,7 @@ def _cpp_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
     if tokens * gathered_bytes(problem) >= SHARED_BYTES:
         split = min(next_power_of_2(-(-target.num_cores // tokens)), next_power_of_2(problem.top_k), _SPLITS[-1])
     for rows in (24, 16, 12, 8, 6, 4, 3, 2, 1):
-        yield Schedule.of("split", split=split, rows=rows)
+        yield Schedule.of("split", num_splits=split, rows=rows)
 
 
 def _triton_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
@@ -88,7 +88,7 @@ def _triton_defaults(problem: Problem, target: Target) -> Iterator[Schedule]:
         most = min(most, 2)
     for stages in range(min(most, max(1, steps)), 0, -1):
         if stages == 1 or token_shared_memory(problem, target, 1, stages)[1] <= target.shared_memory:
-            yield Schedule.of("split", split=split, num_warps=num_warps, num_stages=stages)
+            yield Schedule.of("split", num_splits=split, num_warps=num_warps, num_stages=stages)
 
 
 def _pick_bytes(problem: Problem) -> int:
@@ -118,7 +118,7 @@ CPP = OpBackend(
     name="cpp",
     # `split` is the number of parts, shared by cores, that a token's slots are cut into; `rows` is the rows of a
     # register tile: keys for its logits, heads for its output.
-    choices={"split": {"split": _SPLITS, "rows": (1, 2, 3, 4, 6, 8, 12, 16, 24)}},
+    choices={"split": {"num_splits": _SPLITS, "rows": (1, 2, 3, 4, 6, 8, 12, 16, 24)}},
     why_not=_why_not_cpp,
     fit=_fit_split,
     defaults=lambda problem, target: list(_cpp_defaults(problem, target)),
@@ -127,7 +127,7 @@ CPP = OpBackend(
 TRITON = OpBackend(
     name="triton",
     # `split` is how many programs share the picks of one token and kv head.
-    choices={"split": {"split": _SPLITS, "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}},
+    choices={"split": {"num_splits": _SPLITS, "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}},
     why_not=_why_not_triton,
     fit=_fit_split,
     defaults=lambda problem, target: list(_triton_defaults(problem, target)),

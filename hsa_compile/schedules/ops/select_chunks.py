@@ -9,13 +9,13 @@ from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
 
 _TRITON_STREAM = {
-    "block_t": (16, 32, 64, 128),  # tokens of a program
+    "block_tokens": (16, 32, 64, 128),  # tokens of a program
     "block_n": (16, 32, 64, 128, 256),  # landmarks of a step
     "selection": ("insert", "merge"),
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3),
 }
-_TRITON_TOKEN = {"block_t": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+_TRITON_TOKEN = {"block_tokens": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
 
 # A Triton program that holds more of these elements spills registers on every GPU.
 _MAX_SCORES = 64 * 128
@@ -29,20 +29,22 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
         return NO_FLOAT64
     if reason := why_not_warps(schedule, target):
         return reason
-    tokens, kept = schedule.number("block_t"), next_power_of_2(problem.top_k)
+    tokens, kept = schedule.number("block_tokens"), next_power_of_2(problem.top_k)
     if problem.op == "select_chunks_backward":
         if problem.deterministic and schedule.dataflow == "token":
             return "dataflow = 'token' adds with atomics; a deterministic schedule is asked for"
         if tokens > 1 and tokens * kept > _MAX_GATHERED_ROWS:
-            return f"block_t = {tokens} gathers {tokens * kept} landmarks, at most {_MAX_GATHERED_ROWS}"
+            return f"block_tokens = {tokens} gathers {tokens * kept} landmarks, at most {_MAX_GATHERED_ROWS}"
         return None
     landmarks = schedule.number("block_n")
     if schedule["selection"] == "merge" and landmarks < kept:
         return f"block_n = {landmarks} is less than the {kept} slots that a merge compares it with"
     if tokens > 16 and tokens * kept > _MAX_KEPT:
-        return f"block_t = {tokens} keeps {tokens * kept} picks in registers, at most {_MAX_KEPT}"
+        return f"block_tokens = {tokens} keeps {tokens * kept} picks in registers, at most {_MAX_KEPT}"
     if tokens * landmarks > _MAX_SCORES:
-        return f"block_t = {tokens} and block_n = {landmarks} make {tokens * landmarks} scores, at most {_MAX_SCORES}"
+        return (
+            f"block_tokens = {tokens} and block_n = {landmarks} make {tokens * landmarks} scores, at most {_MAX_SCORES}"
+        )
     return None
 
 
@@ -51,19 +53,19 @@ def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
     kept, sliced = next_power_of_2(problem.top_k), problem.head_dim > 128
     wide, cuda = problem.itemsize == 4, target.kind == "cuda"
     if problem.seq_len <= 16 or kept > 32 or (problem.noise and sliced):
-        block_t = 16
+        block_tokens = 16
     else:
-        block_t = 64 if cuda and not wide and not problem.noise else 32
-    block_n = 64 if not wide and not problem.noise and block_t > 16 else 32
-    one_stage = (wide and block_t == 32) or (kept > 64 and sliced)
+        block_tokens = 64 if cuda and not wide and not problem.noise else 32
+    block_n = 64 if not wide and not problem.noise and block_tokens > 16 else 32
+    one_stage = (wide and block_tokens == 32) or (kept > 64 and sliced)
     knobs: dict[str, Knob] = {
-        "block_t": block_t,
+        "block_tokens": block_tokens,
         "block_n": block_n,
         "selection": "insert",
         "num_warps": 8 if kept > 64 and cuda and not sliced else 4,
         "num_stages": 1 if one_stage else 2,
     }
-    programs = problem.batch * problem.num_kv_heads * -(-problem.seq_len // block_t)
+    programs = problem.batch * problem.num_kv_heads * -(-problem.seq_len // block_tokens)
     tiles = -(-problem.num_chunks // block_n)
     splits = min(tiles, _FEW_PROGRAMS * target.num_cores // programs, 64)
     stream = Schedule.of("stream", **knobs)
@@ -75,8 +77,8 @@ def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
 def _triton_backward(problem: Problem, target: Target) -> list[Schedule]:
     """Goes landmark by landmark, which moves fewer bytes than atomics and gives the same bits every time."""
     kept = next_power_of_2(problem.top_k)
-    block_t = max(1, min(16, 64 // kept))
-    return [Schedule.of("chunk", block_t=block_t, num_warps=4, chunk_t=16, chunk_warps=4)]
+    block_tokens = max(1, min(16, 64 // kept))
+    return [Schedule.of("chunk", block_tokens=block_tokens, num_warps=4, chunk_t=16, chunk_warps=4)]
 
 
 def _work(problem: Problem, schedule: Schedule) -> Work:
@@ -90,7 +92,7 @@ def _work(problem: Problem, schedule: Schedule) -> Work:
         memory = 2 * (tokens + landmarks) * row + results
         return Work(flops=flops, memory_bytes=memory, cache_bytes=memory + 2 * tokens * problem.top_k * row)
     visible = max(0.5, 1 - problem.seq_len / (2 * problem.kv_len)) * problem.num_chunks
-    block = schedule.number("block_t") if "block_t" in schedule else 1
+    block = schedule.number("block_tokens") if "block_tokens" in schedule else 1
     memory = (tokens + landmarks) * row + results
     return Work(
         flops=2.0 * tokens * visible * problem.head_dim,
@@ -105,16 +107,16 @@ def _anything_goes(problem: Problem, schedule: Schedule, target: Target) -> str 
 
 TORCH = OpBackend(
     name="torch",
-    choices={"stream": {"block_t": (16, 64, 256, 1024), "block_n": (64, 256, 1024, 4096)}},
+    choices={"stream": {"block_tokens": (16, 64, 256, 1024), "block_n": (64, 256, 1024, 4096)}},
     why_not=_anything_goes,
     fit=keep,
-    defaults=lambda problem, target: [Schedule.of("stream", block_t=256, block_n=1024)],
+    defaults=lambda problem, target: [Schedule.of("stream", block_tokens=256, block_n=1024)],
     work=_work,
 )
 TORCH_BACKWARD = replace(
     TORCH,
-    choices={"token": {"block_t": (16, 64, 256, 1024)}},
-    defaults=lambda problem, target: [Schedule.of("token", block_t=256)],
+    choices={"token": {"block_tokens": (16, 64, 256, 1024)}},
+    defaults=lambda problem, target: [Schedule.of("token", block_tokens=256)],
 )
 CPP = OpBackend(
     name="cpp",

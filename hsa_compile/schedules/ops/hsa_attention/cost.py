@@ -27,7 +27,7 @@ def attention_work(problem: Problem, schedule: Schedule) -> Work:
 
     shared = 1.0
     if schedule.dataflow == "union":  # M tokens read the union of their picks once
-        shared = (1 + (schedule.number("block_m") - 1) * (1 - OVERLAP)) / schedule.number("block_m")
+        shared = (1 + (schedule.number("block_tokens") - 1) * (1 - OVERLAP)) / schedule.number("block_tokens")
     by_token = shared * lists * C * (D + Dv) * size + q_bytes + o_bytes * (2 if backward else 1)
     by_chunk = kv_bytes + rows * D * size + rows * Dv * 8  # a row of q in, a float32 row of o read and added to
     if backward:
@@ -53,7 +53,7 @@ def attention_passes(problem: Problem, schedule: Schedule, limits: Limits) -> li
 def _token_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     """Programs that own one token (`token`) or several neighbours (`union`) and read the chunks that they picked."""
     D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
-    tokens = schedule.number("block_m") if schedule.dataflow == "union" else 1
+    tokens = schedule.number("block_tokens") if schedule.dataflow == "union" else 1
     blocks = problem.batch * problem.num_kv_heads * math.ceil(problem.seq_len / tokens)
     chunks = problem.top_k * (1 + (tokens - 1) * (1 - OVERLAP))
     rows = max(MIN_ROWS, tile_rows(problem, tokens))
@@ -82,7 +82,7 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
     shape = _Lists.of(problem, schedule, schedule.number("segment"), schedule.number("super_tile"))
     width = D if backward else Dv  # the width of a row that is added up over a token's picks
-    reduction = schedule["dq" if backward else "reduce"]
+    reduction = schedule["reduce"]
     part_bytes = shape.rows * width * (2 if reduction == "slots16" else 4)
     row_bytes = shape.rows * (D + Dv if backward else D) * problem.itemsize
     kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * problem.itemsize
@@ -122,7 +122,7 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     row_bytes = shape.rows * row_width * size
     own = problem.batch * problem.seq_len * problem.num_heads * (row_width + width) * size
     memory = own + kv_bytes * _missed(head_bytes, limits) + row_bytes * _missed(live * row_width * size, limits)
-    reduction = schedule["dq" if backward else "reduce"]
+    reduction = schedule["reduce"]
     if reduction == "atomic":
         traffic = 3 * 4 * shape.rows * width  # read, added to, written
         memory += traffic * _missed(live * width * 4, limits)
@@ -186,11 +186,11 @@ class _Lists:
         picks = problem.batch * problem.seq_len * problem.num_kv_heads * problem.top_k
         num_lists = problem.batch * problem.num_kv_heads * max(1, problem.num_chunks) * launches
         length = picks / num_lists
-        block_t = fused_step(problem) if schedule.dataflow == "fused" else schedule.number("block_t")
-        tile = max(MIN_ROWS, tile_rows(problem, block_t))
+        block_entries = fused_step(problem) if schedule.dataflow == "fused" else schedule.number("block_entries")
+        tile = max(MIN_ROWS, tile_rows(problem, block_entries))
         segments = num_lists * max(1, math.ceil(length / segment) if segment else 1)
         # The last tile of a list is half full on average.
-        tiles = picks / block_t + segments / 2
+        tiles = picks / block_entries + segments / 2
         return _Lists(
             rows=picks * problem.group,
             padded_rows=tiles * tile,

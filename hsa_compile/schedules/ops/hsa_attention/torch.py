@@ -15,17 +15,17 @@ _CHOICES: Choices = {
         "super_tile": (_SMALLEST_SUPER_TILE, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
         "tile_rows": (256, 512, 1024, 2048, 4096, 8192, 16384),
     },
-    "token": {"block_t": (1, 4, 16, 64, 256)},
+    "token": {"block_tokens": (1, 4, 16, 64, 256)},
 }
 
 
 def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     if schedule.dataflow == "token":
-        gathered = schedule.number("block_t") * gathered_bytes(problem)
-        if schedule.number("block_t") != 1 and gathered > MAX_GATHER_BYTES:
-            return f"a block of {schedule['block_t']} tokens gathers {gathered} bytes, at most {MAX_GATHER_BYTES}"
-        if schedule.number("block_t") > next_power_of_2(problem.seq_len):
-            return f"block_t = {schedule['block_t']} is more than the {problem.seq_len} tokens there are"
+        gathered = schedule.number("block_tokens") * gathered_bytes(problem)
+        if schedule.number("block_tokens") != 1 and gathered > MAX_GATHER_BYTES:
+            return f"a block of {schedule['block_tokens']} tokens gathers {gathered} bytes, at most {MAX_GATHER_BYTES}"
+        if schedule.number("block_tokens") > next_power_of_2(problem.seq_len):
+            return f"block_tokens = {schedule['block_tokens']} is more than the {problem.seq_len} tokens there are"
         return None
     if schedule.number("tile_rows") < problem.group:
         return f"tile_rows = {schedule['tile_rows']} is less than the {problem.group} rows of one token"
@@ -38,7 +38,9 @@ def _fit(problem: Problem, schedule: Schedule) -> Schedule:
     tokens, knobs = next_power_of_2(problem.seq_len), _CHOICES[schedule.dataflow]
     if schedule.dataflow == "token":
         most = min(tokens, MAX_GATHER_BYTES // gathered_bytes(problem))
-        return Schedule.of("token", block_t=largest_choice(knobs["block_t"], schedule.number("block_t"), most))
+        return Schedule.of(
+            "token", block_tokens=largest_choice(knobs["block_tokens"], schedule.number("block_tokens"), most)
+        )
     super_tile = largest_choice(knobs["super_tile"], schedule.number("super_tile"), tokens)
     tile_rows = largest_choice(knobs["tile_rows"], schedule.number("tile_rows"), super_tile * problem.group)
     return Schedule.of("chunk", super_tile=super_tile, tile_rows=tile_rows)
@@ -46,7 +48,7 @@ def _fit(problem: Problem, schedule: Schedule) -> Schedule:
 
 def _defaults(problem: Problem, target: Target) -> list[Schedule]:
     num_chunks = max(1, problem.num_chunks)
-    token = [Schedule.of("token", block_t=block) for block in (64, 16, 4, 1)]
+    token = [Schedule.of("token", block_tokens=block) for block in (64, 16, 4, 1)]
     if problem.seq_len * problem.top_k < _FEW_PICKS * num_chunks and problem.seq_len < num_chunks:
         return token
     tile_rows = max(4096, next_power_of_2(problem.group))

@@ -31,7 +31,7 @@ _CHUNK_WARPS, _CHUNK_STAGES = (4, 8), (1, 2, 3)
 _BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKEN: Knobs = {"num_warps": _WARPS, "num_stages": _STAGES}
 _CHUNK: Knobs = {
-    "block_t": _BLOCK_T,
+    "block_entries": _BLOCK_T,
     "segment": (128, 512, 2048),
     "super_tile": (0, 1024, 4096),
     "num_warps": _CHUNK_WARPS,
@@ -40,16 +40,16 @@ _CHUNK: Knobs = {
 # How the parts of one token's output, or dq, come together: added to memory, or summed by a second kernel.
 _REDUCTIONS = ("atomic", "slots", "slots16")
 _CHUNK_FORWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK}
-_CHUNK_BACKWARD: Knobs = {"dq": _REDUCTIONS, **_CHUNK, "segment": (0, *_CHUNK["segment"])}
+_CHUNK_BACKWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK, "segment": (0, *_CHUNK["segment"])}
 _UNION: Knobs = {
-    "block_m": (1, 2, 4, 8, 16, 32, 64),
+    "block_tokens": (1, 2, 4, 8, 16, 32, 64),
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
 # dq and dw token by token or block by block, then dk and dv chunk by chunk
 _SECOND_PASS: Knobs = {
     "dk_dv": ("together", "apart"),
-    "block_t": _BLOCK_T[:-1],
+    "block_entries": _BLOCK_T[:-1],
     "chunk_warps": _CHUNK_WARPS,
     "chunk_stages": (1, 2),
 }
@@ -65,7 +65,7 @@ _FUSED: Knobs = {
     "num_stages": _CHUNK_STAGES,
 }
 _FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), "window": (0, 16384, 65536), **_FUSED}
-_FUSED_BACKWARD: Knobs = {"dq": ("fused", "atomic"), **_FUSED}
+_FUSED_BACKWARD: Knobs = {"reduce": ("fused", "atomic"), **_FUSED}
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _MAX_FUSED_CHUNKS = 4096
@@ -89,7 +89,7 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
         return reason
     if schedule.dataflow == "fused" and (reason := _why_not_fused(problem, schedule, target)):
         return reason
-    for knob in ("block_t", "block_m"):
+    for knob in ("block_entries", "block_tokens"):
         if knob not in schedule:
             continue
         rows = tile_rows(problem, schedule.number(knob))
@@ -108,20 +108,19 @@ def _why_not_stages(problem: Problem, schedule: Schedule, target: Target) -> str
     if schedule.dataflow != "chunk" and schedule["dk_dv"] == "apart":
         return None
     stages = schedule.number("num_stages" if schedule.dataflow == "chunk" else "chunk_stages")
-    return why_not_pipelined(problem, target, tile_rows(problem, schedule.number("block_t")), stages)
+    return why_not_pipelined(problem, target, tile_rows(problem, schedule.number("block_entries")), stages)
 
 
 def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
     """The first reason against how a chunk-stationary Triton schedule adds up parts."""
     if schedule.dataflow != "chunk":
         return None
-    knob = "dq" if problem.op == "hsa_backward" else "reduce"
-    if problem.deterministic and schedule[knob] == "atomic":
-        return f"{knob} = 'atomic' adds in any order; a deterministic schedule is asked for"
+    if problem.deterministic and schedule["reduce"] == "atomic":
+        return "reduce = 'atomic' adds in any order; a deterministic schedule is asked for"
     if problem.deterministic and problem.op == "hsa_backward" and schedule["segment"] != 0:
         return f"segment = {schedule['segment']} splits lists, whose parts add in any order; deterministic takes 0"
-    if schedule[knob] == "slots16" and problem.itemsize != 2:
-        return f"{knob} = 'slots16' keeps parts in the input's dtype, which is {problem.dtype}; use slots"
+    if schedule["reduce"] == "slots16" and problem.itemsize != 2:
+        return f"reduce = 'slots16' keeps parts in the input's dtype, which is {problem.dtype}; use slots"
     if schedule["super_tile"] and schedule.number("super_tile") >= next_power_of_2(problem.seq_len):
         return f"super_tile = {schedule['super_tile']} is no less than the {problem.seq_len} tokens there are; use 0"
     return None
@@ -144,7 +143,7 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return reason
     if not backward and (reason := _why_not_window(problem, schedule)):
         return reason
-    reduction = schedule["dq" if backward else "reduce"]
+    reduction = schedule["reduce"]
     if reduction == "fused":
         return _why_not_slots(problem, schedule)
     # Of the choices that mean the same, one is enough.
@@ -208,13 +207,13 @@ def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) ->
     """
     needed = 0
     if schedule.dataflow in ("token", "union"):
-        tokens = schedule.number("block_m") if schedule.dataflow == "union" else 1
+        tokens = schedule.number("block_tokens") if schedule.dataflow == "union" else 1
         needed = token_shared_memory(problem, target, tokens, schedule.number("num_stages"))[0]
     if schedule.dataflow == "fused":
         needed = chunk_shared_memory(problem, target, FUSED_ROWS, schedule.number("num_stages"), False)[0]
-    if "block_t" in schedule:
+    if "block_entries" in schedule:
         stages = schedule.number("chunk_stages" if "chunk_stages" in schedule else "num_stages")
-        rows = tile_rows(problem, schedule.number("block_t"))
+        rows = tile_rows(problem, schedule.number("block_entries"))
         atomics = schedule.dataflow == "chunk"
         needed = max(needed, chunk_shared_memory(problem, target, rows, stages, atomics)[0])
     return needed
@@ -253,7 +252,7 @@ def _chunk(problem: Problem, target: Target) -> Schedule:
         knobs["super_tile"] = _super_tile(problem)
         if backward:
             knobs["segment"] = 0
-    knobs["dq" if backward else "reduce"] = "slots" if problem.deterministic else "atomic"
+    knobs["reduce"] = "slots" if problem.deterministic else "atomic"
     return Schedule.of("chunk", **knobs)
 
 
@@ -273,10 +272,10 @@ def _union(problem: Problem, target: Target) -> Schedule:
     rows = 32 if backward and full and problem.chunk_size > 64 else 64
     if backward and target.kind == "hip" and _is_big(problem):
         rows = 16
-    block_m = max(1, rows // next_power_of_2(problem.group))
+    block_tokens = max(1, rows // next_power_of_2(problem.group))
     eight_warps = target.kind == "cuda" and backward and full
-    stages = _stages(problem, target, block_m, 3 if target.arch == "sm_80" and not backward else 2)
-    knobs = {"block_m": block_m, "num_warps": 8 if eight_warps else 4, "num_stages": stages}
+    stages = _stages(problem, target, block_tokens, 3 if target.arch == "sm_80" and not backward else 2)
+    knobs = {"block_tokens": block_tokens, "num_warps": 8 if eight_warps else 4, "num_stages": stages}
     return Schedule.of("union", **knobs, **_second_pass(problem, target))
 
 
@@ -305,7 +304,7 @@ def _second_pass(problem: Problem, target: Target) -> dict[str, Knob]:
     knobs = _chunk_knobs(problem, target, atomics=False)
     return {
         "dk_dv": "apart" if target.arch == "sm_80" and _is_big(problem) else "together",
-        "block_t": knobs["block_t"],
+        "block_entries": knobs["block_entries"],
         "chunk_warps": knobs["num_warps"],
         "chunk_stages": knobs["num_stages"],
     }
@@ -340,7 +339,7 @@ def _chunk_knobs(problem: Problem, target: Target, *, atomics: bool) -> dict[str
     eight_warps = not hip and (backward or wide or group >= 128)
     if target.arch == "sm_80" and small and not wide and group <= 16:
         eight_warps = False
-    return {"block_t": max(1, rows // group), "num_warps": 8 if eight_warps else 4, "num_stages": stages}
+    return {"block_entries": max(1, rows // group), "num_warps": 8 if eight_warps else 4, "num_stages": stages}
 
 
 def _is_big(problem: Problem) -> bool:
