@@ -138,7 +138,7 @@ def test_a_wrong_kernel_gets_a_line_that_repeats_it(
 ) -> None:
     problem = Problem(op="hsa_backward", seq_len=67, num_heads=2, num_kv_heads=1, head_dim=8, chunk_size=16, top_k=2)
     problem = replace(problem, packed=packed)
-    case = {"problem": problem.to_dict(), "schedule": "token block_entries=16", "seed": 0}
+    case = {"problem": problem.to_dict(), "schedule": "token block_tokens=16", "seed": 0}
     monkeypatch.setattr(correctness, "Pool", InProcess)
     monkeypatch.setattr(correctness, "cases", lambda target: iter([case]))
     checked = "_check_packed" if packed else "prepare"

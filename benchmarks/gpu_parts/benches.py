@@ -22,7 +22,7 @@ from hsa_compile.target import Target
 
 DISTRIBUTIONS = ("random", "local")
 
-_CHECK_TOKENS, _MORE_TOKENS = 4999, 17001  # more than most super-tiles, and than nearly all, have; odd
+_CHECK_TOKENS, _MORE_TOKENS = 4999, 617  # odd; so many more than a long super-tile or window has
 # Triton compiles for sizes that are multiples of 16 anew, but not for each of them: this length stands for all longer.
 _WARM_TOKENS = 4096
 _CHECK_PICKS, _CHECK_HEADS = 16, 2  # what the float64 reference gathers has to fit many times over
@@ -35,8 +35,8 @@ def check_problem(problem: Problem, schedule: Schedule) -> Problem:
     """A smaller problem whose kernels have the same text; a schedule of the one is right if it is on the other."""
     if problem.decodes:
         return problem
-    long = "super_tile" in schedule and schedule.number("super_tile") >= _CHECK_TOKENS
-    tokens = min(problem.seq_len, _MORE_TOKENS if long else _CHECK_TOKENS)
+    longest = max((schedule.number(knob) for knob in ("super_tile", "window") if knob in schedule), default=0)
+    tokens = min(problem.seq_len, max(_CHECK_TOKENS, longest + _MORE_TOKENS))
     heads = min(problem.num_kv_heads, _CHECK_HEADS)
     picks = problem.top_k if problem.selects else min(problem.top_k, _CHECK_PICKS)
     return replace(

@@ -8,9 +8,9 @@ import torch
 from test_triton_numerics import TARGET, TOLERANCES, Case, Shape, canaries
 from torch import Tensor
 
+from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.hsa_attention.check import relative_error
 from hsa_compile.kernels.inverse_index import super_tile_lists
 from hsa_compile.problem import OPS, Problem, next_power_of_2
 from hsa_compile.schedules.schedule import Knob, Schedule

@@ -48,7 +48,7 @@ def _why_not_triton(problem: Problem, schedule: Schedule, target: Target) -> str
 
 def _why_not_split(problem: Problem, schedule: Schedule) -> str | None:
     if schedule.number("num_splits") > next_power_of_2(problem.top_k):
-        return f"split = {schedule['split']} is more than the {problem.top_k} slots there are"
+        return f"num_splits = {schedule['num_splits']} is more than the {problem.top_k} slots there are"
     return None
 
 
