@@ -209,12 +209,12 @@ class Session:
         return Limits(memory_bytes=memory)
 
     def _make_pool(self, opening: contextlib.ExitStack) -> CompilePool | None:
-        """Makes as many compilers as there are cores, where compiling takes long; elsewhere the bench compiles."""
+        """Makes compilers for all cores, where compiling takes long; on a GPU one core is left to the bench."""
         backend = backend_for(self.problem, self.target)
         if not self.options.isolate or backend == "torch":
             return None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        size = min(cores, _MAX_COMPILERS)
+        size = max(1, min(cores - (self.target.kind != "cpu"), _MAX_COMPILERS))
         compilers: list[Compiler]
         if backend == "cpp" and self.options.bench == OPEN_BENCH:
             compilers = [LibraryBuilder(self.problem, self.target) for _ in range(size)]

@@ -13,7 +13,7 @@ from hsa_compile.errors import CompileError, OutOfResources
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
-    from triton.compiler import CompiledKernel
+    from triton.compiler import ASTSource, CompiledKernel
 
 # The matrix instruction that tells each generation apart, newest first, as its assembly text spells it.
 MATRIX_INSTRUCTIONS = (
@@ -67,20 +67,16 @@ def compile_launches(module: ModuleType, target: Target, *, sass: bool = False) 
 def _compile_launch(launch: Mapping[str, Any], target: Target, sass: bool) -> KernelResources:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import PTXASError
 
     kernel = launch["kernel"]
     if not isinstance(kernel, triton.JITFunction):
         raise CompileError(f"{kernel.__name__} runs in Triton's interpreter (TRITON_INTERPRET): it cannot be compiled")
-    signature = {name: launch["signature"][name] for name in kernel.arg_names}
-    # PyTorch's allocations are 16-byte aligned, and Triton's launcher compiles for that.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     arch = int(target.arch.removeprefix("sm_")) if target.kind == "cuda" else target.arch
     try:
         compiled = triton.compile(
-            ASTSource(kernel, signature, launch.get("constants", {}), aligned),
+            source_of(launch),
             target=GPUTarget(target.kind, arch, target.warp_size),
             options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
         )
@@ -92,6 +88,25 @@ def _compile_launch(launch: Mapping[str, Any], target: Target, sass: bool) -> Ke
     resources = _cuda_resources(compiled) if target.kind == "cuda" else _hip_resources(compiled)
     _check_limits(resources, compiled, target)
     return resources
+
+
+def source_of(launch: Mapping[str, Any]) -> "ASTSource":
+    """Returns what a launch compiles: the kernel, the types of its arguments, and what is known of their values.
+
+    Sizes are not specialised on (`do_not_specialize`), and PyTorch's allocations are 16-byte aligned: so the first
+    launch finds in Triton's cache what was compiled ahead, and every length runs the same kernel.
+    """
+    from triton.compiler import ASTSource
+
+    kernel, wide, constants = launch["kernel"], launch.get("aligned", ()), launch.get("constants", {})
+    signature = {name: launch["signature"][name] for name in kernel.arg_names}
+    known: dict[tuple[int], list[list[object]]] = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind.startswith("*") or name in wide:
+            known[i,] = [["tt.divisibility", 16]]
+        elif name in constants:
+            known[i,] = []  # as a launch says it, for the key has to be the same
+    return ASTSource(kernel, signature, constants, known)
 
 
 def _check_limits(resources: KernelResources, compiled: "CompiledKernel", target: Target) -> None:

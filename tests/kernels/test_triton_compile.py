@@ -29,8 +29,8 @@ TOKEN_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HMMA", "gfx942": "MFMA", "sm_100
 CHUNK_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "MFMA", "sm_100": "UTCHMMA"}
 
 # Every dataflow and reduction, for groups of three.
-_SECOND_PASS = "block_entries=8 chunk_warps=4 chunk_stages=2 num_warps=4 num_stages=2"
-_CHUNK = "block_entries=8 num_warps=4 num_stages=2 super_tile=1024"
+_SECOND_PASS = "block_entries=16 chunk_warps=4 chunk_stages=2 num_warps=4 num_stages=2"
+_CHUNK = "block_entries=16 num_warps=4 num_stages=2 super_tile=1024"
 SCHEDULES = {
     "hsa_forward": [
         "token num_warps=4 num_stages=2",
@@ -73,14 +73,18 @@ GATHERING = {
 
 SCRIPT = """
 import itertools, json, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 from hsa_compile.errors import CompileError, OutOfResources
-from hsa_compile.kernels.ahead_of_time import compile_launches
+from hsa_compile.kernels.ahead_of_time import compile_launches, source_of
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.problem import Problem
-from hsa_compile.schedules.space import default_schedule
+from hsa_compile.kernels.ops import inputs_of
+from hsa_compile.problem import ALL_OPS, DECODE_OPS, SELECT_OPS, Problem
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
@@ -90,17 +94,8 @@ def module(target, *, op, group, schedule=None, **options):
     schedule = Schedule.parse(schedule) if schedule else default_schedule(problem, target)
     return compile_kernel(emit(problem, schedule, target)).module
 
-def altered(module, signature, constants={}):
-    def own(values, launch):
-        return {name: value for name, value in values.items() if name in launch["kernel"].arg_names}
-    return SimpleNamespace(LAUNCHES=[
-        {
-            **x,
-            "signature": {**x["signature"], **own(signature, x)},
-            "constants": {**x.get("constants", {}), **own(constants, x)},
-        }
-        for x in module.LAUNCHES
-    ])
+def altered(module, signature):
+    return SimpleNamespace(LAUNCHES=[{**x, "signature": {**x["signature"], **signature}} for x in module.LAUNCHES])
 
 def failure(module, target):
     try:
@@ -123,15 +118,11 @@ for place, (arch, group) in enumerate(pairs):
             result["rows"].append({"arch": arch, "group": group, **row})
 
 hopper, cdna = Target.parse("sm_90"), Target.parse("gfx942")
-names = ("T", "S", "H", "K", "N", "num_blocks", "num_tiles", "num_rows", "blocks", "num_picks", "list_length")
-ones = {name: "constexpr" for name in names}
 variants = ({"packed": True, "mask_last_token": True}, {"per_head_weights": True}, {})
 for op, schedules in all_schedules.items():
     for number, schedule in enumerate(schedules if exhaustive else schedules[::2]):
         for options in variants if exhaustive else [variants[number % len(variants)]]:
-            one = module(hopper, op=op, group=3, head_dim=20, schedule=schedule, **options)
-            # Sizes of one, which Triton makes constants.
-            compile_launches(one if options else altered(one, ones, dict.fromkeys(ones, 1)), hopper)
+            compile_launches(module(hopper, op=op, group=3, head_dim=20, schedule=schedule, **options), hopper)
 for op, schedules in gathering.items():
     for group in (16, 4) if exhaustive else (16,):
         for schedule in [None, *schedules] if exhaustive else [None]:
@@ -142,6 +133,42 @@ for op, schedules in gathering.items():
 wide = module(hopper, op="hsa_backward", group=1, head_dim=256, chunk_size=128)
 result["too large"] = failure(wide, cdna)
 result["ill-typed"] = failure(altered(module(hopper, op="hsa_forward", group=4), {"q": "*i32"}), hopper)
+
+# What launches would compile: on a device that is not there, nothing is, and each is noted.
+class Absent:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+def note(kernel, key, signature, device, constexprs, options, attrs, warmup):
+    launched.add((kernel.__name__, ASTSource(kernel, signature, constexprs, attrs).hash(), options.hash()))
+
+def ahead(launch):
+    options = make_backend(GPUTarget("cuda", 90, 32)).parse_options(
+        {name: launch[name] for name in ("num_warps", "num_stages")}
+    )
+    return launch["kernel"].__name__, source_of(launch).hash(), options.hash()
+
+triton.runtime.driver.set_active(Absent())
+triton.JITFunction._do_compile = note
+result["keys"] = []
+for op in ALL_OPS:
+    shape = {"num_heads": 4, "num_kv_heads": 4 if op in SELECT_OPS else 1, "head_dim": 16, "chunk_size": 16, "top_k": 2}
+    problem = Problem(op=op, seq_len=8, kv_len=4096, dtype="bfloat16", **shape)
+    space = SearchSpace.of(problem, hopper)
+    for dataflow in space.choices:
+        schedule = next(schedule for schedule in space.schedules() if schedule.dataflow == dataflow)
+        kernel, launched = compile_kernel(emit(problem, schedule, hopper)), set()
+        for length in range(1, 17) if op in DECODE_OPS else (*range(1, 17), 31, 64, 160, 203):
+            inputs = inputs_of(replace(problem, seq_len=length, kv_len=256, batch=1 + length % 2), torch.device("cpu"))
+            kernel.entry(*inputs.arguments(op), **inputs.options(op))
+        compiled = {ahead(launch) for launch in kernel.module.LAUNCHES}
+        result["keys"].append([f"{op} {schedule}", sorted({name for name, *_ in launched}), launched <= compiled])
 print(json.dumps(result))
 """
 
@@ -155,6 +182,13 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_all_lengths_launch_the_kernel_that_was_compiled_ahead(compiled: dict[str, Any]) -> None:
+    assert len(compiled["keys"]) >= 13
+    assert not [schedule for schedule, names, _ in compiled["keys"] if not names]
+    assert not [schedule for schedule, _, all_known in compiled["keys"] if not all_known]
 
 
 @pytest.mark.slow

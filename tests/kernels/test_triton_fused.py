@@ -189,7 +189,7 @@ LARGE = Problem(seq_len=65536, num_heads=32, num_kv_heads=2, head_dim=128, top_k
     [
         (LARGE, "gfx942", {}, "which the dies of this device do not share"),
         (replace(LARGE, num_heads=64), "sm_90", {}, "at most 16 heads, this one has 32"),
-        (replace(LARGE, kv_len=1 << 20), "sm_90", {}, "are for at most 4096 chunks, not 16384"),
+        (replace(LARGE, seq_len=1 << 20, kv_len=1 << 20), "sm_90", {}, "slots of 1048576 tokens take"),
         (LARGE, "sm_90", {"segment": 512}, "makes 8192 rows a program, allowed are 64 … 4096"),
         (LARGE, "sm_90", {"window": 65536}, "window = 65536 is no less than the 65536 tokens there are; use 0"),
         (LARGE, "sm_90", {"window": 16384, "super_tile": 32768}, "is less than super_tile = 32768"),

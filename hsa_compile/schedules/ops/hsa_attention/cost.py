@@ -115,7 +115,7 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     super_tile, segment = schedule.number("super_tile"), schedule.number("segment")
     shape = _Lists.of(problem, schedule, segment, super_tile)
     live = min(super_tile, problem.seq_len) * problem.group  # rows of the super-tile of one kv head
-    width = D if backward else Dv  # of a row that is added up over a token's picks
+    width = D if backward else Dv  # the row that is added up over a token's picks
     row_width = D + Dv if backward else D
     kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * size
     head_bytes = problem.kv_len * (D + Dv) * size  # what all super-tiles of one kv head read again
@@ -133,7 +133,7 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         memory += traffic / 2 * (1 + late)
     windows = 1 if backward else math.ceil(problem.seq_len / (schedule.number("window") or problem.seq_len))
     if backward:
-        traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # of dk and dv
+        traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # dk and dv are added to
     return Pass(
         flops=2.0
         * shape.padded_rows

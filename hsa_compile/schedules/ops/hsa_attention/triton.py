@@ -23,7 +23,8 @@ from hsa_compile.target import Target
 _MAX_ROWS = 256  # in a tile with more, the accumulators spill on every GPU
 _SMALL_CHUNK, _FULL_CHUNK = 32 * 128, 64 * 256  # elements of keys and values
 _LARGE_GROUP = 64  # heads of a group that fill a matrix instruction without other tokens
-_SLOT_BYTES = 1 << 29  # the most that the slots of one super-tile may take
+_MOST_SLOT_BYTES = 1 << 34  # a fifth of the memory of an 80 GB GPU
+_SLOT_BYTES = 1 << 29  # the most that the slots of one super-tile take untuned
 _FEW_PICKS = 16  # picks a chunk below which chunk-stationary tiles are nearly empty
 
 _WARPS, _STAGES = (2, 4, 8), (1, 2, 3, 4)
@@ -68,7 +69,6 @@ _FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), "window": (0, 16384, 6553
 _FUSED_BACKWARD: Knobs = {"reduce": ("fused", "atomic"), **_FUSED}
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
-_MAX_FUSED_CHUNKS = 4096
 _CACHE_LINE = 128  # bytes
 _MAX_LIVE_SLOTS = 3 << 25  # bytes of the slots of one super-tile: with more, they leave every cache
 _BACKWARD: Choices = {
@@ -123,7 +123,7 @@ def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
         return f"reduce = 'slots16' keeps parts in the input's dtype, which is {problem.dtype}; use slots"
     if schedule["super_tile"] and schedule.number("super_tile") >= next_power_of_2(problem.seq_len):
         return f"super_tile = {schedule['super_tile']} is no less than the {problem.seq_len} tokens there are; use 0"
-    return None
+    return None if schedule["reduce"] == "atomic" else _why_not_slot_memory(problem, schedule)
 
 
 def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -146,7 +146,7 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
     reduction = schedule["reduce"]
     if reduction == "fused":
         return _why_not_slots(problem, schedule)
-    # Of the choices that mean the same, one is enough.
+    # Among choices that mean the same, one is enough.
     for knob in ("unroll", "discard"):
         if schedule[knob] != _FUSED[knob][0]:
             return f"{knob} = {schedule[knob]} is for parts that are added up in the same launch; use {_FUSED[knob][0]}"
@@ -156,24 +156,31 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
 def _why_not_window(problem: Problem, schedule: Schedule) -> str | None:
     """The first reason against keeping the slots of so many tokens."""
     window = schedule.number("window")
-    if not window:
-        return _why_not_all_slots(problem)
-    if window >= next_power_of_2(problem.seq_len):
+    if window and window >= next_power_of_2(problem.seq_len):
         return f"window = {window} is no less than the {problem.seq_len} tokens there are; use 0"
-    if window < schedule.number("super_tile"):
+    if window and window < schedule.number("super_tile"):
         return f"window = {window} is less than super_tile = {schedule['super_tile']}"
-    return None
+    return _why_not_slot_memory(problem, schedule)
 
 
-def _why_not_all_slots(problem: Problem) -> str | None:
-    if problem.num_chunks > _MAX_FUSED_CHUNKS:
-        return f"slots of all tokens at once are for at most {_MAX_FUSED_CHUNKS} chunks, not {problem.num_chunks}"
+def _why_not_slot_memory(problem: Problem, schedule: Schedule) -> str | None:
+    """The first reason against keeping a part for each pick of so many tokens at once."""
+    tokens = problem.batch * problem.seq_len
+    if schedule.dataflow == "chunk" and schedule["super_tile"]:
+        tokens = schedule.number("super_tile")
+    if "window" in schedule and schedule["window"]:
+        tokens = schedule.number("window")
+    width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
+    itemsize = 4 if schedule.dataflow == "chunk" and schedule["reduce"] == "slots" else problem.itemsize
+    needed = tokens * problem.num_heads * problem.top_k * width * itemsize
+    if needed > _MOST_SLOT_BYTES:
+        return f"slots of {tokens} tokens take {needed} bytes, at most {_MOST_SLOT_BYTES}"
     return None
 
 
 def _why_not_slots(problem: Problem, schedule: Schedule) -> str | None:
     """The first reason against adding parts up in the launch that makes them."""
-    if problem.op == "hsa_backward" and (reason := _why_not_all_slots(problem)):
+    if problem.op == "hsa_backward" and (reason := _why_not_slot_memory(problem, schedule)):
         return reason
     width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
     token = problem.top_k * problem.group * width * problem.itemsize  # bytes of its slots
@@ -247,6 +254,8 @@ def _chunk(problem: Problem, target: Target) -> Schedule:
     backward = problem.op == "hsa_backward"
     knobs: dict[str, Knob] = {**_chunk_knobs(problem, target, atomics=True)}
     knobs["segment"] = 512 if problem.group <= 4 else 128
+    if problem.group == 1 and target.arch == "sm_90":
+        knobs["segment"] = 2048  # 8 % faster than 512 on an H100 at 64K tokens, forward and backward
     knobs["super_tile"] = 0
     if problem.deterministic:
         knobs["super_tile"] = _super_tile(problem)
