@@ -168,7 +168,7 @@ def _why_not_slot_memory(problem: Problem, schedule: Schedule) -> str | None:
     tokens = problem.batch * problem.seq_len
     if schedule.dataflow == "chunk" and schedule["super_tile"]:
         tokens = schedule.number("super_tile")
-    if "window" in schedule and schedule["window"]:
+    if schedule.get("window"):
         tokens = schedule.number("window")
     width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
     itemsize = 4 if schedule.dataflow == "chunk" and schedule["reduce"] == "slots" else problem.itemsize
