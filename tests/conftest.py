@@ -79,9 +79,10 @@ def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, kernel_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the schedules of the person who runs it, or of another test."""
+    """No test reads or writes the schedules of the person who runs it, of another test, or those that ship."""
     cache = tmp_path / "cache"
     cache.mkdir()
+    monkeypatch.setattr("hsa_compile.schedules.cache.PRETUNED_DIR", tmp_path / "pretuned")
     (cache / "kernels").symlink_to(kernel_dir)
     monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(cache))
 

@@ -46,13 +46,16 @@ class ScheduleCache:
 
     Args:
         directory: where the user's files are; it is created at the first `put`.
-        pretuned: a directory of read-only files of the same format.
+        pretuned: a directory of read-only files of the same format; those that ship with the package if None.
     """
 
-    def __init__(self, directory: Path, pretuned: Path = PRETUNED_DIR) -> None:
+    def __init__(self, directory: Path, pretuned: Path | None = None) -> None:
         self.directory = directory
         self.generation = 0  # grows with every change, so that whoever remembers a lookup can forget it
-        self._origins: dict[str, Records] = {"user": _read_all(directory), "pretuned": _read_all(pretuned)}
+        self._origins: dict[str, Records] = {
+            "user": _read_all(directory),
+            "pretuned": _read_all(pretuned or PRETUNED_DIR),
+        }
         self._answers: dict[tuple[Problem, Target], Lookup | None] = {}
 
     def path(self, target: Target) -> Path:

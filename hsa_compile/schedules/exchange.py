@@ -14,7 +14,7 @@ from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode
 from hsa_compile.versions import installed_versions
 
 FORMAT = "hsa-compile exported schedules"
-VERSION = 1
+VERSION = 2  # as in store.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

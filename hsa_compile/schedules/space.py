@@ -86,7 +86,7 @@ class SearchSpace:
         if set(given) != set(knobs):
             return f"the knobs of dataflow {schedule.dataflow} are {', '.join(knobs)}, not {', '.join(given) or 'none'}"
         for name, allowed in knobs.items():
-            if schedule[name] not in allowed:
+            if not any(type(schedule[name]) is type(value) and schedule[name] == value for value in allowed):
                 return f"{name} = {schedule[name]!r} is not one of {', '.join(map(str, allowed))}"
         return None
 

@@ -21,7 +21,7 @@ from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 
 FORMAT = "hsa-compile schedules"
-VERSION = 1
+VERSION = 2  # from 2 on, knobs have the names of today; older files are set aside
 JOURNAL_ABOVE = 1 << 18  # a file of more bytes, about a hundred entries, is no longer written anew at every put
 
 Records = dict[ScheduleKey, TuningRecord]

@@ -207,3 +207,11 @@ def test_fitting_a_schedule_that_this_version_does_not_know_leaves_it_to_be_refu
     for schedule, _ in unknown_schedules(default_schedule(problem, target)):
         fitted = space.fit(schedule)
         assert not space.is_valid(fitted)
+
+
+def test_a_knob_of_another_type_is_refused_although_python_calls_it_equal() -> None:
+    space = SearchSpace.of(Problem(seq_len=64, num_heads=2, num_kv_heads=2, head_dim=8, top_k=2, dtype="float64"), CPU)
+    assert space.is_valid(Schedule.of("token", block_tokens=1))
+    assert "block_tokens = True is not one of 1, 4" in (
+        space.why_invalid(Schedule.of("token", block_tokens=True)) or ""
+    )
