@@ -85,14 +85,14 @@ TORCH = OpBackend(
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
     """The toy's problem, while the tables have its rows."""
-    templates = tmp_path / "templates" / "torch"
-    templates.mkdir(parents=True)
-    (templates / f"{OP}_plain.py.jinja").write_text(TEMPLATE)
+    templates = tmp_path / "templates"
+    (templates / "torch" / OP).mkdir(parents=True)
+    (templates / "torch" / OP / "plain.py.jinja").write_text(TEMPLATE)
     monkeypatch.setattr("hsa_compile.problem.ALL_OPS", (*ALL_OPS, OP))
     monkeypatch.setitem(OP_BACKENDS, (OP, "torch"), TORCH)
     monkeypatch.setitem(OP_KERNELS, OP, OpKernels(make_inputs=make_inputs, check=check_means))
-    monkeypatch.setattr("hsa_compile.kernels.emit.TEMPLATE_DIR", templates.parent)
-    monkeypatch.setattr(source_version, "TEMPLATE_DIR", templates.parent)
+    monkeypatch.setattr("hsa_compile.kernels.emit.TEMPLATE_DIR", templates)
+    monkeypatch.setattr(source_version, "TEMPLATE_DIR", templates)
     _forget()
     yield Problem(op=OP, **SHAPE)
     _forget()

@@ -100,7 +100,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path,
         "schedules/regret.json",
         "model/recipes/tiny.toml",
         "model/checkpoints/tiny/model.safetensors",
-        "kernels/templates/triton/hsa_forward_chunk.py.jinja",
+        "kernels/templates/triton/hsa_forward/chunk.py.jinja",
     ):
         assert f"hsa_compile/{name}" in names
 

@@ -52,7 +52,7 @@ def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
         raise InvalidSchedule(f"schedule '{schedule}' cannot run {problem.describe()} on {target.arch}: {reason}")
     backend = backend_for(problem, target)
     suffix = "cpp" if backend == "cpp" else "py"
-    template = _environment().get_template(f"{backend}/{problem.op}_{schedule.dataflow}.{suffix}.jinja")
+    template = _environment().get_template(f"{backend}/{problem.op}/{schedule.dataflow}.{suffix}.jinja")
     header = _header(problem, schedule, target, comment=suffix == "cpp")
     text = template.render(problem=problem, schedule=schedule, target=target, header=header)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,10 +16,11 @@ def source_version(problem: Problem, target: Target) -> str:
 
 @functools.cache
 def _digest(backend: str, op: str) -> str:
-    """Digests the op's own templates and those that all ops share, whose names begin with an underscore."""
+    """Digests the templates in the op's own folder and in `parts`, which all ops share."""
     digest = hashlib.sha256()
-    for path in sorted((TEMPLATE_DIR / backend).glob("*.jinja")):
-        # `hsa_forward_chunk.py.jinja`: the op, then a dataflow without underscores.
-        if path.name.startswith("_") or path.name.rpartition("_")[0] == op:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = TEMPLATE_DIR / backend
+    for path in sorted(folder.rglob("*.jinja")):
+        name = path.relative_to(folder).as_posix()
+        if name.partition("/")[0] in (op, "parts"):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -61,7 +61,7 @@ def test_another_text_of_a_template_is_another_kernel_source(
     monkeypatch.setattr(source_version, "TEMPLATE_DIR", copy)
     monkeypatch.setattr(source_version, "_digest", source_version._digest.__wrapped__)  # which is not remembered
     versions = [source_version.source_version(make_problem(), gpu)]
-    for name in ("hsa_forward_chunk.py.jinja", "_rows.py.jinja", "hsa_backward_chunk.py.jinja"):
+    for name in ("hsa_forward/chunk.py.jinja", "parts/rows.py.jinja", "hsa_backward/chunk.py.jinja"):
         with (copy / "triton" / name).open("a") as file:
             file.write("# another text\n")
         versions.append(source_version.source_version(make_problem(), gpu))
