@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 import tabulate
 
-from hsa_compile.comparison.pictures import draw
 from hsa_compile.comparison.result import (
     TIMED,
     TITLES,
     Comparison,
     Result,
     digits,
+    draw,
     length_of,
     notes_of,
     shape_of,

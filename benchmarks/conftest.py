@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsa_compile import Problem, Target, default_cache, tune
-from hsa_compile.kernels.measure import measure, quantile
+from hsa_compile.autotune.bench.bench import measure, quantile
 
 Call = Callable[[], object]
 

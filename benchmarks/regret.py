@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from hsa_compile import Problem, Schedule, SearchSpace, Target, default_schedule
-from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.autotune.bench.bench import measure, prepare, quantile
 from hsa_compile.cli.options import default_fields
 from hsa_compile.errors import CompileError, OutOfResources, WrongResult
-from hsa_compile.kernels.measure import measure, quantile
 from hsa_compile.kernels.ops import inputs_of
 from hsa_compile.paths import REGRET_FILE
 from hsa_compile.problem import OPS

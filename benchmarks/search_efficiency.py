@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from hsa_compile.autotune.bench.bench import quantile
 from hsa_compile.autotune.options import SAMPLERS
 from hsa_compile.autotune.sweeps import RecordedSweep, Replay, first_points
-from hsa_compile.kernels.measure import quantile
 from hsa_compile.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent

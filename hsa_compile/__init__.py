@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hsa_compile.log import set_up_logging
 
 if TYPE_CHECKING:
+    from hsa_compile.autotune.bench.bench import measure
     from hsa_compile.autotune.cost.predict_schedule import predict_schedule
     from hsa_compile.autotune.tune import set_autotune, tune
     from hsa_compile.errors import HSACompileError
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
     from hsa_compile.kernels.hsa_decode.op import hsa_decode
     from hsa_compile.kernels.hsa_decode.reference import hsa_decode_reference
-    from hsa_compile.kernels.measure import measure
     from hsa_compile.kernels.ops import check
     from hsa_compile.kernels.resolve import resolve
     from hsa_compile.kernels.select_chunks.op import select_chunks
@@ -84,7 +84,7 @@ _HOMES = {
     "hsa_attention_reference": "hsa_compile.kernels.hsa_attention.reference",
     "hsa_decode": "hsa_compile.kernels.hsa_decode.op",
     "hsa_decode_reference": "hsa_compile.kernels.hsa_decode.reference",
-    "measure": "hsa_compile.kernels.measure",
+    "measure": "hsa_compile.autotune.bench.bench",
     "predict_schedule": "hsa_compile.autotune.cost.predict_schedule",
     "resolve": "hsa_compile.kernels.resolve",
     "select_chunks": "hsa_compile.kernels.select_chunks.op",

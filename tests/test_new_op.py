@@ -19,7 +19,7 @@ from hsa_compile.kernels.compare import TOLERANCES, compare
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.ops import OP_KERNELS, OpKernels, check, inputs_of
 from hsa_compile.problem import ALL_OPS
-from hsa_compile.schedules import source_version
+from hsa_compile.schedules import ops as schedule_ops
 from hsa_compile.schedules.ops import OP_BACKENDS
 from hsa_compile.schedules.ops.backend import OpBackend, Work, keep
 
@@ -92,7 +92,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
     monkeypatch.setitem(OP_BACKENDS, (OP, "torch"), TORCH)
     monkeypatch.setitem(OP_KERNELS, OP, OpKernels(make_inputs=make_inputs, check=check_means))
     monkeypatch.setattr("hsa_compile.kernels.emit.TEMPLATE_DIR", templates)
-    monkeypatch.setattr(source_version, "TEMPLATE_DIR", templates)
+    monkeypatch.setattr(schedule_ops, "TEMPLATE_DIR", templates)
     _forget()
     yield Problem(op=OP, **SHAPE)
     _forget()
@@ -100,7 +100,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
 
 def _forget() -> None:
     emit_module._environment.cache_clear()
-    source_version._digest.cache_clear()
+    schedule_ops._digest.cache_clear()
 
 
 def test_an_op_that_the_tables_know_is_tuned_stored_and_run(toy: Problem) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from gpu_parts.correctness import Checker
-from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.autotune.bench.bench import measure, prepare, quantile
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compare import TOLERANCES, relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs, pick_chunks
-from hsa_compile.kernels.measure import measure, quantile
 from hsa_compile.kernels.ops import inputs_of
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.schedule import Schedule

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gpu_parts.lines import Lines
-from hsa_compile.comparison.choices import BOTH, FORWARD
+from hsa_compile.comparison import BOTH, FORWARD
 from hsa_compile.comparison.contender import Case, Contender
 from hsa_compile.comparison.contenders import OURS, contenders_for, load_contender
 from hsa_compile.comparison.peaks import peaks_of

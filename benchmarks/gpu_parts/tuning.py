@@ -12,9 +12,9 @@ from typing import Any
 
 from gpu_parts.lines import Lines
 from gpu_parts.pool import START_S, Outcome, Pool, Worker, outcome_of
+from hsa_compile.autotune.bench.bench import quantile, summarize
 from hsa_compile.autotune.bench.device import clocks_mhz
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.measure import quantile, summarize
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import TuningRecord

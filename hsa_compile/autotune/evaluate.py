@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hsa_compile.autotune.bench.bench import FAILURES, Bench
+from hsa_compile.autotune.bench.bench import FAILURES, Bench, quantile
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
-from hsa_compile.kernels.measure import quantile
 from hsa_compile.schedules.schedule import Schedule
 
 STAGES = ("resources", "prepare", "quick", "full")  # each is dearer than the one before

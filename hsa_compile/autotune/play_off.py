@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hsa_compile.autotune.bench.bench import quantile, summarize
 from hsa_compile.autotune.cost.roofline import Resources
-from hsa_compile.kernels.measure import quantile, summarize
 from hsa_compile.schedules.record import Measurement
 from hsa_compile.schedules.schedule import Schedule
 

@@ -18,8 +18,8 @@ from hsa_compile.autotune.bench.device import device_lock, free_bytes
 from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder
 from hsa_compile.autotune.cost.roofline import estimate
 from hsa_compile.autotune.options import OPEN_BENCH, Limits, TuneOptions
+from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.samplers.point import parameters_of
-from hsa_compile.autotune.samplers.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.study.storage import close_storage, finish_study, lock_of, open_storage, open_study, question

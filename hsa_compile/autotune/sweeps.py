@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 
 from hsa_compile.autotune.bench.bench import Bench
 from hsa_compile.autotune.evaluate import Outcome, evaluate, measure_default
+from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.samplers.point import Point, PointTable, parameters_of
-from hsa_compile.autotune.samplers.samplers import make_sampler
 from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import read_regular

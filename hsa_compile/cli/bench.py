@@ -14,7 +14,7 @@ import click
 
 from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
-from hsa_compile.comparison.choices import BOTH, FAMILIES, KINDS
+from hsa_compile.comparison import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.problem import DISTRIBUTIONS, OPS, Problem
 from hsa_compile.schedules.cache import tuned_for
@@ -200,8 +200,7 @@ def _device_name(target: Target) -> str:
 
 
 def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None:
-    from hsa_compile.comparison.pictures import draw
-    from hsa_compile.comparison.result import digits, notes_of, rate_unit, rows_of, shapes_of
+    from hsa_compile.comparison.result import digits, draw, notes_of, rate_unit, rows_of, shapes_of
 
     results = comparison.results
     click.echo("\n".join(["", *shapes_of(results), ""]))

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD
+from hsa_compile.comparison import BOTH, DECODE, FORWARD
 from hsa_compile.comparison.contender import DENSE, SPARSE, Call, Case, Contender, available, dense_work
 from hsa_compile.comparison.same_function import too_large
 from hsa_compile.errors import NotFinite, WrongResult

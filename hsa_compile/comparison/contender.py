@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.checks import check_choice
-from hsa_compile.comparison.choices import BOTH, KINDS
+from hsa_compile.comparison import BOTH, KINDS
 from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.kernels.hsa_attention.inputs import Inputs
 from hsa_compile.kernels.hsa_decode.inputs import DecodeInputs

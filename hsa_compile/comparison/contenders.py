@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hsa_compile.comparison import BOTH, DECODE, FAMILIES, FORWARD, SELECT
 from hsa_compile.comparison.baselines import dense_contenders, flex_contenders, nsa_contenders
-from hsa_compile.comparison.choices import BOTH, DECODE, FAMILIES, FORWARD, SELECT
 from hsa_compile.comparison.contender import FOREIGN_ERRORS, Case, Contender, one_line
 from hsa_compile.comparison.same_function import Function, gather_contenders, same_function
 from hsa_compile.errors import InvalidArgument

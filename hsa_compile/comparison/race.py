@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, SELECT
+from hsa_compile.autotune.bench.bench import measure, quantile, summarize
+from hsa_compile.comparison import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import FOREIGN_ERRORS, SAME, Call, Case, Contender, one_line
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG, Result
 from hsa_compile.errors import WrongResult
-from hsa_compile.kernels.measure import measure, quantile, summarize
 from hsa_compile.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.autotune.bench.device import free_bytes
-from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
+from hsa_compile.comparison import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import SAME, Call, Case, Contender, available
 from hsa_compile.errors import WrongResult
 from hsa_compile.kernels.compile import Kernel

@@ -8,8 +8,8 @@ from typing import Any
 
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.files import read_regular, write_whole
+from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.source_version import source_version
 from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode
 from hsa_compile.versions import installed_versions
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.ops import backend_for, source_version
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.source_version import source_version
 from hsa_compile.target import Target
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.source_version import source_version
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 

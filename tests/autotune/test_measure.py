@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
+from hsa_compile.autotune.bench.bench import measure, quantile, summarize
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.measure import measure, quantile, summarize
 
 CPU = torch.device("cpu")
 

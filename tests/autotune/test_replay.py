@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hsa_compile.autotune.bench.bench import quantile
 from hsa_compile.autotune.samplers.point import parameters_of
 from hsa_compile.autotune.sweeps import RecordedSweep, Replay, first_points, replay
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.measure import quantile
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from hsa_compile.autotune.options import SAMPLERS
-from hsa_compile.autotune.samplers.samplers import make_sampler
+from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.errors import InvalidArgument, MissingDependency
 
 POINTS = [{"a": a, "b": b} for a in (1, 2, 3, 4) for b in ("x", "y", "z")]
@@ -49,6 +49,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_naming_the_samplers_loads_no_scientific_library() -> None:
-    script = "import sys, hsa_compile.autotune.samplers.samplers; print({'scipy', 'sklearn'} & set(sys.modules))"
+    script = "import sys, hsa_compile.autotune.samplers; print({'scipy', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,8 +12,8 @@ from optuna.storages import InMemoryStorage
 
 from hsa_compile.autotune import search as search_module
 from hsa_compile.autotune.evaluate import CLEARLY_SLOWER, FAR_SLOWER, QUICK_ROUNDS
+from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.samplers.point import parameters_of
-from hsa_compile.autotune.samplers.samplers import make_sampler
 from hsa_compile.autotune.search import MODEL_PATIENCE, PATIENCE, SearchResult, Trial, search
 from hsa_compile.autotune.study.study import MakeSampler, TuningStudy
 from hsa_compile.errors import CompileError, HSACompileError, OutOfResources, WrongResult

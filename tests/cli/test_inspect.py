@@ -15,7 +15,7 @@ SHAPE = ["--head-dim", "64", "--heads", "8", "--kv-heads", "2", "--chunk-size", 
 SCRIPT = """
 import json, sys
 from click.testing import CliRunner
-from hsa_compile.cli.inspect import inspect
+from hsa_compile.cli.kernels import inspect
 said = []
 for arguments in json.loads(sys.argv[1]):
     done = CliRunner().invoke(inspect, arguments)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hsa_compile.comparison.choices import DECODE, KINDS, SELECT
+from hsa_compile.comparison import DECODE, KINDS, SELECT
 from hsa_compile.comparison.contender import Case
 from hsa_compile.problem import Problem
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
+from hsa_compile.comparison import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import SAME
 from hsa_compile.comparison.contenders import load_contender
 from hsa_compile.errors import InvalidArgument

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from hsa_compile.autotune.bench.device import free_bytes
+from hsa_compile.comparison import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.baselines import (
     block_mask,
     check_other,
@@ -19,7 +20,6 @@ from hsa_compile.comparison.baselines import (
     nsa_contenders,
     sampled_tokens,
 )
-from hsa_compile.comparison.choices import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import DENSE, SAME, SPARSE, Case, dense_work, sparse_work
 from hsa_compile.comparison.contenders import OURS, contenders_for
 from hsa_compile.comparison.same_function import bind, check_function, dense_topk, gather_attention, gather_decode

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from hsa_compile.autotune.bench import bench as measure_module
+from hsa_compile.comparison import DECODE, FORWARD, KINDS
 from hsa_compile.comparison import race as module
-from hsa_compile.comparison.choices import DECODE, FORWARD, KINDS
 from hsa_compile.comparison.contender import DENSE, SAME, Case, Contender
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.race import MAX_ROUNDS, MIN_ROUNDS, MOST_ROUNDS, Race, _num_rounds
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG
 from hsa_compile.errors import InvalidArgument, WrongResult
-from hsa_compile.kernels import measure as measure_module
 from hsa_compile.problem import Problem
 
 CPU = torch.device("cpu")

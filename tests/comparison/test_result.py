@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa_compile.comparison.choices import FORWARD
+from hsa_compile.comparison import FORWARD
 from hsa_compile.comparison.contender import DENSE, SAME
 from hsa_compile.comparison.peaks import Peaks
-from hsa_compile.comparison.pictures import draw
 from hsa_compile.comparison.result import (
     LEFT_OUT,
     TIMED,
@@ -17,6 +16,7 @@ from hsa_compile.comparison.result import (
     Comparison,
     Result,
     digits,
+    draw,
     notes_of,
     rate_unit,
     rows_of,

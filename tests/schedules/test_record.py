@@ -9,7 +9,7 @@ import pytest
 from hsa_compile import paths
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
-from hsa_compile.schedules import source_version
+from hsa_compile.schedules import ops as schedule_ops
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.target import Target
 
@@ -58,13 +58,13 @@ def test_another_text_of_a_template_is_another_kernel_source(
 ) -> None:
     copy = tmp_path / "templates"
     shutil.copytree(paths.TEMPLATE_DIR, copy)
-    monkeypatch.setattr(source_version, "TEMPLATE_DIR", copy)
-    monkeypatch.setattr(source_version, "_digest", source_version._digest.__wrapped__)  # which is not remembered
-    versions = [source_version.source_version(make_problem(), gpu)]
+    monkeypatch.setattr(schedule_ops, "TEMPLATE_DIR", copy)
+    monkeypatch.setattr(schedule_ops, "_digest", schedule_ops._digest.__wrapped__)  # which is not remembered
+    versions = [schedule_ops.source_version(make_problem(), gpu)]
     for name in ("hsa_forward/chunk.py.jinja", "parts/rows.py.jinja", "hsa_backward/chunk.py.jinja"):
         with (copy / "triton" / name).open("a") as file:
             file.write("# another text\n")
-        versions.append(source_version.source_version(make_problem(), gpu))
+        versions.append(schedule_ops.source_version(make_problem(), gpu))
     assert len(set(versions)) == 3
     assert versions[2] == versions[3]  # the text of another op
 

@@ -26,7 +26,7 @@ from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.files import end_of_last_line
 from hsa_compile.paths import schedule_dir
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.source_version import source_version
+from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the postfix says how much is left
+SECONDS_A_PROBLEM = 15.0  # for `--tune`
 FIRST_STEPS = 10  # after so many steps the time that the run will take is estimated
 
 
@@ -62,7 +63,6 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
       hsa-compile train --out runs/tiny --resume
       torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
     """
-    from hsa_compile.cli.models.train_tuning import tune_for_run
     from hsa_compile.model.training.pace import Pace
     from hsa_compile.model.training.processes import join_processes, leave_processes
 
@@ -73,13 +73,38 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     processes = join_processes()
     try:
         if tune:
-            tune_for_run(config, processes)
+            _tune(config, processes)
         pace = Pace(config, processes.world_size, time.monotonic)
         with _stop_signals(minutes, pace) as stop:
             _run(config, out, processes, resume, stop, pace)
         processes.wait()
     finally:
         leave_processes()
+
+
+def _tune(run: RunConfig, processes: Processes) -> None:
+    """Tunes what the cache has no measured schedule for and says what it did; the other processes wait."""
+    from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.tune import tune_missing
+    from hsa_compile.model.training.run import run_problems
+    from hsa_compile.schedules.cache import default_cache
+    from hsa_compile.target import Target
+
+    if processes.is_first:
+        device = "cpu" if processes.device.type == "cpu" else str(processes.device)
+        wanted, target = run_problems(run, processes.device, processes.world_size), Target.of(processes.device)
+        missing = [problem for problem in wanted if default_cache().finished(problem, target) is None]
+        click.echo(
+            f"{len(wanted)} problems, {len(wanted) - len(missing)} tuned before, {len(missing)} to tune, at most "
+            f"{SECONDS_A_PROBLEM:.0f} s each",
+            err=True,
+        )
+        for problem in missing:
+            record, _ = tune_missing(problem, target, TuneOptions(timeout=SECONDS_A_PROBLEM), device=device)
+            kept = f"; nothing is stored: {record.shortfall}" if record.shortfall else ""
+            took = f"{record.measurement.median_ms:.3g} ms, {record.speedup:.2f}x the default"
+            click.echo(f"{problem.describe()}: {took}{kept}", err=True)
+    processes.wait()
 
 
 def _config(

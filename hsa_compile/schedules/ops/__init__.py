@@ -1,5 +1,12 @@
-"""The schedules of all ops: one table leads from an op and a backend to its knobs, constraints, defaults and cost."""
+"""The schedules of all ops: one table leads from an op and a backend to its knobs, constraints, defaults and cost.
 
+Which templates a schedule was tuned for is said here, too: other text has another best schedule.
+"""
+
+import functools
+import hashlib
+
+from hsa_compile.paths import TEMPLATE_DIR
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import hsa_decode, select_chunks
 from hsa_compile.schedules.ops.backend import OpBackend, Work
@@ -51,3 +58,20 @@ def op_backend(problem: Problem, target: Target) -> OpBackend:
 def count_work(problem: Problem, schedule: Schedule) -> Work:
     """Returns the FLOPs and bytes of a problem under a schedule when all slots are filled, alike on every backend."""
     return OP_BACKENDS[problem.op, "torch"].work(problem, schedule)
+
+
+def source_version(problem: Problem, target: Target) -> str:
+    """Returns 12 hex digits that stand for the templates of a problem's op on a target."""
+    return _digest(backend_for(problem, target), problem.op)
+
+
+@functools.cache
+def _digest(backend: str, op: str) -> str:
+    """Digests the templates in the op's own folder and in `parts`, which all ops share."""
+    digest = hashlib.sha256()
+    folder = TEMPLATE_DIR / backend
+    for path in sorted(folder.rglob("*.jinja")):
+        name = path.relative_to(folder).as_posix()
+        if name.partition("/")[0] in (op, "parts"):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

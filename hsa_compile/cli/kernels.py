@@ -1,4 +1,4 @@
-"""`hsa-compile inspect`: compile kernels for a GPU that need not be there, and show what they use."""
+"""`hsa-compile emit` and `inspect`: read a kernel, and compile it for a named GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from hsa_compile.autotune.cost.roofline import occupancy, predict
 from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
 from hsa_compile.errors import CacheError, InvalidArgument
-from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.emit import emit as emit_source
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import count_work
@@ -22,6 +22,7 @@ from hsa_compile.target import NAMED_TARGETS, Target
 
 if TYPE_CHECKING:
     from hsa_compile.kernels.ahead_of_time import KernelResources
+
 
 # At none of these points may a default schedule spill registers.
 _MATRIX_DTYPES, _MATRIX_HEAD_DIMS = ("bfloat16", "float16"), (64, 128)
@@ -80,7 +81,7 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
     rows = []
     for problem in tqdm.tqdm(problems, desc="compile", disable=not matrix, leave=False):
         schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
-        kernel = compile_kernel(emit(problem, schedule, target))
+        kernel = compile_kernel(emit_source(problem, schedule, target))
         for resources in compile_launches(kernel.module, target, sass="sass" in texts):
             rows.append(_row(problem, schedule, target, resources))
             _write_texts(resources, texts, out / f"{resources.name}_{target.arch}_{kernel.source.fingerprint}")
@@ -133,3 +134,38 @@ def _write_texts(resources: KernelResources, texts: Sequence[str], stem: Path) -
         except OSError as error:
             raise CacheError(f"cannot write {path}: {error.strerror}") from error
         click.echo(f"wrote {path}", err=True)
+
+
+@click.command()
+@click.option(
+    "--target",
+    "target_name",
+    default="auto",
+    show_default=True,
+    help="The device to emit for: auto, cpu, cuda:0, sm_80, sm_90, …",
+)
+@op_option("forward")
+@shape_options
+@click.option(
+    "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
+)
+def emit(target_name: str, ops: tuple[str, ...], schedule_text: str | None, **shape: Any) -> None:
+    """Print the kernel that would run, for this device or for one that is not there.
+
+    \b
+    Examples:
+      hsa-compile emit
+      hsa-compile emit --target sm_90 --op backward --head-dim 128
+      hsa-compile emit --target gfx942 --schedule 'token num_warps=4 num_stages=2'
+    """
+    target = Target.parse(target_name)
+    problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
+    if len(problems) > len(ops):
+        raise InvalidArgument(f"{len(problems) // len(ops)} shapes are named; emit prints one")
+    for problem in problems:
+        found = default_cache().lookup(problem, target)
+        if schedule_text is not None:
+            schedule = Schedule.parse(schedule_text)
+        else:
+            schedule = found.schedule if found else default_schedule(problem, target)
+        click.echo(emit_source(problem, schedule, target).text, nl=False)
