@@ -1,18 +1,25 @@
 """The play-off: the best few are timed in turns with the default, which stays unless one of them clearly beats it.
 
 Schedules that cannot be told from the best are in a tie-set with it; which of these is picked does not depend on the
-clock.
+clock. A stored winner can be put to the same test again, where the compiler has changed since (`verify`).
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 
-from hsa_compile.autotune.bench.bench import quantile, summarize
+from hsa_compile.autotune.bench.bench import FAILURES, quantile, summarize
+from hsa_compile.autotune.bench.device import device_lock
+from hsa_compile.autotune.bench.isolation import IsolatedBench
 from hsa_compile.autotune.cost.roofline import Resources
-from hsa_compile.schedules.record import Measurement
+from hsa_compile.autotune.options import OPEN_BENCH
+from hsa_compile.problem import DISTRIBUTIONS
+from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
+from hsa_compile.versions import installed_versions
 
 CONFIDENCE = 0.95
 MIN_GAIN = 0.01  # a smaller share of the default's time counts as no gain and no difference, however certain it is
@@ -88,6 +95,37 @@ def play_off(
         default_measurement=summarize(times[0]),
         tie_set=tuple(entrants[i] for i in ties),
         text=_text(winner != 0, len(challengers), len(ties), len(times[0])),
+    )
+
+
+def verify(record: TuningRecord, device: str) -> TuningRecord | None:
+    """Times a stored winner in turns with the default once more.
+
+    Returns:
+        the record with today's times, versions and date; None if the default is faster now by more than noise, or the
+        winner does not run any more.
+
+    Raises:
+        HSACompileError: the default itself fails.
+    """
+    default = default_schedule(record.problem, record.target)
+    distribution = record.inputs if record.inputs in DISTRIBUTIONS else DISTRIBUTIONS[0]
+    arguments = (record.problem, record.target, device, distribution, 0)
+    with IsolatedBench(OPEN_BENCH, arguments, lock=device_lock(device)) as bench:
+        bench.prepare(default)
+        try:
+            bench.prepare(record.schedule)
+        except FAILURES:
+            return None
+        times, others = _rounds([record.schedule, default], bench.time, MIN_ROUNDS, deadline=0.0)
+    if record.schedule != default and _is_faster(others, times, 1 - CONFIDENCE):
+        return None
+    return replace(
+        record,
+        measurement=summarize(times),
+        default_measurement=summarize(others),
+        versions=installed_versions(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 

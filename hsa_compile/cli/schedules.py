@@ -18,6 +18,7 @@ from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
 
 
 def entry_number(number: int) -> tuple[str, TuningRecord]:
@@ -292,6 +293,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json([entry_values(number, origin, record) for number, (origin, record) in enumerate(entries, start=1)])
         return
+    versions = installed_versions()
     rows = [
         {
             "#": number,
@@ -304,6 +306,7 @@ def list_(as_json: bool) -> None:
             "gain": f"{record.speedup:.2f}x",
             "tried": record.trials,
             "tuned": record.date[:10] + ("" if record.complete else ", interrupted"),
+            "timed under": record.outdated(versions) or "this compiler",
             "kernels": "these" if record.kernel_source == source_version(record.problem, record.target) else "others",
         }
         for number, (origin, record) in enumerate(entries, start=1)

@@ -155,6 +155,20 @@ class ScheduleCache:
         self._changed()
         return Merged(added=added, replaced=replaced, kept=kept)
 
+    def remove(self, record: TuningRecord) -> None:
+        """Removes the user's entry that has a record's key.
+
+        Raises:
+            CacheError: the file cannot be locked or written; what was there is untouched.
+        """
+        path = self.path(record.target)
+        with _locked(path):
+            records, _ = read_records(path)
+            if records.pop(ScheduleKey.of_record(record), None) is not None:
+                write_records(path, records.values())
+        self._origins["user"].pop(ScheduleKey.of_record(record), None)
+        self._changed()
+
     def clear(self, target: Target | None = None) -> int:
         """Removes the user's file of one device, or all of them, and returns how many entries they held.
 

@@ -11,6 +11,7 @@ from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
+from hsa_compile.versions import installed_versions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,8 @@ def _exact_loss(record: TuningRecord) -> str:
         return f"not known: {record.shortfall}"
     if not record.complete:
         return f"not known: its search was interrupted after {record.trials} candidates"
+    if before := record.outdated(installed_versions()):
+        return f"not known: it was timed under {before}; hsa-compile tune --verify times it again"
     return f"none: it is the best of {record.trials} candidates that were tried for this shape"
 
 

@@ -122,6 +122,23 @@ class TuningRecord:
         count = _num_candidates(self.problem, self.target)
         return f"only {timed} of {count} candidates {'was' if timed == 1 else 'were'} timed, {MIN_TIMED} are needed"
 
+    def outdated(self, now: Mapping[str, str]) -> str:
+        """Says under which other compiler the schedule was timed: empty, or such as `torch 2.6.0, triton 3.5.0`.
+
+        Another minor version of PyTorch or Triton, or another major one of the driver, can halve a kernel's speed; a
+        kernel in C++ or PyTorch does not depend on the last two.
+
+        Args:
+            now: the versions that are installed, as `versions.installed_versions` gives them.
+        """
+        parts = {"torch": 2} if self.target.kind == "cpu" else {"torch": 2, "triton": 2, "driver": 1}
+        before = {name: version for name, version in self.versions.items() if name in parts and name in now}
+        return ", ".join(
+            f"{name} {version}"
+            for name, version in before.items()
+            if version.split(".")[: parts[name]] != now[name].split(".")[: parts[name]]
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for JSON."""
         return {

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hsa_compile.autotune.evaluate import Outcome, evaluate
 from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
+from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 
@@ -208,3 +210,17 @@ def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped
     assert len(set(evaluated)) == len(evaluated) == len(sweep.points) - 1  # the default is timed apart
     assert all(time is not None for time in sweep.times)
     assert run("schedules", "list", "--json").json == []
+
+
+def test_a_stored_winner_is_timed_again_and_dropped_if_it_loses(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*TUNE).code == 0
+    (record,) = [record for _, record in default_cache().entries()]
+    faster = replace(record, verdict="still the fastest")
+    monkeypatch.setattr("hsa_compile.autotune.play_off.verify", lambda record, device: faster)
+    done = run("tune", "--verify")
+    assert (done.code, done.out.count("kept, ")) == (0, 1)
+    assert "1 stored winner timed again" in done.out
+    assert [record for _, record in default_cache().entries()] == [faster]
+    monkeypatch.setattr("hsa_compile.autotune.play_off.verify", lambda record, device: None)
+    assert "dropped, the default is faster now" in run("tune", "--verify").out
+    assert not list(default_cache().entries())

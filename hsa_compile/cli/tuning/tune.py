@@ -24,7 +24,8 @@ from hsa_compile.cli.tuning.search_options import search_options, tune_options
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.ops import source_version
+from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 if TYPE_CHECKING:
@@ -66,10 +67,13 @@ class Outcome:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Time every candidate instead and keep all times in FILE (.json or .json.gz); no schedule is stored.",
 )
+@click.option(
+    "--verify", is_flag=True, help="Time this device's stored winners against the default again, and drop the losers."
+)
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
 def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, report_prediction: bool,
-         record: Path | None, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
+         record: Path | None, verify: bool, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags it tunes a default problem for the device that is found, forward and backward, in about two minutes.
@@ -88,6 +92,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
       hsa-compile tune --storage postgresql://user@host/tuning   # on each host
       hsa-compile tune --target h100                             # without one
       hsa-compile tune --preset tiny --seq-len 2k --batch 4
+      hsa-compile tune --verify                                  # after an upgrade of PyTorch, Triton or the driver
     """
     import torch
 
@@ -104,6 +109,9 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         )
         return
     devices, target = _devices(device)
+    if verify:
+        _verify(target, devices[0])
+        return
     if report_prediction:
         check_predictable(target)
     options = replace(tune_options(flags), storage=flags["storage"], anew=force)
@@ -137,6 +145,30 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     print_rows(list(rows), as_json=False)
     if any(outcome.record.shortfall is None for outcome in outcomes):
         click.echo(f"\nstored in {default_cache().path(target)}")
+
+
+def _verify(target: Target, device: str) -> None:
+    """Times what the user's cache has for a device once more: winners stay with today's times, losers go."""
+    from hsa_compile.autotune.play_off import verify
+
+    cache = default_cache()
+    stored = [
+        record
+        for origin, record in cache.entries()
+        if (origin, record.kind) == ("user", MEASURED) and record.target == target
+        and record.kernel_source == source_version(record.problem, target)
+    ]  # fmt: skip
+    for record in stored:
+        found = verify(record, device)
+        if found is None:
+            cache.remove(record)
+            click.echo(f"{record.problem.describe()}: dropped, the default is faster now: {record.schedule}")
+        else:
+            cache.put(found)
+            click.echo(
+                f"{record.problem.describe()}: kept, {found.speedup:.2f}x the default ({record.speedup:.2f}x then)"
+            )
+    click.echo(f"{counted(len(stored), 'stored winner')} timed again in {cache.path(target)}")
 
 
 def _problems(
