@@ -20,7 +20,7 @@ FAMILIES = {"all": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
 FUSIONS = ("softmax", "stick_breaking")
 # The flags of a problem that change the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
-DISTRIBUTIONS = ("random", "local", "hot")  # how the picks of inputs may fall
+DISTRIBUTIONS = ("random", "local", "hot", "trained")  # how the picks of inputs may fall
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_RETRIEVAL_DIM = 1024  # the largest head dim in select_chunks

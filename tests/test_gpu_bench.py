@@ -194,7 +194,7 @@ def test_a_tuning_keeps_a_winner_that_a_cache_reads_as_pretuned(tmp_path: Path, 
     assert record.schedule in tuned.times
     assert record.trials == len(tuned.times) >= 5
     assert SearchSpace.of(problem, CPU).default() in tuned.times
-    assert record.inputs == "random and local"
+    assert record.inputs == "random and trained"
     cache, shipped = ScheduleCache(tmp_path / "mine"), tmp_path / "shipped"
     shipped.mkdir()
     tuning.keep(record, cache, shipped / "pretuned.json", file)

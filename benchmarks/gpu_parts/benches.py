@@ -19,7 +19,7 @@ from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
 
-DISTRIBUTIONS = ("random", "local")
+DISTRIBUTIONS = ("random", "trained")
 
 _CHECK_TOKENS, _MORE_TOKENS = 4999, 617  # odd; so many more than a long super-tile or window has
 # Triton compiles for sizes that are multiples of 16 anew, but not for each of them: this length stands for all longer.
@@ -128,7 +128,7 @@ class Timer:
             best_ms: geometric mean of the best so far; one that is far slower is launched twice and no more.
 
         Returns:
-            `random_ms`, `local_ms`, `ms` (their geometric mean), `first_s` (of the first call, which compiles what
+            `random_ms`, `trained_ms`, `ms` (their geometric mean), `first_s` (of the first call, which compiles what
             the cache on disk lacks) and whether it was `stopped`.
         """
         start = time.monotonic()

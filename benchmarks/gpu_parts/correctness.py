@@ -22,7 +22,7 @@ from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 from hsa_compile.kernels.hsa_attention.op import global_indices
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.kernels.ops import inputs_of
-from hsa_compile.problem import ALL_OPS, SELECT_OPS, Problem
+from hsa_compile.problem import ALL_OPS, DISTRIBUTIONS, SELECT_OPS, Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
@@ -83,7 +83,7 @@ class Checker:
                 torch.cuda.empty_cache()
 
     def _check(self, problem: Problem, schedule: Schedule, seed: int) -> None:
-        inputs = inputs_of(problem, self.device, distribution=("random", "local", "hot")[seed % 3], seed=seed)
+        inputs = inputs_of(problem, self.device, distribution=DISTRIBUTIONS[seed % len(DISTRIBUTIONS)], seed=seed)
         call = prepare(problem, schedule, self.target, inputs).call
         if problem.deterministic and not all(map(torch.equal, _tensors(call()), _tensors(call()))):
             raise WrongResult("two runs of a deterministic schedule differ")

@@ -60,11 +60,11 @@ class Heat:
 def heats(target: Target) -> list[Heat]:
     """The most telling first; much shorter ones on a CPU."""
     if target.kind == "cpu":
-        return [Heat(1024, group, name, flex=group == 4) for name in ("random", "local") for group in (4, 1)]
+        return [Heat(1024, group, name, flex=group == 4) for name in ("random", "trained") for group in (4, 1)]
     long, short = 64 << 10, 16 << 10
     found = [Heat(long, 16, "random", 1.5, flex=True), Heat(short, 16, "random", flex=True)]
     found += [Heat(tokens, group, "random") for group in (4, 1) for tokens in (long, short)]
-    found += [Heat(tokens, group, "local", flex=group == 16) for group in (16, 4, 1) for tokens in (long, short)]
+    found += [Heat(tokens, group, "trained", flex=group == 16) for group in (16, 4, 1) for tokens in (long, short)]
     return [*found, Heat(1 << 20, 16, "random", 2.5)]
 
 

@@ -27,7 +27,7 @@ from hsa_compile.versions import installed_versions
 LIMIT_S = 45.0  # for compiling and checking one candidate
 TIME_LIMIT_S = 30.0  # for timing one
 LOAD_LIMIT_S = 120.0  # for making the inputs
-INPUTS = "random and local"
+INPUTS = "random and trained"
 
 _COMPILE_SHARE = 0.5  # of the time of a round; the rest is for timing
 _FIRST_ROUND = 0.6  # of the time of a problem; the rest is for the neighbours of the best

@@ -149,3 +149,14 @@ def test_picks_of_a_long_sequence_take_memory_linear_in_its_length(distribution:
     with Largest():
         picks_of(problem, distribution)
     assert problem.seq_len <= largest <= 4 * problem.seq_len * problem.top_k
+
+
+def test_trained_picks_drift_as_those_of_a_trained_model() -> None:
+    top_k, tokens = 16, 4096
+    problem = Problem(seq_len=4 * tokens, num_heads=1, num_kv_heads=1, head_dim=8, top_k=top_k)
+    picks = pick_chunks(problem, "trained", torch.Generator().manual_seed(0))[0, -tokens:, 0]  # [T, K]
+    shared = (picks[1:, :, None] == picks[:-1, None, :]).any(dim=2).double().mean().item()
+    assert shared == pytest.approx(0.81, abs=0.03)
+    for neighbours, measured in ((4, 1.43), (16, 2.16), (64, 3.30)):
+        unions = [len(set(block.flatten().tolist())) / top_k for block in picks.split(neighbours)]
+        assert sum(unions) / len(unions) == pytest.approx(measured, rel=0.2)

@@ -60,8 +60,8 @@ def make_select_inputs(
 ) -> SelectInputs:
     """Makes queries and landmarks whose picks fall as `distribution` says.
 
-    With `random`, all are normal. With `local`, neighbouring queries are alike. With `hot`, early landmarks score far
-    from zero.
+    With `random`, all are normal. With `local` and `trained`, neighbouring queries are alike. With `hot`, early
+    landmarks score far from zero.
 
     Raises:
         InvalidArgument: the distribution is unknown.
@@ -72,7 +72,7 @@ def make_select_inputs(
     picks = pick_chunks(problem, distribution, generator)
     query = torch.randn(B, T, H, D, generator=generator)
     landmarks = torch.randn(B, N, H, D, generator=generator)
-    if distribution == "local":
+    if distribution in ("local", "trained"):
         query = 0.3 * query + query[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
     if distribution == "hot":
         landmarks[:, : N // 8] *= 3
