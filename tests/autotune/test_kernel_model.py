@@ -1,12 +1,17 @@
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from hsa_compile.autotune.cost.predict_schedule import spearman
 from hsa_compile.autotune.cost.roofline import estimate, predict
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.ahead_of_time import KernelResources
+from hsa_compile.peaks import limits_of
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.ops import count_work
+from hsa_compile.schedules.ops.hsa_attention.cost import attention_passes
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
@@ -15,6 +20,7 @@ PROBLEM = Problem(
     seq_len=16384, num_heads=32, num_kv_heads=2, head_dim=128, chunk_size=64, top_k=16, dtype="bfloat16"
 )  # fmt: skip
 H100 = PRODUCTS["h100"]
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_nvidia-h100-80gb-hbm3.json"
 TOKEN = Schedule.of("token", num_warps=4, num_stages=2)
 KERNEL = KernelResources(
     name="_hsa_forward_token", registers=128, spills=0, shared_memory=32768, num_warps=4, matrix_instruction="HGMMA"
@@ -60,9 +66,29 @@ def test_slots_of_half_the_bytes_cost_less() -> None:
     assert estimate(PROBLEM, chunk(reduce="slots16"), H100) < estimate(PROBLEM, chunk(), H100)
 
 
-def test_atomic_sums_cost_less_where_the_cache_holds_what_is_added_to() -> None:
-    at_once, in_tiles = (estimate(PROBLEM, chunk(reduce="atomic", super_tile=t), H100) for t in (0, 1024))
-    assert in_tiles < at_once
+def test_atomic_sums_move_less_memory_where_the_cache_holds_what_is_added_to() -> None:
+    at_once, in_tiles = (
+        attention_passes(PROBLEM, chunk(reduce="atomic", super_tile=tokens), limits_of(H100))[0] for tokens in (0, 1024)
+    )
+    assert in_tiles.memory_bytes < at_once.memory_bytes
+    assert in_tiles.launches > 10 * at_once.launches  # each super-tile is indexed anew
+
+
+def test_the_order_of_what_was_timed_on_an_h100_is_that_of_the_model() -> None:
+    timed = json.loads(RESULTS.read_text(encoding="utf-8"))["timed"]
+    names = {"block_t": "block_entries", "block_m": "block_tokens", "dq": "reduce"}
+    for op, kv_heads, least in (("hsa_forward", 2, 0.6), ("hsa_forward", 8, 0.8), ("hsa_backward", 8, 0.7)):
+        problem = Problem(
+            op=op, seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16"
+        )
+        space, pairs = SearchSpace.of(problem, H100), []
+        for row in timed:
+            schedule = Schedule.parse(row["schedule"])
+            schedule = Schedule.from_dict({names.get(name, name): value for name, value in schedule.items()})
+            if (row["op"], row["num_kv_heads"]) == (op, kv_heads) and space.is_valid(schedule):
+                pairs.append((estimate(problem, schedule, H100), row["random_ms"] * row["local_ms"]))
+        assert len(pairs) >= 15
+        assert spearman(*zip(*pairs, strict=True)) >= least
 
 
 def test_few_resident_warps_and_old_instructions_cost_more() -> None:

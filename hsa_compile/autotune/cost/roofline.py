@@ -22,7 +22,7 @@ MAX_MORE_SPILLS = 128  # bytes that a candidate's thread may spill beyond those 
 # The shares of the peaks that good kernels of this kind reach.
 _MATRIX_SHARE, _BANDWIDTH_SHARE = 0.6, 0.8
 _NORM = 3  # clocks overlap, though not wholly: their norm lies between the largest and the sum
-_LAUNCH_MS, _LISTS_MS = 0.004, 0.03  # the time to launch a kernel, and to make the chunks' lists
+_LAUNCH_MS, _LISTS_MS = 0.016, 0.03  # the time to launch a kernel, and to make the chunks' lists
 _HIDING_WARPS = 12  # resident warps that hide the latency of memory; each further pipeline stage counts half as much
 _MIN_ROWS = 16  # the fewest rows that a matrix instruction takes
 # The matrix instruction of each architecture, and the shares of its peak that older ones reach, and code without any.
@@ -113,7 +113,9 @@ def _matrix_share(problem: Problem, one: Pass, target: Target, kernel: KernelRes
     newest = _NEWEST.get(target.arch)
     if kernel is None:
         wide = one.rows >= _WIDE_ROWS.get(target.arch, _MIN_ROWS) and one.warps >= 4
-        return 1.0 if wide else _OLDER_SHARE
+        # A forward tile of 64 rows keeps four warps busy; backward, more warps share its many accumulators.
+        idle = max(1.0, 16 * one.warps / max(one.rows, 64)) if problem.op == "hsa_forward" else 1.0
+        return (1.0 if wide else _OLDER_SHARE) / idle
     if kernel.matrix_instruction == "none":
         return _NO_MATRIX_SHARE
     return 1.0 if kernel.matrix_instruction == newest else _OLDER_SHARE

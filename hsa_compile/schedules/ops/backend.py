@@ -13,8 +13,8 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
 
-# The share of picks that neighbouring tokens have in common, as in the `local` inputs; `union` saves by that.
-OVERLAP = 0.8
+# The share of picks that neighbouring tokens have in common, between `random` and `trained`; `union` saves by it.
+OVERLAP = 0.5
 
 Knobs = Mapping[str, tuple[Knob, ...]]
 Choices = Mapping[str, Knobs]

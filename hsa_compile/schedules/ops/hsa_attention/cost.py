@@ -9,6 +9,11 @@ from hsa_compile.schedules.ops.backend import OVERLAP, Pass, Work
 from hsa_compile.schedules.ops.limits import MIN_ROWS, fused_step, tile_rows
 from hsa_compile.schedules.schedule import Schedule
 
+# What follows is fitted to times on an H100 (benchmarks/results/gpu_nvidia-h100-80gb-hbm3.json).
+_SORTED_BYTES = 512  # sorting a pick takes as long as moving so many bytes of memory
+_ADDED = 0.9  # the share of the parts that are added up in memory, where 2 is each of them read and written
+_INDEX_LAUNCHES = 45  # small kernels that PyTorch launches to index one super-tile; the first is not counted
+
 
 def attention_work(problem: Problem, schedule: Schedule) -> Work:
     """FLOPs and bytes of one pass when all slots are filled."""
@@ -43,7 +48,7 @@ def attention_passes(problem: Problem, schedule: Schedule, limits: Limits) -> li
     if schedule.dataflow == "chunk":
         return [_chunk_pass(problem, schedule, limits)]
     if schedule.dataflow == "fused":
-        return [_fused_pass(problem, schedule, limits)]
+        return [_fused_pass(problem, schedule, limits), _sort_pass(problem)]
     passes = [_token_pass(problem, schedule, limits)]
     if problem.op == "hsa_backward":
         passes.append(_second_pass(problem, schedule, limits))
@@ -90,7 +95,8 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     memory = kv_bytes + row_bytes * _missed(live * D * problem.itemsize, limits)
     if reduction == "atomic":
         traffic = 3 * part_bytes  # read, added to, written
-        memory += 2 * part_bytes * _missed(live * width * 4, limits)
+        # A token's parts are added close to each other in time, so forward the cache holds more than chance says.
+        memory += (2.0 if backward else _ADDED) * part_bytes * _missed(live * width * 4, limits)
     else:
         traffic = 2 * part_bytes
         memory += 2 * part_bytes * _missed(live * problem.top_k * width * 4, limits)
@@ -102,10 +108,25 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         cache_bytes=kv_bytes * (3 if backward else 1) + row_bytes + traffic,
         memory_bytes=memory + problem.batch * problem.seq_len * problem.num_heads * (D + Dv) * problem.itemsize,
         programs=shape.segments / shape.launches,
-        launches=shape.launches * (1 if reduction == "atomic" else 2),
+        launches=shape.launches * (1 if reduction == "atomic" else 2) + _INDEX_LAUNCHES * (shape.launches - 1),
         rows=shape.tile,
         warps=schedule.number("num_warps"),
         stages=schedule.number("num_stages"),
+    )
+
+
+def _sort_pass(problem: Problem) -> Pass:
+    """The kernels that sort the picks of all super-tiles, before the main one."""
+    picks = problem.batch * problem.seq_len * problem.num_kv_heads * problem.top_k
+    return Pass(
+        flops=0.0,
+        cache_bytes=0.0,
+        memory_bytes=_SORTED_BYTES * picks,
+        programs=picks,
+        launches=7,
+        rows=MIN_ROWS,
+        warps=4,
+        stages=1,
     )
 
 
