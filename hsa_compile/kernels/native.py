@@ -63,8 +63,10 @@ def _digest(path: Path) -> str:
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Returns a pointer to a tensor's elements; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    """Returns a pointer to a tensor's elements, which live as long as the pointer; null for None."""
+    address = ctypes.c_void_p(None if x is None else x.data_ptr())
+    address.tensor = x  # type: ignore[attr-defined]  # native code may be at work when the caller's frame has ended
+    return address
 
 
 def sizes(*values: int) -> list[ctypes.c_int64]:
