@@ -13,7 +13,7 @@ from torch import Tensor
 from hsa_compile.checks import check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.gradient import register_gradient
+from hsa_compile.kernels.gradient import register_gradient, register_no_gradient
 from hsa_compile.kernels.resolve import remembered
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, Problem
 from hsa_compile.target import Target
@@ -265,3 +265,6 @@ torch.library.register_fake("hsa_compile::sequence_bounds", _fake_bounds, lib=_l
 torch.library.register_fake("hsa_compile::hsa_forward", _fake_forward, lib=_library)
 torch.library.register_fake("hsa_compile::hsa_backward", _fake_backward, lib=_library)
 register_gradient(_library, "hsa_forward", _save, _gradient)
+register_no_gradient(
+    _library, "hsa_backward", "hsa_attention has no second derivative; its gradient cannot be differentiated"
+)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.gradient import refuse_tangents
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
 
 
@@ -80,6 +81,7 @@ def hsa_decode(
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
+    refuse_tangents("hsa_decode", tensors)
     names = ("q", "k_chunks", "v_chunks", "chunk_indices", "chunk_weights")
     for name, x in zip(names, tensors, strict=True):
         if x.requires_grad and torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from torch import Tensor
 from hsa_compile.checks import check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.gradient import register_gradient
+from hsa_compile.kernels.gradient import register_gradient, register_no_gradient
 from hsa_compile.kernels.gumbel import noise_keys
 from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES, check_grad
 from hsa_compile.kernels.resolve import remembered
@@ -173,3 +173,6 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("hsa_compile::select_chunks", _fake_forward, lib=_library)
 torch.library.register_fake("hsa_compile::select_chunks_backward", _fake_backward, lib=_library)
 register_gradient(_library, "select_chunks", _save, _gradient)
+register_no_gradient(
+    _library, "select_chunks_backward", "select_chunks has no second derivative; its gradient cannot be differentiated"
+)
