@@ -5,9 +5,13 @@
 
 import functools
 import os
+import shlex
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
+
+from hsa_compile.errors import CacheWarning
 
 PACKAGE_DIR = Path(__file__).parent
 TEMPLATE_DIR = PACKAGE_DIR / "kernels" / "templates"
@@ -23,12 +27,35 @@ def chosen_cache_dir() -> str | None:
 
 
 def cache_dir() -> Path:
-    """Returns the root of everything that hsa-compile keeps for this user."""
-    if chosen := chosen_cache_dir():
-        return Path(chosen).expanduser()
+    """Returns the root of everything that hsa-compile keeps for this user, as an absolute path.
+
+    It is a temporary directory, and a warning says so, where there is no home, as in a container for a user without
+    a name.
+    """
+    chosen = chosen_cache_dir()
+    try:
+        directory = Path(chosen or _user_cache_dir()).expanduser()
+    except RuntimeError:  # nobody knows where that is
+        return _without_home(chosen or "~")
+    return directory.absolute()  # a relative name may begin with a hyphen, which a compiler takes for a flag
+
+
+def _user_cache_dir() -> str:
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("hsa-compile"))
+    return platformdirs.user_cache_dir("hsa-compile")
+
+
+@functools.cache
+def _without_home(chosen: str) -> Path:
+    directory = temporary_dir()
+    warnings.warn(
+        f"there is no home directory for the cache ({chosen}): kernels and schedules are kept in {directory}; "
+        "HSA_COMPILE_CACHE_DIR chooses another place",
+        CacheWarning,
+        stacklevel=3,
+    )
+    return directory
 
 
 def schedule_dir() -> Path:
@@ -49,11 +76,20 @@ def source_dir() -> Path:
             return directory
     except OSError:
         pass  # the temporary directory below serves; `hsa-compile doctor` names the unwritable one
-    fallback = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and fallback.stat().st_uid != os.getuid():
+    return temporary_dir()
+
+
+def temporary_dir() -> Path:
+    """Returns a private directory of this user's that is lost when the machine starts anew.
+
+    Raises:
+        OSError: there is no place for temporary files.
+    """
+    directory = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
         return _own_temporary_dir()
-    return fallback
+    return directory
 
 
 @functools.cache
@@ -75,8 +111,16 @@ def quiet_profiler() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def cxx_compiler() -> str | None:
-    """Returns the C++ compiler that builds CPU kernels: `CXX`, else the first of the usual names, or None."""
+def cxx_compiler() -> tuple[str, ...] | None:
+    """Returns the command of the C++ compiler that builds CPU kernels, or None: `CXX`, else the first usual name.
+
+    `CXX` may hold arguments, `ccache g++`, which are split as a shell splits them.
+    """
     if chosen := os.environ.get("CXX"):
-        return shutil.which(chosen)
-    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+        try:
+            program, *arguments = shlex.split(chosen) or [""]
+        except ValueError:  # a quotation mark without its other half
+            return None
+        found = shutil.which(program)
+        return (found, *arguments) if found else None
+    return next(((found,) for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)

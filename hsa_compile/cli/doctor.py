@@ -55,7 +55,9 @@ def _findings() -> Iterator[Finding]:
 
 def _compiler() -> Finding:
     if compiler := cxx_compiler():
-        return Finding(name="c++", ok=True, text=f"{compiler}: CPU kernels are emitted as C++ (float32, bfloat16)")
+        return Finding(
+            name="c++", ok=True, text=f"{' '.join(compiler)}: CPU kernels are emitted as C++ (float32, bfloat16)"
+        )
     return Finding(
         name="c++", ok=False, text="no C++ compiler: CPU kernels are emitted as PyTorch, 2 to 3 times slower"
     )

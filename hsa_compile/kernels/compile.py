@@ -1,21 +1,23 @@
 """Turns an emitted kernel into one that can be called: the source becomes a file, which is built and imported."""
 
 import ctypes
+import functools
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hsa_compile.errors import CacheError, CompileError, MissingDependency
+from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency
 from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
 from hsa_compile.kernels.hsa_decode.native import decode_entry
 from hsa_compile.kernels.native import build_library
 from hsa_compile.kernels.select_chunks.native import select_entry
-from hsa_compile.paths import source_dir
+from hsa_compile.paths import source_dir, temporary_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 
@@ -28,7 +30,10 @@ NATIVE_ENTRIES: dict[str, Callable[[ctypes.CDLL, Problem, Schedule], Callable[..
     "hsa_decode": decode_entry,
 }
 
-_modules: dict[str, Any] = {}  # fingerprint → imported module, or loaded library
+R = TypeVar("R")
+
+_modules: dict[str, Any] = {}  # fingerprint → imported module; of C++, the source's path and the loaded library
+_unusable: set[Path] = set()  # directories that a warning was given about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +70,7 @@ def compile_kernel(source: KernelSource) -> Kernel:
     if module is None:
         if source.backend == "triton" and importlib.util.find_spec("triton") is None:
             raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
-        path = _write(source)
+        path = _in_some_directory(functools.partial(_write, source))
         module = _import(path, f"hsa_compile_emitted_{path.stem}")
         _modules[source.fingerprint] = module
     return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
@@ -77,39 +82,67 @@ def build_native(source: KernelSource) -> Path:
     Raises:
         CompileError, CacheError: as in `compile_kernel`.
     """
-    path = _write(source)
-    try:
-        return build_library(path, source.target.arch)
-    except OSError as error:
-        raise CacheError(f"cannot build {path}: {error.strerror or error}") from error
+    return _in_some_directory(functools.partial(_build, source))
 
 
 def _compile_native(source: KernelSource) -> Kernel:
-    path = _write(source)
-    library = _modules.get(source.fingerprint)
-    if library is None:
-        try:
-            library = _modules[source.fingerprint] = ctypes.CDLL(str(build_native(source)))
-        except OSError as error:
-            raise CacheError(f"cannot load the library of {path}: {error}") from error
+    loaded = _modules.get(source.fingerprint)
+    if loaded is None:
+        loaded = _modules[source.fingerprint] = _in_some_directory(functools.partial(_load, source))
+    path, library = loaded
     # An op that is not in the table has no C++.
     entry = NATIVE_ENTRIES[source.problem.op](library, source.problem, source.schedule)
     return Kernel(source=source, path=path, entry=entry, module=library)
 
 
-def _write(source: KernelSource) -> Path:
-    """Writes the text to its file as a whole or not at all; a damaged file of that name is replaced."""
+def _in_some_directory(use: Callable[[Path], R]) -> R:
+    """Does something in the directory of kernels; if that cannot be, in a temporary one, and one warning says why.
+
+    The directory may be full, or on a file system from which no library can be loaded (noexec).
+
+    Raises:
+        CacheError: it can be done in neither.
+    """
     directory = source_dir()
-    suffix = "cpp" if source.backend == "cpp" else "py"
-    path = directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
-    text = source.text.encode()
     try:
-        if path.exists() and read_regular(path) == text:
-            return path
-        write_whole(path, text)
+        return use(directory)
     except OSError as error:
-        raise CacheError(f"cannot write the emitted kernel {path}: {error.strerror}") from error
+        failed = error
+    try:
+        spare = temporary_dir()
+        result = use(spare)
+    except OSError as error:
+        raise CacheError(f"no kernel can be kept in {directory}, nor in a temporary directory: {error}") from failed
+    if directory not in _unusable:
+        _unusable.add(directory)
+        warnings.warn(
+            f"a kernel cannot be kept in {directory} ({failed.strerror or failed}); {spare} serves instead",
+            CacheWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _load(source: KernelSource, directory: Path) -> tuple[Path, ctypes.CDLL]:
+    library = ctypes.CDLL(str(_build(source, directory)))
+    return _path(source, directory), library
+
+
+def _build(source: KernelSource, directory: Path) -> Path:
+    return build_library(_write(source, directory), source.target.arch)
+
+
+def _write(source: KernelSource, directory: Path) -> Path:
+    """Writes the text to its file as a whole or not at all; a damaged file of that name is replaced."""
+    path, text = _path(source, directory), source.text.encode()
+    if not path.exists() or read_regular(path) != text:
+        write_whole(path, text)
     return path
+
+
+def _path(source: KernelSource, directory: Path) -> Path:
+    suffix = "cpp" if source.backend == "cpp" else "py"
+    return directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
 
 
 def _import(path: Path, name: str) -> Any:

@@ -1,10 +1,16 @@
-"""Registers gradients of operators, as `torch.library.register_autograd` does, but a call takes half of its time."""
+"""Registers gradients of operators, as `torch.library.register_autograd` does, but a call takes half of its time.
+
+A derivative that there is not (of a gradient, or in forward mode) is refused; PyTorch would take it for zero.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import _C
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+
+from hsa_compile.errors import InvalidArgument
 
 
 def register_gradient(
@@ -42,9 +48,36 @@ def register_gradient(
             return (None, *gradient(ctx, *grad_outputs))
 
     def run(keyset: Any, *args: Any) -> Any:
+        refuse_tangents(name, args)
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):
             return Gradient.apply(keyset, *args)
         return run_below(keyset, args)
 
     Gradient.__name__ = Gradient.__qualname__ = f"Gradient_{name}"
     library.impl(name, run, "Autograd", with_keyset=True)
+
+
+def register_no_gradient(library: torch.library.Library, name: str, why: str) -> None:
+    """Registers that an operator without keyword-only arguments cannot be differentiated.
+
+    It can be called where gradients are recorded; to differentiate what it gave raises InvalidArgument.
+
+    Args:
+        library: the library that defines the operator.
+        name: the operator's name, without its namespace.
+        why: one sentence for the error.
+    """
+
+    def refuse(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        raise InvalidArgument(why)
+
+    register_gradient(library, name, lambda ctx, inputs, output: None, refuse)
+
+
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raises InvalidArgument if forward-mode differentiation (`torch.func.jvp`) goes through an operator."""
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise InvalidArgument(f"{name} has no forward-mode derivative (jvp)")

@@ -43,18 +43,23 @@ def _build(source: Path, library: Path, arch: str) -> None:
     compiler = cxx_compiler()
     if compiler is None:
         raise CompileError("no C++ compiler is found (CXX, c++, g++ or clang++)")
+    name = " ".join(compiler)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as directory:
         built = Path(directory) / library.name
-        command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
+        command = [*compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
         try:
             # The build has a session of its own: Ctrl-C ends a search after it, and must not look like its failure.
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False, start_new_session=True
             )
         except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{compiler} took more than {_BUILD_TIMEOUT_S} s for {source}") from error
+            raise CompileError(f"{name} took more than {_BUILD_TIMEOUT_S} s for {source}") from error
+        except OSError as error:
+            raise CompileError(f"the C++ compiler {name} cannot be run: {error.strerror}") from error
         if done.returncode:
-            raise CompileError(f"{compiler} refuses {source}: {done.stderr.strip()[-2000:]}")
+            raise CompileError(f"{name} refuses {source}: {done.stderr.strip()[-2000:]}")
+        if not (built.is_file() and built.stat().st_size):
+            raise CompileError(f"the C++ compiler {name} says that all is well, but wrote no library")
         built.replace(library)
 
 
@@ -63,8 +68,10 @@ def _digest(path: Path) -> str:
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Returns a pointer to a tensor's elements; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    """Returns a pointer to a tensor's elements, which live as long as the pointer; null for None."""
+    address = ctypes.c_void_p(None if x is None else x.data_ptr())
+    address.tensor = x  # type: ignore[attr-defined]  # native code may be at work when the caller's frame has ended
+    return address
 
 
 def sizes(*values: int) -> list[ctypes.c_int64]:

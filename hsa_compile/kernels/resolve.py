@@ -5,7 +5,14 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from hsa_compile.errors import CompileError, DistantWarning, HSACompileError, HSACompileWarning, UntunedWarning
+from hsa_compile.errors import (
+    CacheError,
+    CompileError,
+    DistantWarning,
+    HSACompileError,
+    HSACompileWarning,
+    UntunedWarning,
+)
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.log import logger
@@ -70,10 +77,12 @@ def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel
     schedule = _schedule(problem, target, on_miss)
     try:
         return compile_kernel(emit(problem, schedule, target))
-    except CompileError as error:
+    except (CompileError, CacheError) as error:
         if backend_for(problem, target) != "cpp":
             raise
-        warnings.warn(f"{error}; the slower PyTorch kernel runs instead", HSACompileWarning, stacklevel=5)
+        if (text := f"{error}; the slower PyTorch kernel runs instead") not in _warned:
+            _warned.add(text)
+            warnings.warn(text, HSACompileWarning, stacklevel=5)
         # The callback for a miss would tune for the device as it is, not as it would be without its compiler.
         return _resolve(problem, replace(target, has_compiler=False), None)
 

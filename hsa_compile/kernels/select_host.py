@@ -7,8 +7,10 @@ from torch import Tensor
 def stable_topk(scores: Tensor, count: int) -> Tensor:
     """Returns the columns of the `count` largest entries of each row, the leftmost among equals, in rising order.
 
+    NaN is larger than any number, as when PyTorch sorts, and equal to NaN.
+
     Args:
-        scores: `[n, m]`, without NaN.
+        scores: `[n, m]`.
         count: how many columns to return, at most m.
 
     Returns:
@@ -18,7 +20,8 @@ def stable_topk(scores: Tensor, count: int) -> Tensor:
         return torch.arange(scores.shape[1]).expand(scores.shape)
     # One entry more than is wanted shows a tie that matters: between the last that is in and the first that is out.
     best, columns = scores.topk(count + 1, dim=1)
-    tied = (best[:, count - 1] == best[:, count]) & (best[:, count] > float("-inf"))
+    inside, outside = best[:, count - 1], best[:, count]
+    tied = ((inside == outside) & (outside > float("-inf"))) | outside.isnan()
     if tied.any():
         columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, : count + 1]
     return columns[:, :count].sort(dim=1).values

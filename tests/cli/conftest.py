@@ -51,7 +51,7 @@ def _no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def compiler() -> str:
+def compiler() -> tuple[str, ...]:
     """The machine's own C++ compiler."""
     found = cxx_compiler()
     if found is None:

@@ -142,7 +142,7 @@ def test_ctrl_c_prints_and_keeps_what_was_finished(run: Shell, tmp_path: Path, m
 
 
 @pytest.mark.exhaustive
-def test_flex_attention_is_compiled_and_right_where_there_is_a_compiler(run: Shell, compiler: str) -> None:
+def test_flex_attention_is_compiled_and_right_where_there_is_a_compiler(run: Shell, compiler: tuple[str, ...]) -> None:
     done = run("bench", *SHAPE, "--op", "forward", "--against", "flex", "--seconds", "36000")
     assert done.code == 0
     rows = [line for line in done.out.splitlines() if "FlexAttention" in line]

@@ -66,3 +66,61 @@ def test_bad_cu_seqlens_are_named(cu_seqlens: Tensor, message: str) -> None:
             q, k, k, torch.zeros(1, T, 1, 1, dtype=torch.int32), torch.ones(1, T, 1, 1), chunk_size=8,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
+
+
+PICKS = torch.zeros(1, 32, 1, 1, dtype=torch.int32)
+X, PAGES = torch.zeros(1, 32, 1, 8), torch.zeros(4, 1, 8, 8)
+HSA = (X, X, X, PICKS, torch.ones(1, 32, 1, 1))
+OPTIONS = (8, 1.0, False, False, False)
+DECODE = (X[:, :1], PAGES, PAGES, PICKS[:, :1], torch.ones(1, 1, 1, 1))
+STARTS = torch.tensor([0, 8, 16, 10**9], dtype=torch.int32)
+raw = torch.ops.hsa_compile
+
+
+def replaced(given: tuple, place: int, x: object) -> tuple:
+    return (*given[:place], x, *given[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        (raw.hsa_forward, (*replaced(HSA, 1, X[:, :, :, :7]), None, *OPTIONS), "k has shape"),
+        (raw.hsa_forward, (*replaced(HSA, 3, PICKS[0]), None, *OPTIONS), "four dimensions"),
+        (raw.hsa_forward, (*replaced(HSA, 3, PICKS + 4), None, *OPTIONS), "chunk_indices holds 4"),
+        (raw.hsa_forward, (*HSA, None, 0, *OPTIONS[1:]), "chunk_size = 0"),
+        (raw.hsa_forward, (*HSA, STARTS, *OPTIONS), "chunk_starts holds 1000000000; allowed are rows 0 … 24"),
+        (raw.hsa_forward, (*HSA, STARTS.long(), *OPTIONS), "chunk_starts has .*int64"),
+        (raw.hsa_backward, (*HSA, None, X[:, 1:], *OPTIONS), "grad_o has shape"),
+        (raw.hsa_backward, (*replaced(HSA, 3, PICKS + 4), None, X, *OPTIONS), "chunk_indices holds 4"),
+        (raw.select_chunks, (X, PAGES[:1, 0, :, None, 1:], 8, 1, 0, "softmax", None, False), "landmarks has shape"),
+        (raw.select_chunks, (X, X, 1, 129, 0, "softmax", None, False), "top_k = 129"),
+        (raw.select_chunks, (X, X, 1, 1, -9, "softmax", None, False), "offset = -9"),
+        (raw.select_chunks_backward, (X, X, PICKS[:, 1:], HSA[4], 1, "softmax", False), "chunk_indices has shape"),
+        (raw.select_chunks_backward, (X, X, PICKS + 32, HSA[4], 1, "softmax", False), "chunk_indices holds 32"),
+        (raw.hsa_decode, (*replaced(DECODE, 2, PAGES[:3]), None, 1.0, False, False), "v_chunks has shape"),
+        (raw.hsa_decode, (*DECODE, torch.zeros(2, 4).int(), 1.0, False, False), "page_table has shape"),
+        (raw.sequence_bounds, (torch.tensor([[0, 32]]), 32), "cu_seqlens has shape"),
+    ],
+)
+def test_the_operators_themselves_refuse_what_does_not_fit(op: object, arguments: tuple, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        op(*arguments)
+
+
+class Packed(torch.nn.Module):
+    def forward(self, cu_seqlens: Tensor) -> Tensor:
+        return hsa_attention(*HSA, chunk_size=8, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_bad_cu_seqlens_are_refused_where_python_no_longer_runs(how: str) -> None:
+    good = torch.tensor([0, 12, 32])
+    if how == "compiled":
+        torch._dynamo.reset()
+        packed = torch.compile(Packed(), backend="aot_eager", fullgraph=True)
+    else:
+        packed = torch.export.export(Packed(), (good,)).module()
+    for bad in ([0, 900, 32], [0, 20, 31], [-1, 20, 32]):
+        with pytest.raises(InvalidArgument, match="must rise from 0 to T = 32"):
+            packed(torch.tensor(bad))

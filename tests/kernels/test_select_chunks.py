@@ -186,6 +186,20 @@ def test_of_equal_scores_the_lower_chunks_win(family: str) -> None:
 
 
 @both_families
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("broken", ["a query", "one landmark", "most landmarks"])
+def test_nan_is_picked_first_and_makes_weights_of_nan(broken: str, shape: Shape, family: str) -> None:
+    query, landmarks = whole_numbers(shape)
+    x = query[:, 30] if broken == "a query" else landmarks[:, 1 if broken == "one landmark" else slice(1, 9)]
+    x.fill_(float("nan"))
+    indices, weights = select_chunks(query, landmarks, **shape.options())
+    expected_indices, expected = select_chunks_reference(query.double(), landmarks.double(), **shape.options())
+    assert weights[0, 30, 0].isnan().any()
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(weights, expected.float(), equal_nan=True)
+
+
+@both_families
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_sequence_in_pieces_gives_the_same_picks(family: str, seed: int | None) -> None:
     shape = Shape(T=90, N=30, seed=seed)

@@ -1,10 +1,13 @@
 """The op as PyTorch's tools see it: schema, tracing, compilation, export."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hsa_compile import hsa_attention, select_chunks
+from hsa_compile import hsa_attention, hsa_decode, select_chunks
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
 from hsa_compile.kernels.select_chunks import dispatch as select_ops
 
@@ -75,6 +78,30 @@ def test_packed_sequences_compile() -> None:
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     given = (q, k, v, indices, weights, cu_seqlens)
     assert torch.equal(compiled(*given), packed(*given))
+
+
+def decoded(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    k_pages, v_pages = (x[0, :40].unflatten(0, (5, C)).transpose(1, 2).contiguous() for x in (k, v))
+    return hsa_decode(q[:, :9], k_pages, v_pages, indices[:, :9], weights[:, :9])
+
+
+def picked(q: Tensor, k: Tensor, *_: Tensor) -> Tensor:
+    return selected(q[:, :, :2], k[:, ::C])[1]
+
+
+@pytest.mark.parametrize("call", [attend, picked, decoded])
+def test_forward_mode_derivatives_are_refused_and_not_zero(call: Callable[..., Tensor]) -> None:
+    q, *others = tensors(requires_grad=False)
+    with pytest.raises(InvalidArgument, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda x: call(x, *others), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize("call", [attend, picked])
+def test_second_derivatives_are_refused_and_not_zero(call: Callable[..., Tensor]) -> None:
+    given = tensors()
+    (grad,) = torch.autograd.grad(call(*given).pow(2).sum(), given[0], create_graph=True)
+    with pytest.raises(InvalidArgument, match="has no second derivative"):
+        grad.pow(2).sum().backward()
 
 
 def test_exports() -> None:

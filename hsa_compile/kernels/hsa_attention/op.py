@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
-from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM
 
 
 def global_indices(chunk_indices: Tensor, cu_seqlens: Tensor, kv_len: int, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -30,16 +28,10 @@ def global_indices(chunk_indices: Tensor, cu_seqlens: Tensor, kv_len: int, chunk
     batch, seq_len = chunk_indices.shape[:2]
     if batch != 1 or seq_len != kv_len:
         raise InvalidArgument(f"cu_seqlens needs a batch of 1 and T = S; B = {batch}, T = {seq_len}, S = {kv_len}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise InvalidArgument(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
-            "[num_sequences + 1] of int32 or int64 is needed"
-        )
+    torch_ops.check_cu_seqlens(cu_seqlens)
     if cu_seqlens.device != chunk_indices.device:
         raise InvalidArgument(f"cu_seqlens is on {cu_seqlens.device}, chunk_indices on {chunk_indices.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_bounds(cu_seqlens, seq_len)
-    bounds = cu_seqlens.long()
+    bounds = torch_ops.sequence_bounds(cu_seqlens, seq_len)
     num_chunks = bounds.diff() // chunk_size  # [num_sequences]
     chunks_until = num_chunks.cumsum(0)
     first_chunk = chunks_until - num_chunks
@@ -54,12 +46,6 @@ def global_indices(chunk_indices: Tensor, cu_seqlens: Tensor, kv_len: int, chunk
     starts = bounds[owner] + (chunk - first_chunk[owner]) * chunk_size
     starts = torch.where(chunk < chunks_until[-1], starts, 0)
     return numbered.to(torch.int32), starts.to(torch.int32)
-
-
-def _check_bounds(cu_seqlens: Tensor, seq_len: int) -> None:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(bounds):
-        raise InvalidArgument(f"cu_seqlens = {bounds} must rise from 0 to T = {seq_len}")
 
 
 def hsa_attention(
@@ -115,7 +101,7 @@ def hsa_attention(
     """
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q.device.type, q, k, v)
-    _check(q, k, v, chunk_indices, chunk_weights, chunk_size, mask_last_token)
+    torch_ops.check_arguments(q, k, v, chunk_indices, chunk_weights, chunk_size, mask_last_token)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, int | float) or not math.isfinite(scale):
@@ -155,47 +141,3 @@ def _nothing_to_attend_to(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> T
     for x in (q, k, v, weights):
         o = o + 0 * x[:0].sum().to(q.dtype)
     return o
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, mask_last_token: bool
-) -> None:
-    # Every call of the op pays for this: each attribute of a tensor is read once.
-    if not isinstance(q, Tensor):
-        raise InvalidArgument(f"q is a {type(q).__name__}, not a tensor")
-    device, dtype = q.device, q.dtype
-    for name, x in (("q", q), ("k", k), ("v", v), ("chunk_indices", indices), ("chunk_weights", weights)):
-        if not isinstance(x, Tensor):
-            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
-        if x.dim() != 4:
-            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
-        if x.device != device:
-            raise InvalidArgument(f"{name} is on {x.device}, q on {device}; all must be on one device")
-    if device.type not in torch_ops.DEVICE_TYPES:
-        raise InvalidArgument(f"device '{device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != dtype or dtype not in torch_ops.DTYPE_NAMES:
-            raise InvalidArgument(f"{name} has dtype {x.dtype}; q, k and v must share one of {', '.join(DTYPES)}")
-    least = 2 if mask_last_token else 1
-    check_count("chunk_size", chunk_size, least, MAX_CHUNK_SIZE)
-    k_shape, v_shape, indices_shape, weights_shape = k.shape, v.shape, indices.shape, weights.shape
-    B, T, HQ, D = q.shape
-    S, H, Dv, K = k_shape[1], k_shape[2], v_shape[3], indices_shape[3]
-    _check_shape("k", k_shape, (B, S, H, D), "[B, S, H, D]")
-    _check_shape("v", v_shape, (B, S, H, Dv), "[B, S, H, Dv]")
-    if H == 0 or HQ % H:
-        raise InvalidArgument(f"q has {HQ} heads, which is no multiple of the {H} heads of k")
-    if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
-        raise InvalidArgument(f"head dims D = {D} and Dv = {Dv} must be in 1 … {MAX_HEAD_DIM}")
-    _check_shape("chunk_indices", indices_shape, (B, T, H, K), "[B, T, H, K]")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise InvalidArgument(f"chunk_indices has dtype {indices.dtype}; int32 or int64 is needed")
-    heads = HQ if weights_shape[2] == HQ else H
-    _check_shape("chunk_weights", weights_shape, (B, T, heads, K), "[B, T, H or HQ, K]")
-    if not weights.is_floating_point():
-        raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
-
-
-def _check_shape(name: str, shape: torch.Size, expected: tuple[int, ...], letters: str) -> None:
-    if shape != expected:
-        raise InvalidArgument(f"{name} has shape {list(shape)}; {letters} = {list(expected)} is needed")

@@ -1,5 +1,6 @@
 """`hsa_decode` as an operator of PyTorch: its schema and its shape for tracing; each call finds its tuned kernel."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
+from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES, check_shape
 from hsa_compile.kernels.resolve import remembered
-from hsa_compile.problem import Problem
+from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_DECODE_TOKENS, MAX_HEAD_DIM, Problem
 from hsa_compile.target import Target
 
 _library = torch.library.Library("hsa_compile", "FRAGMENT")
@@ -32,9 +33,9 @@ def _run(
     softmax_off_by_one: bool,
     mask_last_token: bool,
 ) -> Tensor:
+    kernel = _kernel((q, k_chunks, v_chunks, indices, weights), page_table, softmax_off_by_one, mask_last_token)
     for name, x in (("k_chunks", k_chunks), ("v_chunks", v_chunks)):
         _check_memory(name, x, q.device)
-    kernel = _kernel(q, k_chunks, v_chunks, weights, page_table, softmax_off_by_one, mask_last_token)
     tensors = (q.contiguous(), k_chunks, v_chunks, indices.contiguous(), weights.contiguous())
     if page_table is None:
         return kernel.entry(*tensors, scale=scale)
@@ -58,44 +59,110 @@ def _check_memory(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def _kernel(
-    q: Tensor,
-    k_chunks: Tensor,
-    v_chunks: Tensor,
-    weights: Tensor,
-    page_table: Tensor | None,
-    softmax_off_by_one: bool,
-    mask_last_token: bool,
+    tensors: tuple[Tensor, ...], page_table: Tensor | None, softmax_off_by_one: bool, mask_last_token: bool
 ) -> Kernel:
-    """Returns the kernel for these tensors: a dictionary access, except the first time."""
-    target = Target.of(q.device)
+    """Returns the kernel for these tensors: a dictionary access, except the first time.
+
+    The key is all that decides whether they fit, so what is remembered was checked.
+    """
+    given = tensors if page_table is None else (*tensors, page_table)
+    options = (page_table is None, softmax_off_by_one, mask_last_token)
+    key = ("hsa_decode", *[(x.shape, x.dtype, x.device) for x in given], *options)
+    problem = functools.partial(_problem, tensors, page_table, softmax_off_by_one, mask_last_token)
+    return remembered(key, Target.of(tensors[0].device), problem)
+
+
+def _problem(
+    tensors: tuple[Tensor, ...], page_table: Tensor | None, softmax_off_by_one: bool, mask_last_token: bool
+) -> Problem:
+    """Returns the problem that the tensors of a call stand for; raises InvalidArgument if they do not fit."""
+    q, k_chunks, v_chunks, indices, weights = tensors
+    check_arguments(q, k_chunks, v_chunks, indices, weights, page_table, mask_last_token)
     num_pages, num_kv_heads, chunk_size, _ = k_chunks.shape
     num_chunks = num_pages if page_table is None else page_table.shape[1]
-    weight_heads, num_slots = weights.shape[2:]
-    key = (
-        "hsa_decode", q.shape, num_chunks, num_kv_heads, chunk_size, v_chunks.shape[3], num_slots, weight_heads,
-        q.dtype, page_table is None, softmax_off_by_one, mask_last_token,
-    )  # fmt: skip
-    return remembered(
-        key,
-        target,
-        lambda: Problem(
-            op="hsa_decode",
-            batch=q.shape[0],
-            seq_len=q.shape[1],
-            kv_len=num_chunks * chunk_size,
-            num_heads=q.shape[2],
-            num_kv_heads=num_kv_heads,
-            head_dim=q.shape[3],
-            value_dim=v_chunks.shape[3],
-            chunk_size=chunk_size,
-            top_k=num_slots,
-            dtype=DTYPE_NAMES[q.dtype],
-            softmax_off_by_one=softmax_off_by_one,
-            per_head_weights=weight_heads != num_kv_heads,
-            mask_last_token=mask_last_token,
-            paged=page_table is not None,
-        ),
+    return Problem(
+        op="hsa_decode",
+        batch=q.shape[0],
+        seq_len=q.shape[1],
+        kv_len=num_chunks * chunk_size,
+        num_heads=q.shape[2],
+        num_kv_heads=num_kv_heads,
+        head_dim=q.shape[3],
+        value_dim=v_chunks.shape[3],
+        chunk_size=chunk_size,
+        top_k=indices.shape[3],
+        dtype=DTYPE_NAMES[q.dtype],
+        softmax_off_by_one=softmax_off_by_one,
+        per_head_weights=weights.shape[2] != num_kv_heads,
+        mask_last_token=mask_last_token,
+        paged=page_table is not None,
     )
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    page_table: Tensor | None,
+    mask_last_token: bool,
+) -> None:
+    """Raises InvalidArgument unless these are the tensors of a problem; the message names the first that is not."""
+    tensors = (("q", q), ("k_chunks", k), ("v_chunks", v), ("chunk_indices", indices), ("chunk_weights", weights))
+    for name, x in tensors:
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
+        if x.dim() != 4:
+            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
+        in_host_memory = name in ("k_chunks", "v_chunks") and q.device.type == "cuda" and x.device.type == "cpu"
+        if x.device != q.device and not in_host_memory:
+            raise InvalidArgument(f"{name} is on {x.device}, q on {q.device}; all must be on one device")
+    if q.device.type not in DEVICE_TYPES:
+        raise InvalidArgument(f"device '{q.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+    for name, x in tensors[:3]:
+        if x.dtype not in DTYPE_NAMES or x.dtype != q.dtype:
+            raise InvalidArgument(
+                f"{name} has dtype {x.dtype}; q, k_chunks and v_chunks must share one of {', '.join(DTYPES)}"
+            )
+    _check_shapes(q, k, v, indices, weights, mask_last_token)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise InvalidArgument(f"chunk_indices has dtype {indices.dtype}; int32 or int64 is needed")
+    if not weights.is_floating_point():
+        raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
+    if page_table is not None:
+        _check_page_table(page_table, q)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, mask_last_token: bool) -> None:
+    B, T, HQ, D = q.shape
+    P, H, C, Dv = *k.shape[:3], v.shape[3]
+    if T > MAX_DECODE_TOKENS:
+        raise InvalidArgument(f"q has T = {T} tokens; at most {MAX_DECODE_TOKENS} are decoded, use hsa_attention")
+    check_shape("k_chunks", k.shape, (P, H, C, D), "[P, H, C, D]")
+    check_shape("v_chunks", v.shape, (P, H, C, Dv), "[P, H, C, Dv]")
+    if H == 0 or HQ % H:
+        raise InvalidArgument(f"q has {HQ} heads, which is no multiple of the {H} heads of k_chunks")
+    least = 2 if mask_last_token else 1
+    if not least <= C <= MAX_CHUNK_SIZE:
+        raise InvalidArgument(f"k_chunks has C = {C} keys a chunk; {least} … {MAX_CHUNK_SIZE} are allowed")
+    if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
+        raise InvalidArgument(f"head dims D = {D} and Dv = {Dv} must be in 1 … {MAX_HEAD_DIM}")
+    K = indices.shape[3]
+    check_shape("chunk_indices", indices.shape, (B, T, H, K), "[B, T, H, K]")
+    heads = HQ if weights.shape[2] == HQ else H
+    check_shape("chunk_weights", weights.shape, (B, T, heads, K), "[B, T, H or HQ, K]")
+
+
+def _check_page_table(page_table: Tensor, q: Tensor) -> None:
+    if not isinstance(page_table, Tensor):
+        raise InvalidArgument(f"page_table is a {type(page_table).__name__}, not a tensor")
+    if page_table.dim() != 2 or page_table.shape[0] != q.shape[0]:
+        raise InvalidArgument(f"page_table has shape {list(page_table.shape)}; [B, N] = [{q.shape[0]}, N] is needed")
+    if page_table.dtype not in (torch.int32, torch.int64):
+        raise InvalidArgument(f"page_table has dtype {page_table.dtype}; int32 or int64 is needed")
+    if page_table.device != q.device:
+        raise InvalidArgument(f"page_table is on {page_table.device}, q on {q.device}; both must be on one device")
 
 
 def _fake(q: Tensor, k_chunks: Tensor, v_chunks: Tensor, *_: Any) -> Tensor:

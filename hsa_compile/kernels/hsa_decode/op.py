@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES
+from hsa_compile.kernels.gradient import refuse_tangents
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
-from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_DECODE_TOKENS, MAX_HEAD_DIM
 
 
 def hsa_decode(
@@ -58,9 +57,9 @@ def hsa_decode(
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
-    _check(q, k_chunks, v_chunks, chunk_indices, chunk_weights, mask_last_token)
-    if page_table is not None:
-        _check_page_table(page_table, q)
+    tensors = (q, k_chunks, v_chunks, chunk_indices, chunk_weights)
+    decode_ops.check_arguments(*tensors, page_table, mask_last_token)
+    _refuse_gradients(*tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, int | float) or not math.isfinite(scale):
@@ -81,65 +80,11 @@ def hsa_decode(
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, mask_last_token: bool) -> None:
-    tensors = (("q", q), ("k_chunks", k), ("v_chunks", v), ("chunk_indices", indices), ("chunk_weights", weights))
-    for name, x in tensors:
-        if not isinstance(x, Tensor):
-            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
-        if x.dim() != 4:
-            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
-        in_host_memory = name in ("k_chunks", "v_chunks") and q.device.type == "cuda" and x.device.type == "cpu"
-        if x.device != q.device and not in_host_memory:
-            raise InvalidArgument(f"{name} is on {x.device}, q on {q.device}; all must be on one device")
+def _refuse_gradients(*tensors: Tensor) -> None:
+    refuse_tangents("hsa_decode", tensors)
+    names = ("q", "k_chunks", "v_chunks", "chunk_indices", "chunk_weights")
+    for name, x in zip(names, tensors, strict=True):
         if x.requires_grad and torch.is_grad_enabled():
             raise InvalidArgument(
                 f"{name} requires a gradient and hsa_decode has none; use hsa_attention, or torch.no_grad()"
             )
-    if q.device.type not in DEVICE_TYPES:
-        raise InvalidArgument(f"device '{q.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
-    for name, x in tensors[:3]:
-        if x.dtype not in DTYPE_NAMES or x.dtype != q.dtype:
-            raise InvalidArgument(
-                f"{name} has dtype {x.dtype}; q, k_chunks and v_chunks must share one of {', '.join(DTYPES)}"
-            )
-    _check_shapes(q, k, v, indices, weights, mask_last_token)
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise InvalidArgument(f"chunk_indices has dtype {indices.dtype}; int32 or int64 is needed")
-    if not weights.is_floating_point():
-        raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, mask_last_token: bool) -> None:
-    B, T, HQ, D = q.shape
-    P, H, C, Dv = *k.shape[:3], v.shape[3]
-    if T > MAX_DECODE_TOKENS:
-        raise InvalidArgument(f"q has T = {T} tokens; at most {MAX_DECODE_TOKENS} are decoded, use hsa_attention")
-    _check_shape("k_chunks", k, (P, H, C, D), "[P, H, C, D]")
-    _check_shape("v_chunks", v, (P, H, C, Dv), "[P, H, C, Dv]")
-    if H == 0 or HQ % H:
-        raise InvalidArgument(f"q has {HQ} heads, which is no multiple of the {H} heads of k_chunks")
-    least = 2 if mask_last_token else 1
-    if not least <= C <= MAX_CHUNK_SIZE:
-        raise InvalidArgument(f"k_chunks has C = {C} keys a chunk; {least} … {MAX_CHUNK_SIZE} are allowed")
-    if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
-        raise InvalidArgument(f"head dims D = {D} and Dv = {Dv} must be in 1 … {MAX_HEAD_DIM}")
-    K = indices.shape[3]
-    _check_shape("chunk_indices", indices, (B, T, H, K), "[B, T, H, K]")
-    heads = HQ if weights.shape[2] == HQ else H
-    _check_shape("chunk_weights", weights, (B, T, heads, K), "[B, T, H or HQ, K]")
-
-
-def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], letters: str) -> None:
-    if tuple(x.shape) != expected:
-        raise InvalidArgument(f"{name} has shape {list(x.shape)}; {letters} = {list(expected)} is needed")
-
-
-def _check_page_table(page_table: Tensor, q: Tensor) -> None:
-    if not isinstance(page_table, Tensor):
-        raise InvalidArgument(f"page_table is a {type(page_table).__name__}, not a tensor")
-    if page_table.dim() != 2 or page_table.shape[0] != q.shape[0]:
-        raise InvalidArgument(f"page_table has shape {list(page_table.shape)}; [B, N] = [{q.shape[0]}, N] is needed")
-    if page_table.dtype not in (torch.int32, torch.int64):
-        raise InvalidArgument(f"page_table has dtype {page_table.dtype}; int32 or int64 is needed")
-    if page_table.device != q.device:
-        raise InvalidArgument(f"page_table is on {page_table.device}, q on {q.device}; both must be on one device")

@@ -5,13 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_count
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
-from hsa_compile.kernels.gradient import register_gradient
+from hsa_compile.kernels.gradient import register_gradient, register_no_gradient
 from hsa_compile.kernels.gumbel import noise_keys
-from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
+from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES, check_grad
 from hsa_compile.kernels.resolve import remembered
-from hsa_compile.problem import Problem
+from hsa_compile.problem import DTYPES, MAX_RETRIEVAL_DIM, Problem
 from hsa_compile.target import Target
+
+MAX_OFFSET = 2**40
 
 _library = torch.library.Library("hsa_compile", "FRAGMENT")
 _library.define(
@@ -39,9 +43,9 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns (chunk_weights, chunk_indices), where there is something to select; the differentiable one is first."""
     query, landmarks = query.contiguous(), landmarks.contiguous()
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    check_count("offset", offset, 0, MAX_OFFSET)
     noise = noise_seed is not None
-    kernel = _kernel("select_chunks", query, landmarks, chunk_size, top_k, fusion, noise, deterministic)
+    kernel = _kernel("select_chunks", (query, landmarks), chunk_size, top_k, fusion, noise, deterministic)
     keys = None
     if noise_seed is not None:
         batch, seq_len, num_heads, _ = query.shape
@@ -61,48 +65,83 @@ def _run_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of query and landmarks, from those of the weights `[B, T, H, K]`."""
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    query, landmarks = query.contiguous(), landmarks.contiguous()
-    top_k = chunk_indices.shape[3]
-    kernel = _kernel("select_chunks_backward", query, landmarks, chunk_size, top_k, fusion, False, deterministic)
-    dquery, dlandmarks = kernel.entry(query, landmarks, chunk_indices, grad_weights.contiguous())
+    tensors = tuple(x.contiguous() for x in (query, landmarks, chunk_indices, grad_weights))
+    top_k = chunk_indices.shape[3] if chunk_indices.dim() == 4 else 1  # what has other dimensions does not fit
+    kernel = _kernel("select_chunks_backward", tensors, chunk_size, top_k, fusion, False, deterministic)
+    if chunk_indices.device.type == "cpu":
+        _check_values(chunk_indices, landmarks.shape[1])
+    dquery, dlandmarks = kernel.entry(*tensors)
     return dquery, dlandmarks
 
 
 def _kernel(
-    op: str,
-    query: Tensor,
-    landmarks: Tensor,
-    chunk_size: int,
-    top_k: int,
-    fusion: str,
-    noise: bool,
-    deterministic: bool,
+    op: str, tensors: tuple[Tensor, ...], chunk_size: int, top_k: int, fusion: str, noise: bool, deterministic: bool
 ) -> Kernel:
-    """Returns the kernel for these tensors: a dictionary access, except the first time."""
-    target = Target.of(query.device)
-    key = (
-        op, query.shape, landmarks.shape[1], query.dtype, chunk_size, top_k, fusion, noise, deterministic,
-    )  # fmt: skip
-    return remembered(
-        key,
-        target,
-        lambda: Problem(
-            op=op,
-            batch=query.shape[0],
-            seq_len=query.shape[1],
-            kv_len=landmarks.shape[1] * chunk_size,
-            num_heads=query.shape[2],
-            num_kv_heads=query.shape[2],
-            head_dim=query.shape[3],
-            chunk_size=chunk_size,
-            top_k=top_k,
-            dtype=DTYPE_NAMES[query.dtype],
-            fusion=fusion,
-            noise=noise,
-            deterministic=deterministic,
-        ),
+    """Returns the kernel for these tensors: a dictionary access, except the first time.
+
+    The key is all that decides whether they fit, so what is remembered was checked.
+    """
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    options = (chunk_size, top_k, fusion, noise, deterministic)
+    key = (op, *[(x.shape, x.dtype, x.device) for x in tensors], *options)
+    return remembered(key, Target.of(tensors[0].device), lambda: _problem(op, tensors, *options))
+
+
+def _problem(
+    op: str, tensors: tuple[Tensor, ...], chunk_size: int, top_k: int, fusion: str, noise: bool, deterministic: bool
+) -> Problem:
+    """Returns the problem that the tensors of a call stand for; raises InvalidArgument if they do not fit."""
+    query, landmarks = tensors[:2]
+    check_arguments(query, landmarks)
+    if op == "select_chunks_backward":
+        slots = (*query.shape[:3], top_k)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        check_grad("chunk_indices", tensors[2], slots, torch.int32, query.device)
+        check_grad("grad_weights", tensors[3], slots, dtype, query.device)
+        if query.device.type == "cpu" and tensors[2].numel():
+            _check_values(tensors[2], landmarks.shape[1])  # before a kernel is built in vain
+    return Problem(
+        op=op,
+        batch=query.shape[0],
+        seq_len=query.shape[1],
+        kv_len=landmarks.shape[1] * chunk_size,
+        num_heads=query.shape[2],
+        num_kv_heads=query.shape[2],
+        head_dim=query.shape[3],
+        chunk_size=chunk_size,
+        top_k=top_k,
+        dtype=DTYPE_NAMES[query.dtype],
+        fusion=fusion,
+        noise=noise,
+        deterministic=deterministic,
     )
+
+
+def _check_values(chunk_indices: Tensor, num_chunks: int) -> None:
+    most = int(chunk_indices.max())
+    if most >= num_chunks:
+        raise InvalidArgument(f"chunk_indices holds {most}; allowed are 0 … {num_chunks - 1}, and -1 (empty)")
+
+
+def check_arguments(query: Tensor, landmarks: Tensor) -> None:
+    """Raises InvalidArgument unless these are the tensors of a problem; the message names the first that is not."""
+    for name, x in (("query", query), ("landmarks", landmarks)):
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
+        if x.dim() != 4:
+            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
+        if x.device != query.device:
+            raise InvalidArgument(f"{name} is on {x.device}, query on {query.device}; both must be on one device")
+        if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
+            raise InvalidArgument(f"{name} has dtype {x.dtype}; both tensors must share one of {', '.join(DTYPES)}")
+    if query.device.type not in DEVICE_TYPES:
+        raise InvalidArgument(f"device '{query.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
+    batch, _, num_heads, dim = query.shape
+    expected = [batch, landmarks.shape[1], num_heads, dim]
+    if list(landmarks.shape) != expected:
+        raise InvalidArgument(f"landmarks has shape {list(landmarks.shape)}; [B, N, H, Dr] = {expected} is needed")
+    if not 1 <= dim <= MAX_RETRIEVAL_DIM:
+        raise InvalidArgument(f"retrieval dim Dr = {dim} must be in 1 … {MAX_RETRIEVAL_DIM}")
 
 
 def _fake_forward(query: Tensor, landmarks: Tensor, chunk_size: int, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -134,3 +173,6 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("hsa_compile::select_chunks", _fake_forward, lib=_library)
 torch.library.register_fake("hsa_compile::select_chunks_backward", _fake_backward, lib=_library)
 register_gradient(_library, "select_chunks", _save, _gradient)
+register_no_gradient(
+    _library, "select_chunks_backward", "select_chunks has no second derivative; its gradient cannot be differentiated"
+)

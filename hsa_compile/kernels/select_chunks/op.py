@@ -6,17 +6,8 @@ from torch import Tensor
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
-from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES
 from hsa_compile.kernels.select_chunks import dispatch as select_ops
-from hsa_compile.problem import (
-    DTYPES,
-    FUSIONS,
-    MAX_CHUNK_SIZE,
-    MAX_RETRIEVAL_DIM,
-    MAX_SELECTED,
-)
-
-MAX_OFFSET = 2**40
+from hsa_compile.problem import FUSIONS, MAX_CHUNK_SIZE, MAX_SELECTED
 
 
 def select_chunks(
@@ -65,7 +56,7 @@ def select_chunks(
 
     Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
     """
-    _check(query, landmarks)
+    select_ops.check_arguments(query, landmarks)
     _check_options(chunk_size, top_k, offset, fusion, noise_seed)
     if query.numel() == 0 or landmarks.numel() == 0 or offset + query.shape[1] <= chunk_size:
         return _nothing_to_select(query, landmarks, top_k)
@@ -86,31 +77,11 @@ def _nothing_to_select(query: Tensor, landmarks: Tensor, top_k: int) -> tuple[Te
     return torch.full(shape, -1, dtype=torch.int32, device=query.device), weights
 
 
-def _check(query: Tensor, landmarks: Tensor) -> None:
-    for name, x in (("query", query), ("landmarks", landmarks)):
-        if not isinstance(x, Tensor):
-            raise InvalidArgument(f"{name} is a {type(x).__name__}, not a tensor")
-        if x.dim() != 4:
-            raise InvalidArgument(f"{name} has shape {list(x.shape)}; four dimensions are needed")
-        if x.device != query.device:
-            raise InvalidArgument(f"{name} is on {x.device}, query on {query.device}; both must be on one device")
-        if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
-            raise InvalidArgument(f"{name} has dtype {x.dtype}; both tensors must share one of {', '.join(DTYPES)}")
-    if query.device.type not in DEVICE_TYPES:
-        raise InvalidArgument(f"device '{query.device}' is not supported; supported are cpu and cuda (NVIDIA or AMD)")
-    batch, _, num_heads, dim = query.shape
-    expected = [batch, landmarks.shape[1], num_heads, dim]
-    if list(landmarks.shape) != expected:
-        raise InvalidArgument(f"landmarks has shape {list(landmarks.shape)}; [B, N, H, Dr] = {expected} is needed")
-    if not 1 <= dim <= MAX_RETRIEVAL_DIM:
-        raise InvalidArgument(f"retrieval dim Dr = {dim} must be in 1 … {MAX_RETRIEVAL_DIM}")
-
-
 def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_seed: int | None) -> None:
     ranges = (
         ("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE),
         ("top_k", top_k, 1, MAX_SELECTED),
-        ("offset", offset, 0, MAX_OFFSET),
+        ("offset", offset, 0, select_ops.MAX_OFFSET),
         ("noise_seed", noise_seed, 0, MAX_SEED),
     )
     for name, value, low, high in ranges:
