@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import build, one_first, small_config
 
-from hsa_compile.errors import MissingDependency
+from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.pretrained import from_pretrained, save_pretrained
 
@@ -61,7 +61,8 @@ def test_the_loss_is_that_of_the_next_token(directory: Path) -> None:
 
 def test_generate_of_transformers_gives_our_tokens(directory: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    new = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, TOKENS.shape[1] :]
+    mask = torch.ones_like(TOKENS)
+    new = model.generate(TOKENS, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, TOKENS.shape[1] :]
     assert new.tolist() == generate(from_pretrained(directory), TOKENS, max_new_tokens=6)
 
 
@@ -75,6 +76,72 @@ def test_padding_before_a_text_changes_nothing(directory: Path) -> None:
         logits = model(padded, attention_mask=mask).logits
         torch.testing.assert_close(logits[0, 7:], model(TOKENS[:1, :17]).logits[0])
         torch.testing.assert_close(logits[1], model(TOKENS[1:]).logits[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_mask": torch.tensor([[1] * 10 + [0] * 4 + [1] * 10, [1] * 24])},
+        {"attention_mask": torch.tensor([[1] * 10 + [2] * 14, [1] * 24])},
+        {"attention_mask": torch.ones(2, 25)},
+        {"position_ids": torch.arange(24)[None]},
+        {"output_hidden_states": True},
+        {"use_cache": True},
+        {"labels": TOKENS, "logits_to_keep": 1},
+    ],
+    ids=["hole", "packed", "longer", "positions", "hidden_states", "cache", "loss_of_a_part"],
+)
+def test_what_forward_cannot_do_is_refused(directory: Path, change: dict[str, object]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(InvalidArgument, match=next(reversed(change))):
+        model(TOKENS, **change)
+
+
+def test_what_others_cannot_do_is_refused(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(InvalidArgument, match="output_attentions"):
+        model.generate(TOKENS, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    model.config.output_hidden_states = True
+    with pytest.raises(InvalidArgument, match="output_hidden_states"):
+        model(TOKENS)
+    with pytest.raises(InvalidArgument, match="load_in_8bit"):
+        type(model).from_pretrained(directory, load_in_8bit=True)
+    with pytest.raises(InvalidArgument, match="variant"):
+        model.save_pretrained(directory, variant="fp16")
+
+
+def test_logits_of_some_tokens_are_those_of_all(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    logits = model(TOKENS).logits
+    torch.testing.assert_close(model(TOKENS, logits_to_keep=3).logits, logits[:, -3:])
+    places = torch.tensor([2, 9])
+    torch.testing.assert_close(model(TOKENS, logits_to_keep=places).logits, logits[:, places])
+    model.config.return_dict = False
+    assert isinstance(model(TOKENS), tuple)
+
+
+def test_losses_of_parts_add_up_to_that_of_the_batch(directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    labels = TOKENS.clone()
+    labels[0, :10] = -100
+    num_items = (labels[:, 1:] != -100).sum()
+    parts = [model(TOKENS[row], labels=labels[row], num_items_in_batch=num_items).loss for row in ([0], [1])]
+    torch.testing.assert_close(parts[0] + parts[1], model(TOKENS, labels=labels).loss)
+    assert model.accepts_loss_kwargs
+
+
+def test_a_save_keeps_how_to_generate_and_takes_other_weights(directory: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    model.generation_config.max_new_tokens = 7
+    weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "a", state_dict=weights)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.generation_config.max_new_tokens == 7
+    assert not any(weight.any() for weight in again.state_dict().values())
+    with pytest.raises(InvalidArgument, match="state_dict does not fit"):
+        model.save_pretrained(tmp_path / "b", state_dict={"model.embedding.weight": torch.zeros(1)})
+    model.save_pretrained(tmp_path / "c", is_main_process=False)
+    assert not (tmp_path / "c").exists()
 
 
 def test_dtype_and_device_are_as_asked(directory: Path) -> None:

@@ -158,6 +158,23 @@ def test_weights_add_up_to_one_and_ignore_the_bias() -> None:
     torch.testing.assert_close(weights, scores / scores.sum(dim=-1, keepdim=True))
 
 
+@pytest.mark.parametrize("logit", [-40.0, -60.0, -150.0, -1e30])
+def test_weights_add_up_to_one_however_low_the_scores_are(logit: float) -> None:
+    moe = MoE(4, num_experts=8, experts_per_token=2, expert_dim=8)
+    with torch.no_grad():
+        moe.router.weight.fill_(logit / 4)
+        moe.router.weight[3] += 0.25  # a logit that is higher by 1
+        moe.balance_bias[[3, 5]] = 1
+    x = torch.ones(1, 4, requires_grad=True)
+    chosen, weights = moe._route(x)
+    assert sorted(chosen[0].tolist()) == [3, 5]
+    share = torch.tensor([0.731059, 0.268941]) if logit > -1e6 else torch.tensor([0.5, 0.5])
+    torch.testing.assert_close(weights[0, chosen[0].argsort()], share)
+    torch.testing.assert_close(moe(x), moe_reference(moe, x))
+    (gradient,) = torch.autograd.grad(weights[0, 0], moe.router.weight)
+    torch.testing.assert_close(gradient[3].abs(), (share[0] * share[1]).expand(4))
+
+
 def test_scores_that_underflow_give_no_nan() -> None:
     moe = make_moe()
     x = 1e6 * torch.randn(40, 13)

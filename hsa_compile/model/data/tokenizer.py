@@ -97,6 +97,9 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise InvalidArgument(f"tokenizer {path} cannot be read: {error}") from error
+        # Published files often carry both for the model that they came with; a corpus wants whole texts, and no more.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.name = path.name
         self.content = content
         self.digest = hashlib.sha256(content).hexdigest()

@@ -2,16 +2,17 @@
 
 import itertools
 import random
+import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
@@ -202,23 +203,24 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
     Raises:
         InvalidArgument: a stage's numbers do not fit together.
     """
-    return tuple(
-        Mixture(
-            haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
-            corpus=corpus,
-            synthetic_share=stage.synthetic_share,
-            chain_share=stage.chain_share,
-            late_share=stage.late_share,
-            similar_share=stage.similar_share,
-            num_needles=stage.num_needles,
-            num_queries=stage.num_queries,
-            min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,
-            min_episode=stage.min_episode,
-            text_weight=run.data.text_weight,
-            answer_weight=run.data.answer_weight,
-            corpus_weight=run.data.corpus_weight,
-        )
-        for stage in run.stages
+    return tuple(_mixture(run, stage, corpus) for stage in run.stages)
+
+
+def _mixture(run: RunConfig, stage: Stage, corpus: TokenCorpus | None) -> Mixture:
+    return Mixture(
+        haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
+        corpus=corpus,
+        synthetic_share=stage.synthetic_share,
+        chain_share=stage.chain_share,
+        late_share=stage.late_share,
+        similar_share=stage.similar_share,
+        num_needles=stage.num_needles,
+        num_queries=stage.num_queries,
+        min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,
+        min_episode=stage.min_episode,
+        text_weight=run.data.text_weight,
+        answer_weight=run.data.answer_weight,
+        corpus_weight=run.data.corpus_weight,
     )
 
 
@@ -254,17 +256,33 @@ def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -
 
 
 def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
-    """Makes what the last stage draws from, but of text that no step sees where there is enough of it.
+    """Makes what the last stage draws from, but of the validation split, which no step sees.
+
+    A warning says if that split has no row of text (`lacks_text`); the haystacks of the mixture are noise then.
 
     Args:
         run: the config of the run.
         corpus: the corpus that it trains on.
     """
-    if corpus is not None:
-        validation = TokenCorpus(corpus.directory, split=VALIDATION)
-        if len(validation) >= max(stage.seq_len for stage in run.stages):
-            corpus = validation
-    return mixtures(run, corpus)[-1]
+    stage = run.stages[-1]
+    validation = TokenCorpus(corpus.directory, split=VALIDATION) if corpus is not None else None
+    if validation is not None and lacks_text(stage, validation):
+        warnings.warn(
+            f"held_out_loss is not measured: the validation split of {validation.directory} has {len(validation)} "
+            f"tokens, and a row has {stage.seq_len}; prepare more text, or with a larger --validation",
+            HSACompileWarning,
+            stacklevel=2,
+        )
+        stage = replace(stage, haystacks={NOISE: 1.0})
+    return _mixture(run, stage, validation)
+
+
+def lacks_text(stage: Stage, corpus: TokenCorpus | None) -> bool:
+    """Says whether a stage draws from text, and the corpus has less of it than a row."""
+    draws_text = stage.synthetic_share < 1 or any(
+        name != NOISE and weight > 0 for name, weight in stage.haystacks.items()
+    )
+    return draws_text and (0 if corpus is None else len(corpus)) < stage.seq_len
 
 
 def digest(corpus: TokenCorpus | None) -> str:

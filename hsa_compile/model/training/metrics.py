@@ -21,7 +21,7 @@ from hsa_compile.model.tasks.mixture import Mixture, training_sample
 from hsa_compile.model.tasks.retrieval import make_sample
 from hsa_compile.model.tasks.sample import TaskSample
 from hsa_compile.model.training.config import MAX_ROWS, RunConfig
-from hsa_compile.model.training.feed import StepPlan, apply_stage, stack_samples
+from hsa_compile.model.training.feed import StepPlan, apply_stage, lacks_text, stack_samples
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.step import LossModel, autocast, normalized_weights
 from hsa_compile.versions import require
@@ -157,19 +157,20 @@ class ProbeResult:
     """What a probe found.
 
     Attributes:
-        held_out_loss: the loss as the run's last stage defines it, on rows that training never sees.
+        held_out_loss: the loss as the run's last stage defines it, on rows that training never sees; None if there is
+            too little text for a row of them.
         accuracy: the share of single needles in noise that were found, by teacher-forced exact match, for each length.
         hit_rate: the share of answer bytes at which a chunk of the needle was among the selected ones, for each length;
             empty without a memory.
     """
 
-    held_out_loss: float
+    held_out_loss: float | None
     accuracy: dict[int, float]
     hit_rate: dict[int, float]
 
     def record(self) -> dict[str, float]:
         """Returns names and numbers, as they are written to the records."""
-        found = {"held_out_loss": self.held_out_loss}
+        found = {} if self.held_out_loss is None else {"held_out_loss": self.held_out_loss}
         found |= {f"{_TASK}@{length}": value for length, value in self.accuracy.items()}
         return found | {f"hit_rate@{length}": value for length, value in self.hit_rate.items()}
 
@@ -179,7 +180,7 @@ class Probe:
 
     Args:
         run: the config of the run.
-        mixture: what the last stage draws from, with the validation split in it where there is one.
+        mixture: what the last stage draws from, with the validation split for the corpus (`held_out_mixture`).
         processes: the processes among which this one is; each computes the same.
     """
 
@@ -215,7 +216,9 @@ class Probe:
             return []
         return [self._stage.seq_len, LONGER * self._stage.seq_len]
 
-    def _held_out_loss(self, loss_model: LossModel) -> float:
+    def _held_out_loss(self, loss_model: LossModel) -> float | None:
+        if lacks_text(self._stage, self._mixture.corpus):
+            return None
         total = torch.zeros((), dtype=torch.float64)
         length = self._stage.seq_len
         rows = max(1, min(self._run.train.probe_samples, self._stage.batch_tokens // length))

@@ -65,3 +65,14 @@ def test_a_file_of_words_encodes_and_decodes(word_tokenizer: Path) -> None:
     assert tokenizer.vocab_size == 302
     assert tokenizer.separator == 301
     assert [item.tolist() for item in tokenizer.encode_batch([b"w1", b"w2 w3"])] == [[1], [2, 3]]
+
+
+def test_a_file_that_cuts_and_pads_gives_whole_texts(word_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    changed = tokenizers.Tokenizer.from_file(str(word_tokenizer))
+    changed.enable_truncation(2)
+    changed.enable_padding(length=4)
+    changed.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("w1 w2 w3").tolist() == [1, 2, 3]
+    assert [item.tolist() for item in tokenizer.encode_batch([b"w1", b"w1 w2 w3"])] == [[1], [1, 2, 3]]

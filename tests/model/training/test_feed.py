@@ -1,6 +1,7 @@
 """Batches are functions of (seed, step, rank), made ahead in order."""
 
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from small_runs import small_run
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.documents import find_sources
-from hsa_compile.model.data.manifest import TRAIN, VALIDATION
+from hsa_compile.model.data.manifest import VALIDATION
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
@@ -20,6 +21,7 @@ from hsa_compile.model.training.feed import (
     StepPlan,
     check_rows,
     held_out_mixture,
+    lacks_text,
     make_batch,
     mixtures,
     open_corpus,
@@ -101,14 +103,19 @@ def test_held_out_rows_come_from_the_last_stage() -> None:
     assert held_out_mixture(run, None).min_distance == 12
 
 
-def test_held_out_rows_come_from_the_validation_split_where_it_is_long_enough(tmp_path: Path) -> None:
+def test_held_out_rows_come_from_the_validation_split_or_from_no_text(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"text {number} " * 40)
     prepare(find_sources(sorted(tmp_path.glob("*.txt"))), tmp_path / "corpus", validation=0.5)
-    for length, split in ((64, VALIDATION), (10_000, TRAIN)):
-        stage = {"seq_len": length, "batch_tokens": length, "synthetic_share": 0.0}
-        values = {**small_run().to_dict(), "stages": [stage]}
+    text, needles = {"synthetic_share": 0.0}, {"haystacks": {"corpus": 1.0}, "min_distance": 0}
+    for length, source, says in ((64, text, False), (10_000, text, True), (10_000, needles, True), (10_000, {}, False)):
+        stage = {"seq_len": length, "batch_tokens": length, **source}
+        values = {**small_run().to_dict(), "stages": [{**text, "seq_len": 64, "batch_tokens": 64}, stage]}
         run = from_dict({**values, "data": {"corpus": str(tmp_path / "corpus")}})
-        held_out = held_out_mixture(run, open_corpus(run)).corpus
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            held_out = held_out_mixture(run, open_corpus(run)).corpus
         assert held_out is not None
-        assert held_out.split == split
+        assert held_out.split == VALIDATION
+        assert ["held_out_loss is not measured" in str(warning.message) for warning in caught] == [True] * says
+        assert lacks_text(run.stages[-1], held_out) is says

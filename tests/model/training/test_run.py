@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_runs import small_run
 
-from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, SaveError, TrainingError
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.pretrained import from_pretrained, read_extra
 from hsa_compile.model.training import run as run_module
-from hsa_compile.model.training.checkpoint import checkpoints, read_state
+from hsa_compile.model.training.checkpoint import best_checkpoint, checkpoints, read_state
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.processes import Processes
@@ -193,10 +193,21 @@ def on_text(directory: Path, synthetic_share: float, haystack: str = "corpus", *
 
 @pytest.mark.parametrize("haystack", ["corpus", pytest.param("assignments", marks=pytest.mark.slow)])
 def test_plain_text_and_needles_in_text_are_trained_on(haystack: str, tmp_path: Path, alone: Processes) -> None:
-    directory = corpus(tmp_path, "What is written = here is learnt by heart. " * 20)
-    config = on_text(directory, 0.5, haystack, probe_every=3, probe_samples=2)
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("What is written = here is learnt by heart. " * (number + 2))
+    prepare(find_sources(sorted(tmp_path.glob("*.txt"))), tmp_path / "corpus", validation=0.5)
+    config = on_text(tmp_path / "corpus", 0.5, haystack, probe_every=3, probe_samples=2)
     assert train(config, tmp_path / "run", alone)
     assert records(tmp_path / "run")[-1]["held_out_loss"] > 0
+
+
+def test_a_corpus_without_held_out_text_has_no_held_out_loss(tmp_path: Path, alone: Processes) -> None:
+    directory = corpus(tmp_path, "What is written here is learnt by heart. " * 20)
+    config = on_text(directory, 0.0, probe_every=3, probe_samples=2)
+    with pytest.warns(HSACompileWarning, match="validation split of .* has 0 tokens, and a row has 64"):
+        train(config, tmp_path / "run", alone, until=3)
+    assert "held_out_loss" not in records(tmp_path / "run")[-1]
+    assert best_checkpoint(tmp_path / "run" / CHECKPOINTS) is None
 
 
 def test_a_corpus_that_changed_is_refused(tmp_path: Path, alone: Processes) -> None:
