@@ -5,6 +5,8 @@ from typing import Any
 
 from hsa_compile.errors import HSACompileError, InvalidArgument
 
+MAX_TEXT = 1000
+
 
 def check_count(
     name: str, value: object, low: int, high: int, *, error: type[HSACompileError] = InvalidArgument
@@ -18,6 +20,21 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raises InvalidArgument unless the value is a number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
+
+
+def check_flag(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
+    """Raises the error unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise error(f"{name} = {value!r} must be True or False")
+
+
+def check_text(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
+    """Raises the error unless the value is a text that any file and terminal can take.
+
+    It has at most 1000 characters; control characters and lone surrogates are not allowed.
+    """
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
+        raise error(f"{name} = {value!r} must be a text of at most {MAX_TEXT} printable characters")
 
 
 def check_choice(

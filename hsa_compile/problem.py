@@ -8,7 +8,7 @@ chunks, `E` experts, `V` vocabulary.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hsa_compile.checks import check_choice, check_count
+from hsa_compile.checks import check_choice, check_count, check_flag
 from hsa_compile.errors import InvalidProblem
 
 OPS = ("hsa_forward", "hsa_backward")  # the ops behind hsa_attention
@@ -86,6 +86,8 @@ class Problem:
         check_choice("op", self.op, ALL_OPS, error=InvalidProblem)
         check_choice("dtype", self.dtype, DTYPES, error=InvalidProblem)
         check_choice("fusion", self.fusion, FUSIONS, error=InvalidProblem)
+        for name in (*OPTIONS, "deterministic"):
+            check_flag(name, getattr(self, name), error=InvalidProblem)
         for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
             check_count(name, getattr(self, name), 1, 2**40, error=InvalidProblem)
         if self.decodes:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import MAX_TEXT, check_choice, check_count, check_flag, check_text
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
 
@@ -46,8 +46,11 @@ class Target:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS, error=InvalidTarget)
-        if self.num_cores < 1:
-            raise InvalidTarget(f"num_cores = {self.num_cores} must be at least 1")
+        for name in ("name", "arch"):
+            check_text(name, getattr(self, name), error=InvalidTarget)
+        for name, low, high in (("num_cores", 1, 2**20), ("shared_memory", 0, 2**40), ("warp_size", 1, 2**10)):
+            check_count(name, getattr(self, name), low, high, error=InvalidTarget)
+        check_flag("has_compiler", self.has_compiler, error=InvalidTarget)
 
     @property
     def slug(self) -> str:
@@ -161,7 +164,8 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine() or os.name
+    name = _cpuinfo("model name") or platform.processor() or platform.machine() or os.name
+    return "".join(filter(str.isprintable, name))[:MAX_TEXT]
 
 
 def _cpuinfo(field: str) -> str:

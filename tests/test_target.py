@@ -15,7 +15,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pre
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "allowed"), [("kind", "tpu", ", ".join(KINDS)), ("num_cores", 0, "1"), ("num_cores", -2, "1")]
+    ("field", "value", "allowed"),
+    [
+        ("kind", "tpu", ", ".join(KINDS)),
+        ("num_cores", 0, "in 1 … 1048576"),
+        ("num_cores", 10**400, "in 1 … 1048576"),
+        ("name", "\ud800", "printable characters"),
+    ],
 )
 def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(InvalidTarget) as caught:

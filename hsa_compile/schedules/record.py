@@ -1,11 +1,10 @@
 """The record of one search: the schedule that won, its measurement, and everything needed to judge it later."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import check_choice, check_count, check_flag, check_number, check_text
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
@@ -15,6 +14,9 @@ from hsa_compile.target import Target
 
 MEASURED, PREDICTED = "measured", "predicted"
 KINDS = (MEASURED, PREDICTED)
+MIN_MS, MAX_MS = 1e-9, 1e12
+MAX_COUNT = 2**40
+MAX_CLOCK_MHZ = 10**6
 MIN_TIMED = 5  # a search that timed fewer candidates, the default included, has found out nothing worth keeping
 
 
@@ -35,10 +37,11 @@ class Measurement:
     def __post_init__(self) -> None:
         for name in ("median_ms", "p20_ms", "p80_ms"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise InvalidArgument(f"{name} = {value!r} must be a positive number of milliseconds")
-        if not isinstance(self.repeats, int) or self.repeats < 0:
-            raise InvalidArgument(f"repeats = {self.repeats!r} must be at least 0")
+            if not isinstance(value, int | float) or not MIN_MS <= value <= MAX_MS:
+                raise InvalidArgument(
+                    f"{name} = {value!r} must be a positive number of milliseconds in {MIN_MS:g} … {MAX_MS:g}"
+                )
+        check_count("repeats", self.repeats, 0, MAX_COUNT)
 
     @staticmethod
     def predicted(time_ms: float) -> "Measurement":
@@ -94,6 +97,26 @@ class TuningRecord:
             raise InvalidArgument(f"a {self.kind} record has a time from {self.measurement.repeats} repeats")
         if self.kernel_source is None:
             object.__setattr__(self, "kernel_source", source_version(self.problem, self.target))
+        check_count("trials", self.trials, 0, MAX_COUNT)
+        for name in ("inputs", "fingerprint", "date", "kernel_source", "verdict"):
+            check_text(name, getattr(self, name))
+        for name, text in self.versions.items():
+            check_text("a name in versions", name)
+            check_text(f"the version of {name}", text)
+        self._check_counts("failures", self.failures, MAX_COUNT)
+        if self.clocks_mhz is not None:
+            self._check_counts("clocks_mhz", self.clocks_mhz, MAX_CLOCK_MHZ)
+        if self.confidence is not None:
+            check_number("confidence", self.confidence, 0, 1)
+        check_flag("complete", self.complete)
+
+    @staticmethod
+    def _check_counts(field: str, counts: Mapping[str, int], most: int) -> None:
+        if not isinstance(counts, Mapping):
+            raise InvalidArgument(f"{field} = {counts!r} must be a mapping of names to integers")
+        for name, count in counts.items():
+            check_text(f"a name in {field}", name)
+            check_count(f"{field} of {name}", count, 0, most)
 
     @property
     def speedup(self) -> float:
@@ -175,20 +198,20 @@ class TuningRecord:
             schedule=Schedule.from_dict(values["schedule"]),
             measurement=_build(Measurement, values["measurement"]),
             default_measurement=_build(Measurement, values["default_measurement"]),
-            trials=int(values["trials"]),
-            failures={str(name): int(count) for name, count in values["failures"].items()},
-            inputs=str(values["inputs"]),
-            fingerprint=str(values["fingerprint"]),
-            versions={str(name): str(version) for name, version in values["versions"].items()},
-            date=str(values["date"]),
+            trials=values["trials"],
+            failures=values["failures"],
+            inputs=values["inputs"],
+            fingerprint=values["fingerprint"],
+            versions=values["versions"],
+            date=values["date"],
             # Older files lack the fields from here on; what their kernels were emitted from is not known.
-            kind=str(values.get("kind", MEASURED)),
-            kernel_source=str(values.get("kernel_source", "")),
-            verdict=str(values.get("verdict", "")),
+            kind=values.get("kind", MEASURED),
+            kernel_source=values.get("kernel_source") or "",
+            verdict=values.get("verdict", ""),
             tie_set=tuple(map(Schedule.from_dict, values.get("tie_set", ()))),
             confidence=values.get("confidence"),
             clocks_mhz=values.get("clocks_mhz"),
-            complete=bool(values.get("complete", True)),
+            complete=values.get("complete", True),
         )
 
 
@@ -201,5 +224,5 @@ def _build(cls: type, values: Any) -> Any:
         raise InvalidArgument(f"{cls.__name__} is {values!r}, not a mapping")
     known = {field.name for field in fields(cls)}
     if unknown := set(values) - known:
-        raise InvalidArgument(f"{cls.__name__} has unknown fields {', '.join(sorted(unknown))}")
+        raise InvalidArgument(f"{cls.__name__} has unknown fields {sorted(unknown)!a}")
     return cls(**values)

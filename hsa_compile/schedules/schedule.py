@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hsa_compile.checks import check_text
 from hsa_compile.errors import InvalidSchedule
 
 Knob = int | str | bool
@@ -41,13 +42,16 @@ class Schedule(Mapping[str, Knob]):
         """Returns the schedule of a flat mapping, as `dict(schedule)` gives it.
 
         Raises:
-            InvalidSchedule: there is no dataflow, or a value is no integer, string or boolean.
+            InvalidSchedule: there is no dataflow, or a value is no integer, boolean or printable string.
         """
         knobs = dict(values)
         dataflow = knobs.pop("dataflow", None)
         if not isinstance(dataflow, str):
             raise InvalidSchedule(f"dataflow = {dataflow!r} must be a string")
-        for name, value in knobs.items():
+        for name, value in (("dataflow", dataflow), *knobs.items()):
+            check_text("the name of a knob", name, error=InvalidSchedule)
+            if isinstance(value, str):
+                check_text(name, value, error=InvalidSchedule)
             if not isinstance(value, int | str | bool):
                 raise InvalidSchedule(f"{name} = {value!r} must be an integer, a string or a boolean")
         return Schedule.of(dataflow, **knobs)

@@ -32,7 +32,7 @@ class DamagedFile(ValueError):
 
 
 # An entry that is damaged raises one of these when it is read.
-DAMAGES = (DamagedFile, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+DAMAGES = (DamagedFile, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 def journal_path(path: Path) -> Path:

@@ -18,7 +18,7 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.space import default_schedule
-from hsa_compile.schedules.store import FORMAT, VERSION
+from hsa_compile.schedules.store import FORMAT, VERSION, checksum
 from hsa_compile.target import Target
 
 MakeRecord = Callable[..., TuningRecord]
@@ -59,6 +59,13 @@ def with_entry(text: bytes, number: int, value: Any) -> bytes:
     return edited(text, entries=[value if i == number else entry for i, entry in enumerate(entries)])
 
 
+def with_record(text: bytes, **changes: Any) -> bytes:
+    """Changes the first record and makes its checksum fit again."""
+    entry = json.loads(text)["entries"][0]
+    body = {"key": entry["key"], "record": {**entry["record"], **changes}}
+    return with_entry(text, 0, {**body, "checksum": checksum(body)})
+
+
 WHOLE_FILE_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda text: b"",
     "text": lambda text: b"once upon a time",
@@ -82,6 +89,8 @@ ENTRY_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a flipped digit in the key": lambda text: text.replace(b'"head_dim": 32', b'"head_dim": 33', 1),
     "another schedule": lambda text: text.replace(b'"dataflow": "', b'"dataflow": "x', 1),
     "another checksum": lambda text: text.replace(b'"checksum": "', b'"checksum": "0', 1),
+    "a number beyond all bounds": lambda text: with_record(text, trials=float("inf")),
+    "a date that is no text": lambda text: with_record(text, date="\ud800"),
     "null": lambda text: with_entry(text, 0, None),
     "a number": lambda text: with_entry(text, 0, 7),
     "an empty mapping": lambda text: with_entry(text, 0, {}),
