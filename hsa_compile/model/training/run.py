@@ -25,7 +25,7 @@ from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
-    load_checkpoint,
+    load_newest,
     prune,
     remove_leftovers,
     save_checkpoint,
@@ -271,7 +271,7 @@ class TrainingRun:
         if not found:
             return
         text = self.state.data_digest
-        state = load_checkpoint(found[-1], self.model, self.optimizer, self.processes)
+        state = load_newest(found, self.model, self.optimizer, self.processes)
         if state.data_digest != text:
             raise TrainingError(
                 f"data.corpus {self.config.data.corpus!r} has other text than when {self.directory} began; "
