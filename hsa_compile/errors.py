@@ -65,7 +65,7 @@ class WrongResult(HSACompileError):
 
 
 class NotFinite(WrongResult):
-    """A kernel gives values that are infinite or not a number."""
+    """A kernel or a model gives values that are infinite or not a number."""
 
 
 class CandidateCrashed(HSACompileError):

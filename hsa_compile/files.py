@@ -122,10 +122,10 @@ def read_json(path: Path) -> dict[str, Any]:
         SaveError: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except OSError as error:
         raise SaveError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # the text is no JSON or no UTF-8
+    except (ValueError, RecursionError) as error:  # the text is no JSON, no UTF-8, or nested too deep
         raise SaveError(f"{path} is damaged or no JSON: {error}") from error
     if not isinstance(value, dict):
         raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")

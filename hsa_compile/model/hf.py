@@ -193,7 +193,7 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
             attention_mask: `[B, T]`, 1 at the text and 0 at padding, which may stand before or behind it.
             labels: `[B, T]`, −100 where nothing is asked; they are shifted here.
             return_dict: whether to return an object rather than a tuple; what the config says if None.
-            logits_to_keep: of how many last tokens logits are computed, 0 for all; or the places of these tokens.
+            logits_to_keep: how many last tokens get logits, 0 for all; or the places of the tokens that get them.
             num_items_in_batch: what the sum of the cross entropy is divided by, as `Trainer` passes it for batches that
                 come in parts; the number of labels if None, so that the loss is a mean.
             others: what other models take; only None and False are allowed.

@@ -130,6 +130,19 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, run: Shell,
     assert message in refused.err
 
 
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("eval", "--lengths", "1k")])
+def test_weights_that_are_not_finite_are_named(
+    command: tuple[str, ...], run: Shell, directory: Path, tmp_path: Path
+) -> None:
+    model = from_pretrained(directory)
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    save_pretrained(model, tmp_path)
+    shown = run(*command, "--model", str(tmp_path))
+    assert (shown.code, shown.out) == (1, "")
+    assert f"error: {tmp_path}: norm.weight holds" in shown.err
+
+
 def test_a_memory_of_another_model_is_refused(run: Shell, directory: Path, tmp_path: Path) -> None:
     preset_model = ["generate", "--model", "tiny", "--random-weights", "--prompt", "abc", "--max-new-tokens", "0"]
     assert run(*preset_model, "--save-memory", str(tmp_path / "kept")).code == 0

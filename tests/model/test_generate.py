@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import build, combinations, one_first, small_config
 
-from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
+from hsa_compile.errors import HSACompileError, InvalidArgument, NotFinite, SaveError
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.inference.generate import Sampling, TextStream, draw, generate, stream
@@ -95,6 +95,15 @@ def test_tokens_are_handed_out_as_they_come() -> None:
     new = generate(model, prompt, max_new_tokens=5, on_token=lambda row, token: seen.append((row, token)))
     assert [[token for row, token in seen if row == b] for b in range(2)] == new
     assert [row for row, _ in seen] == [0, 1] * 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_the_text(value: float) -> None:
+    model = build(small_config("swa"))
+    with torch.no_grad():
+        model.norm.weight.fill_(value)
+    with pytest.raises(NotFinite, match="the logits of new token 0 of text 0 hold"):
+        generate(model, text(9), max_new_tokens=2)
 
 
 def test_no_new_tokens_is_reading_alone() -> None:

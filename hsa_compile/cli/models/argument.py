@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hsa_compile.cli.options import DTYPE_ALIASES
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from hsa_compile.model.presets import PRESETS, preset
@@ -47,7 +47,7 @@ def load_model(
 
     Raises:
         InvalidArgument: for the reasons of `config_of`, or there are no trained weights of a preset.
-        SaveError: the saved model is damaged or foreign.
+        SaveError: the saved model is damaged or foreign, or has weights that are not finite in the dtype.
     """
     chosen = getattr(torch, DTYPE_ALIASES.get(dtype, dtype)) if dtype is not None else None
     config = config_of(name, variant)
@@ -64,6 +64,9 @@ def load_model(
             )
     tokenizer = read_tokenizer(directory)
     model = from_pretrained(directory, device=device, dtype=chosen)
+    for weight_name, weight in model.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            raise SaveError(f"{directory}: {weight_name} holds values that are infinite or not a number")
     return model, load_tokenizer(BYTES if tokenizer == BYTES else directory / tokenizer)
 
 

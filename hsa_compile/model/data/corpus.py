@@ -24,9 +24,11 @@ from hsa_compile.model.data.manifest import (
 )
 from hsa_compile.model.data.tokenizer import BYTES, TokenArray, Tokenizer, load_tokenizer
 
+_BLOCK = 1 << 20  # how many ends of documents are checked at a time
+
 
 class TokenCorpus:
-    """One split of a prepared corpus; nothing is read until it is asked for.
+    """One split of a prepared corpus; of its files only the ends of documents are read before they are asked for.
 
     Args:
         directory: the folder that `hsa-compile prepare` wrote.
@@ -37,7 +39,8 @@ class TokenCorpus:
         tokens: `[num_tokens]` of uint8, uint16 or uint32, read-only; every document is followed by the separator.
 
     Raises:
-        CorpusError: there is no manifest, or a file is missing, has another size or another checksum.
+        CorpusError: there is no manifest or it is damaged, or a file is missing, has another size or another checksum,
+            or has documents that do not follow each other.
         InvalidArgument: there is no such split.
     """
 
@@ -51,6 +54,7 @@ class TokenCorpus:
         tokens, ends = self.directory / tokens_name(split), self.directory / ends_name(split)
         self.tokens: TokenArray = _mapped(tokens, dtype, summary.tokens)
         self._ends: npt.NDArray[np.int64] = _mapped(ends, np.dtype("<i8"), summary.documents)
+        _check_ends(ends, self._ends, summary.tokens, int(self.manifest.separator is not None))
         if checksum:
             _check(tokens, summary.tokens_sha256)
             _check(ends, summary.ends_sha256)
@@ -129,6 +133,18 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check_ends(path: Path, ends: npt.NDArray[np.int64], num_tokens: int, separators: int) -> None:
+    """Checks that each document ends behind the one before, and the last one with the tokens."""
+    for start in range(0, len(ends), _BLOCK):
+        block = ends[max(start - 1, 0) : start + _BLOCK]
+        if block[0] < separators or (np.diff(block) < separators).any():
+            raise CorpusError(f"{path} is damaged: a document ends before it begins; prepare the corpus again")
+    if (int(ends[-1]) if len(ends) else 0) != num_tokens:
+        raise CorpusError(
+            f"{path} is damaged: the last document does not end with the tokens; prepare the corpus again"
+        )
 
 
 def _check(path: Path, sha256: str) -> None:

@@ -198,9 +198,9 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         end += len(line)
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") or not isinstance(content, dict):
             break
         lines.append((end, content))
     return lines

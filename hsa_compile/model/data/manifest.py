@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hsa_compile.checks import check_choice, check_count
 from hsa_compile.errors import CorpusError
-from hsa_compile.files import write_whole
+from hsa_compile.files import read_regular, write_whole
 from hsa_compile.model.data.journal import Settings
+from hsa_compile.model.data.tokenizer import token_dtype
 
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -95,20 +97,44 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_regular(path))
     except FileNotFoundError as error:
         raise CorpusError(
             f"{folder} holds no finished corpus: there is no {MANIFEST}; run hsa-compile prepare … --out {folder}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CorpusError(f"{path} has another format than {FORMAT}; prepare the corpus again")
     try:
         splits = {name: SplitSummary(**found["splits"][name]) for name in SPLITS}
-        return Manifest(**{**found, "settings": Settings(**found["settings"]), "splits": splits})
+        manifest = Manifest(**{**found, "settings": Settings(**found["settings"]), "splits": splits})
     except (KeyError, TypeError) as error:
         raise CorpusError(f"{path} lacks or has a field too many: {error}") from error
+    try:
+        _check(manifest)
+    except CorpusError as error:
+        raise CorpusError(f"{path}: {error}") from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Checks what numpy and the file system are told."""
+    check_count("vocab_size", manifest.vocab_size, 1, 2**32, error=CorpusError)
+    check_choice("dtype", manifest.dtype, (token_dtype(manifest.vocab_size).name,), error=CorpusError)
+    if manifest.separator is not None:
+        check_count("separator", manifest.separator, 0, manifest.vocab_size - 1, error=CorpusError)
+    for name, split in manifest.splits.items():
+        check_count(f"{name}.documents", split.documents, 0, 2**62, error=CorpusError)
+        check_count(f"{name}.tokens", split.tokens, 0, 2**62, error=CorpusError)
+    for what, value in (
+        *((f"{name}.{file}_sha256", getattr(split, f"{file}_sha256"))
+          for name, split in manifest.splits.items() for file in ("tokens", "ends")),
+        ("settings.tokenizer", manifest.settings.tokenizer),
+        ("settings.tokenizer_digest", manifest.settings.tokenizer_digest),
+    ):  # fmt: skip
+        if not isinstance(value, str):
+            raise CorpusError(f"{what} = {value!r} must be a text")
 
 
 def file_sha256(path: Path) -> str:

@@ -97,7 +97,7 @@ class OutcomeFile:
             try:
                 record = json.loads(line)
                 self._values[_text(record["key"])] = dict(record["values"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 _warn(f"{self.path} is damaged in line {number}; that sample is computed again")
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, NotFinite
 from hsa_compile.model.config import PERPLEXITY
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
@@ -208,6 +208,8 @@ def _score(subject: Subject, rows: Sequence[TokenArray], num_scored: int, outcom
     first = prefill(model, tokens[:, :before], state, piece=piece_of(len(rows)))
     rest = extend(model, tokens[:, before:-1].to(model.device), state)
     losses = _losses(torch.cat((first[:, None], rest), dim=1), tokens[:, before:])
+    if not all(map(math.isfinite, losses)):
+        raise NotFinite(f"the losses of {subject.name} on texts of {tokens.shape[1]} tokens are {losses}")
     outcomes.add(
         (_key(subject, row, num_scored), {"loss": loss, "bytes": _num_bytes(subject, row[-num_scored:])})
         for row, loss in zip(rows, losses, strict=True)

@@ -23,6 +23,7 @@ from hsa_compile.model.evaluation.settings import (
     sample_key,
 )
 from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
+from hsa_compile.model.inference.generate import check_finite
 from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import TASKS, make_edits
@@ -50,7 +51,9 @@ def answered(
     """
     tokens = torch.from_numpy(np.stack([sample.tokens[num_read:] for sample in samples]))
     prompt = samples[0].answer_spans[0][0] - num_read
-    first = prefill(model, tokens[:, :prompt], state, piece=piece).argmax(dim=-1)
+    logits = prefill(model, tokens[:, :prompt], state, piece=piece)
+    check_finite(logits, [True] * len(logits), 0)
+    first = logits.argmax(dim=-1)
     point = snapshot(state)
     rest = tokens[:, prompt:].to(model.device, torch.int64)
     found = {}

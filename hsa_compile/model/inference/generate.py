@@ -5,13 +5,14 @@
 
 import codecs
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, NotFinite
 from hsa_compile.model.config import MAX_SEED
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
 from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill
@@ -169,6 +170,7 @@ def stream(
 
     Raises:
         InvalidArgument: as in `generate`.
+        NotFinite: the model's logits are infinite or not a number.
     """
     prompt = prompt[None] if prompt.dim() == 1 else prompt
     _check_prompt(model, prompt, max_new_tokens)
@@ -179,6 +181,7 @@ def stream(
         logits = prefill(model, prompt, state, lengths)
     sampler = Sampler(sampling, batch)
     for step in range(max_new_tokens):
+        check_finite(logits, going, step)
         tokens = sampler(logits)
         values = tokens.tolist()
         yield [value if going[b] else None for b, value in enumerate(values)]
@@ -186,6 +189,20 @@ def stream(
             return
         with evaluating(model):
             logits = extend(model, tokens[:, None], state, [int(goes) for goes in going])[:, 0]
+
+
+def check_finite(logits: Tensor, going: Sequence[bool], step: int) -> None:
+    """Raises NotFinite, with the number of the text and of its new token, unless logits have a finite maximum.
+
+    Args:
+        logits: `[B, V]`.
+        going: which texts go on.
+        step: the number of the new token, from 0.
+    """
+    peaks = logits.amax(dim=-1).tolist()  # a NaN is the largest of all
+    for row, (peak, goes) in enumerate(zip(peaks, going, strict=True)):
+        if goes and not math.isfinite(peak):
+            raise NotFinite(f"the logits of new token {step} of text {row} hold {peak}; another dtype may help")
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InvalidArgument(f"{directory} holds no saved memory: {path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InvalidArgument(f"{path} cannot be read as a manifest ({error})") from error
     if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
         raise InvalidArgument(f"{path} is not the manifest of a {FORMAT}")
@@ -153,7 +153,7 @@ def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype
             if tuple(entry["shape"]) != shape or _DTYPES.get(entry["dtype"]) != dtype:
                 raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
             tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidArgument(f"{path} is not a shard of this memory ({error})") from error
     return tensors, mapping
 
@@ -165,7 +165,7 @@ def _refuse_foreign(directory: Path) -> None:
     if (directory / MANIFEST).exists():
         try:
             manifest = json.loads((directory / MANIFEST).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{directory / MANIFEST} is not a manifest; it is not overwritten") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InvalidArgument(f"{directory / MANIFEST} is not the manifest of a {FORMAT}; it is not overwritten")

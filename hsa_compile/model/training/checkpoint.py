@@ -8,6 +8,7 @@ number of processes can load.
 import contextlib
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.errors import SaveError
+from hsa_compile.checks import check_count
+from hsa_compile.errors import HSACompileWarning, SaveError
 from hsa_compile.files import make_directory, read_json, sync_directory, write_json
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training.processes import Processes
@@ -120,6 +122,40 @@ def load_checkpoint(
     return state
 
 
+def load_newest(
+    paths: list[Path], model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> RunState:
+    """Loads the last of the checkpoints that is whole; those after it are moved aside, each with a warning.
+
+    Args:
+        paths: the checkpoints, the oldest first; at least one.
+        model, optimizer, processes: as in `load_checkpoint`.
+
+    Raises:
+        SaveError: none is whole; the message is that of the newest.
+    """
+    faults: list[tuple[Path, SaveError]] = []
+    for path in reversed(paths):
+        try:
+            state = load_checkpoint(path, model, optimizer, processes)
+            break
+        except SaveError as error:
+            faults.append((path, error))
+    else:
+        raise faults[0][1]
+    processes.wait()
+    for path, fault in faults if processes.is_first else ():
+        aside = path.with_name(f"damaged-{path.name}")
+        _remove(aside)
+        path.replace(aside)  # the next steps would take it for the newest, and keep it instead of whole ones
+        warnings.warn(
+            f"a checkpoint was left out: {fault}; it is now {aside.name}, and the run goes on from step {state.step}",
+            HSACompileWarning,
+            stacklevel=2,
+        )
+    return state
+
+
 def read_state(path: Path) -> RunState:
     """Reads what `state.json` of a checkpoint says.
 
@@ -129,7 +165,19 @@ def read_state(path: Path) -> RunState:
     values = read_json(path / STATE_FILE)
     if values.pop("format_version", None) != FORMAT_VERSION or set(values) != {spec.name for spec in fields(RunState)}:
         raise SaveError(f"{path / STATE_FILE} is no checkpoint of this version of hsa-compile")
-    return RunState(**values)
+    state, where = RunState(**values), f"{path / STATE_FILE}: "
+    for name in ("step", "tokens", "stage", "metrics_bytes"):
+        check_count(where + name, values[name], 0, 2**63 - 1, error=SaveError)
+    check_count(f"{where}world_size", state.world_size, 1, 2**31, error=SaveError)
+    for name in ("seconds", "score"):
+        is_number = isinstance(values[name], int | float) and not isinstance(values[name], bool)
+        if not (is_number and abs(values[name]) < 1e300) and not (name == "score" and values[name] is None):
+            raise SaveError(f"{where}{name} = {values[name]!r} must be a number")
+    if not isinstance(state.data_digest, str):
+        raise SaveError(f"{where}data_digest = {state.data_digest!r} must be a text")
+    if path.name.startswith(_PREFIX) and path.name != checkpoint_path(path.parent, state.step).name:
+        raise SaveError(f"{where}step = {state.step} is not the step of {path.name}")
+    return state
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -144,7 +192,11 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 def best_checkpoint(root: Path) -> Path | None:
     """Returns the one with the lowest held-out loss, of those that are kept; None if none was measured."""
-    scores = [(score, path) for path in checkpoints(root) if (score := read_state(path).score) is not None]
+    scores = []
+    for path in checkpoints(root):
+        with contextlib.suppress(SaveError):  # one that is damaged is the best of none
+            score = read_state(path).score
+            scores += [(score, path)] if score is not None else []
     return min(scores)[1] if scores else None
 
 
@@ -181,12 +233,17 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
     saved = read_tensors(path)
-    torch.set_rng_state(saved.pop(_CPU_RANDOM))
-    cuda = saved.pop(_CUDA_RANDOM, None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    random_state, cuda = saved.pop(_CPU_RANDOM, None), saved.pop(_CUDA_RANDOM, None)
     if saved.keys() != wanted.keys() or any(saved[name].shape != wanted[name].shape for name in wanted):
         raise SaveError(f"{path} is of another model than the run's config describes")
+    try:
+        if random_state is None:
+            raise ValueError(f"{_CPU_RANDOM} is missing")
+        torch.set_rng_state(random_state)
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SaveError(f"{path} has no random state: {error}") from error
     with torch.no_grad():
         for name, tensor in wanted.items():
             if isinstance(tensor, DTensor):

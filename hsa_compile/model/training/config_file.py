@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.files import read_regular
 from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.training.config import DataConfig, RunConfig, Stage, TrainConfig
@@ -100,11 +101,11 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InvalidArgument(f"config {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # the text is no TOML, JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # the text is no TOML, JSON or UTF-8, or nested too deep
         raise InvalidArgument(f"config {path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(values, dict):
         raise InvalidArgument(f"config {path} holds a {type(values).__name__}; sections are needed")

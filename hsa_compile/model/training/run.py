@@ -5,6 +5,7 @@ trained model as `from_pretrained`, `generate` and `eval` read it.
 """
 
 import ctypes
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
-    load_checkpoint,
+    load_newest,
     prune,
     remove_leftovers,
     save_checkpoint,
@@ -219,6 +220,11 @@ class TrainingRun:
     def _measure(self) -> None:
         assert self._probe is not None
         result = self._probe.measure(self.loss_model, self._model_config(self.state.stage))
+        if result.held_out_loss is not None and not math.isfinite(result.held_out_loss):
+            raise TrainingError(
+                f"the held_out_loss after step {self.state.step} is {result.held_out_loss}; --resume goes on from the "
+                "last checkpoint"
+            )
         self.state = replace(self.state, score=result.held_out_loss)
         self._write({"step": self.state.step, "probe": True, **result.record()})
 
@@ -271,7 +277,7 @@ class TrainingRun:
         if not found:
             return
         text = self.state.data_digest
-        state = load_checkpoint(found[-1], self.model, self.optimizer, self.processes)
+        state = load_newest(found, self.model, self.optimizer, self.processes)
         if state.data_digest != text:
             raise TrainingError(
                 f"data.corpus {self.config.data.corpus!r} has other text than when {self.directory} began; "

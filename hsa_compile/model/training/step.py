@@ -263,7 +263,7 @@ def run_step(
         selections: a list that is filled with what each retrieval of the first rows chose.
 
     Raises:
-        TrainingError: the loss is not a number.
+        TrainingError: the loss or the gradient is not finite; the weights are not moved then.
     """
     step, device = batch.plan.step, processes.device
     weights, counts = normalized_weights(batch, processes)
@@ -293,7 +293,12 @@ def run_step(
             f"the loss of step {step} is {loss_sum}; a lower train.lr than {config.lr:g} or a longer warm-up than "
             f"train.warmup_steps = {config.warmup_steps} may help; --resume goes on from the last checkpoint"
         )
-    norm = nn.utils.clip_grad_norm_(loss_model.parameters(), config.clip or float("inf"))
+    norm = float(_whole(nn.utils.clip_grad_norm_(loss_model.parameters(), config.clip or float("inf"))))
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the norm of the gradient of step {step} is {norm}, while its loss is {loss_sum:g}; the weights are those "
+            f"before the step; a lower train.lr than {config.lr:g} may help; --resume goes on from the last checkpoint"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     load = update_routers(loss_model.modules(), config)
@@ -302,7 +307,7 @@ def run_step(
         loss=loss_sum,
         text_loss=text / num_text if num_text else None,
         answer_loss=answer / num_answers if num_answers else None,
-        grad_norm=float(_whole(norm)),
+        grad_norm=norm,
         lr=lr,
         router_load=load,
         stopping=stops > 0,

@@ -107,7 +107,7 @@ def test_a_file_of_another_size_is_refused_by_name(copy: Path, name: str) -> Non
 @pytest.mark.parametrize("name", ["train.tokens", "train.ends"])
 def test_a_changed_byte_is_found_by_the_checksum(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
-    content[20] ^= 1
+    content[16] ^= 1
     (copy / name).write_bytes(content)
     TokenCorpus(copy)
     with pytest.raises(CorpusError, match=f"{name} is not what its manifest describes"):
@@ -124,6 +124,35 @@ def test_a_missing_file_is_named(copy: Path) -> None:
 def test_a_damaged_manifest_is_named(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(CorpusError, match=r"manifest\.json"):
+        TokenCorpus(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "O"), ("dtype", "float64"), ("dtype", ["u1"]), ("vocab_size", "256"), ("separator", 256)],
+)
+def test_a_field_of_the_manifest_that_is_not_allowed_is_named(copy: Path, name: str, value: object) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, name: value}))
+    with pytest.raises(CorpusError, match=rf"manifest\.json: {name} = "):
+        TokenCorpus(copy)
+
+
+def test_counts_of_other_types_and_deep_json_are_refused(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["tokens"] = -1
+    for text in (json.dumps(manifest), "[" * 200_000):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(CorpusError, match=r"manifest\.json"):
+            TokenCorpus(copy)
+
+
+@pytest.mark.parametrize(("place", "end"), [(0, -5), (0, 2**40), (-1, 2**40)])
+def test_documents_that_end_outside_of_the_file_are_refused(copy: Path, place: int, end: int) -> None:
+    ends = np.fromfile(copy / "train.ends", "<i8")
+    ends[place] = end
+    ends.tofile(copy / "train.ends")
+    with pytest.raises(CorpusError, match=r"train\.ends is damaged"):
         TokenCorpus(copy)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_runs import small_run
 
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training import checkpoint as checkpoint_module
 from hsa_compile.model.training.checkpoint import (
     STATE_FILE,
@@ -18,6 +19,7 @@ from hsa_compile.model.training.checkpoint import (
     checkpoint_path,
     checkpoints,
     load_checkpoint,
+    load_newest,
     prune,
     read_state,
     remove_leftovers,
@@ -125,3 +127,33 @@ def test_a_foreign_state_is_refused(tmp_path: Path, values: dict[str, int]) -> N
     (tmp_path / STATE_FILE).write_text(json.dumps(values))
     with pytest.raises(SaveError, match="is no checkpoint of this version"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "3"), ("step", -1), ("tokens", 1.5), ("seconds", None), ("score", True), ("data_digest", 7)],
+)
+def test_a_state_of_other_types_is_refused(tmp_path: Path, alone: Processes, name: str, value: object) -> None:
+    path = save_checkpoint(tmp_path, RunState(step=1), *made(), alone) / STATE_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(SaveError, match=f"{name} = "):
+        read_state(path.parent)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, alone: Processes) -> None:
+    model, optimizer = made()
+    paths = [save_checkpoint(tmp_path, RunState(step=step), model, optimizer, alone) for step in (1, 2, 3, 4)]
+    tensors = read_tensors(paths[1] / TENSORS_FILE)
+    del tensors["random.cpu"]
+    write_tensors(paths[1] / TENSORS_FILE, tensors, {})
+    (paths[2] / STATE_FILE).write_text("[" * 200_000)
+    os.truncate(paths[3] / TENSORS_FILE, 100)
+    assert best_checkpoint(tmp_path) is None
+    with pytest.raises(SaveError, match="step-00000004"):
+        load_newest(paths[1:], model, optimizer, alone)
+    with pytest.warns(HSACompileWarning) as caught:
+        assert load_newest(paths, model, optimizer, alone).step == 1
+    messages = [str(warning.message) for warning in caught]
+    assert [path.name in message for path, message in zip(paths[:0:-1], messages, strict=True)] == [True] * 3
+    assert "random.cpu is missing" in messages[-1]
+    assert checkpoints(tmp_path) == paths[:1]

@@ -122,6 +122,16 @@ def test_balancing_biases_move_by_the_configured_rate(alone: Processes) -> None:
     assert result.router_load >= 1
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_moves_weights(alone: Processes) -> None:
+    run = small_run()
+    model = HSATransformer(run.model).train()
+    model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = model.embedding.weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"the norm of the gradient of step 5 is (nan|inf)"):
+        run_step(LossModel(model, 100), make_optimizer(model, run.train), batch(), run.train, alone)
+    assert torch.equal(model.embedding.weight, before)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_before_it_moves_weights(alone: Processes) -> None:
     run = small_run()
     model = HSATransformer(run.model).train()
