@@ -42,8 +42,8 @@ class KernelSource:
 def emit(problem: Problem, schedule: Schedule, target: Target) -> KernelSource:
     """Emits the kernel of `problem.op` under `schedule`: Triton for a GPU, C++ or PyTorch for a CPU.
 
-    Lengths, batch, number of heads and top-k are arguments of the emitted function: the text depends only on
-    dtype, head dims, chunk size, group and options, so one file serves all lengths.
+    Lengths, batch and number of heads are arguments of the emitted function: the text depends only on dtype, head
+    dims, chunk size, group, options and, where picks are sorted, top-k, so one file serves all lengths.
 
     Raises:
         InvalidSchedule: the schedule is not in the search space of this problem and target; the message says why.

@@ -321,7 +321,7 @@ def test_a_write_outside_of_a_buffer_is_seen() -> None:
 
 
 def test_one_module_serves_all_lengths() -> None:
-    small, large = Case(Shape()), Case(replace(Shape(), B=2, T=3, S=130, HQ=9, H=3, K=5))
+    small, large = Case(Shape()), Case(replace(Shape(), B=2, T=3, S=130, HQ=9, H=3))
     texts = {
         emit(case.problem(), schedule(case.problem(), "hsa_forward", "chunk"), TARGET).text for case in (small, large)
     }

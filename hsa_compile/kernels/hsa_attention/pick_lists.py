@@ -1,0 +1,311 @@
+"""Lists of picks that Triton kernels walk, built by Triton kernels: the fewest launches, and none waits for the host.
+
+`inverse_index` says what the lists are and builds the same with PyTorch's operators, where there are more chunks or
+picks than these kernels count. They stand here, and not in emitted modules, so that Triton compiles them once for all
+schedules: sorting in registers takes seconds to compile. Only emitted Triton modules import this.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's arguments have no types that Python knows.
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsa_compile.kernels.inverse_index import (
+    INT32_MAX,
+    block_visits,
+    inverse_index,
+    list_addresses,
+    split_lists,
+    super_tile_lists,
+)
+
+MOST_SORTED = 4096  # picks that one program sorts by chunk
+MOST_VISITED = 2048  # picks that one program sorts into visits
+MOST_COUNTED = 16384  # chunks whose picks are counted block by block; with more, PyTorch sorts
+CUT_CHUNKS = 1024  # chunks of one step that cuts their picks into tiles
+OPTIONS = {"num_warps": 8, "num_stages": 1}
+VISIT_OPTIONS = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def _run_starts(begins, i, AXIS: tl.constexpr):
+    """Where the run of equal chunks begins that each place ``i`` belongs to."""
+    return tl.associative_scan(tl.where(begins, i, 0), AXIS, _larger)
+
+
+@triton.jit
+def _begins(chunk, i, AXIS: tl.constexpr):
+    """Whether a run of equal chunks begins at each place."""
+    return (i == 0) | (chunk != tl.gather(chunk, tl.maximum(i - 1, 0), AXIS))
+
+
+@triton.jit
+def _ends(chunk, i, PICKS: tl.constexpr, AXIS: tl.constexpr):
+    """Whether a run of equal chunks ends at each place."""
+    return (i == PICKS - 1) | (chunk != tl.gather(chunk, tl.minimum(i + 1, PICKS - 1), AXIS))
+
+
+@triton.jit
+def _load_picks(chunk_indices, token, i, inside, bh, T, H, N, K: tl.constexpr):
+    """The chunk of each pick, N for an empty slot: slot ``i % K`` of a token."""
+    first_token_head = (bh // H).to(tl.int64) * T * H + bh % H  # row of [B, T, H]
+    place = (first_token_head + token.to(tl.int64) * H) * K + i % K
+    chunk = tl.load(chunk_indices + place, mask=inside & (token < T), other=-1)
+    return tl.where((chunk >= 0) & (chunk < N), chunk, N).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
+def _sort_picks(
+    chunk_indices, chunks, order, counts, T, H, N, blocks, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr
+):
+    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, PICKS)
+    chunk = _load_picks(chunk_indices, block * TOKENS + i // K, i, i < TOKENS * K, bh, T, H, N, K)
+    # The place of a pick stands in the low bits: no two keys are equal, and the order is stable.
+    key = tl.sort(chunk * PICKS + i)
+    chunk = key // PICKS
+    start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
+    tl.store(chunks + start + i, chunk, mask=i < TOKENS * K)
+    tl.store(order + start + i, block * (TOKENS * K) + key % PICKS, mask=i < TOKENS * K)
+    # counts is [B * H, super-tiles, N, blocks of a super-tile].
+    super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
+    place = (super_tile * N + chunk) * blocks + block % blocks
+    count = i - _run_starts(_begins(chunk, i, 0), i, 0) + 1
+    tl.store(counts + place, count, mask=_ends(chunk, i, PICKS, 0) & (chunk < N))
+
+
+@triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
+def _spread_picks(
+    chunks, order, until, entries, picks, T, H, N, blocks,
+    K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, ADDRESSES: tl.constexpr,
+):  # fmt: skip
+    """Move the sorted picks of TOKENS tokens to their places among those of the whole super-tile, or of all tokens.
+
+    They are written as entries, token * K + slot; or as addresses, the rows of [B, T, H] and the picks themselves.
+    """
+    block, bh = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, PICKS)
+    start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
+    chunk = tl.load(chunks + start + i, mask=i < TOKENS * K, other=N)
+    listed = chunk < N
+    super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
+    # ``until`` counts the picks of all chunks and blocks up to and with this one.
+    place = chunk * blocks + block % blocks
+    before = tl.load(until + super_tile * N * blocks + place - 1, mask=listed & (place > 0), other=0)
+    position = before + i - _run_starts(_begins(chunk, i, 0), i, 0)
+    entry = tl.load(order + start + i, mask=listed, other=0)
+    if ADDRESSES:
+        position += bh.to(tl.int64) * T * K
+        token_head = (bh // H) * T * H + bh % H + entry // K * H
+        tl.store(entries + position, token_head, mask=listed)
+        tl.store(picks + position, token_head * K + entry % K, mask=listed)
+    else:
+        tl.store(entries + super_tile * (blocks * TOKENS * K) + position, entry, mask=listed)
+
+
+@triton.jit(do_not_specialize=("N", "blocks", "num_tiles", "num_picks"))
+def _cut_tiles(until, tiles, N, blocks, num_tiles, num_picks, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cut the picks of each chunk in one super-tile into tiles of SEGMENT at most; tiles too many are empty."""
+    s, bh = tl.program_id(0), tl.program_id(1)
+    super_tile = bh.to(tl.int64) * tl.num_programs(0) + s
+    until += super_tile * N * blocks
+    tiles += super_tile * num_tiles * 3
+    total = 0
+    for first in range(0, N, BLOCK_N):
+        chunk = first + tl.arange(0, BLOCK_N)
+        place, there = chunk * blocks, chunk < N
+        start = tl.load(until + place - 1, mask=there & (chunk > 0), other=0)
+        stop = tl.load(until + place + blocks - 1, mask=there, other=0)
+        tiles_each = (stop - start + SEGMENT - 1) // SEGMENT
+        tile = total + tl.cumsum(tiles_each, 0) - tiles_each
+        for i in range(tl.max(tiles_each, 0)):
+            mine = i < tiles_each
+            row = tiles + (tile + i) * 3
+            tl.store(row, chunk, mask=mine)
+            tl.store(row + 1, s * num_picks + start + i * SEGMENT, mask=mine)
+            tl.store(row + 2, s * num_picks + tl.minimum(start + (i + 1) * SEGMENT, stop), mask=mine)
+        total += tl.sum(tiles_each, 0)
+    for first in range(total, num_tiles, BLOCK_N):
+        left = first + tl.arange(0, BLOCK_N)
+        for field in tl.static_range(3):
+            tl.store(tiles + left * 3 + field, tl.zeros_like(left), mask=left < num_tiles)
+
+
+@triton.jit(do_not_specialize=("T", "H", "N", "num_blocks"))
+def _list_visits(
+    chunk_indices, visits, entries, num_visits, T, H, N, num_blocks,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, PICKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The visits of BLOCKS blocks of tokens, as `block_visits` lists them; what lies past the last is not written."""
+    bh = tl.program_id(1)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    i = tl.arange(0, PICKS)[None, :] + tl.zeros([BLOCKS, 1], tl.int32)
+    chunk = _load_picks(chunk_indices, block * BLOCK_M + i // K, i, i < BLOCK_M * K, bh, T, H, N, K)
+    key = tl.sort(chunk * PICKS + i)
+    chunk = key // PICKS
+    since = i - _run_starts(_begins(chunk, i, 1), i, 1)
+    listed = (chunk < N) & (block < num_blocks)
+    # More picks than the block has tokens, as duplicates can make, are another visit.
+    begins = (since % BLOCK_M == 0) & listed
+    ends = (_ends(chunk, i, PICKS, 1) | (since % BLOCK_M == BLOCK_M - 1)) & listed
+    program = bh.to(tl.int64) * num_blocks + block
+    visit = visits + (program * (BLOCK_M * K) + tl.cumsum(begins.to(tl.int32), 1) - 1) * 3
+    tl.store(visit, chunk, mask=begins)
+    tl.store(visit + 1, i, mask=begins)
+    tl.store(visit + 2, i + 1, mask=ends)
+    tl.store(entries + program * (BLOCK_M * K) + i, key % PICKS, mask=listed)
+    tl.store(num_visits + program, tl.sum(begins.to(tl.int32), 1)[:, None], mask=block < num_blocks)
+
+
+def lists_by_super_tile(
+    chunk_indices: Tensor, num_chunks: int, *, super_tile: int, segment: int
+) -> tuple[Tensor, Tensor]:
+    """Sorts picks by super-tile of tokens, then by chunk.
+
+    Args:
+        chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
+        num_chunks: `N`.
+        super_tile: the tokens of a super-tile, a power of two.
+        segment: the most entries of a tile.
+
+    Returns:
+        entries `[B·H, …]`, `t·K + slot`, and the tiles `[B·H, M, 3]` that they are cut into, (chunk, start, stop);
+        superfluous ones have start = stop.
+    """
+    B, T, H, _ = chunk_indices.shape
+    if num_chunks > MOST_COUNTED:
+        return super_tile_lists(chunk_indices, num_chunks, super_tile=super_tile, segment=segment)
+    blocks = super_tile // _tokens(chunk_indices.shape[3], super_tile)
+    num_super_tiles = -(-T // super_tile)
+    entries, _, until = _sort(chunk_indices, num_chunks, blocks, num_super_tiles, super_tile)
+    picks = super_tile * chunk_indices.shape[3]
+    return entries, _cut(until, num_chunks, blocks, (B * H, num_super_tiles), picks, segment)
+
+
+def lists_of_chunks(
+    chunk_indices: Tensor, num_chunks: int, *, segment: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts picks by chunk.
+
+    Args:
+        chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
+        num_chunks: `N`.
+        segment: the most entries of a tile; None for whole lists.
+
+    Returns:
+        token_heads and picks `[B·H, T·K]`, as `list_addresses` returns them; and tiles as `split_lists` does, or
+        without a segment the offsets `[B·H, N + 1]` of `inverse_index`.
+    """
+    B, T, H, K = chunk_indices.shape
+    if not 0 < num_chunks <= MOST_COUNTED or not 0 < chunk_indices.numel() <= INT32_MAX:
+        listed, offsets = inverse_index(chunk_indices, num_chunks)
+        addresses = list_addresses(listed, chunk_indices.shape)
+        return *addresses, offsets if segment is None else split_lists(offsets, segment=segment, num_entries=T * K)
+    blocks = -(-T // _tokens(K))
+    token_heads, picks, until = _sort(chunk_indices, num_chunks, blocks, 1, None)
+    if segment is None:
+        return token_heads, picks, torch.nn.functional.pad(until[:, blocks - 1 :: blocks], (1, 0))
+    return token_heads, picks, _cut(until, num_chunks, blocks, (B * H, 1), T * K, segment)
+
+
+def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `block_visits` does, in one launch; superfluous visits hold anything."""
+    B, T, H, K = chunk_indices.shape
+    picks = triton.next_power_of_2(block_m * K)
+    if not 0 < picks <= MOST_VISITED or num_chunks * picks > INT32_MAX:
+        return block_visits(chunk_indices, num_chunks, block_m=block_m)
+    num_blocks, blocks = -(-T // block_m), MOST_VISITED // picks
+    options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
+    visits = torch.empty(B * H * num_blocks, block_m * K, 3, **options)
+    entries = torch.empty(B * H * num_blocks, block_m * K, **options)
+    num_visits = torch.empty(B * H * num_blocks, **options)
+    sizes, block = (T, H, num_chunks, num_blocks), (K, block_m, picks, blocks)
+    with torch.cuda.device_of(chunk_indices):
+        _list_visits[(-(-num_blocks // blocks), B * H)](
+            chunk_indices, visits, entries, num_visits, *sizes, *block, **VISIT_OPTIONS
+        )
+    return visits, entries, num_visits
+
+
+def _tokens(top_k: int, most: int = MOST_SORTED) -> int:
+    """Returns how many tokens' picks one program sorts: a power of two."""
+    return min(most, 1 << (max(1, MOST_SORTED // top_k).bit_length() - 1))
+
+
+def _sort(
+    chunk_indices: Tensor, num_chunks: int, blocks: int, num_super_tiles: int, super_tile: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns entries, or without super-tiles addresses, and how many picks come before the end of each count."""
+    B, T, H, K = chunk_indices.shape
+    tokens = _tokens(K, super_tile or MOST_SORTED)
+    block, grid = (K, tokens, triton.next_power_of_2(tokens * K)), (num_super_tiles * blocks, B * H)
+    options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
+    chunks, order = torch.empty(2, B * H, grid[0] * tokens * K, **options)
+    entries = torch.empty(B * H, T * K if super_tile is None else grid[0] * tokens * K, **options)
+    picks = torch.empty_like(entries) if super_tile is None else entries
+    until = torch.zeros(B * H, num_super_tiles * num_chunks * blocks, **options)
+    sizes = (T, H, num_chunks, blocks)
+    with torch.cuda.device_of(chunk_indices):
+        _sort_picks[grid](chunk_indices, chunks, order, until, *sizes, *block, **OPTIONS)
+        until.view(B * H, num_super_tiles, num_chunks * blocks).cumsum_(2)
+        _spread_picks[grid](chunks, order, until, entries, picks, *sizes, *block, super_tile is None, **OPTIONS)
+    return entries, picks, until
+
+
+def _cut(until: Tensor, num_chunks: int, blocks: int, lists: tuple[int, int], num_picks: int, segment: int) -> Tensor:
+    """Returns the tiles [B·H, M, 3] of all super-tiles; `lists` is B·H and the number of super-tiles."""
+    num_lists, num_super_tiles = lists
+    num_tiles = min(num_chunks, num_picks) + num_picks // segment  # the most that a super-tile can have
+    tiles = until.new_empty(num_lists, num_super_tiles * num_tiles, 3)
+    with torch.cuda.device_of(until):
+        _cut_tiles[(num_super_tiles, num_lists)](
+            until, tiles, num_chunks, blocks, num_tiles, num_picks, segment, CUT_CHUNKS, **OPTIONS
+        )
+    return tiles
+
+
+def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | None = None) -> tuple[dict, ...]:
+    """Returns what an emitted module says of the kernels behind `lists_by_super_tile` or `lists_of_chunks`."""
+    tokens = _tokens(top_k, super_tile or MOST_SORTED)
+    block = {"K": top_k, "TOKENS": tokens, "PICKS": triton.next_power_of_2(tokens * top_k)}
+    sizes = dict.fromkeys(("T", "H", "N", "blocks"), "i32")
+    launches = [
+        _launch(_sort_picks, ("chunk_indices", "chunks", "order", "counts"), sizes, block),
+        _launch(
+            _spread_picks, ("chunks", "order", "until", "entries", "picks"), sizes,
+            {**block, "ADDRESSES": super_tile is None},
+        ),
+    ]  # fmt: skip
+    if segment is not None:
+        sizes = dict.fromkeys(("N", "blocks", "num_tiles", "num_picks"), "i32")
+        launches.append(_launch(_cut_tiles, ("until", "tiles"), sizes, {"SEGMENT": segment, "BLOCK_N": CUT_CHUNKS}))
+    return tuple(launches)
+
+
+def visit_launches(top_k: int, block_m: int) -> tuple[dict, ...]:
+    """Returns what an emitted module says of the kernel behind `visits_of_blocks`."""
+    picks = triton.next_power_of_2(block_m * top_k)
+    if not 0 < picks <= MOST_VISITED:
+        return ()
+    tensors = ("chunk_indices", "visits", "entries", "num_visits")
+    block = {"K": top_k, "BLOCK_M": block_m, "PICKS": picks, "BLOCKS": MOST_VISITED // picks}
+    sizes = dict.fromkeys(("T", "H", "N", "num_blocks"), "i32")
+    return (_launch(_list_visits, tensors, sizes, block, VISIT_OPTIONS),)
+
+
+def _launch(
+    kernel: Any, tensors: tuple[str, ...], sizes: dict[str, str], block: dict[str, int], options: Any = OPTIONS
+) -> dict:
+    signature = dict.fromkeys(tensors, "*i32") | sizes | dict.fromkeys(block, "constexpr")
+    return {"kernel": kernel, "signature": signature, "constants": block, **options}
