@@ -195,6 +195,7 @@ def test_all_lengths_launch_the_kernel_that_was_compiled_ahead(compiled: dict[st
 def test_default_schedules_fit_use_the_matrix_units_and_do_not_spill(compiled: dict[str, Any]) -> None:
     assert {row["name"] for row in compiled["rows"]} == {
         "_hsa_forward_token", "_hsa_forward_union", "_hsa_forward_chunk", "_sum_slots",
+        "_list_visits", "_sort_picks", "_spread_picks", "_cut_tiles",
         "_hsa_backward_dq_dw", "_hsa_backward_union_dq_dw", "_hsa_backward_dk_dv", "_hsa_backward_chunk",
     }  # fmt: skip
     assert {row["arch"] for row in compiled["rows"]} == set(TARGETS)
@@ -207,7 +208,7 @@ def test_default_schedules_fit_use_the_matrix_units_and_do_not_spill(compiled: d
 
 
 def instruction(name: str, arch: str) -> str:
-    if name == "_sum_slots":
+    if not name.startswith("_hsa_"):
         return "none"
     return (TOKEN_INSTRUCTION if name in ("_hsa_forward_token", "_hsa_backward_dq_dw") else CHUNK_INSTRUCTION)[arch]
 
