@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hsa_compile.kernels.hsa_attention.pick_lists import lists_of_chunks, visits_of_blocks
 from hsa_compile.kernels.inverse_index import block_visits, inverse_index, list_addresses, split_lists
 
 
@@ -57,3 +58,38 @@ def test_visits_serve_every_pick_of_a_block_once(block_m: int) -> None:
             served += order[start:stop]
         assert sorted(served) == [entry for entry, chunk in enumerate(picks) if 0 <= chunk < 3]
         assert all(start == stop for _, start, stop in rows[count:])
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 6, 40000])
+@pytest.mark.parametrize("segment", [None, 2])
+def test_lists_built_by_triton_are_those_of_pytorch(num_chunks: int, segment: int | None) -> None:
+    # Two programs sort: 4,096 picks and the rest, of which some slots are empty.
+    B, T, H, K = 1, 1371, 2, 3
+    indices = torch.randint(-1, 7, (B, T, H, K), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    token_heads, picks, lists = lists_of_chunks(indices, num_chunks, segment=segment)
+    entries, offsets = inverse_index(indices, num_chunks)
+    addresses = list_addresses(entries, indices.shape)
+    for bh, filled in enumerate(offsets[:, -1].tolist()):
+        assert torch.equal(token_heads[bh, :filled], addresses[0][bh, :filled])
+        assert torch.equal(picks[bh, :filled], addresses[1][bh, :filled])
+    if segment is None:
+        assert torch.equal(lists, offsets)
+        return
+    tiles = split_lists(offsets, segment=segment, num_entries=T * K)
+    assert lists.shape == tiles.shape
+    for one, other in zip(lists.tolist(), tiles.tolist(), strict=True):
+        assert [row for row in one if row[1] < row[2]] == [row for row in other if row[1] < row[2]]
+        assert all(row[1] == row[2] for row in one[len([row for row in other if row[1] < row[2]]) :])
+
+
+@pytest.mark.parametrize(("block_m", "K"), [(1, 5), (4, 5), (32, 3), (2, 1), (8, 400)])
+def test_visits_built_by_triton_are_those_of_pytorch(block_m: int, K: int) -> None:
+    B, T, H = 2, 13, 3
+    indices = torch.randint(-1, 4, (B, T, H, K), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ours, theirs = (build(indices, 3, block_m=block_m) for build in (visits_of_blocks, block_visits))
+    assert torch.equal(ours[2], theirs[2])
+    for one, other, count in zip(ours[0].tolist(), theirs[0].tolist(), theirs[2].tolist(), strict=True):
+        assert one[:count] == other[:count]
+    for one, other, visits, count in zip(ours[1].tolist(), theirs[1].tolist(), *theirs[::2], strict=True):
+        filled = int(visits[count - 1, 2]) if count else 0
+        assert one[:filled] == other[:filled]

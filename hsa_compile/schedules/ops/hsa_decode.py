@@ -1,6 +1,7 @@
 """The schedules of `hsa_decode`: knobs, constraints, defaults and cost on each backend."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops.backend import OpBackend, Work, keep
@@ -106,6 +107,13 @@ def _work(problem: Problem, schedule: Schedule) -> Work:
     return Work(flops=2.0 * rows * problem.chunk_size * (D + Dv), memory_bytes=moved, cache_bytes=moved)
 
 
+def _triton_work(problem: Problem, schedule: Schedule) -> Work:
+    """Adds the parts of the output that split tokens leave in float32, written once and read once."""
+    work, splits = _work(problem, schedule), schedule.number("num_splits")
+    parts = 0 if splits == 1 else problem.batch * problem.seq_len * problem.num_heads * problem.value_dim * 4 * splits
+    return replace(work, memory_bytes=work.memory_bytes + 2 * parts, cache_bytes=work.cache_bytes + 2 * parts)
+
+
 TORCH = OpBackend(
     name="torch",
     choices={"split": {"block": _BLOCKS}},  # `block` counts the picks of one batched product
@@ -131,5 +139,5 @@ TRITON = OpBackend(
     why_not=_why_not_triton,
     fit=_fit_split,
     defaults=lambda problem, target: list(_triton_defaults(problem, target)),
-    work=_work,
+    work=_triton_work,
 )

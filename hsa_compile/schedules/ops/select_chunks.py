@@ -1,5 +1,6 @@
 """The schedules of `select_chunks` and its backward: knobs, constraints, defaults and cost on each backend."""
 
+import math
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
@@ -101,6 +102,27 @@ def _work(problem: Problem, schedule: Schedule) -> Work:
     )
 
 
+def _triton_work(problem: Problem, schedule: Schedule) -> Work:
+    """Counts what the kernels read and write again: rows of parts, of slices and of picks, and the picks themselves."""
+    work, backward = _work(problem, schedule), problem.op == "select_chunks_backward"
+    tokens = problem.batch * problem.seq_len * problem.num_kv_heads
+    own, gathered = tokens * problem.head_dim * problem.itemsize, tokens * problem.top_k
+    rows = gathered * problem.head_dim
+    if backward and schedule.dataflow == "token":  # the query again, and additions in the cache: read, added, written
+        return replace(work, cache_bytes=gathered * 8 + 3 * own + 2 * rows * problem.itemsize + 3 * rows * 4)
+    if backward:  # queries by landmark, with the places and gradients of their scores
+        landmarks = work.memory_bytes / 2 - gathered * 4 - own
+        return replace(work, cache_bytes=gathered * 24 + 2 * own + 3 * rows * problem.itemsize + landmarks)
+    splits = schedule.number("num_splits") if schedule.dataflow == "split" else 1
+    visible = work.flops / (2.0 * tokens * problem.head_dim)
+    passes = splits
+    if problem.head_dim > (128 if problem.itemsize == 2 else 64):  # in slices, so again with each step
+        passes = max(splits, math.ceil(visible / schedule.number("block_n")))
+    landmark_bytes = visible * own / schedule.number("block_tokens")
+    parts = 0 if splits == 1 else 2 * gathered * 8 * splits
+    return replace(work, cache_bytes=gathered * 8 + passes * own + landmark_bytes + parts)
+
+
 def _anything_goes(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     return None  # on a CPU each schedule runs every problem
 
@@ -139,7 +161,7 @@ TRITON = OpBackend(
     why_not=_why_not,
     fit=keep,
     defaults=_triton_forward,
-    work=_work,
+    work=_triton_work,
 )
 TRITON_BACKWARD = replace(
     TRITON,

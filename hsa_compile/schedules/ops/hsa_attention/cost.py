@@ -1,5 +1,6 @@
 """What `hsa_attention` costs: FLOPs and bytes on any backend, and in Triton each kernel with its padding."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from hsa_compile.schedules.schedule import Schedule
 # What follows is fitted to times on an H100 (benchmarks/results/gpu_nvidia-h100-80gb-hbm3.json).
 _SORTED_BYTES = 512  # sorting a pick takes as long as moving so many bytes of memory
 _ADDED = 0.9  # the share of the parts that are added up in memory, where 2 is each of them read and written
-_INDEX_LAUNCHES = 45  # small kernels that PyTorch launches to index one super-tile; the first is not counted
+_INDEX_LAUNCHES = 5  # small kernels that index one super-tile; the first is not counted
 
 
 def attention_work(problem: Problem, schedule: Schedule) -> Work:
@@ -60,7 +61,9 @@ def _token_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     D, Dv, backward = problem.head_dim, problem.value_dim, problem.op == "hsa_backward"
     tokens = schedule.number("block_tokens") if schedule.dataflow == "union" else 1
     blocks = problem.batch * problem.num_kv_heads * math.ceil(problem.seq_len / tokens)
-    chunks = problem.top_k * (1 + (tokens - 1) * (1 - OVERLAP))
+    # Each further token of a block brings some new chunks; the last block may have fewer tokens.
+    new_tokens = problem.batch * problem.num_kv_heads * problem.seq_len - blocks
+    chunks = problem.top_k * (1 + new_tokens / blocks * (1 - OVERLAP))
     rows = max(MIN_ROWS, tile_rows(problem, tokens))
     kv_bytes = problem.batch * problem.kv_len * problem.num_kv_heads * (D + Dv) * problem.itemsize
     read = blocks * chunks * problem.chunk_size * (D + Dv) * problem.itemsize
@@ -92,20 +95,22 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     row_bytes = shape.rows * (D + Dv if backward else D) * problem.itemsize
     kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * problem.itemsize
     live = shape.live_tokens * problem.num_heads
+    listed = shape.rows / problem.group * (16 if backward else 12)  # where entries lie, their weights, gradients of these
     memory = kv_bytes + row_bytes * _missed(live * D * problem.itemsize, limits)
+    added = 3 * 4 / problem.itemsize if schedule["segment"] else 1.0 if not schedule["super_tile"] else 2.0
     if reduction == "atomic":
         traffic = 3 * part_bytes  # read, added to, written
         # A token's parts are added close to each other in time, so forward the cache holds more than chance says.
         memory += (2.0 if backward else _ADDED) * part_bytes * _missed(live * width * 4, limits)
     else:
-        traffic = 2 * part_bytes
+        traffic = 2 * part_bytes + problem.batch * problem.seq_len * problem.num_heads * width * problem.itemsize
         memory += 2 * part_bytes * _missed(live * problem.top_k * width * 4, limits)
     return Pass(
         flops=2.0
         * shape.padded_rows
         * _padded(problem.chunk_size)
         * _products(problem, (3, 2) if backward else (1, 1)),
-        cache_bytes=kv_bytes * (3 if backward else 1) + row_bytes + traffic,
+        cache_bytes=kv_bytes * (1 + added if backward else 1) + row_bytes + traffic + listed,
         memory_bytes=memory + problem.batch * problem.seq_len * problem.num_heads * (D + Dv) * problem.itemsize,
         programs=shape.segments / shape.launches,
         launches=shape.launches * (1 if reduction == "atomic" else 2) + _INDEX_LAUNCHES * (shape.launches - 1),
@@ -141,17 +146,19 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * size
     head_bytes = problem.kv_len * (D + Dv) * size  # what all super-tiles of one kv head read again
     row_bytes = shape.rows * row_width * size
-    own = problem.batch * problem.seq_len * problem.num_heads * (row_width + width) * size
+    tokens = problem.batch * problem.seq_len
+    own = tokens * problem.num_heads * (row_width + width) * size
+    listed = shape.rows / problem.group * (12 if backward else 8)  # entries, their weights, gradients of these
     memory = own + kv_bytes * _missed(head_bytes, limits) + row_bytes * _missed(live * row_width * size, limits)
     reduction = schedule["reduce"]
     if reduction == "atomic":
         traffic = 3 * 4 * shape.rows * width  # read, added to, written
         memory += traffic * _missed(live * width * 4, limits)
     else:
-        traffic = 2 * shape.rows * width * size
+        traffic = 2 * shape.rows * width * size + tokens * problem.num_heads * width * size
         # Parts are written back even though nobody reads them again; a second kernel finds them in memory alone.
         late = 1.0 if reduction == "slots" else _missed(live * problem.top_k * width * size, limits)
-        memory += traffic / 2 * (1 + late)
+        memory += shape.rows * width * size * (1 + late)
     windows = 1 if backward else math.ceil(problem.seq_len / (schedule.number("window") or problem.seq_len))
     if backward:
         traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # dk and dv are added to
@@ -160,7 +167,7 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         * shape.padded_rows
         * _padded(problem.chunk_size)
         * _products(problem, (3, 2) if backward else (1, 1)),
-        cache_bytes=kv_bytes + row_bytes + traffic,
+        cache_bytes=kv_bytes + row_bytes + traffic + listed,
         memory_bytes=memory,
         programs=shape.segments / windows,
         launches=windows * (2 if reduction == "slots" else 1),
@@ -209,7 +216,7 @@ class _Lists:
         length = picks / num_lists
         block_entries = fused_step(problem) if schedule.dataflow == "fused" else schedule.number("block_entries")
         tile = max(MIN_ROWS, tile_rows(problem, block_entries))
-        segments = num_lists * max(1, math.ceil(length / segment) if segment else 1)
+        segments = num_lists * (_pieces(length, segment) if segment else 1.0)
         # The last tile of a list is half full on average.
         tiles = picks / block_entries + segments / 2
         return _Lists(
@@ -220,6 +227,20 @@ class _Lists:
             live_tokens=problem.batch * min(super_tile or problem.seq_len, problem.seq_len),
             tile=tile,
         )
+
+
+@functools.cache
+def _pieces(mean: float, segment: int) -> float:
+    """Returns into how many pieces of at most `segment` entries a list is cut, on average over random lists.
+
+    Picks that fall on chunks at random make lists of Poisson's lengths: some are empty, and some a piece longer.
+    """
+    reach = 6 * math.sqrt(mean) + 6
+    lengths = range(max(1, math.floor(mean - reach)), math.ceil(mean + reach))
+    return sum(
+        math.ceil(length / segment) * math.exp(length * math.log(mean) - mean - math.lgamma(length + 1))
+        for length in lengths
+    )
 
 
 def _products(problem: Problem, counts: tuple[int, int]) -> int:
