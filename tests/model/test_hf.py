@@ -13,20 +13,13 @@ from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.pretrained import from_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+hf = pytest.importorskip("hsa_compile.model.hf")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 TOKENS = torch.randint(19, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> None:
-    from hsa_compile.model.hf import register
-
-    register()
-    register()  # twice is as good as once
 
 
 @pytest.fixture
