@@ -18,7 +18,7 @@ hf = pytest.importorskip("hsa_compile.model.hf")
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
 PROMPT = torch.randint(1, 19, (2, 33), generator=torch.Generator().manual_seed(0))  # 6 chunks of 5, and 3 tokens
-NEW = 14
+NEW = 8
 
 
 def wrapped(variant: str = "hsa-ultralong") -> Any:
