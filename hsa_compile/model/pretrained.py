@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 MODEL_TYPE, ARCHITECTURE = "hsa_compile", "HSACompileForCausalLM"
 MODULE = "modeling_hsa_compile"
 AUTO_MAP = {"AutoConfig": f"{MODULE}.HSACompileConfig", "AutoModelForCausalLM": f"{MODULE}.{ARCHITECTURE}"}
-_MODULE_TEXT = f'''"""Leads `transformers`, where it is called with `trust_remote_code=True`, to the classes of hsa-compile."""
+_MODULE_TEXT = f'''"""Leads `transformers`, if it is called with `trust_remote_code=True`, to hsa-compile."""
 
 from hsa_compile.model.hf import HSABytesTokenizer, HSACompileConfig, {ARCHITECTURE}
 

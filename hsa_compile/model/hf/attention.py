@@ -9,9 +9,9 @@ keys. One softmax covers both, except that a picked chunk's share of it is estim
     o   = (exp(L) · o_window + Σ_i exp(s_i) · o_i) / (exp(L) + Σ_i exp(s_i))
 
 `o_window` and `o_i` are the softmax attention within the window and within chunk i. The heads of a group pick together,
-by the sum of their queries. No weights are added: a text as long as the window gets full attention, and a longer one what
-full attention gives if the keys within each chunk are equal and all chunks are picked. Gradients reach queries, keys and
-values by all three lines; the choice has none.
+by the sum of their queries. No weights are added: a text as long as the window gets full attention, and a longer one
+gets what full attention gives if the keys within each chunk are equal and all chunks are picked. Gradients reach
+queries, keys and values by all three lines; the choice has none.
 """
 
 import math

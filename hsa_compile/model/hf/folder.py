@@ -163,7 +163,8 @@ def _evaluation(path: Path) -> str:
             if cell["depth"] is None
         ]
         perplexity = [
-            f"| {PERPLEXITY} | {each['source']} | | {each['length']:,} | {each['perplexity']:.4g} | | {each['num_texts']} |"
+            f"| {PERPLEXITY} | {each['source']} | | {each['length']:,} | {each['perplexity']:.4g} | "
+            f"| {each['num_texts']} |"
             for each in results["perplexity"]
         ]
     except (KeyError, TypeError, ValueError) as error:

@@ -353,11 +353,9 @@ def rewind(state: ModelState, point: Snapshot) -> None:
 def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> ModelState:
     """Returns a state of some of the texts, each as often as it is named; both states read on without the other.
 
-    Keys and values of chunks are not copied.
-
     Args:
         model: the model that has read.
-        state: what it has read; it is not changed.
+        state: what it has read; it is not changed, and its chunks are not copied.
         rows: the numbers of the texts, at least one.
 
     Raises:
@@ -386,9 +384,7 @@ def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> 
 
 def _rows_of(parts: Any, index: Tensor) -> Any:
     """Takes rows of each tensor of a cache or a selection; None stays None."""
-    if parts is None:
-        return None
-    return type(parts)(**{name: getattr(parts, name)[index] for name in parts.__slots__})
+    return parts and type(parts)(**{name: getattr(parts, name)[index] for name in parts.__slots__})
 
 
 def _copy(state: ModelState) -> ModelState:

@@ -157,7 +157,7 @@ class PagePool:
         return first
 
     def overwrite(self, pages: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Replaces pages, those of a saved shard or of several memories by new ones, and returns the numbers of the pages that hold them now.
+        """Replaces pages, those of a saved shard or of several memories by new ones; returns the pages' numbers now.
 
         Args:
             pages: `[n]` int64, on the CPU.
