@@ -1,8 +1,8 @@
 """The shipped `tiny` as a model of Hugging Face transformers: saved, opened by Auto classes, asked about a long text.
 
 The text is noise with needles in it, such as ` abc=1234.`; a question is ` ?abc=`. The text is read once, into a cache
-whose copies answer every question. Printed are the answers; what a batch with padding changes in the logits; and how many
-tokens a second `generate` writes with the cache and without.
+whose copies answer every question. Printed are the answers, what a batch with padding changes in the logits, and how
+many tokens a second `generate` writes with the cache and without.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """HSA as `attn_implementation="hsa"`: the attention of any causal model of `transformers` whose layers ask for one.
 
-A token attends in full to the keys of its own chunk up to itself and of the `window_chunks` chunks before that. Of all
-earlier chunks it attends to the `top_k` whose landmarks score highest, where the landmark of a chunk is the mean of its
-keys. One softmax covers both, except that a picked chunk's share of it is estimated from its landmark:
+A token attends in full to the keys of its own chunk up to itself and of the `window_chunks` chunks before that. Among
+all earlier chunks it attends to the `top_k` whose landmarks score highest, where the landmark of a chunk is the mean of
+its keys. One softmax covers both, except that a picked chunk's share of it is estimated from its landmark:
 
     L   = logsumexp over the keys j of the window of scale · q·k_j
     s_i = log C + scale · q·landmark_i                        for the picked chunks i
