@@ -13,6 +13,9 @@ from small_models import build, small_config
 
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.files import write_json
+from hsa_compile.model.data.tokenizer import load_tokenizer
+from hsa_compile.model.evaluation.outcomes import OutcomeFile
+from hsa_compile.model.evaluation.subject import Subject
 from hsa_compile.model.pretrained import from_pretrained, read_tokenizer, save_pretrained
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
@@ -196,6 +199,7 @@ class Batches(torch.utils.data.IterableDataset):
             yield {"input_ids": row, "labels": torch.cat((torch.tensor([-100]), row[1:]))}
 
 
+@pytest.mark.exhaustive
 def test_trainer_goes_where_our_trainer_goes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs it")
     num_steps, rows, length = 50, 4, 32
@@ -224,6 +228,22 @@ def test_trainer_goes_where_our_trainer_goes(tmp_path: Path) -> None:
         feed = StepBatch(plan=plan, tokens=batch, weights=weights, is_answer=torch.zeros_like(batch, dtype=torch.bool))
         expected.append(run_step(loss_model, optimizer, feed, config, Processes(device=torch.device("cpu"))).loss)
     assert expected[-1] < expected[0] - 1
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-4, rtol=1e-4)
     trainer.save_model(tmp_path / "saved")
     assert torch.equal(from_pretrained(tmp_path / "saved").embedding.weight, theirs.model.embedding.weight)
+
+
+def test_the_model_class_of_the_harness_scores_as_ours_does(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the harness's own model class needs it")
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    harness = pytest.importorskip("hsa_compile.model.evaluation.harness")
+    model = wrapped()
+    pairs = [("one context", " and more"), ("one context", "?"), ("another", "b")]
+    requests = [harness.Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    theirs = models.HFLM(pretrained=model, tokenizer=hf.HSABytesTokenizer(), batch_size=2, device="cpu")
+    subject = Subject(name="small", model=model.model, tokenizer=load_tokenizer("bytes"))
+    with OutcomeFile(tmp_path / "outcomes.jsonl") as outcomes:
+        expected = harness.HarnessModel(subject, outcomes, quiet=True).loglikelihood(requests)
+    for found, wanted in zip(theirs.loglikelihood(requests), expected, strict=True):
+        assert found[0] == pytest.approx(wanted[0], abs=1e-4)
+        assert found[1] == wanted[1]
