@@ -13,6 +13,7 @@ _DRIVERS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version
 # A module that some feature imports → the extra of pyproject.toml that installs it.
 EXTRAS = {
     "transformers": "hf",
+    "huggingface_hub": "hf",
     "lm_eval": "harness",
     "tokenizers": "train",
     "datasets": "train",

@@ -48,6 +48,10 @@ def test_examples_run_in_small(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     run_path(str(EXAMPLES / "huggingface_swap.py"))["main"]()
     assert capsys.readouterr().out.endswith("as by hand: True\n")
+    run_path(str(EXAMPLES / "huggingface_generate.py"))["main"](length=1024, questions=2, tokens=2)
+    answers, _, times = capsys.readouterr().out.partition("2 of 2 right\npadding before a text changes")
+    assert answers.count("  right\n") == 2
+    assert "1,024 bytes are read in" in times
 
 
 @pytest.mark.exhaustive

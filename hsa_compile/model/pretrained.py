@@ -1,4 +1,7 @@
-"""A model as a directory: `config.json` and `model.safetensors`, written so that a kill leaves the old ones intact."""
+"""A model as a directory: `config.json` and `model.safetensors`, written so that a kill leaves the old ones intact.
+
+A small module beside them leads `transformers` to our classes.
+"""
 
 import uuid
 from collections.abc import Mapping
@@ -9,15 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.files import make_directory, read_json, sync_directory, write_json
+from hsa_compile.files import make_directory, read_json, replace_file, sync_directory, write_json
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.tensor_files import read_metadata, read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
-# By these `transformers` finds the wrapper in hf.py.
+# By these `transformers` finds the classes in `model/hf`.
 MODEL_TYPE, ARCHITECTURE = "hsa_compile", "HSACompileForCausalLM"
+MODULE = "modeling_hsa_compile"
+AUTO_MAP = {"AutoConfig": f"{MODULE}.HSACompileConfig", "AutoModelForCausalLM": f"{MODULE}.{ARCHITECTURE}"}
+_MODULE_TEXT = f'''"""Leads `transformers`, if it is called with `trust_remote_code=True`, to hsa-compile."""
+
+from hsa_compile.model.hf import HSABytesTokenizer, HSACompileConfig, {ARCHITECTURE}
+
+__all__ = ["HSABytesTokenizer", "HSACompileConfig", "{ARCHITECTURE}"]
+'''
 
 
 def save_pretrained(
@@ -42,6 +53,7 @@ def save_pretrained(
     config = {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
+        "auto_map": AUTO_MAP,
         "format_version": FORMAT_VERSION,
         "save_id": save_id,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -51,6 +63,7 @@ def save_pretrained(
     }
     # Two files cannot be renamed at once. The new config waits under the name of its save until the weights that
     # carry the same name are in place; from there on `_current_config` finds it, even if the last rename never comes.
+    replace_file(directory / f"{MODULE}.py", lambda temporary: temporary.write_text(_MODULE_TEXT, encoding="utf-8"))
     waiting = _waiting_config(directory, save_id)
     write_json(waiting, config)
     try:

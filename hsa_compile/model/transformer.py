@@ -89,25 +89,30 @@ class HSATransformer(nn.Module):
         noise_seed: int | None = None,
         selections: list[Selection] | None = None,
         in_batch_memory: bool = False,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Returns the normalised output of the last layer `[B, T, dim]`, from which `logits` are made.
 
         The arguments are those of `forward`. With `in_batch_memory` each text also sees the chunks of all others: see
-        `SequenceMemory`.
+        `SequenceMemory`. The list `outputs` is filled with the embeddings and the output of each layer.
         """
         x = self.embed(tokens)
+        if outputs is not None:
+            outputs.append(x)
         text = None
         if self.landmark_token is not None:
             x, text = self.with_landmark_tokens(x, 0)
         if noise_seed is None and self.training and self.config.selection_noise and self.config.has_memory:
             noise_seed = int(torch.randint(2**63 - 1, ()))
         piece = self.piece([0] * x.shape[0], x)
-        x, _ = self.run(self.lower, x, piece)
+        x, _ = self.run(self.lower, x, piece, outputs=outputs)
         memory = None
         if self.chunk_encoder is not None:
             memory = SequenceMemory(self._encode_whole_chunks(x), in_batch=in_batch_memory)
         upper = Piece(positions=piece.positions, rope=piece.rope, memory=memory, noise_seed=noise_seed)
-        x, _ = self.run(self.upper, x, upper, selections=selections)
+        x, _ = self.run(self.upper, x, upper, selections=selections, outputs=outputs)
+        if outputs is not None and text is not None:
+            outputs[1:] = [output[:, text] for output in outputs[1:]]
         return self.norm(x if text is None else x[:, text])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -117,11 +122,13 @@ class HSATransformer(nn.Module):
         return nn.functional.linear(hidden, self.embedding.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Looks up the embeddings of `tokens [B, T]`, `[B, T, dim]`.
+        """Looks up the embeddings `[B, T, dim]` of `tokens [B, T]`; what is embedded already is returned.
 
         Raises:
             InvalidArgument: tokens have another shape or dtype.
         """
+        if tokens.dim() == 3 and tokens.is_floating_point() and tokens.shape[2] == self.config.dim:
+            return tokens
         if tokens.dim() != 2:
             raise InvalidArgument(f"tokens have shape {list(tokens.shape)}; [B, T] is needed")
         if tokens.dtype not in (torch.int32, torch.int64, torch.uint8):
@@ -162,6 +169,7 @@ class HSATransformer(nn.Module):
         piece: Piece,
         caches: Sequence[Cache | None] | None = None,
         selections: list[Selection] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Cache | None]]:
         """Runs `x [B, T, dim]` through the layers of one half; where caches are given, it also returns the new ones."""
         selection: Selection | None = None
@@ -175,6 +183,8 @@ class HSATransformer(nn.Module):
                     after.append(cache)
             if selections is not None and layer.retrieval is not None and selection is not None:
                 selections.append(selection)
+            if outputs is not None:
+                outputs.append(x)
         return x, after
 
     def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: 
 
     Args:
         model: a model in evaluation mode.
-        tokens: `[B, T]`; shorter rows end in padding.
+        tokens: `[B, T]`, or their embeddings `[B, T, dim]`; shorter rows end in padding.
         state: the state to read on from; it is changed in place.
         num_valid: how many tokens of each row are no padding, 0 … T; None if all are.
 
@@ -118,7 +119,7 @@ def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: 
             tokens.shape[1],
         )
     if max(valid) == 0:
-        return model.embedding.weight.new_zeros(*tokens.shape, model.config.vocab_size)
+        return model.embedding.weight.new_zeros(*tokens.shape[:2], model.config.vocab_size)
     x, text = _embed(model, tokens, state)
     inserted = x.shape[1] - tokens.shape[1]
     valid = [n + inserted for n in valid]  # landmark tokens come one row at a time, where nothing is padding
@@ -146,7 +147,7 @@ def prefill(
 
     Args:
         model: a model in evaluation mode.
-        tokens: `[B, T]`, on any device; shorter rows end in padding.
+        tokens: as in `extend`, on any device.
         state: the state to read on from; it is changed in place.
         lengths: how many tokens of each row are no padding, at least 1; None if all are.
         piece: how many tokens are read at once.
@@ -300,7 +301,7 @@ def _by_rows(rows: list[Tensor], length: int) -> Tensor:
 
 def _valid(tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None) -> list[int]:
     batch = len(state.rows) if state.rows is not None else len(state.positions)
-    if tokens.dim() != 2 or tokens.shape[0] != batch:
+    if tokens.dim() not in (2, 3) or tokens.shape[0] != batch:
         raise InvalidArgument(f"tokens have shape {list(tokens.shape)}; [{batch}, T] is needed")
     valid = [tokens.shape[1]] * batch if num_valid is None else [int(n) for n in num_valid]
     if len(valid) != batch or not all(0 <= n <= tokens.shape[1] for n in valid):
@@ -347,6 +348,43 @@ def rewind(state: ModelState, point: Snapshot) -> None:
         state.memory.truncate(point.num_chunks)
     for row, row_point in zip(state.rows or (), point.rows, strict=True):
         rewind(row, row_point)
+
+
+def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> ModelState:
+    """Returns a state of some of the texts, each as often as it is named; both states read on without the other.
+
+    Args:
+        model: the model that has read.
+        state: what it has read; it is not changed, and its chunks are not copied.
+        rows: the numbers of the texts, at least one.
+
+    Raises:
+        InvalidArgument: a row is not there, or none is named.
+    """
+    batch = len(state.rows) if state.rows is not None else len(state.positions)
+    if not rows or not all(0 <= row < batch for row in rows):
+        raise InvalidArgument(f"rows = {list(rows)} must be at least one of 0 … {batch - 1}")
+    if model.config.has_landmark_tokens and len(rows) > 1:
+        states = [take_rows(model, state, [row]) for row in rows]
+        return replace(states[0], rows=states)
+    if state.rows is not None:
+        return take_rows(model, state.rows[rows[0]], [0])
+    index = torch.tensor(rows, device=state.pending.device)
+    return replace(
+        state,
+        positions=[state.positions[row] for row in rows],
+        lower=[_rows_of(cache, index) for cache in state.lower],
+        upper=[_rows_of(cache, index) for cache in state.upper],
+        num_upper_past=[state.num_upper_past[row] for row in rows],
+        pending=state.pending[index],
+        memory=None if state.memory is None else state.memory.take(rows),
+        carried={layer: _rows_of(selection, index) for layer, selection in state.carried.items()},
+    )
+
+
+def _rows_of(parts: Any, index: Tensor) -> Any:
+    """Takes rows of each tensor of a cache or a selection; None stays None."""
+    return parts and type(parts)(**{name: getattr(parts, name)[index] for name in parts.__slots__})
 
 
 def _copy(state: ModelState) -> ModelState:

@@ -1,6 +1,7 @@
 """The landmarks of the whole past, in segments that never move, and the search for the best chunks among them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class LandmarkStore:
     def read(self, row: int, first: int, last: int) -> Tensor:
         """Returns landmarks `[last − first, H, Dr]` of a row."""
         return torch.cat([data[row, begin:end] for data, begin, end in self._parts(first, last)])
+
+    def take(self, rows: Sequence[int]) -> "LandmarkStore":
+        """Returns a store whose rows are copies of the named ones."""
+        taken = LandmarkStore(replace(self.shape, batch=len(rows)), self.device)
+        taken._segments = [(first, data[list(rows)]) for first, data in self._segments]
+        return taken
 
     def select(
         self, query: Tensor, positions: list[int], counts: list[int], *, chunk_size: int, top_k: int, fusion: str

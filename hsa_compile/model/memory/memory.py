@@ -1,6 +1,8 @@
 """The chunk memory: keys, values and landmarks of the whole past of a batch of texts, for inference."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -182,6 +184,25 @@ class ChunkMemory:
         dropped = [self.table.pages(row, n, there[row]) for row, n in enumerate(counts)]
         self.pages.release(torch.cat(dropped))
         self.table.truncate(counts)
+
+    def take(self, rows: Sequence[int]) -> "ChunkMemory":
+        """Returns a memory whose rows are some of this one's, each as often as it is named; both grow on their own.
+
+        Keys and values are not copied: both memories read the same pages, and what either changes it writes anew.
+
+        Args:
+            rows: the numbers of the rows, at least one.
+
+        Raises:
+            InvalidArgument: a row is not there, or none is named.
+        """
+        for row in rows:
+            self._check_row(row)
+        taken = copy.copy(self)
+        taken.shape = replace(self.shape, batch=len(rows))
+        taken.table, taken.landmarks = self.table.take(rows), self.landmarks.take(rows)
+        self.pages.shared = True
+        return taken
 
     @torch.no_grad()
     def select(

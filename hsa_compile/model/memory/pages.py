@@ -123,6 +123,7 @@ class PagePool:
     def __init__(self, shape: MemoryShape, *, device: torch.device, placement: str, directory: Path | None) -> None:
         self.shape, self.device, self.placement, self.directory = shape, device, placement, directory
         self.num_pages = 0
+        self.shared = False  # whether several memories have pages here: then none is overwritten or used again
         self._segments: list[Segment] = []
         self._file: int | None = None
         self._resident = 0
@@ -156,14 +157,14 @@ class PagePool:
         return first
 
     def overwrite(self, pages: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Replaces pages, those of a saved shard by new ones, and returns the numbers of the pages that hold them now.
+        """Replaces pages, those of a saved shard or of several memories by new ones; returns the pages' numbers now.
 
         Args:
             pages: `[n]` int64, on the CPU.
             k: `[n, H, C, D]`.
             v: `[n, H, C, Dv]`.
         """
-        fixed = torch.zeros(len(pages), dtype=torch.bool)
+        fixed = torch.full((len(pages),), self.shared)
         for segment in self._segments:
             if not segment.writable:
                 fixed |= (pages >= segment.first) & (pages < segment.first + segment.size)
@@ -178,11 +179,13 @@ class PagePool:
         return now
 
     def release(self, pages: Tensor) -> None:
-        """Gives back pages that nobody needs any more; the newest, but for those of a saved shard, are used again.
+        """Gives back pages that this memory needs no more; the newest are used again, unless they are shared or saved.
 
         Args:
             pages: `[n]` int64, each once, on the CPU.
         """
+        if self.shared:
+            return
         first = self.num_pages - len(pages)
         fixed = max((s.first + s.size for s in self._segments if not s.writable), default=0)
         if first >= fixed and bool((pages >= first).all()):

@@ -129,6 +129,13 @@ class PageTable:
         """Forgets all chunks of each row but so many at its beginning."""
         self.counts = list(counts)
 
+    def take(self, rows: Sequence[int]) -> "PageTable":
+        """Returns a table whose rows are copies of the named ones."""
+        taken = PageTable(len(rows))
+        taken.counts = [self.counts[row] for row in rows]
+        taken._rows = [self._rows[row].clone() for row in rows]
+        return taken
+
     def pages(self, row: int, first: int, last: int) -> Tensor:
         """Returns the pages of chunks `first … last − 1` of a row, int64."""
         return self._rows[row][first:last].long()
