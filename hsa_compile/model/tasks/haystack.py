@@ -87,8 +87,7 @@ class FrequencyHaystack:
         weights = 1 / np.arange(1, _VOCABULARY + 1) ** 2
         ends = np.ceil(count * np.cumsum(weights) / weights.sum())
         ranks = np.searchsorted(ends, np.arange(count), side="right").astype(np.uint8)
-        order = np.argsort(np.frombuffer(rng.randbytes(8 * count), "<u8"), kind="stable")
-        return _cut(words[ranks[order]], length, rng)
+        return _cut(words[ranks[_shuffled(rng, count)]], length, rng)
 
 
 class NeedleHaystack:
@@ -124,9 +123,14 @@ def _letters(rng: random.Random, count: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(LETTERS, np.uint8)[drawn].reshape(count, WORD_BYTES)
 
 
+def _shuffled(rng: random.Random, count: int) -> npt.NDArray[np.int64]:
+    """Returns the numbers below `count` in random order."""
+    return np.argsort(np.frombuffer(rng.randbytes(8 * count), "<u8"), kind="stable")
+
+
 def _most(rng: random.Random, size: int, count: int) -> npt.NDArray[np.int64]:
     """Draws `count` of the numbers below `size`, with repetition, out of seven eighths of them."""
-    allowed = np.array(rng.sample(range(size), size * 7 // 8))
+    allowed = _shuffled(rng, size)[: size * 7 // 8]
     return allowed[np.frombuffer(rng.randbytes(4 * count), "<u4") % len(allowed)]
 
 
