@@ -188,24 +188,24 @@ _PARTS = 8  # into how many parts a table cuts the offsets of a chunk
 
 
 def _place_table(protocol: str, cells: Sequence[Cell]) -> str:
-    """Returns a row a length: accuracy by where in its chunk the needle begins, tasks with a depth together."""
+    """Returns a row a task, all lengths together: accuracy by where in its chunk the needle begins."""
     size = 1 + max(offset for cell in cells for offset in cell.by_offset)
     step = max(1, 2 ** math.ceil(math.log2(size)) // _PARTS)
     starts = range(0, size, step)
     rows = []
-    for length in dict.fromkeys(cell.length for cell in cells):
-        of_length = [cell for cell in cells if cell.length == length and cell.by_offset]
-        counts = [(offset, *count) for cell in of_length for offset, count in cell.by_offset.items()]
+    for task in dict.fromkeys(cell.task for cell in cells if cell.by_offset):
+        of_task = [cell for cell in cells if cell.task == task]
+        counts = [(offset, *count) for cell in of_task for offset, count in cell.by_offset.items()]
         parts = [_share([count[1:] for count in counts if start <= count[0] < start + step]) for start in starts]
-        num_cut, num_samples = sum(cell.cut[0] for cell in of_length), sum(samples for _, samples, _ in counts)
-        rows.append(
-            [length_label(length), *parts, f"{100 * num_cut / num_samples:.0f}" if num_samples else "",
-             _share([cell.cut for cell in of_length])]
-        )  # fmt: skip
+        samples, right = sum(count[1] for count in counts), sum(count[2] for count in counts)
+        num_cut, right_cut = sum(cell.cut[0] for cell in of_task), sum(cell.cut[1] for cell in of_task)
+        cut = [f"{100 * num_cut / samples:.0f}", _share([(num_cut, right_cut)])]
+        rows.append([task, *parts, *cut, _share([(samples - num_cut, right - right_cut)])])
     labels = [f"{start}" if step == 1 else f"{start}–{start + step - 1}" for start in starts]
-    headers = ["length", *labels, "needles over a border", "of those right"]
-    table = tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
-    return f"right answers in % by where in its chunk the needle begins, {protocol}\n{table}"
+    headers = ["task", *labels, "over a border", "right of those", "of others"]
+    align = ("left", *("right" for _ in headers[1:]))
+    table = tabulate.tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    return f"right answers in % by where in its chunk the needle begins, {protocol}, all lengths\n{table}"
 
 
 def _share(counts: Sequence[tuple[int, ...]]) -> str:
