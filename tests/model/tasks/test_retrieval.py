@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +240,16 @@ def test_tasks_are_asked_in_any_vocabulary(task: str) -> None:
 
 def test_every_made_haystack_is_used_by_a_task() -> None:
     assert {task.haystack for task in TASKS.values()} == {*MADE, "text"}
+
+
+def test_the_page_of_tasks_has_the_name_the_public_task_and_the_chance_of_each() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(TASKS)
+    for row, task in zip(rows, TASKS.values(), strict=True):
+        assert row[3].replace("`", "").removesuffix(" with eight needles") == task.public.removesuffix(
+            ", eight needles"
+        )
+        if task.chance >= 1e-4:
+            assert float(row[4]) == 100 * task.chance
+        assert float(row[5]) == pytest.approx(100 * task.any_needle, rel=0.03)
