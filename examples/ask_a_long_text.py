@@ -17,8 +17,8 @@ from hsa_compile.model.inference.generate import generate
 from hsa_compile.model.inference.inference import new_state, prefill
 from hsa_compile.model.inference.reading import load_state, save_state
 from hsa_compile.model.pretrained import from_pretrained
+from hsa_compile.model.tasks.facts import draw_keys, lookup_facts
 from hsa_compile.model.tasks.haystack import NoiseHaystack
-from hsa_compile.model.tasks.sample import draw_keys, lookup_facts
 from hsa_compile.paths import CHECKPOINT_DIR
 
 

@@ -19,9 +19,9 @@ MAX_SEED = 2**63 - 1  # the largest seed of a text that is continued
 
 TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
 PROTOCOLS = {
-    TEACHER_FORCED: "the authors' protocol: arg-max at each byte of an answer given the true bytes before it; "
-    "every byte of every answer must be right",
-    GREEDY: "greedy generation, byte by byte, from each question, with the true answers to earlier questions; "
+    TEACHER_FORCED: "the authors' protocol: arg-max at each token of an answer given the true tokens before it; "
+    "every token of every answer must be right",
+    GREEDY: "greedy generation, token by token, from each question, with the true answers to earlier questions; "
     "the text up to the first full stop must be the answer",
 }
 PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks

@@ -8,6 +8,9 @@ import pytest
 from shell import Shell
 
 from hsa_compile.model.evaluation import retrieval
+from hsa_compile.model.tasks import unseen
+from hsa_compile.model.tasks.family import TASKS
+from hsa_compile.model.tasks.haystack import TextHaystack
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
@@ -27,26 +30,44 @@ def command(directory: Path, out: Path, *more: str) -> list[str]:
     return ["eval", "--model", str(directory), "--out", str(out), "--samples", "2", "--depths", "3", *more]
 
 
-def test_all_tasks_give_tables_files_and_pictures(run: Shell, directory: Path, corpus: str, tmp_path: Path) -> None:
+NEEDLE = ("--task", "s-niah")
+
+
+def test_tasks_give_tables_files_and_pictures(run: Shell, directory: Path, corpus: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = run(*command(directory, out, "--task", "all", "--lengths", "256,1k", "--haystack", corpus,
-                         "--protocol", "both"))  # fmt: skip
+    tasks = [word for task in ("s-niah", "mk-niah", "vt", "ppl") for word in ("--task", task)]
+    shown = run(*command(directory, out, *tasks, "--lengths", "256,1k", "--haystack", corpus, "--protocol", "both"))
     assert shown.code == 0, shown.err
-    for text in ("s-niah in prepared, teacher-forced", "vt in prepared, greedy", "at 50 %", "95 % interval", "1K",
-                 "perplexity of the last 128 tokens"):  # fmt: skip
+    for text in ("right answers in %, teacher-forced", "right answers in %, greedy", "at 50 %", "95 % interval", "1K",
+                 "mean of 3", "by where in its chunk", "perplexity of the last 128 tokens"):  # fmt: skip
         assert text in shown.out
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    pictures = {f"{task}-prepared.png" for task in ("s-niah", "mk-niah", "mq-niah", "vt")}
+    pictures = {"s-niah-noise.png", "mk-niah-prepared.png", "vt-noise.png"}
     assert names == {"samples.jsonl", "results.json", "results.csv", "ppl.png"} | pictures
     values = json.loads((out / "results.json").read_text())
-    assert values["settings"]["haystack"] == "prepared"
-    assert len(values["retrieval"]) == 4 * 2 * 2 * 4
+    assert values["settings"]["text"] == {"name": "prepared", "split": "validation"}
+    assert len(values["retrieval"]) == 3 * 2 * 2 * 4
     assert {cell["correct"] for cell in values["retrieval"]} == {0}
     assert [each["length"] for each in values["perplexity"]] == [256, 1024]
 
 
+def test_all_tasks_are_asked_if_none_is_named_in_text_that_was_not_trained_on(
+    run: Shell, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TextHaystack("packages", b"text of packages, never seen\n" * 9, {"sha256": "abc"})
+    asked: list[str] = []
+    monkeypatch.setattr(unseen, "packages_haystack", lambda corpus: asked.append(corpus) or text)
+    words = ["--lengths", "2k", "--samples", "1", "--depths", "0.5", "--json"]
+    shown = run(*command(directory, tmp_path / "out", *words))
+    assert shown.code == 0, shown.err
+    assert {cell["task"] for cell in shown.json["retrieval"]} == set(TASKS) == shown.json["tasks"].keys()
+    assert shown.json["settings"]["text"] == {"name": "packages", "sha256": "abc"}
+    assert [mean["tasks"] for mean in shown.json["means"]] == [len(TASKS)]
+    assert asked == [""]  # the model does not say what it was trained on
+
+
 def test_json_is_what_is_kept(run: Shell, directory: Path, tmp_path: Path) -> None:
-    shown = run(*command(directory, tmp_path / "out", "--lengths", "128", "--json"))
+    shown = run(*command(directory, tmp_path / "out", *NEEDLE, "--lengths", "128", "--json"))
     assert shown.code == 0
     assert shown.json == json.loads((tmp_path / "out" / "results.json").read_text())
     assert shown.json["protocols"].keys() == {"teacher-forced"}
@@ -64,7 +85,7 @@ def test_ctrl_c_keeps_what_is_finished(
         return real(*arguments)
 
     monkeypatch.setattr(retrieval, "answered", interrupted)
-    arguments = command(directory, tmp_path / "out", "--lengths", "200,300,400")
+    arguments = command(directory, tmp_path / "out", *NEEDLE, "--lengths", "200,300,400")
     stopped = run(*arguments)
     assert stopped.code == 130
     assert "run the same command to go on" in stopped.err
@@ -79,7 +100,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 
 def test_where_the_memory_lies_changes_nothing(run: Shell, directory: Path, tmp_path: Path) -> None:
-    arguments = ["--lengths", "1k", "--json", "--memory-dtype", "bf16", "--top-k", "3"]
+    arguments = [*NEEDLE, "--lengths", "1k", "--json", "--memory-dtype", "bf16", "--top-k", "3"]
     shown = [
         run(*command(directory, tmp_path / place, *arguments, "--memory", place))
         for place in ("device", "host", "disk")
@@ -94,7 +115,7 @@ def test_without_matplotlib_everything_else_is_there(
     run: Shell, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    shown = run(*command(directory, tmp_path / "out", "--lengths", "128"))
+    shown = run(*command(directory, tmp_path / "out", *NEEDLE, "--lengths", "128"))
     assert shown.code == 0
     assert shown.err.strip() == "no pictures: a picture needs matplotlib: pip install 'hsa-compile[plots]'"
     assert (tmp_path / "out" / "results.csv").exists()
@@ -106,9 +127,10 @@ def test_without_matplotlib_everything_else_is_there(
         (["--task", "niah"], "niah"),
         (["--lengths", "4q"], "'4q' is not a positive integer"),
         (["--lengths", "0"], "'0' is not a positive integer"),
-        (["--lengths", "21"], "length 21 is too short for s-niah; the least allowed is 22"),
+        ([*NEEDLE, "--lengths", "21"], "length 21 is too short for s-niah; the least allowed is 22"),
+        (["--lengths", "4k,1k"], "length 1024 is too short for fwe; the least allowed is 2048"),
         (["--lengths", "4k,40", "--task", "vt"], "length 40 is too short for vt"),
-        (["--lengths", "100", "--min-distance", "90"], "the least allowed is 112"),
+        ([*NEEDLE, "--lengths", "100", "--min-distance", "90"], "the least allowed is 112"),
         (["--depths", "0,1.5"], "neither depths from 0 to 1"),
         (["--depths", "x"], "neither depths from 0 to 1"),
         (["--depths", "nan"], "neither depths from 0 to 1"),

@@ -198,3 +198,28 @@ def test_without_tune_nothing_is_tuned_and_with_it_what_is_missing(
     assert stopped.code == 130
     assert len(tuned) == 1
     assert "4 problems, 0 tuned before, 4 to tune, at most 15 s each" in stopped.err
+
+
+NARROW = ["model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=4", "model.memory_heads=2",
+          "model.memory_head_dim=8", "model.retrieval_dim=8", "model.ffn_dim=16", "model.encoder_ffn_dim=16",
+          "model.expert_dim=8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [NARROW, pytest.param([], marks=pytest.mark.exhaustive)], ids=["narrow", "whole"])
+def test_the_recipe_of_small_takes_a_first_step_of_each_stage_at_reduced_lengths(
+    changes: list[str], run: Shell, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"value_{number} = {number}\n" for number in range(2000)))
+    assert run("prepare", str(tmp_path / "text.txt"), "--out", str(tmp_path / "corpus"), "--validation", "0").code == 0
+    lengths = [f"stages.{stage}.{name}" for stage, size in enumerate((128, 512, 1024)) for name in
+               (f"min_seq_len={size}", f"seq_len={size}", f"batch_tokens={size}", "share=1")]  # fmt: skip
+    trained = run("train", "--preset", "small", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "run"),
+                  "train.steps=3", "train.probe_every=0", "train.log_every=1", *lengths, *changes)  # fmt: skip
+    assert trained.code == 0, trained.err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["seq_len"]) for record in records] == [(0, 128), (1, 512), (2, 1024)]
+    assert all(0 < record["loss"] < 100 for record in records)
+    model = str(tmp_path / "run" / "model")
+    asked = run("eval", "--model", model, "--task", "vt", "--lengths", "200", "--samples", "1",
+                "--depths", "0.5", "--out", str(tmp_path / "evaluation"))  # fmt: skip
+    assert asked.code == 0, asked.err

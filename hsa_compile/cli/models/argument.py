@@ -9,7 +9,7 @@ from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from hsa_compile.model.presets import PRESETS, preset
-from hsa_compile.model.pretrained import from_pretrained, read_config, read_tokenizer
+from hsa_compile.model.pretrained import from_pretrained, read_config, read_extra, read_tokenizer
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import CHECKPOINT_DIR
 
@@ -68,6 +68,12 @@ def load_model(
         if not bool(weight.isfinite().all()):
             raise SaveError(f"{directory}: {weight_name} holds values that are infinite or not a number")
     return model, load_tokenizer(BYTES if tokenizer == BYTES else directory / tokenizer)
+
+
+def trained_on(name: str) -> str:
+    """Returns the corpus that a saved model was trained on, as its run named it; empty if it does not say."""
+    training = read_extra(CHECKPOINT_DIR / name if name in PRESETS else Path(name)).get("training", {})
+    return str(training.get("config", {}).get("data", {}).get("corpus", ""))
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,9 @@ import click
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.config import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
-from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.model.tasks.family import TASKS
+from hsa_compile.model.tasks.haystack import TEXT
+from hsa_compile.model.tasks.unseen import PACKAGES
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
     from hsa_compile.model.evaluation.results import Results
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
-    from hsa_compile.model.tasks.haystack import Haystack
+    from hsa_compile.model.tasks.haystack import TextHaystack
 
-ALL, BOTH, DEFAULT = "all", "both", "s-niah"
+ALL, BOTH = "all", "both"
 
 
 class Depths(click.ParamType):
@@ -51,7 +53,7 @@ class Depths(click.ParamType):
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="The model to evaluate, saved by train; tiny is shipped trained.")  # fmt: skip
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
-              show_default="s-niah, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
+              show_default="all but ppl, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
 @click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
 @click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="A folder of more tasks for --harness, as YAML files.")  # fmt: skip
@@ -65,13 +67,13 @@ class Depths(click.ParamType):
     "--lengths", type=Counts(), default="4k,64k", show_default=True, help="Lengths of the texts in tokens; 4k is 4096."
 )
 @click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
-              help="Where the first asked needle lies, 1 next to the question; or a number of them.")  # fmt: skip
+              help="Where the asked needle lies, 1 next to the question; or a number of them.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=10, show_default=True,
               help="How many samples for each task, length and depth; for ppl how many texts.")  # fmt: skip
-@click.option("--haystack", default="noise", show_default=True, metavar="noise|stdlib|DIR",
-              help="The text around the needles; for ppl a prepared corpus, stdlib if it is noise.")  # fmt: skip
+@click.option("--haystack", default=PACKAGES, show_default=True, metavar="packages|stdlib|DIR",
+              help="The text of tasks that are hidden in real text; for ppl a corpus, or stdlib.")  # fmt: skip
 @click.option("--min-distance", type=click.IntRange(min=0), default=0, show_default=True,
-              help="More than so many bytes lie between needles and question.")  # fmt: skip
+              help="More than so many tokens lie between needles and question.")  # fmt: skip
 @click.option("--protocol", type=click.Choice([*PROTOCOLS, BOTH]), default=TEACHER_FORCED, show_default=True,
               help="How answers are judged.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), show_default="0, or the harness's own",
@@ -96,19 +98,27 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
              haystack: str, min_distance: int, protocol: str, seed: int | None, out: Path, memory: str,
              memory_dtype: str | None, top_k: int | None, device: str, dtype: str | None,
              as_json: bool) -> None:  # fmt: skip
-    """Evaluate a model: needles in haystacks by length and depth, and perplexity by context length.
+    """Evaluate a model: tasks of retrieval by length and depth, and perplexity by context length.
 
     Samples are kept in OUT/samples.jsonl as they are finished; the same command goes on after an interruption, and
     computes nothing twice. OUT also gets results.json, results.csv and pictures (with the extra `plots`).
 
     \b
-    Tasks (wording of our own; stock RULER with its 13 tasks is another thing):
-      s-niah    one needle             mk-niah   four needles, one asked for
-      mq-niah   six, two asked for     vt        two chains of three variables, one asked for
+    Tasks (wording of our own; docs/tasks.md sets each beside the public one it stands for):
+      s-niah, s-niah-words, s-niah-text           one needle in repeated sentences, random words, real text
+      mk-niah, mk-niah-needles, mk-niah-similar   one of four needles; one among needles; among names like it
+      mv-niah, mq-niah, vt                        four values of a name; two of six names; chains of variables
+      cwe, fwe                                    words that come again and again; the most frequent words
+      qa-1, qa-2                                  where somebody works; where somebody's boss works
+      facts-1, facts-2, facts-3                   who and what is where, from one, two or three facts
+      mrcr                                        which of eight needles of one name
       ppl       perplexity of the last 512 tokens of held-out text (or half the shortest context, if that is less)
     Protocols:
-      teacher-forced   arg-max at each answer byte given the true ones before it, all must be right
-      greedy           generation byte by byte; the text up to the first full stop must be the answer
+      teacher-forced   arg-max at each answer token given the true ones before it, all must be right
+      greedy           generation token by token; the text up to the first full stop must be the answer
+
+    Real text is that of installed packages (numpy, sympy, networkx, mpmath, torch), less every file that equals or
+    resembles one that the model was trained on; with --haystack, the validation split of a corpus, or other files.
 
     A haystack is read once for all its samples, which then cost only what they change; ramba and full read each
     sample as a whole. Perplexity is measured on documents of a validation split that are as long as the longest
@@ -122,23 +132,24 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     \b
     Examples:
       hsa-compile eval --lengths 4k,64k,1m
-      hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --haystack stdlib --out results
-      hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
+      hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --protocol both --out results
+      hsa-compile eval --model runs/tiny/model --task vt --lengths 16m --samples 4 --memory-dtype bf16
       hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
     """
     import torch
 
-    from hsa_compile.cli.models.argument import device_of, load_model
+    from hsa_compile.cli.models.argument import device_of, load_model, trained_on
     from hsa_compile.model.data.manifest import VALIDATION
     from hsa_compile.model.evaluation.outcomes import OutcomeFile
     from hsa_compile.model.evaluation.perplexity import open_texts
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
     from hsa_compile.model.tasks.haystack import load_haystack
+    from hsa_compile.model.tasks.unseen import packages_haystack
     from hsa_compile.model.training.feed import apply_stage
 
     run = _open_harness(harness, harness_path, harness_limit, seed)
-    tasks = tasks or (() if run is not None else (DEFAULT,))
+    tasks = tasks or (() if run is not None else tuple(TASKS))
     chosen = (*TASKS, PERPLEXITY) if ALL in tasks else tuple(dict.fromkeys(tasks))
     settings = RetrievalSettings(
         tasks=tuple(task for task in chosen if task != PERPLEXITY),
@@ -163,7 +174,10 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
         memory_dtype=getattr(torch, DTYPE_ALIASES.get(memory_dtype, memory_dtype)) if memory_dtype else None,
         directory=out if memory == "disk" else None,
     )
-    found = load_haystack(haystack, split=VALIDATION) if settings.tasks else None
+    found = None
+    if any(TASKS[task].haystack == TEXT for task in settings.tasks):
+        is_unseen = haystack == PACKAGES
+        found = packages_haystack(trained_on(name)) if is_unseen else load_haystack(haystack, split=VALIDATION)
     texts = open_texts(subject, haystack, settings.lengths, samples) if PERPLEXITY in chosen else None
     with OutcomeFile(out) as outcomes:
         answers = run(subject, outcomes, quiet=as_json) if run is not None else None
@@ -186,7 +200,7 @@ def _open_harness(words: str | None, path: Path | None, limit: int | None, seed:
 def _run(
     subject: Subject,
     settings: RetrievalSettings,
-    haystack: Haystack | None,
+    haystack: TextHaystack | None,
     texts: Texts | None,
     outcomes: OutcomeFile,
     *,
@@ -194,12 +208,13 @@ def _run(
 ) -> Results:
     import tqdm
 
+    from hsa_compile.model.evaluation.cells import retrieval_cells
     from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
-    from hsa_compile.model.evaluation.results import Results, retrieval_cells
+    from hsa_compile.model.evaluation.results import Results
     from hsa_compile.model.evaluation.retrieval import retrieval_jobs
     from hsa_compile.model.evaluation.subject import run_jobs
 
-    jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
+    jobs = retrieval_jobs(subject, settings, haystack, outcomes) if settings.tasks else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
     # None shows it on a terminal only.
@@ -214,9 +229,9 @@ def _run(
         model=subject.name,
         settings=subject.key()
         | {"variant": subject.model.config.variant, "top_k": subject.model.config.top_k}
-        | {"haystack": haystack.name if haystack is not None else None}
+        | {"text": {"name": haystack.name} | haystack.origin if haystack is not None else None}
         | asdict(settings),
-        cells=tuple(retrieval_cells(subject, settings, haystack, outcomes)) if haystack is not None else (),
+        cells=tuple(retrieval_cells(subject, settings, haystack, outcomes)),
         perplexities=tuple(perplexities(subject, texts, outcomes)) if texts is not None else (),
     )
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.inference.inference import ModelState, prefill, rewind, snapshot, upper_reach
-from hsa_compile.model.tasks.sample import NEEDLE_BYTES, ByteArray, TaskPlan, TaskSample
+from hsa_compile.model.tasks.sample import TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer
 
 ChunkRange = tuple[int, int]  # the first chunk, and one past the last
@@ -25,12 +27,12 @@ class EditedReading:
 
     Args:
         model: a model in evaluation mode, with a `resume_position` for the samples.
-        haystack: `[length]` bytes.
-        prompt_length: how many bytes every sample has before its first answer.
+        haystack: `[length]` tokens.
+        prompt_length: how many tokens every sample has before its first answer, or less.
         state: the empty state of one text, which is filled.
     """
 
-    def __init__(self, model: HSATransformer, haystack: ByteArray, prompt_length: int, state: ModelState) -> None:
+    def __init__(self, model: HSATransformer, haystack: TokenArray, prompt_length: int, state: ModelState) -> None:
         position = resume_position(model, prompt_length)
         assert position, "the samples are too short to be edited, or the model remembers too much"
         self._model, self._state, self._position = model, state, position
@@ -57,7 +59,7 @@ class EditedReading:
                     memory.overwrite(0, first, *chunks)
 
     @torch.no_grad()
-    def _read_again(self, tokens: ByteArray, first: int, last: int) -> None:
+    def _read_again(self, tokens: TokenArray, first: int, last: int) -> None:
         model, C = self._model, self._model.config.chunk_size
         assert model.chunk_encoder is not None
         assert self._state.memory is not None
@@ -67,7 +69,7 @@ class EditedReading:
         self._state.memory.overwrite(0, first, encoded.k, encoded.v, encoded.landmarks)
 
     @torch.no_grad()
-    def _resume(self, tokens: ByteArray) -> ModelState:
+    def _resume(self, tokens: TokenArray) -> ModelState:
         model = self._model
         caches = model.empty_caches(model.lower, 1)
         x, begin = self._embed(tokens, self._position, self._position)
@@ -83,7 +85,7 @@ class EditedReading:
             memory=self._state.memory,
         )
 
-    def _embed(self, tokens: ByteArray, start: int, end: int) -> tuple[Tensor, int]:
+    def _embed(self, tokens: TokenArray, start: int, end: int) -> tuple[Tensor, int]:
         """Embeds positions from early enough on to be exact at `start`, up to `end`; returns them and where they begin.
 
         Both are multiples of the chunk size.
@@ -102,7 +104,7 @@ def resume_position(model: HSATransformer, prompt_length: int) -> int | None:
 
     Args:
         model: the model that reads.
-        prompt_length: how many bytes come before the first answer.
+        prompt_length: how many tokens come before the first answer, or less.
 
     Returns:
         the position; None where a sample must be read whole, since it is short or some layer remembers without end.
@@ -136,13 +138,14 @@ def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[Chunk
     return ranges
 
 
-def num_reread(model: HSATransformer, num_needles: int, length: int, prompt_length: int) -> int:
+def num_reread(model: HSATransformer, num_needles: int, needle: int, length: int, prompt_length: int) -> int:
     """Returns how many tokens run through the lower half for a sample once its haystack was read; a little too many.
 
     Args:
         model: the model that reads.
         num_needles: how many needles the sample has.
-        length: how many bytes the sample has.
+        needle: the size of the largest.
+        length: how many tokens the sample has.
         prompt_length: as in `resume_position`, which must not be None.
     """
     position = resume_position(model, prompt_length)
@@ -150,7 +153,7 @@ def num_reread(model: HSATransformer, num_needles: int, length: int, prompt_leng
     config = model.config
     reach, C = lower_reach(config), config.chunk_size
     tail = layer_position(config, length) - position + reach
-    edit = NEEDLE_BYTES + 2 * reach + 2 * C
+    edit = needle + 2 * reach + 2 * C
     return tail + (num_needles * edit if config.has_memory else 0)
 
 
@@ -169,5 +172,6 @@ def text_length(config: ModelConfig, position: int) -> int:
     return position - position // config.chunk_size if config.has_landmark_tokens else position
 
 
-def _tokens(text: ByteArray) -> Tensor:
-    return torch.from_numpy(text.copy())[None]  # a haystack is read-only, about which PyTorch warns
+def _tokens(text: TokenArray) -> Tensor:
+    # A haystack is read-only, about which PyTorch warns; and of unsigned types it computes with bytes alone.
+    return torch.from_numpy(text.astype(np.uint8 if text.dtype == np.uint8 else np.int64))[None]

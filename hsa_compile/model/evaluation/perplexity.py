@@ -25,7 +25,8 @@ from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import length_label
 from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
 from hsa_compile.model.inference.inference import extend, prefill
-from hsa_compile.model.tasks.haystack import NOISE, STDLIB
+from hsa_compile.model.tasks.haystack import STDLIB
+from hsa_compile.model.tasks.unseen import PACKAGES
 
 SCORED = 512  # how many last tokens of each text count; fewer where half the shortest context is less
 LOGITS = 2**24  # how many logits are computed at once
@@ -93,7 +94,7 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
 
     Args:
         subject: the model whose tokens they must be.
-        source: `stdlib`, which also stands for `noise`, or a prepared corpus.
+        source: `stdlib`, which also stands for `packages`, or a prepared corpus.
         lengths: lengths of contexts in tokens, 2 or more.
         num_texts: the most texts.
 
@@ -133,7 +134,7 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
         ends = np.linspace(longest, len(corpus), count).round().astype(int) if count > 1 else [longest]
         rows = [corpus.tokens[end - longest : end] for end in ends]
     return Texts(
-        name=STDLIB if source in (NOISE, STDLIB) else corpus.directory.name,
+        name=STDLIB if source in (PACKAGES, STDLIB) else corpus.directory.name,
         rows=tuple(rows),
         are_documents=are_documents,
         num_scored=num_scored,
@@ -234,7 +235,7 @@ def _key(subject: Subject, row: TokenArray, num_scored: int) -> Key:
 
 
 def _corpus(source: str) -> TokenCorpus:
-    if source in (NOISE, STDLIB):
+    if source in (PACKAGES, STDLIB):
         return stdlib_corpus(VALIDATION)
     if not (Path(source) / MANIFEST).exists():
         raise InvalidArgument(

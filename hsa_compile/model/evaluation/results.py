@@ -1,7 +1,6 @@
-"""What an evaluation found: shares of right answers with their intervals, and perplexities, as JSON, CSV and text."""
+"""What an evaluation found, as JSON, CSV, tables and pictures."""
 
 import csv
-import itertools
 import math
 import re
 import textwrap
@@ -14,98 +13,17 @@ import tabulate
 
 from hsa_compile.files import replace_file, write_json
 from hsa_compile.model.config import PERPLEXITY, PROTOCOLS
-from hsa_compile.model.evaluation.outcomes import OutcomeFile
+from hsa_compile.model.evaluation.cells import Cell, Mean, mean_of
 from hsa_compile.model.evaluation.perplexity import Perplexity
-from hsa_compile.model.evaluation.settings import RetrievalSettings, haystack_key, length_label, sample_key
-from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.model.tasks.haystack import Haystack
+from hsa_compile.model.evaluation.settings import length_label
+from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.versions import require
 
-_Z = 1.959963984540054  # standard deviations that a 95 % interval reaches to each side
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
 _COLUMNS = (
     "model", "task", "haystack", "protocol", "length", "depth", "samples", "correct", "accuracy", "low", "high",
-    "perplexity", "standard_error", "bits_per_byte", "change", "change_error",
+    "chance", "perplexity", "standard_error", "bits_per_byte", "change", "change_error",
 )  # fmt: skip
-
-
-def wilson_interval(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval (1927) for a share; it is right for few samples and for shares of 0 and 1 too.
-
-    Args:
-        num_correct: how many were right, from 0 to the number of samples.
-        num_samples: how many there are, 1 or more.
-    """
-    assert 0 <= num_correct <= num_samples > 0, (num_correct, num_samples)
-    share, z2 = num_correct / num_samples, _Z**2
-    middle = share + z2 / (2 * num_samples)
-    half = _Z * math.sqrt(share * (1 - share) / num_samples + z2 / (4 * num_samples**2))
-    scale = 1 + z2 / num_samples
-    low = 0.0 if num_correct == 0 else (middle - half) / scale
-    high = 1.0 if num_correct == num_samples else (middle + half) / scale
-    return low, high
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """The share of right answers among samples of one kind.
-
-    Attributes:
-        task, haystack, protocol, length: what its samples have in common.
-        depth: where their first asked needle lies; None for all depths together.
-        num_samples, num_correct: how many samples there are, and how many were answered right.
-    """
-
-    task: str
-    haystack: str
-    protocol: str
-    length: int
-    depth: float | None
-    num_samples: int
-    num_correct: int
-
-    @property
-    def accuracy(self) -> float:
-        """The share of samples whose every answer was right."""
-        return self.num_correct / self.num_samples
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the accuracy."""
-        return wilson_interval(self.num_correct, self.num_samples)
-
-
-def retrieval_cells(
-    subject: Subject, settings: RetrievalSettings, haystack: Haystack, outcomes: OutcomeFile
-) -> list[Cell]:
-    """Returns the cells all of whose samples are in the file; behind those of a length, all its depths together."""
-    common = subject.key() | haystack_key(haystack)
-    cells = []
-    for task, protocol, length in itertools.product(settings.tasks, settings.protocols, settings.lengths):
-        by_depth: dict[float | None, list[bool]] = {}
-        for depth in settings.depths:
-            keys = (
-                sample_key(settings, common, task, length, depth, index, protocol)
-                for index in range(settings.num_samples)
-            )
-            found = [bool(values["correct"]) for key in keys if (values := outcomes.get(key)) is not None]
-            if len(found) == settings.num_samples:
-                by_depth[depth] = found
-        if by_depth:
-            by_depth[None] = [correct for found in by_depth.values() for correct in found]
-        cells += [
-            Cell(
-                task=task,
-                haystack=haystack.name,
-                protocol=protocol,
-                length=length,
-                depth=depth,
-                num_samples=len(found),
-                num_correct=sum(found),
-            )
-            for depth, found in by_depth.items()
-        ]
-    return cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +42,16 @@ class Results:
     cells: tuple[Cell, ...] = ()
     perplexities: tuple[Perplexity, ...] = ()
 
+    @property
+    def means(self) -> list[Mean]:
+        """The mean of the tasks at each length, for those lengths at which all tasks were asked."""
+        num_tasks = len({cell.task for cell in self.cells})
+        groups: dict[tuple[str, int], list[Cell]] = {}
+        for cell in self.cells:
+            if cell.depth is None:
+                groups.setdefault((cell.protocol, cell.length), []).append(cell)
+        return [mean_of(cells) for cells in groups.values() if len(cells) == num_tasks > 1]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values; a cell whose depth is None holds all depths."""
         used = dict.fromkeys(cell.protocol for cell in self.cells)
@@ -131,7 +59,23 @@ class Results:
             "model": self.model,
             "settings": self.settings,
             "protocols": {name: PROTOCOLS[name] for name in used},
-            "retrieval": [_cell_values(cell) for cell in self.cells],
+            "tasks": {
+                name: {"public": task.public, "chance": task.chance, "any_needle": task.any_needle}
+                for name, task in TASKS.items()
+                if any(cell.task == name for cell in self.cells)
+            },
+            "retrieval": [_cell_values(cell) | _place_values(cell) for cell in self.cells],
+            "means": [
+                {
+                    "protocol": mean.protocol,
+                    "length": mean.length,
+                    "tasks": mean.num_tasks,
+                    "accuracy": mean.accuracy,
+                    "low": mean.interval[0],
+                    "high": mean.interval[1],
+                }
+                for mean in self.means
+            ],
             "perplexity": [asdict(each) for each in self.perplexities],
         }
 
@@ -147,13 +91,13 @@ class Results:
         return paths
 
     def tables(self) -> list[str]:
-        """Returns a table for each task, haystack and protocol, by length and depth, and a table of perplexities."""
-        groups: dict[tuple[str, str, str], list[Cell]] = {}
-        for cell in self.cells:
-            groups.setdefault((cell.task, cell.haystack, cell.protocol), []).append(cell)
-        tables = [
-            f"{task} in {haystack}, {protocol}\n{_table(cells)}" for (task, haystack, protocol), cells in groups.items()
-        ]
+        """Returns tables for each protocol, by task and by place of needles in chunks, and one of perplexities."""
+        tables = []
+        for protocol in dict.fromkeys(cell.protocol for cell in self.cells):
+            cells = [cell for cell in self.cells if cell.protocol == protocol]
+            tables.append(_task_table(protocol, cells, [mean for mean in self.means if mean.protocol == protocol]))
+            if any(cell.by_offset for cell in cells):
+                tables.append(_place_table(protocol, cells))
         if self.perplexities:
             tables.append(_perplexity_table(self.perplexities))
         return tables
@@ -200,23 +144,77 @@ def _cell_values(cell: Cell) -> dict[str, Any]:
         "accuracy": cell.accuracy,
         "low": low,
         "high": high,
+        "chance": TASKS[cell.task].chance,
     }
 
 
-def _table(cells: Sequence[Cell]) -> str:
+def _place_values(cell: Cell) -> dict[str, Any]:
+    """Returns plain values that say where needles lay in their chunks; none where a cell knows of no places."""
+    if not cell.by_offset:
+        return {}
+    by_offset = {str(offset): _counts(*counts) for offset, counts in cell.by_offset.items()}
+    return {"by_offset": by_offset, "cut_by_a_border": _counts(*cell.cut)}
+
+
+def _counts(samples: int, correct: int) -> dict[str, int]:
+    return {"samples": samples, "correct": correct}
+
+
+def _task_table(protocol: str, cells: Sequence[Cell], means: Sequence[Mean]) -> str:
+    """Returns a row a task and length, and the means of the tasks."""
     depths = sorted({cell.depth for cell in cells if cell.depth is not None})
     rows = []
-    for length in dict.fromkeys(cell.length for cell in cells):
-        of_length = {cell.depth: cell for cell in cells if cell.length == length}
-        every = of_length[None]
-        low, high = every.interval
-        shares = [f"{100 * of_length[depth].accuracy:.0f}" if depth in of_length else "" for depth in depths]
+    for task, haystack, length in dict.fromkeys((cell.task, cell.haystack, cell.length) for cell in cells):
+        of_row = {cell.depth: cell for cell in cells if (cell.task, cell.length) == (task, length)}
+        every = of_row[None]
+        shares = [f"{100 * of_row[depth].accuracy:.0f}" if depth in of_row else "" for depth in depths]
         rows.append(
-            [length_label(length), *shares, f"{100 * every.accuracy:.1f}", f"{100 * low:.1f} – {100 * high:.1f}",
-             every.num_samples]
+            [task, haystack, length_label(length), *shares, f"{100 * every.accuracy:.1f}", _interval(every.interval),
+             f"{100 * TASKS[task].chance:.2g}", every.num_samples]
         )  # fmt: skip
-    headers = ["length", *(f"at {depth_label(depth)}" for depth in depths), "all", "95 % interval", "samples"]
-    return tabulate.tabulate(rows, headers=headers, disable_numparse=True, stralign="right")
+    for mean in means:
+        rows.append(
+            [f"mean of {mean.num_tasks}", "", length_label(mean.length), *("" for _ in depths),
+             f"{100 * mean.accuracy:.1f}", _interval(mean.interval), "", ""]
+        )  # fmt: skip
+    headers = ["task", "haystack", "length", *(f"at {depth_label(depth)}" for depth in depths), "all", "95 % interval",
+               "chance", "samples"]  # fmt: skip
+    align = ("left", "left", *("right" for _ in headers[2:]))
+    table = tabulate.tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    return f"right answers in %, {protocol}\n{table}"
+
+
+_PARTS = 8  # into how many parts a table cuts the offsets of a chunk
+
+
+def _place_table(protocol: str, cells: Sequence[Cell]) -> str:
+    """Returns a row a task, all lengths together: accuracy by where in its chunk the needle begins."""
+    size = 1 + max(offset for cell in cells for offset in cell.by_offset)
+    step = max(1, 2 ** math.ceil(math.log2(size)) // _PARTS)
+    starts = range(0, size, step)
+    rows = []
+    for task in dict.fromkeys(cell.task for cell in cells if cell.by_offset):
+        of_task = [cell for cell in cells if cell.task == task]
+        counts = [(offset, *count) for cell in of_task for offset, count in cell.by_offset.items()]
+        parts = [_share([count[1:] for count in counts if start <= count[0] < start + step]) for start in starts]
+        samples, right = sum(count[1] for count in counts), sum(count[2] for count in counts)
+        num_cut, right_cut = sum(cell.cut[0] for cell in of_task), sum(cell.cut[1] for cell in of_task)
+        cut = [f"{100 * num_cut / samples:.0f}", _share([(num_cut, right_cut)])]
+        rows.append([task, *parts, *cut, _share([(samples - num_cut, right - right_cut)])])
+    labels = [f"{start}" if step == 1 else f"{start}–{start + step - 1}" for start in starts]
+    headers = ["task", *labels, "over a border", "right of those", "of others"]
+    align = ("left", *("right" for _ in headers[1:]))
+    table = tabulate.tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    return f"right answers in % by where in its chunk the needle begins, {protocol}, all lengths\n{table}"
+
+
+def _share(counts: Sequence[tuple[int, ...]]) -> str:
+    samples = sum(count[0] for count in counts)
+    return f"{100 * sum(count[1] for count in counts) / samples:.0f}" if samples else ""
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
 
 
 def _perplexity_table(perplexities: Sequence[Perplexity]) -> str:

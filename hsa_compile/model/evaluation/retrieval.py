@@ -11,23 +11,24 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import GREEDY, PROTOCOLS, TEACHER_FORCED
+from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.edited_reading import EditedReading, num_reread, resume_position
 from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import (
-    MAX_HAYSTACKS,
     RetrievalSettings,
     haystack_key,
+    least_prompt,
     length_label,
     num_haystacks,
-    prompt_length,
     sample_key,
 )
 from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
 from hsa_compile.model.inference.generate import check_finite
 from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
+from hsa_compile.model.tasks.family import haystack_of, sizes
 from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.retrieval import TASKS, make_edits
-from hsa_compile.model.tasks.sample import ByteArray, TaskPlan, TaskSample
+from hsa_compile.model.tasks.retrieval import Asked, make_edits
+from hsa_compile.model.tasks.sample import TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer
 
 
@@ -43,13 +44,13 @@ def answered(
 
     Args:
         model: a model in evaluation mode.
-        state: the state that has read the first `num_read` bytes of each sample; it is changed.
+        state: the state that has read the first `num_read` tokens of each sample; it is changed.
         samples: samples of equal length, with answers at equal places.
-        num_read: how many bytes were read, fewer than there are before the first answer.
+        num_read: how many tokens were read, fewer than there are before the first answer.
         protocols: some of `PROTOCOLS`.
         piece: how many tokens of a row are read at once.
     """
-    tokens = torch.from_numpy(np.stack([sample.tokens[num_read:] for sample in samples]))
+    tokens = _tensor([sample.tokens[num_read:] for sample in samples])
     prompt = samples[0].answer_spans[0][0] - num_read
     logits = prefill(model, tokens[:, :prompt], state, piece=piece)
     check_finite(logits, [True] * len(logits), 0)
@@ -71,11 +72,16 @@ def answered(
     return found
 
 
-def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Tensor) -> Tensor:
-    """Returns the byte that the model writes at each place, `[B, T]`.
+def _tensor(rows: Sequence[TokenArray]) -> Tensor:
+    """Stacks rows; of unsigned types PyTorch computes with bytes alone."""
+    return torch.from_numpy(np.stack(rows).astype(np.uint8 if rows[0].dtype == np.uint8 else np.int64))
 
-    After a byte that is wrong the true one is fed: a wrong answer stays wrong whatever follows, and a right one was fed
-    what the model wrote. So whole answers come out right exactly where free generation gives them.
+
+def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Tensor) -> Tensor:
+    """Returns the token that the model writes at each place, `[B, T]`.
+
+    After a token that is wrong the true one is fed: a wrong answer stays wrong whatever follows, and a right one was
+    fed what the model wrote. So whole answers come out right exactly where free generation gives them.
     """
     written = [first]
     for step in range(rest.shape[1] - 1):
@@ -83,51 +89,52 @@ def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Te
     return torch.stack(written, dim=1)
 
 
-def _ends(sample: TaskSample, predicted: ByteArray) -> bool:
+def _ends(sample: TaskSample, predicted: TokenArray) -> bool:
     """Says whether a full stop was written behind each answer; without it, the answer would go on."""
     offset = len(sample.tokens) - len(predicted)
     return all(predicted[end - offset] == sample.tokens[end] for _, end in sample.answer_spans)
 
 
 def retrieval_jobs(
-    subject: Subject, settings: RetrievalSettings, haystack: Haystack, outcomes: OutcomeFile
+    subject: Subject, settings: RetrievalSettings, text: Haystack | None, outcomes: OutcomeFile
 ) -> list[Job]:
     """Returns what is not in the file of outcomes yet, one job a haystack.
 
+    Args:
+        subject: the model that is asked.
+        settings: what it is asked.
+        text: what the needles of tasks in real text are hidden in; None if there are no such tasks.
+        outcomes: where outcomes are kept.
+
     Raises:
-        InvalidArgument: the model's tokens are no bytes.
+        InvalidArgument: the model lacks tokens of its tokenizer.
     """
-    subject.check_reads_bytes()
-    common = subject.key() | haystack_key(haystack)
-    groups = [
-        _Group(subject=subject, settings=settings, haystack=haystack, task=task, length=length, number=number,
-               pending=tuple(_pending(settings, common, task, length, number, outcomes)))
-        for task in settings.tasks
-        for length in settings.lengths
-        for number in range(min(num_haystacks(length), settings.num_samples))
-    ]  # fmt: skip
-    return [
-        Job(
-            label=f"{group.task} {length_label(group.length)}",
-            tokens=group.tokens,
-            run=functools.partial(group.run, outcomes),
-        )
-        for group in groups
-        if group.pending
-    ]
+    subject.check_vocabulary()
+    jobs = []
+    for task in settings.tasks:
+        haystack = haystack_of(task, text)
+        common = subject.key() | haystack_key(haystack)
+        for length in settings.lengths:
+            for number, pending in _pending(settings, common, task, length, outcomes).items():
+                group = _Group(
+                    subject=subject, settings=settings, haystack=haystack, task=task, length=length, number=number,
+                    pending=tuple(pending),
+                )  # fmt: skip
+                label = f"{task} {length_label(length)}"
+                jobs.append(Job(label=label, tokens=group.tokens, run=functools.partial(group.run, outcomes)))
+    return jobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _Pending:
     """A sample that has not been asked by all protocols.
 
     Attributes:
-        depth, index: the sample's depth and number.
+        asked: which sample it is.
         keys: the keys under which its outcomes are kept, by protocol.
     """
 
-    depth: float
-    index: int
+    asked: Asked
     keys: dict[str, Key]
 
 
@@ -141,7 +148,7 @@ class _Group:
     task: str
     length: int
     number: int
-    pending: tuple[_Asked, ...]
+    pending: tuple[_Pending, ...]
 
     @property
     def tokens(self) -> int:
@@ -151,73 +158,88 @@ class _Group:
 
     def run(self, outcomes: OutcomeFile) -> None:
         """Asks all samples and keeps what is found."""
-        base, plans = self._plans()
+        base, plans = self.plans()
         found = self._edited(base, plans) if self._is_edited() else self._whole(base, plans)
         for part in found:
             outcomes.add(part)
 
-    def _edited(self, base: ByteArray, plans: Sequence[TaskPlan]) -> Iterator[list[tuple[Key, Values]]]:
+    def plans(self) -> tuple[TokenArray, tuple[TaskPlan, ...]]:
+        """Returns the haystack, and a plan for each pending sample."""
+        return make_edits(
+            self.task,
+            length=self.length,
+            seed=self.settings.seed,
+            number=self.number,
+            haystack=self.haystack,
+            asked=[each.asked for each in self.pending],
+            min_distance=self.settings.min_distance,
+            tokenizer=self.subject.tokenizer,
+        )
+
+    def _edited(self, base: TokenArray, plans: Sequence[TaskPlan]) -> Iterator[list[tuple[Key, Values]]]:
         model = self.subject.model
-        reading = EditedReading(model, base, prompt_length(self.task, self.length), self.subject.new_state())
-        for asked, plan in zip(self.pending, plans, strict=True):
+        prompt = min(plan.answer_spans[0][0] for plan in plans)
+        reading = EditedReading(model, base, prompt, self.subject.new_state())
+        for pending, plan in zip(self.pending, plans, strict=True):
             sample = plan.apply(base)
             with reading.sample(sample) as state:
-                found = answered(model, state, [sample], reading.num_read, tuple(asked.keys), piece_of(1))
-            yield [(key, {"correct": found[protocol][0]}) for protocol, key in asked.keys.items()]
+                found = answered(model, state, [sample], reading.num_read, tuple(pending.keys), piece_of(1))
+            yield _outcomes([pending], [plan], found)
 
-    def _whole(self, base: ByteArray, plans: Sequence[TaskPlan]) -> Iterator[list[tuple[Key, Values]]]:
+    def _whole(self, base: TokenArray, plans: Sequence[TaskPlan]) -> Iterator[list[tuple[Key, Values]]]:
+        """Asks samples together whose answers stand at equal places, as all do in bytes."""
+        by_spans: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for row, plan in enumerate(plans):
+            by_spans.setdefault(plan.answer_spans, []).append(row)
         size = num_rows(self.length)
-        for begin in range(0, len(plans), size):
-            part = self.pending[begin : begin + size]
-            samples = [plan.apply(base) for plan in plans[begin : begin + size]]
-            protocols = [name for name in PROTOCOLS if any(name in asked.keys for asked in part)]
-            state = self.subject.new_state(len(samples))
-            found = answered(self.subject.model, state, samples, 0, protocols, piece_of(len(samples)))
-            yield [
-                (key, {"correct": found[protocol][row]})
-                for row, asked in enumerate(part)
-                for protocol, key in asked.keys.items()
-            ]
-
-    def _plans(self) -> tuple[ByteArray, list[TaskPlan]]:
-        """Returns the haystack, and a plan for each pending sample."""
-        plans: dict[float, tuple[TaskPlan, ...]] = {}
-        many = num_haystacks(self.length)
-        for depth in dict.fromkeys(asked.depth for asked in self.pending):
-            count = 1 + max(asked.index // many for asked in self.pending if asked.depth == depth)
-            base, plans[depth] = make_edits(
-                self.task,
-                length=self.length,
-                seed=self.settings.seed * MAX_HAYSTACKS + self.number,
-                haystack=self.haystack,
-                depths=[depth] * count,
-                min_distance=self.settings.min_distance,
-            )
-        return base, [plans[asked.depth][asked.index // many] for asked in self.pending]
+        for rows in by_spans.values():
+            for begin in range(0, len(rows), size):
+                part = rows[begin : begin + size]
+                pending, chosen = [self.pending[row] for row in part], [plans[row] for row in part]
+                protocols = [name for name in PROTOCOLS if any(name in each.keys for each in pending)]
+                state = self.subject.new_state(len(part))
+                samples = [plan.apply(base) for plan in chosen]
+                found = answered(self.subject.model, state, samples, 0, protocols, piece_of(len(part)))
+                yield _outcomes(pending, chosen, found)
 
     def _is_edited(self) -> bool:
         """Whether it is cheaper to read the haystack once; what is read again comes in small pieces, at half speed."""
-        if resume_position(self.subject.model, prompt_length(self.task, self.length)) is None:
+        if resume_position(self.subject.model, least_prompt(self.task, self.length)) is None:
             return False
         return self._edited_tokens() < len(self.pending) * self.length
 
     def _edited_tokens(self) -> int:
-        config = self.subject.model.config
-        again = num_reread(
-            self.subject.model, TASKS[self.task].num_needles, self.length, prompt_length(self.task, self.length)
-        )
+        config, task = self.subject.model.config, sizes(self.task)
+        prompt = least_prompt(self.task, self.length)
+        again = num_reread(self.subject.model, task.num_needles, task.needle, self.length, prompt)
         return (self.length if config.has_memory else 0) + 2 * len(self.pending) * again
 
 
+def _outcomes(
+    pending: Sequence[_Pending], plans: Sequence[TaskPlan], found: dict[str, list[bool]]
+) -> list[tuple[Key, Values]]:
+    """Returns what is kept of each sample: whether it was answered, and where its needle of that depth lies."""
+    kept: list[tuple[Key, Values]] = []
+    for row, (each, plan) in enumerate(zip(pending, plans, strict=True)):
+        needle = None if plan.placed is None else plan.needles[plan.placed]
+        place = {} if needle is None else {"start": needle.start, "end": needle.end}
+        kept += [(key, {"correct": found[protocol][row]} | place) for protocol, key in each.keys.items()]
+    return kept
+
+
 def _pending(
-    settings: RetrievalSettings, common: dict[str, Any], task: str, length: int, number: int, outcomes: OutcomeFile
-) -> Iterator[_Asked]:
-    for depth in settings.depths:
-        for index in range(number, settings.num_samples, num_haystacks(length)):
-            keys: dict[str, Key] = {
-                protocol: sample_key(settings, common, task, length, depth, index, protocol)
-                for protocol in settings.protocols
-            }
-            missing = {protocol: key for protocol, key in keys.items() if outcomes.get(key) is None}
-            if missing:
-                yield _Asked(depth=depth, index=index, keys=missing)
+    settings: RetrievalSettings, common: dict[str, Any], task: str, length: int, outcomes: OutcomeFile
+) -> dict[int, list[_Pending]]:
+    """Returns the samples that are left, by the number of their haystack."""
+    groups: dict[int, list[_Pending]] = {}
+    many = num_haystacks(task, length)
+    for depth, index in settings.samples_of(task):
+        keys: dict[str, Key] = {
+            protocol: sample_key(settings, common, task, length, depth, index, protocol)
+            for protocol in settings.protocols
+        }
+        missing = {protocol: key for protocol, key in keys.items() if outcomes.get(key) is None}
+        if missing:
+            each = _Pending(asked=Asked(depth=depth, index=index), keys=missing)
+            groups.setdefault(index % many, []).append(each)
+    return dict(sorted(groups.items()))

@@ -10,13 +10,13 @@ from typing import Any
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import PROTOCOLS
+from hsa_compile.model.tasks.family import TASKS, sizes
 from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.retrieval import TASKS
-from hsa_compile.model.tasks.sample import CHAIN_QUERY_BYTES, NEEDLE_BYTES, QUERY_BYTES
 
 HAYSTACK_TOKENS = 2**18  # how many tokens all haystacks of a length have together; a longer one is alone
 MAX_HAYSTACKS = 64
-_ASKING_BYTES = len(" ?abc=")
+MAX_SAMPLES = 2**20
+DEFINITION = 2  # grows when a task's samples change, so that outcomes of others are not taken for theirs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +25,13 @@ class RetrievalSettings:
 
     Attributes:
         tasks: some of `TASKS`.
-        lengths: lengths in bytes, question and answers included.
-        depths: where the first asked needle lies, 0 to 1.
-        num_samples: how many samples there are for each task, length and depth.
+        lengths: lengths in tokens, question and answers included.
+        depths: where the asked needle lies, 0 to 1.
+        num_samples: how many samples there are for each task, length and depth; a task without a depth has as many as
+            others have together.
         protocols: some of `PROTOCOLS`.
         seed: the seed of all that is random.
-        min_distance: more than so many bytes lie between any needle and the question.
+        min_distance: more than so many tokens lie between any needle and the question.
 
     Raises:
         InvalidArgument: a value is not allowed.
@@ -59,12 +60,18 @@ class RetrievalSettings:
             if short := [length for length in self.lengths if length < least]:
                 raise InvalidArgument(f"length {short[0]} is too short for {task}; the least allowed is {least}")
 
+    def samples_of(self, task: str) -> list[tuple[float | None, int]]:
+        """Returns depth and number of each sample of a task at a length, depth by depth."""
+        depths: tuple[float | None, ...] = self.depths
+        count = self.num_samples
+        if not TASKS[task].has_depth:
+            depths, count = (None,), count * len(depths)
+        return [(depth, index) for depth in depths for index in range(count)]
+
 
 def least_length(task: str, min_distance: int) -> int:
-    """Returns in how many bytes the needles of a task have room, wherever the first one lies."""
-    num_needles = TASKS[task].num_needles
-    places = num_needles + (num_needles > 1)  # one may be lost to where the first one lies
-    return places * NEEDLE_BYTES + min_distance + 1 + _question_bytes(task)
+    """Returns in how many tokens the needles of a task have room, wherever the asked one lies."""
+    return sizes(task).least + min_distance
 
 
 def haystack_key(haystack: Haystack) -> dict[str, str]:
@@ -74,7 +81,13 @@ def haystack_key(haystack: Haystack) -> dict[str, str]:
 
 
 def sample_key(
-    settings: RetrievalSettings, common: dict[str, Any], task: str, length: int, depth: float, index: int, protocol: str
+    settings: RetrievalSettings,
+    common: dict[str, Any],
+    task: str,
+    length: int,
+    depth: float | None,
+    index: int,
+    protocol: str,
 ) -> dict[str, Any]:
     """Returns the key under which the outcome of a sample is kept.
 
@@ -85,6 +98,7 @@ def sample_key(
     """
     return common | {
         "task": task,
+        "definition": DEFINITION,
         "length": length,
         "depth": depth,
         "seed": settings.seed,
@@ -94,19 +108,19 @@ def sample_key(
     }
 
 
-def num_haystacks(length: int) -> int:
-    """Returns how many haystacks samples of a length have; the length alone decides, so that samples stay the same."""
+def num_haystacks(task: str, length: int) -> int:
+    """Returns how many haystacks the samples of a length share; where nothing is hidden, each has its own.
+
+    Task and length alone decide, so that samples stay the same whatever else is asked.
+    """
+    if not sizes(task).num_needles:
+        return MAX_SAMPLES
     return max(1, min(HAYSTACK_TOKENS // length, MAX_HAYSTACKS))
 
 
-def _question_bytes(task: str) -> int:
-    each = CHAIN_QUERY_BYTES if TASKS[task].has_chains else QUERY_BYTES
-    return each * TASKS[task].num_queries
-
-
-def prompt_length(task: str, length: int) -> int:
-    """Returns how many bytes a sample has before its first answer."""
-    return length - _question_bytes(task) + _ASKING_BYTES
+def least_prompt(task: str, length: int) -> int:
+    """Returns how many tokens a sample has before its first answer; with a tokenizer, a few less than there are."""
+    return length - sizes(task).question + sizes(task).prompt
 
 
 def length_label(length: int) -> str:

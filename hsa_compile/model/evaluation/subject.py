@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
+from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.inference.generate import evaluating
 from hsa_compile.model.inference.inference import PIECE, ModelState, new_state
 from hsa_compile.model.inference.reading import fingerprint
@@ -56,12 +56,12 @@ class Subject:
         dtype = self.memory_dtype or self.model.embedding.weight.dtype
         return {"model": self.fingerprint, "memory_dtype": str(dtype).removeprefix("torch.")}
 
-    def check_reads_bytes(self) -> None:
-        """Raises InvalidArgument unless tokens are bytes, which needles are made of."""
-        if self.tokenizer.digest != BYTES or self.model.config.vocab_size < self.tokenizer.vocab_size:
+    def check_vocabulary(self) -> None:
+        """Raises InvalidArgument unless the model has all tokens in which tasks are written."""
+        if self.model.config.vocab_size < self.tokenizer.vocab_size:
             raise InvalidArgument(
-                f"retrieval tasks are written in bytes; {self.name} has tokenizer {self.tokenizer.name} and a "
-                f"vocabulary of {self.model.config.vocab_size}"
+                f"tasks are written in the {self.tokenizer.vocab_size} tokens of {self.tokenizer.name}; the vocabulary "
+                f"of {self.name} has {self.model.config.vocab_size}"
             )
 
 

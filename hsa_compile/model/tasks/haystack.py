@@ -1,26 +1,34 @@
-"""What needles are hidden in: RULER's noise sentences, real text, or pieces of it that look like needles."""
+"""What needles are hidden in: repeated sentences, random words, other needles, real text, or pieces of it.
+
+All but text is made from a seed by Python's generator and whole numbers alone, so that it is the same everywhere.
+"""
 
 import contextlib
-import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from hsa_compile.errors import InvalidArgument, UnreadableSource
 from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.documents import Source, find_sources, read_documents, stdlib_sources
+from hsa_compile.model.data.documents import Source, find_sources, read_documents
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN
+from hsa_compile.model.data.prepare import stdlib_corpus
+from hsa_compile.model.tasks.facts import LETTERS, NEEDLE_BYTES, NUM_KEYS, NUM_VALUES, WORD_BYTES
 
-NOISE, STDLIB = "noise", "stdlib"
+NOISE, WORDS, NEEDLES, FREQUENT = "noise", "words", "needles", "frequent"
+TEXT = "text"  # stands for whichever real text was chosen
+STDLIB = "stdlib"
 SEPARATOR = b"\0"
 # The sentences are those of RULER (2404.06654), niah_single_1.
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-_MAX_TEXT_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 64 * 2**20
 _PIECE_BYTES = 64
 _TILED = _SENTENCES * 256
+_VOCABULARY = 256
 
 
 class Haystack(Protocol):
@@ -50,16 +58,103 @@ class NoiseHaystack:
         return filled[start : start + length]
 
 
+class WordHaystack:
+    """Gives words of random letters, hardly one of which comes twice."""
+
+    name = WORDS
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """Returns words, cut off at both ends."""
+        count = length // (WORD_BYTES + 1) + 2
+        rows = np.full((count, WORD_BYTES + 1), ord(" "), np.uint8)
+        rows[:, :-1] = _letters(rng, count)
+        return _cut(rows, length, rng)
+
+
+class FrequencyHaystack:
+    """Gives words of a small vocabulary, the second a quarter as often as the first, the third a ninth, and so on.
+
+    The shares are exact, up to rounding, so that no two of the most frequent words are equally frequent.
+    """
+
+    name = FREQUENT
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """Returns words in random order, cut off at both ends."""
+        count = length // (WORD_BYTES + 1) + 2
+        words = np.full((_VOCABULARY, WORD_BYTES + 1), ord(" "), np.uint8)
+        words[:, :-1] = _letters(rng, _VOCABULARY)
+        weights = 1 / np.arange(1, _VOCABULARY + 1) ** 2
+        ends = np.ceil(count * np.cumsum(weights) / weights.sum())
+        ranks = np.searchsorted(ends, np.arange(count), side="right").astype(np.uint8)
+        return _cut(words[ranks[_shuffled(rng, count)]], length, rng)
+
+
+class NeedleHaystack:
+    """Gives needles alone, all of which look like the one that is asked for.
+
+    Each filling leaves out an eighth of the names and of the values, at random, so that some are left to be hidden.
+    """
+
+    name = NEEDLES
+
+    def fill(self, length: int, rng: random.Random) -> bytearray:
+        """Returns needles, cut off at both ends."""
+        count = length // NEEDLE_BYTES + 2
+        keys, values = _most(rng, NUM_KEYS, count), _most(rng, NUM_VALUES, count)
+        letters = np.frombuffer(LETTERS, np.uint8)
+        columns: list[int | npt.NDArray[Any]] = [
+            ord(" "),
+            letters[keys // 676],
+            letters[keys // 26 % 26],
+            letters[keys % 26],
+            ord("="),
+        ]
+        columns += [ord("0") + values // 10**power % 10 for power in (3, 2, 1, 0)] + [ord(".")]
+        rows = np.empty((count, NEEDLE_BYTES), np.uint8)
+        for number, column in enumerate(columns):
+            rows[:, number] = column
+        return _cut(rows, length, rng)
+
+
+def _letters(rng: random.Random, count: int) -> npt.NDArray[np.uint8]:
+    """Draws letters for `count` words; two bytes for each make all letters equally likely, but for 0.04 %."""
+    drawn = np.frombuffer(rng.randbytes(2 * count * WORD_BYTES), "<u2") % len(LETTERS)
+    return np.frombuffer(LETTERS, np.uint8)[drawn].reshape(count, WORD_BYTES)
+
+
+def _shuffled(rng: random.Random, count: int) -> npt.NDArray[np.int64]:
+    """Returns the numbers below `count` in random order."""
+    return np.argsort(np.frombuffer(rng.randbytes(8 * count), "<u8"), kind="stable")
+
+
+def _most(rng: random.Random, size: int, count: int) -> npt.NDArray[np.int64]:
+    """Draws `count` of the numbers below `size`, with repetition, out of seven eighths of them."""
+    allowed = _shuffled(rng, size)[: size * 7 // 8]
+    return allowed[np.frombuffer(rng.randbytes(4 * count), "<u4") % len(allowed)]
+
+
+def _cut(rows: npt.NDArray[np.uint8], length: int, rng: random.Random) -> bytearray:
+    start = rng.randrange(rows.shape[1])
+    return bytearray(rows.reshape(-1)[start : start + length].data)
+
+
+MADE: Mapping[str, Haystack] = {
+    haystack.name: haystack for haystack in (NoiseHaystack(), WordHaystack(), FrequencyHaystack(), NeedleHaystack())
+}
+
+
 class TextHaystack:
     """Gives windows of a text; one that is longer than the text goes on at its beginning.
 
     Args:
         name: the name that is printed beside results.
         text: contiguous bytes, not empty; they are never written to.
+        origin: plain values that say what the text is made of.
     """
 
-    def __init__(self, name: str, text: bytes | memoryview) -> None:
-        self.name, self._text = name, memoryview(text)
+    def __init__(self, name: str, text: bytes | memoryview, origin: Mapping[str, Any] | None = None) -> None:
+        self.name, self._text, self.origin = name, memoryview(text), dict(origin or {})
         if not len(self._text):
             raise InvalidArgument(f"haystack {name} holds no text")
 
@@ -111,7 +206,7 @@ def assignment_haystack(corpus: TokenCorpus) -> AssignmentHaystack:
     Raises:
         InvalidArgument: the tokens are no bytes, or none is an `=`.
     """
-    return AssignmentHaystack(f"{corpus.directory.name} assignments", _bytes_of(corpus))
+    return AssignmentHaystack(f"{corpus.directory.name} assignments", bytes_of_corpus(corpus))
 
 
 def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
@@ -120,38 +215,36 @@ def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
     Raises:
         InvalidArgument: the tokens are no bytes.
     """
-    return TextHaystack(corpus.directory.name, _bytes_of(corpus))
+    return TextHaystack(corpus.directory.name, bytes_of_corpus(corpus), {"split": corpus.split})
 
 
-def _bytes_of(corpus: TokenCorpus) -> memoryview:
+def bytes_of_corpus(corpus: TokenCorpus) -> memoryview:
+    """Returns the text of a split; it stays on disk.
+
+    Raises:
+        InvalidArgument: the tokens are no bytes.
+    """
     if corpus.tokens.dtype != np.uint8:
         raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
     return corpus.tokens.data
 
 
-def load_haystack(spec: str | Path, *, split: str = TRAIN) -> Haystack:
-    """Opens the haystack that a person named.
+def load_haystack(spec: str | Path, *, split: str = TRAIN) -> TextHaystack:
+    """Opens the text that a person named.
 
     Args:
-        spec: `noise`; `stdlib`, the Python standard library's sources; a prepared corpus of bytes; or a folder or file
-            of text, JSONL or Parquet, whose first 64 MiB are used.
+        spec: `stdlib`, the corpus of the Python standard library's sources; a prepared corpus of bytes; or a folder or
+            file of text, JSONL or Parquet, whose first 64 MiB are used.
         split: which split of a prepared corpus is read.
 
     Raises:
         InvalidArgument: nothing has that name, or it holds no text.
     """
-    if spec == NOISE:
-        return NoiseHaystack()
     if spec == STDLIB:
-        return _stdlib()
+        return TextHaystack(STDLIB, bytes_of_corpus(stdlib_corpus(split)), {"split": split})
     if (Path(spec) / MANIFEST).exists():
         return corpus_haystack(TokenCorpus(spec, split=split))
     return TextHaystack(Path(spec).name, _joined(find_sources([spec])))
-
-
-@functools.cache
-def _stdlib() -> TextHaystack:
-    return TextHaystack(STDLIB, _joined(stdlib_sources()))
 
 
 def _joined(sources: list[Source]) -> bytes:
@@ -159,15 +252,15 @@ def _joined(sources: list[Source]) -> bytes:
     parts: list[bytes] = []
     size = 0
     for source in sources:
-        for document in _usable(source):
+        for document in documents_of(source):
             parts += (document, SEPARATOR)
             size += len(document) + 1
-            if size >= _MAX_TEXT_BYTES:
-                return b"".join(parts)[:_MAX_TEXT_BYTES]
+            if size >= MAX_TEXT_BYTES:
+                return b"".join(parts)[:MAX_TEXT_BYTES]
     return b"".join(parts)
 
 
-def _usable(source: Source) -> Iterator[bytes]:
+def documents_of(source: Source) -> Iterator[bytes]:
     """Yields documents up to where a source breaks off; `hsa-compile prepare` is where bad files are named."""
     with contextlib.suppress(UnreadableSource):
         yield from (item for item in read_documents(source) if isinstance(item, bytes))

@@ -11,9 +11,7 @@ import numpy as np
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample, corpus_sample
-from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.retrieval import position
-from hsa_compile.model.tasks.sample import (
+from hsa_compile.model.tasks.facts import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,
     NEEDLE_BYTES,
@@ -23,6 +21,9 @@ from hsa_compile.model.tasks.sample import (
     draw_similar_keys,
     lookup_facts,
 )
+from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
+from hsa_compile.model.tasks.haystack import TEXT, Haystack
+from hsa_compile.model.tasks.retrieval import position, write_sample
 
 _LATE_BYTES = 32
 
@@ -40,6 +41,8 @@ class Mixture:
             earlier, 0 to 1. Otherwise a long row would have needles within a window of their question too seldom.
         similar_share: the share of rows in which many names differ in a single letter, 0 to 1. Among a million bytes of
             real text some names come close to any; among those of a training row hardly one does by chance.
+        task_share: the share of synthetic rows whose episodes are samples of `tasks` instead, 0 to 1.
+        tasks: (name of one of `TASKS`, weight); those that are asked in real text take one of `haystacks`.
         num_needles: the fewest and the most that an episode has; fewer where they do not fit.
         num_queries: the fewest and the most that an episode has; never more than there are needles (or chains).
         min_distance: more than so many bytes lie between an episode's needles and its questions, such as the window.
@@ -55,6 +58,8 @@ class Mixture:
     chain_share: float = 0.0
     late_share: float = 0.0
     similar_share: float = 0.0
+    task_share: float = 0.0
+    tasks: tuple[tuple[str, float], ...] = ()
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int = 64
@@ -64,7 +69,7 @@ class Mixture:
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("synthetic_share", "chain_share", "late_share", "similar_share"):
+        for name in ("synthetic_share", "chain_share", "late_share", "similar_share", "task_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidArgument(f"{name} {getattr(self, name)}; allowed is 0 to 1")
         for name in ("num_needles", "num_queries"):
@@ -77,6 +82,10 @@ class Mixture:
             raise InvalidArgument(
                 "synthetic rows without a haystack; allowed is synthetic_share 0, or one of weight > 0"
             )
+        if unknown := [name for name, _ in self.tasks if name not in TASKS]:
+            raise InvalidArgument(f"task {unknown[0]!r}; allowed are {', '.join(TASKS)}")
+        if self.task_share and not any(weight > 0 for _, weight in self.tasks):
+            raise InvalidArgument(f"task_share {self.task_share} without a task; allowed is 0, or one of weight > 0")
         if self.synthetic_share < 1 and self.corpus is None:
             raise InvalidArgument(f"synthetic_share {self.synthetic_share} without a corpus; allowed is 1")
         if self.synthetic_share and self.corpus is not None and self.corpus.tokens.dtype != np.uint8:
@@ -106,14 +115,20 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
         raise InvalidArgument(f"length {length}; a synthetic row takes {mixture.least_length} or more")
     text = _draw_haystack(mixture, rng).fill(length, rng)
     bounds = _bounds(mixture, length, rng)
+    if mixture.task_share and rng.random() < mixture.task_share and (spans := _write_tasks(text, bounds, mixture, rng)):
+        return _weighted(text, spans, mixture)
     episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
     has_similar = mixture.similar_share > 0 and rng.random() < mixture.similar_share
     keys = (draw_similar_keys if has_similar else draw_keys)(rng, sum(size.num_needles for size in episodes), text)
-    spans: list[tuple[int, int]] = []
+    spans = []
     for (begin, end), size in zip(bounds, episodes, strict=True):
         own, keys = keys[: size.num_needles], keys[size.num_needles :]
         spans += _write_episode(text, begin, end, own, size, mixture, rng)
-    loss_weights = np.full(length, mixture.text_weight, np.float32)
+    return _weighted(text, spans, mixture)
+
+
+def _weighted(text: bytearray, spans: list[tuple[int, int]], mixture: Mixture) -> TrainingSample:
+    loss_weights = np.full(len(text), mixture.text_weight, np.float32)
     loss_weights[0] = 0
     for start, end in spans:
         loss_weights[start:end] = mixture.answer_weight
@@ -175,12 +190,29 @@ def _write_episode(
 ) -> list[tuple[int, int]]:
     """Hides needles, writes the question at the end, and returns where its answers are."""
     facts = (chain_facts if size.has_chains else lookup_facts)(rng, keys, size.num_queries)
-    asked_at = end - len(facts.question)
+    asked_at = end - len(facts.question.text)
     space = asked_at - mixture.min_distance - 1 - begin
     fixed = None
     if mixture.late_share and rng.random() < mixture.late_share:
         fixed = _late_start(len(facts.needles), space, rng)
-    for start, needle in zip(position(facts, rng, space, fixed), facts.needles, strict=True):
+    for start, needle in zip(position(facts, rng, NEEDLE_BYTES, space, fixed), facts.needles, strict=True):
         text[begin + start : begin + start + len(needle)] = needle
-    text[asked_at:end] = facts.question
-    return [(asked_at + start, asked_at + stop) for start, stop in facts.answer_spans]
+    text[asked_at:end] = facts.question.text
+    return [(asked_at + start, asked_at + stop) for start, stop in facts.question.answer_spans]
+
+
+def _write_tasks(
+    text: bytearray, bounds: list[tuple[int, int]], mixture: Mixture, rng: random.Random
+) -> list[tuple[int, int]]:
+    """Writes a sample of one of the tasks over each episode in which one fits, and returns where the answers are."""
+    spans: list[tuple[int, int]] = []
+    for begin, end in bounds:
+        fitting = [(name, weight) for name, weight in mixture.tasks
+                   if weight > 0 and sizes(name).least + mixture.min_distance <= end - begin]  # fmt: skip
+        if fitting:
+            names, weights = zip(*fitting, strict=True)
+            task = rng.choices(names, weights)[0]
+            if TASKS[task].haystack != TEXT:
+                text[begin:end] = haystack_of(task, None).fill(end - begin, rng)
+            spans += write_sample(task, text, begin, end, rng, min_distance=mixture.min_distance)
+    return spans

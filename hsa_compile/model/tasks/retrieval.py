@@ -1,29 +1,25 @@
-"""The retrieval tasks of the papers: needles at chosen or random depths, the question at the end.
+"""Samples of the tasks, at any length and depth: needles are placed, and the question stands at the end.
 
-`s-niah` has one needle; `mk-niah` four, one asked; `mq-niah` six, two asked; `vt` two chains of three. The authors'
-protocol is teacher-forced: an answer counts if every byte of it is the most likely one (`TaskSample.is_answered_by`).
-A sample depends on its arguments alone. The wording is in `facts.py`.
+A sample depends on its arguments alone.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.haystack import Haystack
-from hsa_compile.model.tasks.sample import (
-    NEEDLE_BYTES,
-    ByteArray,
-    Edit,
-    Facts,
-    TaskPlan,
-    TaskSample,
-    chain_facts,
-    draw_keys,
-    lookup_facts,
-)
+from hsa_compile.model.data.tokenizer import BYTES, BytesTokenizer, TokenArray, Tokenizer
+from hsa_compile.model.tasks.facts import END, Facts, Question
+from hsa_compile.model.tasks.family import TASKS
+from hsa_compile.model.tasks.haystack import FREQUENT, Haystack
+from hsa_compile.model.tasks.sample import Edit, TaskPlan, TaskSample
+
+PHASES = 64  # needles of a cell begin at so many places, as many as the largest chunk in use has
+_PHASE_STEP = 39  # 64 divided by the golden ratio: few samples already lie far apart, in smaller chunks too
+_BYTES_PER_TOKEN = 6
+_BLOCK_BYTES = 2**20  # how much text is encoded at once
 
 
 def place(rng: random.Random, count: int, size: int, space: int, *, fixed: int | None = None) -> list[int]:
@@ -47,7 +43,7 @@ def place(rng: random.Random, count: int, size: int, space: int, *, fixed: int |
     others = count - 1
     least, most = max(0, others - right // size), min(others, left // size)
     if left < 0 or right < 0 or least > most:
-        raise InvalidArgument(f"{count} needles of {size} bytes with one at {fixed} do not fit in {space} bytes")
+        raise InvalidArgument(f"{count} needles of {size} tokens with one at {fixed} do not fit in {space}")
     share = left / (left + right) if others else 0.0
     on_the_left = min(max(sum(rng.random() < share for _ in range(others)), least), most)
     starts = _spread(rng, on_the_left, size, 0, left)
@@ -73,26 +69,22 @@ def _spread(rng: random.Random, count: int, size: int, begin: int, end: int) -> 
     """Draws ascending starts in `[begin, end)`: the gaps are drawn, and the intervals pushed between them."""
     slack = end - begin - count * size
     if slack < 0:
-        raise InvalidArgument(f"{count} needles of {size} bytes do not fit in {max(end - begin, 0)} bytes")
+        raise InvalidArgument(f"{count} needles of {size} tokens do not fit in {max(end - begin, 0)}")
     gaps = sorted(int(rng.random() * (slack + 1)) for _ in range(count))
     return [begin + gap + number * size for number, gap in enumerate(gaps)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """How many needles a task hides and how many it asks for, if nobody says otherwise."""
+class Asked:
+    """Which sample is meant among those in one haystack.
 
-    num_needles: int
-    num_queries: int
-    has_chains: bool = False
+    Attributes:
+        depth: where the asked needle lies, 0 to 1; random if None.
+        index: the number of the sample.
+    """
 
-
-TASKS = {
-    "s-niah": Task(num_needles=1, num_queries=1),
-    "mk-niah": Task(num_needles=4, num_queries=1),
-    "mq-niah": Task(num_needles=6, num_queries=2),
-    "vt": Task(num_needles=6, num_queries=1, has_chains=True),
-}
+    depth: float | None = None
+    index: int = 0
 
 
 def make_sample(
@@ -103,29 +95,14 @@ def make_sample(
     index: int,
     haystack: Haystack,
     depth: float | None = None,
-    num_needles: int | None = None,
-    num_queries: int | None = None,
     min_distance: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> TaskSample:
-    """Makes one sample of exactly `length` bytes.
-
-    Args:
-        task: one of `TASKS`.
-        length: the length in bytes, with needles, question and answers.
-        seed: together with `index` the seed of everything that is random.
-        index: the number of the sample.
-        haystack: what the needles are hidden in; they replace its bytes.
-        depth: where the first asked needle lies, 0 to 1; random if None.
-        num_needles: how many needles; the task's own number if None. `vt` needs a multiple of 3.
-        num_queries: how many of them are asked for; the task's own number if None.
-        min_distance: more than so many bytes lie between any needle and the question.
-
-    Raises:
-        InvalidArgument: there is no such task, or the needles do not fit.
-    """
-    rng = _rng(task, length, seed, index, depth)
-    base = haystack.fill(length, rng)
-    plan = _plan(task, base, rng, depth, num_needles, num_queries, min_distance)
+    """Makes one sample of exactly `length` tokens; the arguments are those of `make_edits`."""
+    base, (plan,) = make_edits(
+        task, length=length, seed=seed, number=index, haystack=haystack,
+        asked=[Asked(depth=depth, index=index)], min_distance=min_distance, tokenizer=tokenizer,
+    )  # fmt: skip
     return plan.apply(base)
 
 
@@ -135,82 +112,152 @@ def make_edits(
     length: int,
     seed: int,
     haystack: Haystack,
-    depths: Sequence[float | None],
-    num_needles: int | None = None,
-    num_queries: int | None = None,
+    asked: Sequence[Asked],
+    number: int = 0,
     min_distance: int = 0,
-) -> tuple[ByteArray, tuple[TaskPlan, ...]]:
+    tokenizer: Tokenizer | None = None,
+) -> tuple[TokenArray, tuple[TaskPlan, ...]]:
     """Makes one haystack, and several samples that differ from it in their needles and their question only.
 
-    A model that has read a very long haystack once can read again only what an edit touches. The arguments are those
-    of `make_sample`.
+    A model that has read a very long haystack once can read again only what an edit touches. At a depth, needles begin
+    at one of the `PHASES` places next to it: consecutive samples go over all of them, so that no depth stands for one
+    place in a chunk.
 
     Args:
-        depths: there is one sample for each.
+        task: one of `TASKS`.
+        length: the length in tokens, with needles, question and answers.
+        seed: the seed of everything that is random, together with what follows.
+        haystack: what the needles are hidden in; they replace its tokens.
+        asked: the samples.
+        number: the number of the haystack.
+        min_distance: more than so many tokens lie between any needle and the question.
+        tokenizer: the tokenizer of the model; None for bytes.
 
     Returns:
-        the haystack, `[length]` of uint8, and for each sample its edits and answers; `plan.apply(haystack)` is the
-        sample as a whole.
+        the haystack, `[length]`, and for each sample its edits and answers; `plan.apply(haystack)` is the sample.
+
+    Raises:
+        InvalidArgument: there is no such task, or the needles do not fit.
     """
-    base = haystack.fill(length, random.Random(f"{task} {seed} base {length}"))
-    plans = tuple(
-        _plan(task, base, _rng(task, length, seed, index, depth), depth, num_needles, num_queries, min_distance)
-        for index, depth in enumerate(depths)
-    )
-    return np.frombuffer(base, np.uint8), plans
+    if task not in TASKS:
+        raise InvalidArgument(f"task {task!r}; allowed are {', '.join(TASKS)}")
+    tokens, text = _filled(haystack, length, random.Random(f"{task} {seed} base {length} {number}"), tokenizer)
+    encode = (tokenizer or BytesTokenizer()).encode
+    plans = []
+    for each in asked:
+        if each.depth is not None and not 0 <= each.depth <= 1:
+            raise InvalidArgument(f"depth {each.depth}; allowed is 0, the beginning, to 1, the end")
+        # The depth is part of the seed: names and values differ between depths, so that cells are independent.
+        rng = random.Random(f"{task} {seed} {each.index} {length} {each.depth}")
+        facts = TASKS[task].make(rng, text)
+        first_phase = random.Random(f"{task} {seed} phase {length} {each.depth}").randrange(PHASES)
+        phase = (first_phase + _PHASE_STEP * each.index) % PHASES
+        plans.append(_plan(task, facts, length, rng, each.depth, phase, min_distance, encode))
+    return tokens, tuple(plans)
 
 
-def position(facts: Facts, rng: random.Random, space: int, fixed: int | None = None) -> list[int]:
+def write_sample(
+    task: str, text: bytearray, begin: int, end: int, rng: random.Random, *, min_distance: int = 0
+) -> tuple[tuple[int, int], ...]:
+    """Writes a sample over a part of a text of bytes, and returns where its answers are; no name is one of the text's.
+
+    Raises:
+        InvalidArgument: the part is too short.
+    """
+    whole = bytes(text[begin:end]) if TASKS[task].haystack == FREQUENT else bytes(text)
+    facts = TASKS[task].make(rng, whole)
+    plan = _plan(task, facts, end - begin, rng, None, 0, min_distance, BytesTokenizer().encode)
+    for edit in plan.edits:
+        text[begin + edit.start : begin + edit.end] = bytes(edit.tokens)
+    return tuple((begin + start, begin + stop) for start, stop in plan.answer_spans)
+
+
+def position(facts: Facts, rng: random.Random, size: int, space: int, fixed: int | None = None) -> list[int]:
     """Draws where each needle begins in `[0, space)`; the order within a chain is that of the text.
 
     Args:
         facts: the facts whose needles are placed.
         rng: the source of randomness.
+        size: how much room a needle takes.
         space: the size of what holds them all.
         fixed: the start of the first asked needle, or of one of the first chain; None if it is random too.
     """
-    starts = place(rng, len(facts.needles), NEEDLE_BYTES, space, fixed=fixed)
+    starts = place(rng, len(facts.needles), size, space, fixed=fixed)
     return in_order(starts, facts.num_chains, rng) if facts.num_chains else starts
 
 
-def _rng(task: str, length: int, seed: int, index: int, depth: float | None) -> random.Random:
-    """Seeds by depth too: names and values differ between depths, so that cells of a table are independent."""
-    return random.Random(f"{task} {seed} {index} {length} {depth}")
+def _filled(
+    haystack: Haystack, length: int, rng: random.Random, tokenizer: Tokenizer | None
+) -> tuple[TokenArray, bytes | bytearray]:
+    """Returns a haystack as tokens, and the text that they stand for."""
+    if tokenizer is None or tokenizer.digest == BYTES:
+        text = haystack.fill(length, rng)
+        return np.frombuffer(text, np.uint8), text
+    parts: list[TokenArray] = []
+    missing = length
+    while missing > 0:
+        filled = haystack.fill(min(_BYTES_PER_TOKEN * missing + 64, _BLOCK_BYTES), rng)
+        part = tokenizer.encode(filled.decode(errors="ignore"))[:missing]
+        parts.append(part)
+        missing -= len(part)
+    return np.concatenate(parts), b"".join(tokenizer.decode(part).encode() for part in parts)
 
 
 def _plan(
     task: str,
-    base: bytearray,
+    facts: Facts,
+    length: int,
     rng: random.Random,
     depth: float | None,
-    num_needles: int | None,
-    num_queries: int | None,
+    phase: int,
     min_distance: int,
+    encode: Callable[[str], TokenArray],
 ) -> TaskPlan:
-    if task not in TASKS:
-        raise InvalidArgument(f"task {task!r}; allowed are {', '.join(TASKS)}")
-    if depth is not None and not 0 <= depth <= 1:
-        raise InvalidArgument(f"depth {depth}; allowed is 0, the beginning, to 1, the end")
-    kind = TASKS[task]
-    keys = draw_keys(rng, kind.num_needles if num_needles is None else num_needles, base)
-    queries = kind.num_queries if num_queries is None else num_queries
-    facts = (chain_facts if kind.has_chains else lookup_facts)(rng, keys, queries)
-    question_start = len(base) - len(facts.question)
-    space = question_start - min_distance - 1
-    last = space - NEEDLE_BYTES
-    if last < 0 or min_distance < 0:
-        raise InvalidArgument(
-            f"length {len(base)} with distance {min_distance}; a needle, the distance and the question need "
-            f"{NEEDLE_BYTES + max(min_distance, 0) + 1 + len(facts.question)}"
-        )
-    fixed = None if depth is None else round(depth * last)
-    starts = position(facts, rng, space, fixed)
+    """Places needles and question; in a task without a depth, or at none, they may lie anywhere."""
+    needles = [tuple(encode(needle.decode()).tolist()) for needle in facts.needles]
+    questions = [_encoded(question, encode) for question in facts.questions]
+    size = max(map(len, needles), default=0)
+    space = length - max(len(tokens) for tokens, _ in questions) - min_distance - 1
+    last = space - size
+    if last < 0 or min_distance < 0 or length < TASKS[task].least:
+        least = max(length - last + max(min_distance, 0) - min_distance, TASKS[task].least)
+        raise InvalidArgument(f"length {length} with distance {min_distance}; {task} takes {least} or more")
+    fixed = None if depth is None or not TASKS[task].has_depth else _near(depth, last, phase)
+    starts = position(facts, rng, size, space, fixed) if needles else []
+    placed = None
+    if TASKS[task].has_depth:
+        placed = starts.index(fixed) if fixed is not None else rng.randrange(len(questions))
+    tokens, spans = questions[placed if len(questions) > 1 and placed is not None else 0]
+    asked_at = length - len(tokens)
     return TaskPlan(
         task=task,
-        length=len(base),
-        needles=tuple(Edit(start=start, text=text) for start, text in zip(starts, facts.needles, strict=True)),
+        length=length,
+        needles=tuple(Edit(start=start, tokens=needle) for start, needle in zip(starts, needles, strict=True)),
         asked=facts.asked,
-        question=Edit(start=question_start, text=facts.question),
-        answer_spans=tuple((question_start + start, question_start + end) for start, end in facts.answer_spans),
-        depth=(starts[0] if fixed is None else fixed) / last if last else 0.0,
+        placed=placed,
+        question=Edit(start=asked_at, tokens=tokens),
+        answer_spans=tuple((asked_at + start, asked_at + end) for start, end in spans),
+        depth=None if placed is None else starts[placed] / last if last else 0.0,
     )
+
+
+def _near(depth: float, last: int, phase: int) -> int:
+    """Returns the place of a phase among the `PHASES` places next to a depth; all that there are, where it is tight."""
+    window = min(PHASES, last + 1)
+    first = min(max(round(depth * last) - window // 2, 0), last + 1 - window)
+    return first + (phase - first) % window
+
+
+def _encoded(
+    question: Question, encode: Callable[[str], TokenArray]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Returns the tokens of a question, and where its answers are; an answer begins and ends with a token."""
+    tokens: list[int] = []
+    spans = []
+    for prompt, answer in question.queries:
+        tokens += encode(prompt.decode()).tolist()
+        start = len(tokens)
+        tokens += encode(answer.decode()).tolist()
+        spans.append((start, len(tokens)))
+        tokens += encode(END.decode()).tolist()
+    return tuple(tokens), tuple(spans)

@@ -7,6 +7,7 @@ from typing import Any
 from hsa_compile.checks import check_choice, check_count, check_number, pair
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.model.tasks.haystack import NOISE
 
 DECAYS = ("constant", "linear", "cosine")
@@ -134,7 +135,9 @@ class Stage:
         in_batch_memory: whether rows that a process takes together also see each other's chunks, as if they were
             earlier text, so that there are more chunks from which the right ones are to be told.
         synthetic_share: the share of rows that are retrieval samples; the others are plain text of the corpus.
-        chain_share, late_share, similar_share, num_needles, num_queries, min_episode: as in `tasks.mixture.Mixture`.
+        chain_share, late_share, similar_share, task_share, num_needles, num_queries, min_episode: as in
+            `tasks.mixture.Mixture`.
+        tasks: the weight of each task of the evaluation in rows of `task_share`.
         min_distance: the least distance between needles and questions; None takes the window.
         haystacks: the weight of each haystack of retrieval samples: `noise`, `corpus`, and `assignments`, which are
             pieces of the corpus that look like needles.
@@ -152,6 +155,8 @@ class Stage:
     chain_share: float = 0.0
     late_share: float = 0.0
     similar_share: float = 0.0
+    task_share: float = 0.0
+    tasks: Mapping[str, float] = field(default_factory=dict)
     num_needles: tuple[int, int] = (2, 6)
     num_queries: tuple[int, int] = (1, 4)
     min_distance: int | None = None
@@ -167,19 +172,24 @@ class Stage:
                 check_count(f"stages.{name}", getattr(self, name), low, 2**30)
         if self.shortest > self.seq_len:
             raise InvalidArgument(f"stages.min_seq_len = {self.shortest} must be at most seq_len = {self.seq_len}")
-        for name in ("synthetic_share", "chain_share", "late_share", "similar_share"):
+        for name in ("synthetic_share", "chain_share", "late_share", "similar_share", "task_share"):
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
             object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))
-        if not isinstance(self.haystacks, Mapping):
-            raise InvalidArgument(f"stages.haystacks = {self.haystacks!r} must be a table such as {{noise = 1.0}}")
-        for name, weight in self.haystacks.items():
-            check_choice("haystack", name, HAYSTACKS)
-            check_number(f"stages.haystacks.{name}", weight, 0, 1e9)
+        for name, allowed in (("haystacks", HAYSTACKS), ("tasks", tuple(TASKS))):
+            self._check_weights(name, allowed)
         if self.batch_tokens // self.shortest >= MAX_ROWS:
             raise InvalidArgument(
                 f"stages.batch_tokens = {self.batch_tokens} at rows of {self.shortest} must be below {MAX_ROWS} rows"
             )
+
+    def _check_weights(self, name: str, allowed: tuple[str, ...]) -> None:
+        weights = getattr(self, name)
+        if not isinstance(weights, Mapping):
+            raise InvalidArgument(f"stages.{name} = {weights!r} must be a table such as {{{allowed[0]} = 1.0}}")
+        for each, weight in weights.items():
+            check_choice(name.removesuffix("s"), each, allowed)
+            check_number(f"stages.{name}.{each}", weight, 0, 1e9)
 
     @property
     def shortest(self) -> int:

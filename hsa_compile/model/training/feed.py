@@ -214,6 +214,8 @@ def _mixture(run: RunConfig, stage: Stage, corpus: TokenCorpus | None) -> Mixtur
         chain_share=stage.chain_share,
         late_share=stage.late_share,
         similar_share=stage.similar_share,
+        task_share=stage.task_share,
+        tasks=tuple(stage.tasks.items()),
         num_needles=stage.num_needles,
         num_queries=stage.num_queries,
         min_distance=run.model_in(stage).window if stage.min_distance is None else stage.min_distance,

@@ -3,13 +3,14 @@
 import re
 
 import torch
+from reader import answer
 from small_models import small_config
 from torch import Tensor, nn
 
 from hsa_compile.model.layers.attention import FullCache
 from hsa_compile.model.transformer import HSATransformer
 
-_QUESTION = re.compile(rb" \?([a-z]{3})=([a-z0-9=]*)$")
+_QUESTION = re.compile(rb"( \?[a-z]+(?:#\d)?=| Where [A-Za-z ]*\? )([a-z0-9=,]*)$")
 
 
 class Oracle(HSATransformer):
@@ -52,11 +53,6 @@ class Oracle(HSATransformer):
         question = _QUESTION.search(text)
         if question is None:
             return 0
-        name, begun = question.groups()
-        seen = text[: question.start()][: self.blind_after]
-        path = []
-        while (needle := re.search(rb" %b=([a-z0-9]+)\." % name, seen)) is not None:
-            name = needle.group(1)
-            path.append(name)
-        answer = b"=".join(path) + (b"." if self.stops else b"!")
-        return answer[len(begun)] if answer.startswith(begun) and len(begun) < len(answer) else 0
+        asked, begun = question.groups()
+        right = answer(text[: question.start()][: self.blind_after], asked) + (b"." if self.stops else b"!")
+        return right[len(begun)] if right.startswith(begun) and len(begun) < len(right) else 0

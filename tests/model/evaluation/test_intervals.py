@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_compile.model.evaluation.results import wilson_interval
+from hsa_compile.model.evaluation.cells import wilson_interval
 
 
 @pytest.mark.parametrize(

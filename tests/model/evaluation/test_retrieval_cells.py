@@ -13,16 +13,20 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import GREEDY, TEACHER_FORCED, VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import retrieval
+from hsa_compile.model.evaluation.cells import Cell, mean_of, retrieval_cells
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
-from hsa_compile.model.evaluation.results import Cell, retrieval_cells
 from hsa_compile.model.evaluation.retrieval import retrieval_jobs
 from hsa_compile.model.evaluation.settings import RetrievalSettings, least_length
 from hsa_compile.model.evaluation.subject import Subject, run_jobs
-from hsa_compile.model.tasks.haystack import NoiseHaystack
-from hsa_compile.model.tasks.retrieval import TASKS
+from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
+from hsa_compile.model.tasks.haystack import TextHaystack
+from hsa_compile.model.tasks.retrieval import Asked
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+
+
+TEXT = TextHaystack("text", b"some words of a text, with a few numbers such as 12 and 345\n" * 50)
 
 
 def subject_of(model: HSATransformer, **changes: object) -> Subject:
@@ -38,22 +42,24 @@ def settings_of(**changes: object) -> RetrievalSettings:
 def evaluate(model: HSATransformer, settings: RetrievalSettings, out: Path) -> list[Cell]:
     subject = subject_of(model)
     with OutcomeFile(out) as outcomes:
-        run_jobs(model, retrieval_jobs(subject, settings, NoiseHaystack(), outcomes), lambda label, tokens: None)
-        return retrieval_cells(subject, settings, NoiseHaystack(), outcomes)
+        run_jobs(model, retrieval_jobs(subject, settings, TEXT, outcomes), lambda label, tokens: None)
+        return retrieval_cells(subject, settings, TEXT, outcomes)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_model_that_knows_is_always_right(task: str, tmp_path: Path) -> None:
-    cells = evaluate(Oracle(), settings_of(tasks=(task,), lengths=(300,)), tmp_path)
+    cells = evaluate(Oracle(), settings_of(tasks=(task,), lengths=(max(300, sizes(task).least),)), tmp_path)
     assert {cell.accuracy for cell in cells} == {1.0}
-    assert [cell.depth for cell in cells] == 2 * [0.0, 0.5, 1.0, None]
-    assert [cell.num_samples for cell in cells] == 2 * [2, 2, 2, 6]
+    has_depth = TASKS[task].has_depth
+    assert [cell.depth for cell in cells] == 2 * ([0.0, 0.5, 1.0, None] if has_depth else [None])
+    assert [cell.num_samples for cell in cells] == 2 * ([2, 2, 2, 6] if has_depth else [6])
 
 
 @pytest.mark.parametrize(("variant", "task"), combinations(VARIANTS, list(TASKS)))
 def test_an_untrained_model_is_never_right(variant: str, task: str, tmp_path: Path) -> None:
     model = build(small_config(variant, vocab_size=256))
-    assert {cell.num_correct for cell in evaluate(model, settings_of(tasks=(task,), depths=(0.3,)), tmp_path)} == {0}
+    settings = settings_of(tasks=(task,), lengths=(max(200, sizes(task).least),), depths=(0.3,))
+    assert {cell.num_correct for cell in evaluate(model, settings, tmp_path)} == {0}
 
 
 def test_greedy_asks_for_the_end_of_the_answer_too(tmp_path: Path) -> None:
@@ -62,7 +68,7 @@ def test_greedy_asks_for_the_end_of_the_answer_too(tmp_path: Path) -> None:
 
 
 def test_cells_tell_depths_apart(tmp_path: Path) -> None:
-    cells = evaluate(Oracle(blind_after=100), settings_of(depths=(0.0, 0.2, 0.9)), tmp_path)
+    cells = evaluate(Oracle(blind_after=200), settings_of(lengths=(400,), depths=(0.0, 0.2, 0.9)), tmp_path)
     assert {cell.depth: cell.accuracy for cell in cells if cell.depth is not None} == {0.0: 1.0, 0.2: 1.0, 0.9: 0.0}
     assert [cell.accuracy for cell in cells if cell.depth is None] == 2 * [pytest.approx(2 / 3)]
 
@@ -157,14 +163,14 @@ def test_all_models_get_the_same_samples_whatever_else_is_asked(
 
 def retrieval_jobs_tokens(model: HSATransformer, settings: RetrievalSettings, out: Path) -> int:
     with OutcomeFile(out) as outcomes:
-        return sum(job.tokens for job in retrieval_jobs(subject_of(model), settings, NoiseHaystack(), outcomes))
+        return sum(job.tokens for job in retrieval_jobs(subject_of(model), settings, TEXT, outcomes))
 
 
 def test_the_progress_of_jobs_adds_up(tmp_path: Path) -> None:
     model = build(small_config("hsa-ultralong", vocab_size=256))
     told: list[int] = []
     with OutcomeFile(tmp_path) as outcomes:
-        jobs = retrieval_jobs(subject_of(model), settings_of(lengths=(200, 900)), NoiseHaystack(), outcomes)
+        jobs = retrieval_jobs(subject_of(model), settings_of(lengths=(200, 900)), TEXT, outcomes)
         run_jobs(model, jobs, lambda label, tokens: told.append(tokens))
     assert sum(told) == sum(job.tokens for job in jobs)
     assert sum(tokens > 0 for tokens in told) > len(jobs)
@@ -176,16 +182,46 @@ def test_the_least_length_is_enough_at_every_depth(task: str, distance: int) -> 
     least = least_length(task, distance)
     depths = tuple(np.linspace(0, 1, 41))
     settings = settings_of(tasks=(task,), lengths=(least,), depths=depths, min_distance=distance)
+    pending = tuple(retrieval._Pending(asked=Asked(depth=depth, index=0), keys={}) for depth in depths)
     group = retrieval._Group(
-        subject=subject_of(Oracle()), settings=settings, haystack=NoiseHaystack(), task=task, length=least, number=0,
-        pending=tuple(retrieval._Asked(depth=depth, index=0, keys={}) for depth in depths),
+        subject=subject_of(Oracle()), settings=settings, haystack=haystack_of(task, TEXT), task=task, length=least,
+        number=0, pending=pending,
     )  # fmt: skip
-    _, plans = group._plans()
+    _, plans = group.plans()
     assert len(plans) == 41
     with pytest.raises(InvalidArgument, match=f"length {least - 1} is too short for {task}; the least .* {least}"):
         settings_of(tasks=(task,), lengths=(least - 1,), min_distance=distance)
 
 
 def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
-    with OutcomeFile(tmp_path) as outcomes, pytest.raises(InvalidArgument, match="written in bytes"):
-        retrieval_jobs(subject_of(build(small_config("swa"))), settings_of(), NoiseHaystack(), outcomes)
+    with (
+        OutcomeFile(tmp_path) as outcomes,
+        pytest.raises(InvalidArgument, match="in the 256 tokens of bytes; the vocab"),
+    ):
+        retrieval_jobs(subject_of(build(small_config("swa"))), settings_of(), TEXT, outcomes)
+
+
+def test_cells_tell_where_in_their_chunk_needles_begin_and_which_are_cut(tmp_path: Path) -> None:
+    settings = settings_of(lengths=(900,), num_samples=16, protocols=(TEACHER_FORCED,))
+    subject = subject_of(Oracle(blind_after=500))
+    size = subject.model.config.chunk_size
+    cells = evaluate(subject.model, settings, tmp_path)
+    assert [bool(cell.by_offset) for cell in cells] == [False, False, False, True]
+    every = cells[-1]
+    assert set(every.by_offset) == set(range(size))
+    assert sum(samples for samples, _ in every.by_offset.values()) == every.num_samples == 48
+    assert sum(right for _, right in every.by_offset.values()) == every.num_correct < 48
+    over_a_border = [counts for offset, counts in every.by_offset.items() if offset + 10 > size]
+    assert every.cut == tuple(map(sum, zip(*over_a_border, strict=True)))
+
+
+def test_the_mean_counts_each_task_the_same() -> None:
+    few, many = (
+        Cell(task="vt", haystack="noise", protocol=GREEDY, length=9, depth=None, num_samples=samples, num_correct=right)
+        for samples, right in ((4, 4), (100, 50))
+    )
+    mean = mean_of([few, many])
+    assert (mean.accuracy, mean.num_tasks) == (0.75, 2)
+    assert 0.5 < mean.interval[0] < few.interval[0] / 2 + 0.25
+    assert mean.interval[1] == pytest.approx(0.75 + (many.interval[1] - 0.5) / 2)
+    assert mean_of([many]).interval == pytest.approx(many.interval)

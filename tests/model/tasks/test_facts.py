@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.sample import (
+from hsa_compile.model.tasks.facts import (
     CHAIN_QUERY_BYTES,
     NEEDLE_BYTES,
     QUERY_BYTES,
@@ -43,17 +43,19 @@ def test_a_lookup_reads_as_documented() -> None:
     facts = lookup_facts(random.Random(0), [b"abc", b"def"], 2)
     first, second = (needle[5:9] for needle in facts.needles)
     assert facts.needles == (b" abc=%b." % first, b" def=%b." % second)
-    assert facts.question == b" ?abc=%b. ?def=%b." % (first, second)
-    assert [facts.question[start:end] for start, end in facts.answer_spans] == [first, second]
+    text, spans = facts.question.text, facts.question.answer_spans
+    assert text == b" ?abc=%b. ?def=%b." % (first, second)
+    assert [text[start:end] for start, end in spans] == [first, second]
     assert first != second
-    assert (len(facts.needles[0]), len(facts.question)) == (NEEDLE_BYTES, 2 * QUERY_BYTES)
+    assert (len(facts.needles[0]), len(text)) == (NEEDLE_BYTES, 2 * QUERY_BYTES)
 
 
 def test_a_chain_reads_as_documented() -> None:
     facts = chain_facts(random.Random(0), [b"abc", b"def", b"ghi", b"jkl", b"mno", b"pqr"], 2)
     first, second = facts.needles[0][5:9], facts.needles[3][5:9]
     assert facts.needles[:3] == (b" abc=%b." % first, b" def=abc.", b" ghi=def.")
-    assert facts.question == b" ?ghi=def=abc=%b. ?pqr=mno=jkl=%b." % (first, second)
-    assert facts.question[slice(*facts.answer_spans[1])] == b"mno=jkl=%b" % second
-    assert len(facts.question) == 2 * CHAIN_QUERY_BYTES
+    text, spans = facts.question.text, facts.question.answer_spans
+    assert text == b" ?ghi=def=abc=%b. ?pqr=mno=jkl=%b." % (first, second)
+    assert text[slice(*spans[1])] == b"mno=jkl=%b" % second
+    assert len(text) == 2 * CHAIN_QUERY_BYTES
     assert facts.asked == (0, 1, 2, 3, 4, 5)

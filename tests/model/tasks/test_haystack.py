@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,17 @@ from hypothesis import strategies as st
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.tasks.haystack import AssignmentHaystack, NoiseHaystack, TextHaystack, load_haystack
+from hsa_compile.model.tasks.facts import draw_keys
+from hsa_compile.model.tasks.haystack import (
+    MADE,
+    AssignmentHaystack,
+    FrequencyHaystack,
+    NeedleHaystack,
+    NoiseHaystack,
+    TextHaystack,
+    WordHaystack,
+    load_haystack,
+)
 
 CIRCLE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
@@ -62,13 +74,36 @@ def test_no_text_is_refused() -> None:
         AssignmentHaystack("prose", b"There and back again.")
 
 
-@pytest.mark.slow
-def test_the_standard_library_is_a_haystack() -> None:
-    haystack = load_haystack("stdlib")
-    assert haystack.name == "stdlib"
-    assert isinstance(haystack, TextHaystack)
-    assert len(haystack) > 4e6
-    assert load_haystack("stdlib") is haystack
+@given(st.sampled_from(sorted(MADE)), st.integers(0, 3000), st.integers(0, 1000))
+def test_made_haystacks_have_their_length_and_depend_on_the_seed_alone(name: str, length: int, seed: int) -> None:
+    filled = MADE[name].fill(length, random.Random(seed))
+    assert len(filled) == length
+    assert filled == MADE[name].fill(length, random.Random(seed))
+    assert length < 100 or filled != MADE[name].fill(length, random.Random(seed + 1))
+
+
+def test_words_are_five_letters_and_hardly_one_comes_twice() -> None:
+    words = bytes(WordHaystack().fill(60_000, random.Random(0))).split()[1:-1]
+    assert all(re.fullmatch(rb"[a-z]{5}", word) for word in words)
+    assert len(words) - len(set(words)) < 20
+    assert len({letter for word in words for letter in word}) == 26
+
+
+def test_the_most_frequent_words_are_so_by_far() -> None:
+    for seed in range(20):
+        words = bytes(FrequencyHaystack().fill(2048, random.Random(seed))).split()
+        first, second, third, fourth = (count for _, count in Counter(words).most_common(4))
+        assert min(first - second, second - third, third - fourth) > 5  # a question takes the place of five words
+
+
+def test_a_haystack_of_needles_leaves_names_and_values_for_others() -> None:
+    text = bytes(NeedleHaystack().fill(1_000_000, random.Random(0)))
+    found = re.findall(rb" ([a-z]{3})=(\d{4})\.", text)
+    assert len(found) == 99_999
+    names, values = map(set, zip(*found, strict=True))
+    assert 15_300 < len(names) <= 26**3 * 7 // 8
+    assert len(values) == 8750
+    assert all(key not in names for key in draw_keys(random.Random(0), 100, text))
 
 
 def test_a_folder_of_text_is_a_haystack_without_its_binaries(tmp_path: Path) -> None:

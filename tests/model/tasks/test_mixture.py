@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reader import answer
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
+from hsa_compile.model.tasks.family import TASKS, sizes
 from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 
@@ -54,13 +56,13 @@ def test_every_answer_stands_far_enough_before_its_question_and_nowhere_else(
     text = row.tokens.tobytes()
     assert len(text) == len(row.loss_weights) == length
     assert row.answer_spans
-    for name, answer, asked_at in questions(row):
+    for name, value, asked_at in questions(row):
         assert text[asked_at : asked_at + 2] == b" ?"
         assert text.index(name + b"=") < asked_at
-        for key, value in _hops(name, answer):
-            found = [match.start() for match in re.finditer(b" %s=%s" % (re.escape(key), re.escape(value)), text)]
+        for key, source in _hops(name, value):
+            found = [match.start() for match in re.finditer(b" %s=%s" % (re.escape(key), re.escape(source)), text)]
             assert len(found) == 1
-            assert _question_of(asked_at, row) - (found[0] + len(key) + len(value) + 3) > mixture.min_distance
+            assert _question_of(asked_at, row) - (found[0] + len(key) + len(source) + 3) > mixture.min_distance
             assert text[:asked_at].count(key + b"=") == 1
 
 
@@ -181,6 +183,8 @@ def test_haystacks_come_by_their_weight() -> None:
         ({"num_queries": (0, 2)}, "num_queries 0 to 2"),
         ({"min_distance": -1}, "min_distance -1"),
         ({"haystacks": ()}, "without a haystack"),
+        ({"task_share": 0.5}, "task_share 0.5 without a task"),
+        ({"tasks": (("niah", 1.0),)}, "task 'niah'; allowed are s-niah, "),
         ({"synthetic_share": 0.5}, "without a corpus"),
         ({"min_episode": 50}, "min_episode 50; allowed is 86 or more"),
     ],
@@ -195,3 +199,31 @@ def test_a_row_too_short_for_one_question_is_refused() -> None:
     training_sample(mixture, 86, 0, 0)
     with pytest.raises(InvalidArgument, match="length 85; a synthetic row takes 86 or more"):
         training_sample(mixture, 85, 0, 0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_episodes_are_samples_of_the_tasks(task: str) -> None:
+    length = 2 * max(sizes(task).least, 300) + 200
+    mixture = Mixture(haystacks=NOISE, task_share=1.0, tasks=((task, 1.0),), min_distance=9, min_episode=length // 2)
+    for index in range(10):
+        row = training_sample(mixture, length, 0, index)
+        text = row.tokens.tobytes()
+        begin, asked = 0, sizes(task).prompt
+        for start, end in row.answer_spans:
+            if text[begin : begin + 2] != b" ?":  # the first answer of an episode
+                episode = text[begin : start - asked]
+            assert answer(episode, text[start - asked : start]) == text[start:end]
+            assert row.loss_weights[start:end].tolist() == [1.0] * (end - start)
+            begin = end + 1
+        assert begin == length
+
+
+def test_episodes_of_tasks_come_by_their_share() -> None:
+    mixture = Mixture(haystacks=NOISE, task_share=0.3, tasks=(("qa-1", 1.0), ("vt", 0.0)), min_distance=0)
+    rows = [training_sample(mixture, 500, 0, index).tokens.tobytes() for index in range(300)]
+    assert 60 < sum(b" Where does " in row for row in rows) < 120
+
+
+def test_a_row_in_which_no_task_fits_has_needles() -> None:
+    mixture = Mixture(haystacks=NOISE, task_share=1.0, tasks=(("fwe", 1.0),), min_distance=0)
+    assert questions(training_sample(mixture, 300, 0, 0))

@@ -36,7 +36,7 @@ def test_every_arrangement_can_come() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="3 needles of 4 bytes do not fit in 11"):
+    with pytest.raises(InvalidArgument, match="3 needles of 4 tokens do not fit in 11"):
         place(random.Random(0), 3, 4, 11)
     with pytest.raises(InvalidArgument, match="with one at 3 do not fit in 10"):
         place(random.Random(0), 2, 4, 10, fixed=3)

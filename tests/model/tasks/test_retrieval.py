@@ -1,26 +1,33 @@
-"""Retrieval samples: what must hold of each, whatever its length, seed, depth and haystack."""
+"""Samples of the tasks: what must hold of each, whatever its length, seed, depth and haystack."""
 
 import itertools
-import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reader import answer
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.tasks.haystack import Haystack, NoiseHaystack, TextHaystack
-from hsa_compile.model.tasks.retrieval import TASKS, make_edits, make_sample
-from hsa_compile.model.tasks.sample import CHAIN_LENGTH, NEEDLE_BYTES, TaskSample
+from hsa_compile.model.data.tokenizer import BytesTokenizer
+from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
+from hsa_compile.model.tasks.haystack import MADE, Haystack, NoiseHaystack, TextHaystack
+from hsa_compile.model.tasks.retrieval import PHASES, Asked, make_edits, make_sample
+from hsa_compile.model.tasks.sample import TaskSample
 
-# Text that already assigns to every name that begins with a, and to a few others.
+# Text that already assigns to every name that begins with a, and to a few others, and holds many numbers.
 ASSIGNING = b" ".join(
     b"a%c%c=%04d" % (first, second, first * second) for first in range(97, 123) for second in range(97, 123)
 )
 TEXT = TextHaystack("text", b"def f(x, key=None): return 5 if x == 3 else dict(abc=x) # \xc3\xa9\n" * 40 + ASSIGNING)
 HAYSTACKS: tuple[Haystack, ...] = (NoiseHaystack(), TEXT)
+PLACED = [name for name, task in TASKS.items() if task.has_depth]
 
-tasks = st.sampled_from(sorted(TASKS))
+tasks = st.sampled_from(list(TASKS))
+placed_tasks = st.sampled_from(PLACED)
 haystacks = st.sampled_from(HAYSTACKS)
 numbers = st.integers(0, 2**32)
 depths = st.none() | st.floats(0, 1)
@@ -30,59 +37,62 @@ def answers_of(sample: TaskSample) -> list[bytes]:
     return [sample.tokens[start:end].tobytes() for start, end in sample.answer_spans]
 
 
-def looked_up(sample: TaskSample) -> list[bytes]:
-    """The answers that a reader finds who sees what stands before the question, and the question."""
-    text, question = sample.tokens.tobytes(), sample.plan.question
-    known = dict(re.findall(rb" ([a-z]{3})=([a-z]{3}|\d{4})\.", b"".join(
-        text[edit.start : edit.end] for edit in sample.plan.needles
-    )))  # fmt: skip
-    answers = []
-    for name in re.findall(rb"\?([a-z]{3})=", text[question.start : question.end]):
-        path = [known[name]]
-        while path[-1] in known:
-            path.append(known[path[-1]])
-        answers.append(b"=".join(path))
-    return answers
+def sample_of(task: str, length: int, seed: int = 0, index: int = 0, **options: object) -> TaskSample:
+    return make_sample(
+        task, length=max(length, sizes(task).least + 40), seed=seed, index=index, haystack=haystack_of(task, TEXT),
+        **options,
+    )  # fmt: skip
 
 
-@given(tasks, haystacks, st.integers(260, 3000), numbers, numbers, depths, st.integers(0, 40))
-def test_a_sample_has_its_length_its_needles_once_and_its_answers_in_place(
-    task: str, haystack: Haystack, length: int, seed: int, index: int, depth: float | None, min_distance: int
+@given(tasks, st.integers(40, 3000), numbers, numbers, depths, st.integers(0, 40))
+def test_a_sample_has_its_length_its_needles_and_its_answers_in_place(
+    task: str, length: int, seed: int, index: int, depth: float | None, min_distance: int
 ) -> None:
-    sample = make_sample(
-        task, length=length, seed=seed, index=index, haystack=haystack, depth=depth, min_distance=min_distance
-    )
+    sample = sample_of(task, length, seed, index, depth=depth, min_distance=min_distance)
     text = sample.tokens.tobytes()
     assert sample.tokens.dtype == np.uint8
-    assert len(text) == length
-    assert answers_of(sample) == looked_up(sample)
-    assert text.endswith(sample.plan.question.text)
+    assert len(text) == max(length, sizes(task).least + 40)
+    assert text.endswith(bytes(sample.plan.question.tokens))
     before = text[: sample.plan.question.start]
     for needle in sample.plan.needles:
-        assert text[needle.start : needle.end] == needle.text
-        assert before.count(needle.text[1:5]) == 1  # its name is assigned nowhere else
+        assert text[needle.start : needle.end] == bytes(needle.tokens)
         assert len(before) - needle.end > min_distance
-    taken = sorted(sample.needle_starts)
-    assert all(b - a >= NEEDLE_BYTES - 1 for a, b in itertools.pairwise(taken))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(sample.plan.edits))
+    end = 0
+    for start, stop in sample.answer_spans:
+        asked = text[sample.plan.question.start + end : start]
+        assert answer(before, asked) == text[start:stop], (asked, text[start:stop])
+        assert text[stop : stop + 1] == b"."
+        end = stop + 1 - sample.plan.question.start
 
 
-@given(tasks, haystacks, st.integers(400, 2000), numbers, st.floats(0, 1), st.integers(0, 64))
+@given(placed_tasks, st.integers(400, 2000), numbers, numbers, st.floats(0, 1), st.integers(0, 64))
 def test_the_depth_is_that_of_an_asked_needle(
-    task: str, haystack: Haystack, length: int, seed: int, depth: float, min_distance: int
+    task: str, length: int, seed: int, index: int, depth: float, min_distance: int
 ) -> None:
-    options = {"length": length, "seed": seed, "index": 0, "haystack": haystack, "min_distance": min_distance}
-    sample = make_sample(task, depth=depth, **options)  # type: ignore[arg-type]
-    last = sample.plan.question.start - min_distance - 1 - NEEDLE_BYTES
-    assert round(depth * last) in sample.plan.asked_starts
-    assert sample.depth == pytest.approx(depth, abs=1 / last)
-    if task != "vt":
-        assert sample.needle_starts[0] == round(depth * last)
+    sample = sample_of(task, length + 600, seed, index, depth=depth, min_distance=min_distance)
+    plan = sample.plan
+    last = plan.question.start - min_distance - 1 - sizes(task).needle
+    assert plan.placed in plan.asked
+    start = plan.needles[plan.placed].start
+    assert plan.depth == start / last
+    assert 0 <= start <= last
+    assert abs(start - depth * last) <= PHASES
+
+
+def test_the_outermost_needles_touch_the_beginning_and_the_question() -> None:
+    starts = {
+        depth: {sample_of("s-niah", 400, index=index, depth=depth).needle_starts[0] for index in range(PHASES)}
+        for depth in (0.0, 1.0)
+    }
+    last = 400 - 11 - 1 - 10
+    assert starts == {0.0: set(range(PHASES)), 1.0: set(range(last - PHASES + 1, last + 1))}
 
 
 @given(tasks, numbers, numbers)
 def test_a_sample_depends_on_its_arguments_alone(task: str, seed: int, index: int) -> None:
     first, again, other_seed, other_index = (
-        make_sample(task, length=400, seed=each_seed, index=each_index, haystack=TEXT)
+        sample_of(task, 400, each_seed, each_index)
         for each_seed, each_index in ((seed, index), (seed, index), (seed + 1, index), (seed, index + 1))
     )
     assert np.array_equal(first.tokens, again.tokens)
@@ -91,70 +101,57 @@ def test_a_sample_depends_on_its_arguments_alone(task: str, seed: int, index: in
     assert not np.array_equal(first.tokens, other_index.tokens)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_all_samples_of_a_task_are_equally_large(task: str) -> None:
+    for index in range(20):
+        plan = sample_of(task, 700, index=index).plan
+        size = sizes(task)
+        assert len(plan.needles) == size.num_needles
+        assert max((edit.end - edit.start for edit in plan.needles), default=0) == size.needle
+        assert len(plan.question.tokens) == size.question
+        assert plan.answer_spans[0][0] == plan.length - size.question + size.prompt
+
+
 def test_the_shortest_sample_is_needle_and_question_with_one_byte_between() -> None:
     sample = make_sample("s-niah", length=22, seed=0, index=0, haystack=HAYSTACKS[0])
     assert sample.needle_starts == (0,)
     assert sample.plan.question.start == 11
-    with pytest.raises(InvalidArgument, match="length 21 with distance 0"):
+    with pytest.raises(InvalidArgument, match="length 21 with distance 0; s-niah takes 22 or more"):
         make_sample("s-niah", length=21, seed=0, index=0, haystack=HAYSTACKS[0])
 
 
 def test_random_depths_cover_the_haystack() -> None:
-    found = [
-        make_sample("s-niah", length=1000, seed=0, index=index, haystack=HAYSTACKS[0]).depth for index in range(200)
-    ]
+    found = [sample_of("s-niah", 1000, index=index).depth for index in range(200)]
     counts = np.histogram(found, bins=4, range=(0, 1))[0]
     assert min(counts) > 25
 
 
-@pytest.mark.parametrize(
-    ("task", "needles", "queries"), [("s-niah", 1, 1), ("mk-niah", 4, 1), ("mq-niah", 6, 2), ("vt", 6, 1)]
-)
-def test_the_numbers_are_the_authors(task: str, needles: int, queries: int) -> None:
-    sample = make_sample(task, length=400, seed=0, index=0, haystack=HAYSTACKS[0])
-    assert (len(sample.plan.needles), len(sample.answer_spans)) == (needles, queries)
-
-
-def test_numbers_can_be_chosen() -> None:
-    options = {"length": 900, "seed": 0, "index": 0, "haystack": HAYSTACKS[0]}
-    sample = make_sample("mq-niah", num_needles=12, num_queries=5, **options)  # type: ignore[arg-type]
-    assert (len(sample.plan.needles), len(answers_of(sample))) == (12, 5)
-    sample = make_sample("vt", num_needles=9, num_queries=2, **options)  # type: ignore[arg-type]
-    assert len(sample.plan.asked_starts) == 2 * CHAIN_LENGTH
-    assert answers_of(sample) == looked_up(sample)
+def test_each_of_eight_alike_is_asked_for() -> None:
+    asked = Counter(sample_of("mrcr", 2000, index=index, depth=0.5).plan.placed for index in range(60))
+    assert len(asked) >= 6
+    assert {sample_of("mrcr", 2000, index=index).plan.placed for index in range(100)} == set(range(8))
 
 
 @given(numbers, depths)
 def test_the_links_of_a_chain_stand_in_its_order(seed: int, depth: float | None) -> None:
-    sample = make_sample("vt", length=500, seed=seed, index=0, haystack=HAYSTACKS[0], depth=depth)
-    starts = sample.needle_starts
+    starts = sample_of("vt", 500, seed, depth=depth).needle_starts
     assert list(starts[:3]) == sorted(starts[:3])
     assert list(starts[3:]) == sorted(starts[3:])
 
 
-@given(tasks, haystacks, numbers)
-def test_samples_of_one_base_differ_in_needles_and_question_only(task: str, haystack: Haystack, seed: int) -> None:
-    base, plans = make_edits(task, length=1500, seed=seed, haystack=haystack, depths=[0.0, 0.5, 1.0, None])
+@given(tasks, numbers)
+def test_samples_of_one_base_differ_in_needles_and_question_only(task: str, seed: int) -> None:
+    asked = [Asked(depth=depth, index=index) for index, depth in enumerate([0.0, 0.5, 1.0, None])]
+    length = max(1500, sizes(task).least)
+    base, plans = make_edits(task, length=length, seed=seed, haystack=haystack_of(task, TEXT), asked=asked)
     assert len(plans) == 4
-    assert len({plan.question.text for plan in plans}) == 4
     for plan in plans:
-        sample = plan.apply(base)
-        changed = np.flatnonzero(sample.tokens != base)
+        changed = np.flatnonzero(plan.apply(base).tokens != base)
         assert set(changed) <= {place for edit in plan.edits for place in range(edit.start, edit.end)}
-        assert answers_of(sample) == looked_up(sample)
-        for needle in plan.needles:
-            assert sample.tokens[: plan.question.start].tobytes().count(needle.text[1:5]) == 1
-
-
-def test_edits_lie_in_the_order_of_the_text_and_do_not_overlap() -> None:
-    _, plans = make_edits("mq-niah", length=600, seed=3, haystack=HAYSTACKS[0], depths=[None] * 20)
-    for plan in plans:
-        assert all(a.end <= b.start for a, b in itertools.pairwise(plan.edits))
-        assert plan.edits[-1].end == 600
 
 
 def test_an_answer_counts_only_if_every_byte_is_right() -> None:
-    sample = make_sample("mq-niah", length=400, seed=0, index=0, haystack=HAYSTACKS[0])
+    sample = sample_of("mq-niah", 400)
     predicted = sample.tokens.astype(np.int64)
     assert sample.is_answered_by(predicted)
     assert sample.is_answered_by(predicted[sample.answer_spans[0][0] :])
@@ -173,15 +170,13 @@ def test_an_answer_counts_only_if_every_byte_is_right() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "niah"}, "allowed are s-niah, mk-niah, mq-niah, vt"),
+        ({"task": "niah"}, "allowed are s-niah, s-niah-words, "),
         ({"depth": 1.5}, r"depth 1\.5"),
-        ({"length": 20}, "length 20 with distance 0"),
+        ({"length": 20}, "length 20 with distance 0; s-niah takes 22 or more"),
+        ({"length": 30, "min_distance": 9}, "length 30 with distance 9; s-niah takes 31 or more"),
         ({"min_distance": -1}, "distance -1"),
-        ({"num_queries": 3}, "num_queries 3"),
-        ({"num_needles": 0}, "0 needles"),
-        ({"num_needles": 80}, "do not fit"),
-        ({"task": "vt", "num_needles": 4}, "multiples of 3"),
-        ({"task": "vt", "num_queries": 3}, "1 query to one a chain"),
+        ({"task": "cwe"}, "do not fit"),
+        ({"task": "fwe"}, "fwe takes 2048 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
@@ -191,13 +186,70 @@ def test_what_cannot_be_is_refused(changes: dict[str, object], message: str) -> 
 
 
 def test_a_haystack_of_another_length_is_refused() -> None:
-    _, (plan,) = make_edits("s-niah", length=100, seed=0, haystack=HAYSTACKS[0], depths=[0.5])
-    with pytest.raises(InvalidArgument, match="haystack of 99 bytes; the sample has 100"):
-        plan.apply(bytearray(99))
+    _, (plan,) = make_edits("s-niah", length=100, seed=0, haystack=HAYSTACKS[0], asked=[Asked(depth=0.5)])
+    with pytest.raises(InvalidArgument, match="haystack of 99 tokens; the sample has 100"):
+        plan.apply(np.zeros(99, np.uint8))
 
 
-def test_a_text_that_assigns_to_every_name_is_refused() -> None:
+def test_a_text_that_holds_every_name_is_refused() -> None:
     letters = range(97, 123)
     everything = b"".join(b"%c%c%c=" % (a, b, c) for a in letters for b in letters for c in letters)
     with pytest.raises(InvalidArgument, match="assigns to too many names"):
         make_sample("s-niah", length=len(everything), seed=0, index=0, haystack=TextHaystack("all", everything))
+
+
+class PairTokenizer(BytesTokenizer):
+    """Two letters that stand side by side are one token; like all of its kind, it has no more tokens than bytes."""
+
+    name = digest = "pairs"
+    vocab_size = 2**16
+
+    def encode(self, text: str) -> np.ndarray:
+        data, tokens = text.encode(), []
+        while data:
+            size = 2 if data[:2].isalpha() and len(data) > 1 else 1
+            tokens.append(int.from_bytes(data[:size], "big"))
+            data = data[size:]
+        return np.array(tokens, np.uint16)
+
+    def decode(self, tokens: object) -> str:
+        text = b"".join(int(token).to_bytes(2, "big").lstrip(b"\0") or b"\0" for token in np.asarray(tokens))
+        return text.decode(errors="replace")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_are_asked_in_any_vocabulary(task: str) -> None:
+    tokenizer, text = PairTokenizer(), TextHaystack("text", b"some words of a text, with numbers: 12\n" * 99)
+    length = max(1200, sizes(task).least)
+    haystack: Callable[..., Haystack] = haystack_of
+    asked = [Asked(depth=depth, index=index) for index, depth in enumerate((0.0, 0.3, 1.0))]
+    base, plans = make_edits(
+        task, length=length, seed=1, haystack=haystack(task, text), asked=asked, tokenizer=tokenizer
+    )  # fmt: skip
+    assert base.dtype == np.uint16
+    assert len(base) == length
+    for plan in plans:
+        sample = plan.apply(base)
+        read = tokenizer.decode(sample.tokens[: plan.question.start]).encode()
+        asked_for = tokenizer.decode(sample.tokens[plan.question.start : plan.answer_spans[0][0]]).encode()
+        right = tokenizer.decode(sample.tokens[slice(*plan.answer_spans[0])]).encode()
+        assert answer(read, asked_for) == right
+        assert len(plan.question.tokens) <= sizes(task).question
+        assert all(edit.end - edit.start <= sizes(task).needle for edit in plan.needles)
+
+
+def test_every_made_haystack_is_used_by_a_task() -> None:
+    assert {task.haystack for task in TASKS.values()} == {*MADE, "text"}
+
+
+def test_the_page_of_tasks_has_the_name_the_public_task_and_the_chance_of_each() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(TASKS)
+    for row, task in zip(rows, TASKS.values(), strict=True):
+        assert row[3].replace("`", "").removesuffix(" with eight needles") == task.public.removesuffix(
+            ", eight needles"
+        )
+        if task.chance >= 1e-4:
+            assert float(row[4]) == 100 * task.chance
+        assert float(row[5]) == pytest.approx(100 * task.any_needle, rel=0.03)
