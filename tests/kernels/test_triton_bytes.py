@@ -88,9 +88,12 @@ def ratio(problem: Problem, text: str, monkeypatch: pytest.MonkeyPatch, indices:
     with counting(monkeypatch) as counted:
         entry(*inputs.arguments(problem.op), **inputs.options(problem.op))
     passes = space.op_backend.passes
-    said = sum(one.cache_bytes for one in passes(problem, schedule, limits_of(TARGET))) if passes else space.work(schedule).cache_bytes
+    said = (
+        sum(one.cache_bytes for one in passes(problem, schedule, limits_of(TARGET)))
+        if passes
+        else space.work(schedule).cache_bytes
+    )
     found = sum(size for name, size in counted.items() if name not in INDEX_KERNELS)
-    print(f"{problem.op} {text}: {said / found:.3f}", dict(counted), said)
     return said / found
 
 
@@ -101,7 +104,17 @@ def uniform(problem: Problem) -> Tensor:
     return order[..., : problem.top_k].to(torch.int32)
 
 
-PROBLEM = Problem(seq_len=45, kv_len=11 * 18, num_heads=6, num_kv_heads=2, head_dim=40, value_dim=72, chunk_size=18, top_k=5, dtype="float32")
+PROBLEM = Problem(
+    seq_len=45,
+    kv_len=11 * 18,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=40,
+    value_dim=72,
+    chunk_size=18,
+    top_k=5,
+    dtype="float32",
+)
 SECOND = "dk_dv={} block_entries=16 chunk_warps=4 chunk_stages=1"
 
 
@@ -112,8 +125,14 @@ SECOND = "dk_dv={} block_entries=16 chunk_warps=4 chunk_stages=1"
         ("hsa_forward", "union block_tokens=4 num_warps=4 num_stages=2"),
         ("hsa_forward", "chunk reduce=atomic segment=128 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
         ("hsa_forward", "chunk reduce=slots segment=128 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
-        ("hsa_forward", "fused reduce=fused window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
-        ("hsa_forward", "fused reduce=slots window=0 super_tile=128 segment=32 unroll=8 discard=0 num_warps=4 num_stages=2"),
+        (
+            "hsa_forward",
+            "fused reduce=fused window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
+        ),
+        (
+            "hsa_forward",
+            "fused reduce=slots window=0 super_tile=128 segment=32 unroll=8 discard=0 num_warps=4 num_stages=2",
+        ),
         ("hsa_backward", "token num_warps=4 num_stages=2 " + SECOND.format("together")),
         ("hsa_backward", "union block_tokens=4 num_warps=4 num_stages=2 " + SECOND.format("apart")),
         ("hsa_backward", "chunk reduce=atomic segment=128 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
@@ -131,7 +150,18 @@ def test_attention_moves_the_bytes_that_the_model_says(op: str, schedule: str, m
     assert 0.9 <= ratio(problem, schedule, monkeypatch, indices) <= 1.1
 
 
-SELECT = Problem(op="select_chunks", seq_len=93, kv_len=93, num_heads=2, num_kv_heads=2, head_dim=40, chunk_size=3, top_k=5, dtype="float32")
+SELECT = Problem(
+    op="select_chunks",
+    seq_len=93,
+    kv_len=93,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=40,
+    chunk_size=3,
+    top_k=5,
+    dtype="float32",
+)
+
 
 @pytest.mark.parametrize(
     ("change", "schedule"),
@@ -143,13 +173,21 @@ SELECT = Problem(op="select_chunks", seq_len=93, kv_len=93, num_heads=2, num_kv_
         ({"op": "select_chunks_backward"}, "chunk block_tokens=4 num_warps=4 chunk_t=8 chunk_warps=4"),
     ],
 )
-def test_selection_moves_the_bytes_that_the_model_says(change: dict[str, Any], schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_moves_the_bytes_that_the_model_says(
+    change: dict[str, Any], schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = replace(SELECT, **change)
     indices = uniform(problem) if problem.op != "select_chunks" else None
     assert 0.9 <= ratio(problem, schedule, monkeypatch, indices) <= 1.1
 
 
 @pytest.mark.parametrize(("change", "splits"), [({}, 1), ({"paged": True}, 4), ({"top_k": 3, "num_heads": 2}, 2)])
-def test_decoding_moves_the_bytes_that_the_model_says(change: dict[str, Any], splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_moves_the_bytes_that_the_model_says(
+    change: dict[str, Any], splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = replace(PROBLEM, op="hsa_decode", batch=3, seq_len=2, **change)
-    assert 0.9 <= ratio(problem, f"split num_splits={splits} num_warps=4 num_stages=2", monkeypatch, uniform(problem)) <= 1.1
+    assert (
+        0.9
+        <= ratio(problem, f"split num_splits={splits} num_warps=4 num_stages=2", monkeypatch, uniform(problem))
+        <= 1.1
+    )

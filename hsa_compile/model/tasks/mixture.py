@@ -14,6 +14,7 @@ from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample, corpus_sa
 from hsa_compile.model.tasks.facts import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,
+    END,
     NEEDLE_BYTES,
     QUERY_BYTES,
     chain_facts,
@@ -48,7 +49,7 @@ class Mixture:
         min_distance: more than so many bytes lie between an episode's needles and its questions, such as the window.
         min_episode: the length in bytes of the shortest episode; None makes one episode a row.
         text_weight: what a synthetic row's bytes count in the loss.
-        answer_weight: what the bytes of its answers count.
+        answer_weight: what the bytes of its answers count, and the byte after each, which ends it.
         corpus_weight: what a plain row's tokens count.
     """
 
@@ -131,7 +132,7 @@ def _weighted(text: bytearray, spans: list[tuple[int, int]], mixture: Mixture) -
     loss_weights = np.full(len(text), mixture.text_weight, np.float32)
     loss_weights[0] = 0
     for start, end in spans:
-        loss_weights[start:end] = mixture.answer_weight
+        loss_weights[start : end + len(END)] = mixture.answer_weight
     return TrainingSample(tokens=np.frombuffer(text, np.uint8), loss_weights=loss_weights, answer_spans=tuple(spans))
 
 

@@ -88,7 +88,7 @@ def test_answers_carry_the_loss(mixture: Mixture, length: int, seed: int) -> Non
     expected = np.full(length, 0.2, np.float32)
     expected[0] = 0
     for start, end in row.answer_spans:
-        expected[start:end] = 1
+        expected[start : end + 1] = 1  # the full stop too
     assert np.array_equal(row.loss_weights, expected)
 
 
@@ -213,7 +213,7 @@ def test_episodes_are_samples_of_the_tasks(task: str) -> None:
             if text[begin : begin + 2] != b" ?":  # the first answer of an episode
                 episode = text[begin : start - asked]
             assert answer(episode, text[start - asked : start]) == text[start:end]
-            assert row.loss_weights[start:end].tolist() == [1.0] * (end - start)
+            assert row.loss_weights[start : end + 1].tolist() == [1.0] * (end + 1 - start)
             begin = end + 1
         assert begin == length
 

@@ -95,7 +95,9 @@ def _chunk_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
     row_bytes = shape.rows * (D + Dv if backward else D) * problem.itemsize
     kv_bytes = shape.segments * problem.chunk_size * (D + Dv) * problem.itemsize
     live = shape.live_tokens * problem.num_heads
-    listed = shape.rows / problem.group * (16 if backward else 12)  # where entries lie, their weights, gradients of these
+    listed = (
+        shape.rows / problem.group * (16 if backward else 12)
+    )  # where entries lie, their weights, gradients of these
     memory = kv_bytes + row_bytes * _missed(live * D * problem.itemsize, limits)
     added = 3 * 4 / problem.itemsize if schedule["segment"] else 1.0 if not schedule["super_tile"] else 2.0
     if reduction == "atomic":
