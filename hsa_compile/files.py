@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -13,6 +14,8 @@ from typing import Any
 from hsa_compile.errors import SaveError
 
 MOST_BYTES = 1 << 28  # how much `read_regular` reads: far more than any file of ours holds
+_BLOCK = 1 << 22
+_SUM = "sha256"
 
 
 def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -130,3 +133,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value
+
+
+def write_summed_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an object as JSON together with its checksum, as a whole or not at all (`replace_file`)."""
+    write_json(path, {**content, _SUM: json_sha256(content)})
+
+
+def read_summed_json(path: Path) -> dict[str, Any]:
+    """Returns the object that `write_summed_json` wrote.
+
+    Raises:
+        SaveError: there is no such file, it holds something else, or its checksum is not that of its content.
+    """
+    content = read_json(path)
+    if content.pop(_SUM, None) != json_sha256(content):
+        raise SaveError(f"{path} is damaged: its checksum does not match")
+    return content
+
+
+def json_sha256(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of an object's JSON with sorted names; an empty text if it is nested too deep to be written."""
+    try:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except RecursionError:
+        return ""
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.files import file_sha256
 from hsa_compile.model.data.manifest import (
     SPLITS,
     TOKENIZER_FILE,
     TRAIN,
     ends_name,
-    file_sha256,
     read_manifest,
     tokens_name,
 )

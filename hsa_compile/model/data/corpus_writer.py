@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hsa_compile.errors import CorpusError, UnreadableSource
+from hsa_compile.files import file_sha256
 from hsa_compile.model.data.documents import Skipped, Source, read_documents
 from hsa_compile.model.data.journal import AppendFile, Entry, Journal, Settings
 from hsa_compile.model.data.manifest import (
@@ -18,7 +19,6 @@ from hsa_compile.model.data.manifest import (
     Manifest,
     SplitSummary,
     ends_name,
-    file_sha256,
     tokens_name,
     write_manifest,
 )

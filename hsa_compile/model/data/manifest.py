@@ -1,6 +1,5 @@
 """What a prepared corpus says about itself. It is written last: a folder without it holds no corpus."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 1
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
-_BLOCK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +133,3 @@ def _check(manifest: Manifest) -> None:
     ):  # fmt: skip
         if not isinstance(value, str):
             raise CorpusError(f"{what} = {value!r} must be a text")
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
