@@ -147,7 +147,9 @@ def read_summed_json(path: Path) -> dict[str, Any]:
         SaveError: there is no such file, it holds something else, or its checksum is not that of its content.
     """
     content = read_json(path)
-    if content.pop(_SUM, None) != json_sha256(content):
+    if _SUM not in content:
+        raise SaveError(f"{path} has no checksum; another program or version of hsa-compile wrote it")
+    if content.pop(_SUM) != json_sha256(content):
         raise SaveError(f"{path} is damaged: its checksum does not match")
     return content
 

@@ -174,6 +174,15 @@ def make_checkpoint(folder: Path) -> None:
     save_checkpoint(folder, RunState(step=3, score=0.5, data_digest="ab"), model(), optimizer(), ALONE)
 
 
+def fix_checkpoint(folder: Path, file: Path) -> None:
+    path = folder / "step-00000003" / "state.json"
+    state = json_of(path)
+    if state is not None:
+        if file != path:
+            state["files"][file.name] = file_sha256(file)
+        write_sum(path, state)
+
+
 def read_checkpoint(folder: Path) -> None:
     whole = {name: tensor.clone() for name, tensor in model().state_dict().items()}
     try:
@@ -336,9 +345,9 @@ FORMATS = [
     Format(name="memory shard", files="**/*.safetensors", make=make_memory, mutate=fuzzing.mutated_tensors,
            fix=fix_memory, read=read_memory),
     Format(name="checkpoint state", files="**/state.json", make=make_checkpoint, mutate=fuzzing.mutated_json,
-           fix=nothing, read=read_checkpoint),
+           fix=fix_checkpoint, read=read_checkpoint),
     Format(name="checkpoint tensors", files="**/*.safetensors", make=make_checkpoint, mutate=fuzzing.mutated_tensors,
-           fix=nothing, read=read_checkpoint),
+           fix=fix_checkpoint, read=read_checkpoint),
     Format(name="corpus manifest", files="out/manifest.json", make=make_corpus, mutate=fuzzing.mutated_json, fix=nothing,
            read=read_corpus),
     Format(name="corpus tokens", files="out/*.tokens", make=make_corpus, mutate=fuzzing.mutated_bytes, fix=fix_corpus,
