@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count
+from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import SaveError
 from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
 from hsa_compile.model.config import ModelConfig
@@ -112,14 +112,14 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = read_summed_json(path)
     if index.get("format") != FORMAT or index.get("format_version") != FORMAT_VERSION:
         raise SaveError(
-            f"{path} has format {index.get('format')!r}, version {index.get('format_version')!r}; this hsa-compile "
+            f"{path} has format {shown(index.get('format'))}, version {shown(index.get('format_version'))}; this hsa-compile "
             f"reads {FORMAT!r}, version {FORMAT_VERSION}"
         )
     for name, kind in _FIELDS.items():
         if not isinstance(index.get(name), kind):
-            raise SaveError(f"{path}: {name} = {index.get(name)!r} must be a {kind.__name__}")
+            raise SaveError(f"{path}: {name} = {shown(index.get(name))} must be a {kind.__name__}")
     if not re.fullmatch(rf"{_PREFIX}[0-9a-f]{{32}}", index["place"]):
-        raise SaveError(f"{path}: place = {index['place']!r} must be {_PREFIX} and 32 hexadecimal digits")
+        raise SaveError(f"{path}: place = {shown(index['place'])} must be {_PREFIX} and 32 hexadecimal digits")
     rows = index["rows"]
     if not rows or not all(isinstance(row, dict) and row.keys() == _ROW_FIELDS for row in rows):
         raise SaveError(f"{path}: rows must be a list of objects with {', '.join(sorted(_ROW_FIELDS))}")
@@ -128,12 +128,12 @@ def _read_index(path: Path) -> dict[str, Any]:
     for row in rows:
         for name in _ROW_FIELDS:
             if not isinstance(row[name], list):
-                raise SaveError(f"{path}: {name} = {row[name]!r} must be a list")
+                raise SaveError(f"{path}: {name} = {shown(row[name])} must be a list")
             for value in row[name]:
                 check_count(f"{path}: {name}", value, 0, _MOST_TOKENS, error=SaveError)
         batch = len(row["positions"])
         if not batch == len(row["num_upper_past"]) > 0 or (index["by_rows"] and batch > 1) or (len(rows) > 1 and not index["by_rows"]):
-            raise SaveError(f"{path} contradicts itself: {len(rows)} rows, by_rows = {index['by_rows']}, {row}")
+            raise SaveError(f"{path} contradicts itself: {len(rows)} rows, by_rows = {index['by_rows']}, {shown(row)}")
     return index
 
 

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count, check_text
+from hsa_compile.checks import check_count, check_text, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import file_sha256, json_sha256, read_regular, sync_directory
+from hsa_compile.files import file_sha256, json_sha256, parse_json, read_regular, sync_directory
 from hsa_compile.model.memory.landmarks import LandmarkStore
 from hsa_compile.model.memory.pages import PagePool, mapped_tensor
 from hsa_compile.model.memory.shape import PageTable
@@ -122,15 +122,15 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(read_regular(path))
+        manifest = parse_json(read_regular(path))
     except FileNotFoundError:
         raise InvalidArgument(f"{directory} holds no saved memory: {path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise InvalidArgument(f"{path} cannot be read as a manifest ({error})") from error
     if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
         raise InvalidArgument(f"{path} is not the manifest of a {FORMAT}")
     if (version := manifest.pop("version", None)) != VERSION:
-        raise InvalidArgument(f"{path} is of version {version!r}; version {VERSION} can be read")
+        raise InvalidArgument(f"{path} is of version {shown(version)}; version {VERSION} can be read")
     if manifest.pop("sha256", None) != json_sha256(manifest):
         raise InvalidArgument(f"{path} is damaged: its checksum does not match")
     try:
@@ -155,14 +155,14 @@ def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(mapping[:8], "little")
-        header = json.loads(mapping[8:start])
+        header = parse_json(mapping[8:start])
         tensors = {}
         for name, (shape, dtype) in expected.items():
             entry = header[name]
             if tuple(entry["shape"]) != shape or _DTYPES.get(entry["dtype"]) != dtype:
                 raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
             tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgument(f"{path} is not a shard of this memory ({error})") from error
     return tensors, mapping
 
@@ -173,8 +173,8 @@ def _refuse_foreign(directory: Path) -> None:
             raise InvalidArgument(f"{directory} holds {path.name!r}; a directory is needed that is empty or a save")
     if (directory / MANIFEST).exists():
         try:
-            manifest = json.loads(read_regular(directory / MANIFEST))
-        except (OSError, ValueError, RecursionError) as error:
+            manifest = parse_json(read_regular(directory / MANIFEST))
+        except (OSError, ValueError) as error:
             raise InvalidArgument(f"{directory / MANIFEST} is not a manifest; it is not overwritten") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InvalidArgument(f"{directory / MANIFEST} is not the manifest of a {FORMAT}; it is not overwritten")

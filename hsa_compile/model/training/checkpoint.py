@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.checks import check_count
+from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import HSACompileWarning, SaveError
 from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
@@ -189,11 +189,11 @@ def _read(path: Path) -> tuple[RunState, dict[str, str]]:
     for name in ("seconds", "score"):
         is_number = isinstance(values[name], int | float) and not isinstance(values[name], bool)
         if not (is_number and abs(values[name]) < 1e300) and not (name == "score" and values[name] is None):
-            raise SaveError(f"{where}{name} = {values[name]!r} must be a number")
+            raise SaveError(f"{where}{name} = {shown(values[name])} must be a number")
     if not isinstance(state.data_digest, str):
-        raise SaveError(f"{where}data_digest = {state.data_digest!r} must be a text")
+        raise SaveError(f"{where}data_digest = {shown(state.data_digest)} must be a text")
     if not isinstance(files, dict):
-        raise SaveError(f"{where}{_FILES} = {files!r} must be an object: the checksum of each file")
+        raise SaveError(f"{where}{_FILES} = {shown(files)} must be an object: the checksum of each file")
     if path.name.startswith(_PREFIX) and path.name != checkpoint_path(path.parent, state.step).name:
         raise SaveError(f"{where}step = {state.step} is not the step of {path.name}")
     return state, files
