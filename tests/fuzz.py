@@ -38,8 +38,8 @@ def nested(depth: int) -> list[Any]:
 # What takes the place of a value: every type, numbers that no arithmetic stands, texts that no terminal should see.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63), _HUGE, -_HUGE, 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf,
-    -math.inf, "", "0", "1", "a b", "\ud800", "\x1b[2J", "\u202e", "x\ny", "../../x", "{}", "x" * 100_000, [], {}, [None],
-    [[]], [0, 0], {"": None}, {"a": {"b": []}}, list(range(500)), nested(50), nested(900), _DEEP,
+    -math.inf, "", "0", "1", "a b", "\ud800", "\x1b[2J", "\u202e", "x\ny", "../../x", "{}", "x" * 100_000, [], {},
+    [None], [[]], [0, 0], {"": None}, {"a": {"b": []}}, list(range(500)), nested(50), nested(900), _DEEP,
 )  # fmt: skip
 # What takes the place of a line, or comes between two.
 LINES = (b"", b"[]", b"null", b"{}", b"7", b'"', b"\xff\xfe", b"\0" * 50, b"[" * DEPTH, b"x" * 100_000)

@@ -3,21 +3,19 @@
 To add a format, add a `Format` to `FORMATS`: its name; `make`, which has the product write a valid file into an empty
 directory and returns its path; `read`, which reads that file as the product does and uses what it read; and, if the
 format has checksums, `seal`, which makes them right again in the plain values (or `settle`, where they are in another
-file), so that damage reaches what lies behind them. A file that is no JSON text has `parse` and `render`, too; for a JSON
-value a line these are `parse_lines` and `render_lines`. A damage that fails has a number: `damaged(form, text, number)`
-of `fuzz.py` makes it again.
+file), so that damage reaches what lies behind them. A file that is no JSON text has `parse` and `render`, too; for a
+JSON value a line these are `parse_lines` and `render_lines`. A damage that fails has a number:
+`damaged(form, text, number)` of `fuzz.py` makes it again.
 """
 
 import gzip
 import json
 import shutil
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from fuzz import Format, damaged, parse_lines, render_lines, why_wrong
