@@ -7,13 +7,14 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import SaveError
 
 MOST_BYTES = 1 << 28  # how much `read_regular` reads: far more than any file of ours holds
+MOST_LINE_BYTES = 1 << 20
 _BLOCK = 1 << 22
 _SUM = "sha256"
 MOST_LEVELS = 64  # how deep JSON may be nested: far deeper than ours is, and no recursion over it runs out of stack
@@ -25,38 +26,39 @@ def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: there is no such file, it is no regular file, it has more than `most` bytes, or it cannot be read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        size = _refuse_special(handle, path)
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than {most}", str(path))
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(most)
-    finally:
-        os.close(handle)
+        return file.read(most)
 
 
-def check_regular(path: Path) -> None:
-    """Raises OSError if something is there that is no regular file, which a library might wait for when it opens it."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    _check_mode(mode, path)
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file that may be anything, and returns its descriptor.
 
-
-def _refuse_special(handle: int, path: Path) -> int:
-    """Returns the bytes of an open file; raises OSError unless it is a regular one."""
-    status = os.fstat(handle)
-    _check_mode(status.st_mode, path)
-    return status.st_size
-
-
-def _check_mode(mode: int, path: Path) -> None:
+    Raises:
+        OSError: there is no such file, it is no regular file, or it cannot be opened.
+    """
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Yields the lines of a file from a byte on, each with its end; one of over `MOST_LINE_BYTES` comes in pieces.
+
+    Raises:
+        OSError: as in `read_regular`, whatever the file's length.
+    """
+    with open(open_regular(path), "rb") as file:
+        file.seek(start)
+        while line := file.readline(MOST_LINE_BYTES):
+            yield line
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -111,14 +113,13 @@ def end_of_last_line(handle: int) -> int:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Adds a line to a file and syncs it. The caller holds a lock.
+    """Adds a line to a file, after what is whole in it, and syncs it. The caller holds a lock.
 
     Raises:
-        OSError: the disk is full or read-only; what was there is untouched.
+        OSError: the disk is full or read-only, or no regular file is there; what was there is untouched.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+    handle = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
-        _refuse_special(handle, path)
         end = offset = end_of_last_line(handle)
         content = line + b"\n"
         try:

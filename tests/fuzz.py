@@ -38,8 +38,8 @@ def nested(depth: int) -> list[Any]:
 # What takes the place of a value: every type, numbers that no arithmetic stands, texts that no terminal should see.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63), _HUGE, -_HUGE, 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf,
-    -math.inf, "", "0", "1", "a b", "\ud800", "\x1b[2J", "\u202e", "x\ny", "../../x", "{}", "x" * 100_000, [], {}, [None],
-    [[]], [0, 0], {"": None}, {"a": {"b": []}}, list(range(500)), nested(50), nested(900), _DEEP,
+    -math.inf, "", "0", "1", "a b", "\ud800", "\x1b[2J", "\u202e", "x\ny", "../../x", "{}", "x" * 100_000, [], {},
+    [None], [[]], [0, 0], {"": None}, {"a": {"b": []}}, list(range(500)), nested(50), nested(900), _DEEP,
 )  # fmt: skip
 # What takes the place of a line, or comes between two.
 LINES = (b"", b"[]", b"null", b"{}", b"7", b'"', b"\xff\xfe", b"\0" * 50, b"[" * DEPTH, b"x" * 100_000)
@@ -78,6 +78,19 @@ def parse_lines(text: bytes) -> list[Any]:
 def render_lines(document: Any) -> bytes:
     lines = document if isinstance(document, list) else [document]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def parse_tensors(data: bytes) -> Any:
+    """Takes a safetensors file apart."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {"length": start - 8, "header": json.loads(data[8:start]), "data": data[start:]}
+
+
+def render_tensors(document: Any) -> bytes:
+    header = json.dumps(document["header"]).encode()
+    old = document["length"]
+    length = len(header) if isinstance(old, int) and old >= 0 and old < 2**20 else abs(int(old or 0)) % 2**64
+    return int(length).to_bytes(8, "little") + header + document["data"]
 
 
 def damaged(form: Format, text: bytes, number: int) -> bytes:

@@ -3,24 +3,22 @@
 To add a format, add a `Format` to `FORMATS`: its name; `make`, which has the product write a valid file into an empty
 directory and returns its path; `read`, which reads that file as the product does and uses what it read; and, if the
 format has checksums, `seal`, which makes them right again in the plain values (or `settle`, where they are in another
-file), so that damage reaches what lies behind them. A file that is no JSON text has `parse` and `render`, too; for a JSON
-value a line these are `parse_lines` and `render_lines`. A damage that fails has a number: `damaged(form, text, number)`
-of `fuzz.py` makes it again.
+file), so that damage reaches what lies behind them. A file that is no JSON text has `parse` and `render`, too; for a
+JSON value a line these are `parse_lines` and `render_lines`. A damage that fails has a number:
+`damaged(form, text, number)` of `fuzz.py` makes it again.
 """
 
 import gzip
 import json
 import shutil
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
-from fuzz import Format, damaged, parse_lines, render_lines, why_wrong
+from fuzz import Format, damaged, parse_lines, parse_tensors, render_lines, render_tensors, why_wrong
 
 from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.samplers import make_sampler
@@ -36,6 +34,7 @@ from hsa_compile.comparison import FORWARD
 from hsa_compile.comparison.contender import SAME
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import TIMED, Comparison, Result, rows_of
+from hsa_compile.files import file_sha256, json_sha256
 from hsa_compile.model.memory import files as memory_files
 from hsa_compile.model.memory.memory import ChunkMemory
 from hsa_compile.problem import Problem
@@ -274,27 +273,15 @@ def make_shard(directory: Path) -> Path:
     return shard
 
 
-def parse_shard(data: bytes) -> Any:
-    start = 8 + int.from_bytes(data[:8], "little")
-    return {"length": start - 8, "header": json.loads(data[8:start]), "data": data[start:]}
-
-
-def render_shard(document: Any) -> bytes:
-    header = json.dumps(document["header"]).encode()
-    old = document["length"]
-    length = len(header) if isinstance(old, int) and old >= 0 and old < 2**20 else abs(int(old or 0)) % 2**64
-    return int(length).to_bytes(8, "little") + header + document["data"]
-
-
 def settle_shard(path: Path) -> None:
     """Tells the manifest the size and checksum of the shard, and the manifest its own."""
     manifest_path = path.parent.parent / memory_files.MANIFEST
     manifest = json.loads(manifest_path.read_bytes())
     (shard,) = manifest["shards"]
     data = path.read_bytes()
-    shard["num_bytes"], shard["sha256"] = max(1, len(data)), memory_files.hashlib.sha256(data).hexdigest()
+    shard["num_bytes"], shard["sha256"] = max(1, len(data)), file_sha256(path)
     content = {name: value for name, value in manifest.items() if name not in ("format", "version", "sha256")}
-    manifest["sha256"] = memory_files._checksum(content)
+    manifest["sha256"] = json_sha256(content)
     manifest_path.write_text(json.dumps(manifest))
 
 
@@ -331,7 +318,7 @@ FORMATS = (
     Format(name="figures of bench", make=make_figures, read=read_figures),
     Format(
         name="shard of a chunk memory", make=make_shard, read=read_shard,
-        parse=parse_shard, render=render_shard, settle=settle_shard,
+        parse=parse_tensors, render=render_tensors, settle=settle_shard,
     ),
 )  # fmt: skip
 

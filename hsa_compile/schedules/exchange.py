@@ -82,8 +82,8 @@ def _entries(path: Path) -> list[Any]:
     mine = installed_versions()["hsa-compile"]
     if content.get("hsa-compile") != mine:
         raise InvalidArgument(
-            f"{path} comes from hsa-compile {shown(content.get('hsa-compile'))}, this is {mine}; schedules move between "
-            "equal versions only"
+            f"{path} comes from hsa-compile {shown(content.get('hsa-compile'))}, this is {mine}; schedules move "
+            "between equal versions only"
         )
     entries = content.get("entries")
     if not isinstance(entries, list):

@@ -208,7 +208,7 @@ def _entries(text: bytes) -> list[Any]:
 
 
 def encode(record: TuningRecord, **more: int) -> dict[str, Any]:
-    """Returns a record as an entry of a file: the key in clear, the record, and a checksum of all; `more` goes along."""
+    """Returns a record as an entry of a file: the key in clear, the record, what `more` there is, a checksum."""
     body = {"key": asdict(ScheduleKey.of_record(record)), "record": record.to_dict(), **more}
     return {**body, "checksum": checksum(body)}
 

@@ -1,26 +1,23 @@
-"""Every file that the models' side reads, damaged or forged with right checksums: a whole answer, or one error of ours."""
+"""Every file that the models' side reads, damaged or forged with right checksums: a whole answer, or one error of ours.
+
+The damage and the limits are those of `fuzz.py`, which also says what a `Format` is.
+"""
 
 import functools
-import hashlib
 import json
-import random
 import shutil
-import traceback
-import warnings
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fuzzing
 import numpy as np
 import pytest
 import torch
-from fuzzing import Mutation
+from fuzz import Format, damaged, parse_lines, parse_tensors, render_lines, render_tensors, why_wrong
 from small_models import build, small_config
 
-from hsa_compile.errors import HSACompileError, HSACompileWarning
 from hsa_compile.model.config import PROTOCOLS
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import CorpusWriter
@@ -49,41 +46,18 @@ from hsa_compile.model.training.run import saved_config
 from hsa_compile.model.training.step import make_optimizer
 from hsa_compile.model.transformer import HSATransformer
 
-pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.HSACompileWarning")
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
-SAMPLE, ALL = 60, 2000
 ALONE = Processes(device=torch.device("cpu"))
 TOKENS = torch.arange(40)[None] % 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A kind of file.
-
-    Attributes:
-        name: what it is.
-        files: the files that are mutated, as a pattern in the folder; one of them at a time.
-        make: writes whole files into a folder.
-        mutate: changes the bytes of one.
-        fix: makes checksums right again, given the folder and the file.
-        read: reads all of the folder, and uses what it read.
-    """
-
-    name: str
-    files: str
-    make: Callable[[Path], None]
-    mutate: Mutation
-    fix: Callable[[Path, Path], None]
-    read: Callable[[Path], object]
 
 
 @functools.cache
 def model() -> HSATransformer:
     return build(small_config("hsa-ultralong", vocab_size=256, num_groups=1, num_experts=2))
-
-
-def nothing(folder: Path, file: Path) -> None:
-    """There is no checksum."""
 
 
 def make_model(folder: Path) -> None:
@@ -214,13 +188,13 @@ def fix_corpus(folder: Path, file: Path) -> None:
         manifest = json.loads(path.read_bytes())
         field = {".tokens": "tokens_sha256", ".ends": "ends_sha256"}[file.suffix]
         split = manifest["splits"][file.stem]
-        split[field] = hashlib.sha256(file.read_bytes()).hexdigest()
+        split[field] = file_sha256(file)
         size = file.stat().st_size // {".tokens": 2, ".ends": 8}[file.suffix]
         split["tokens" if file.suffix == ".tokens" else "documents"] = size
         path.write_text(json.dumps(manifest))
     elif file.name == "tokenizer.json":
         manifest = json.loads(path.read_bytes())
-        manifest["settings"]["tokenizer_digest"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        manifest["settings"]["tokenizer_digest"] = file_sha256(file)
         path.write_text(json.dumps(manifest))
 
 
@@ -322,7 +296,7 @@ def make_texts(folder: Path) -> None:
 def read_texts(folder: Path) -> None:
     for source in find_sources([folder]):
         for document in read_documents(source, max_bytes=2**20):
-            str(document)
+            assert document
 
 
 def make_parquet(folder: Path) -> None:
@@ -331,81 +305,87 @@ def make_parquet(folder: Path) -> None:
     parquet.write_table(arrow.table({"text": [f"text {number}" for number in range(20)]}), folder / "a.parquet")
 
 
-FORMATS = [
-    Format(name="model config", files="config.json", make=make_model, mutate=fuzzing.mutated_json, fix=nothing,
-           read=read_model),
-    Format(name="model weights", files="model.safetensors", make=make_model, mutate=fuzzing.mutated_tensors, fix=nothing,
-           read=read_model),
-    Format(name="reading index", files="reading.json", make=make_reading, mutate=fuzzing.mutated_json,
-           fix=fix_reading, read=read_reading),
-    Format(name="reading caches", files="**/caches.safetensors", make=make_reading, mutate=fuzzing.mutated_tensors,
-           fix=fix_reading, read=read_reading),
-    Format(name="memory manifest", files="manifest.json", make=make_memory, mutate=fuzzing.mutated_json, fix=fix_memory,
-           read=read_memory),
-    Format(name="memory shard", files="**/*.safetensors", make=make_memory, mutate=fuzzing.mutated_tensors,
-           fix=fix_memory, read=read_memory),
-    Format(name="checkpoint state", files="**/state.json", make=make_checkpoint, mutate=fuzzing.mutated_json,
-           fix=fix_checkpoint, read=read_checkpoint),
-    Format(name="checkpoint tensors", files="**/*.safetensors", make=make_checkpoint, mutate=fuzzing.mutated_tensors,
-           fix=fix_checkpoint, read=read_checkpoint),
-    Format(name="corpus manifest", files="out/manifest.json", make=make_corpus, mutate=fuzzing.mutated_json, fix=nothing,
-           read=read_corpus),
-    Format(name="corpus tokens", files="out/*.tokens", make=make_corpus, mutate=fuzzing.mutated_bytes, fix=fix_corpus,
-           read=read_corpus),
-    Format(name="corpus ends", files="out/*.ends", make=make_corpus, mutate=fuzzing.mutated_bytes, fix=fix_corpus,
-           read=read_corpus),
-    Format(name="tokenizer", files="out/tokenizer.json", make=make_corpus, mutate=fuzzing.mutated_json, fix=fix_corpus,
-           read=read_corpus),
-    Format(name="corpus journal", files="out/journal.jsonl", make=make_journal, mutate=fuzzing.mutated_lines,
-           fix=nothing, read=read_journal),
-    Format(name="outcomes", files=OUTCOMES_FILE, make=make_outcomes, mutate=fuzzing.mutated_lines, fix=nothing,
-           read=read_outcomes),
-    Format(name="run config", files="config.json", make=make_config, mutate=fuzzing.mutated_json, fix=nothing,
-           read=lambda folder: use_config(saved_config(folder))),
-    Format(name="recipe", files="run.toml", make=make_toml, mutate=fuzzing.mutated_toml, fix=nothing,
-           read=lambda folder: use_config(resolve(file=folder / "run.toml"))),
-    Format(name="texts", files="*.jsonl", make=make_texts, mutate=fuzzing.mutated_lines, fix=nothing, read=read_texts),
-    Format(name="parquet", files="*.parquet", make=make_parquet, mutate=fuzzing.mutated_bytes, fix=nothing,
-           read=read_texts),
-]  # fmt: skip
+def render_toml(document: Any) -> bytes:
+    """Writes tables in one line each."""
+    return "\n".join(f"{json.dumps(name)} = {toml_value(value)}" for name, value in document.items()).encode()
 
 
-@pytest.mark.parametrize("count", [SAMPLE, pytest.param(ALL, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-def test_a_damaged_or_forged_file_is_a_whole_answer_or_one_error(form: Format, count: int, tmp_path: Path) -> None:
-    seed, folder = made(form, tmp_path)
-    failures = [failure for number in range(count) if (failure := failure_of(form, number, seed, folder))]
-    assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures[:5])
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)} = {toml_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if value is None:
+        raise TypeError("TOML has no null")
+    return str(value) if isinstance(value, float) else json.dumps(value)
 
 
-def made(form: Format, directory: Path) -> tuple[Path, Path]:
-    """Makes whole files and reads them; returns where they are kept, and the folder where they are read."""
-    seed, folder = directory / "seed", directory / "folder"
+def in_folder(
+    name: str,
+    file: str,
+    make: Callable[[Path], object],
+    read: Callable[[Path], object],
+    fix: Callable[[Path, Path], object] = lambda folder, path: None,
+    **options: Any,
+) -> Format:
+    """A format whose `make`, `read` and `fix` are about the whole folder in which the first file of a pattern lies."""
+    levels = file.count("/")
+
+    def made(folder: Path) -> Path:
+        make(folder)
+        return min(folder.glob(file))
+
+    return Format(
+        name=name, make=made, read=lambda path: read(path.parents[levels]),
+        settle=lambda path: fix(path.parents[levels], path), **options,
+    )  # fmt: skip
+
+
+TENSORS = {"parse": parse_tensors, "render": render_tensors}
+LINES = {"parse": parse_lines, "render": render_lines}
+BYTES: dict[str, Any] = {"parse": lambda data: {"data": data}, "render": lambda document: b"" + document["data"]}
+TOML = {"parse": lambda data: tomllib.loads(data.decode()), "render": render_toml}
+FORMATS = (
+    in_folder("config of a model", "config.json", make_model, read_model),
+    in_folder("weights of a model", "model.safetensors", make_model, read_model, **TENSORS),
+    in_folder("index of a reading", "reading.json", make_reading, read_reading, fix_reading),
+    in_folder("caches of a reading", "*/row0/caches.safetensors", make_reading, read_reading, fix_reading, **TENSORS),
+    in_folder("manifest of a memory", "manifest.json", make_memory, read_memory, fix_memory),
+    in_folder("state of a checkpoint", "*/state.json", make_checkpoint, read_checkpoint, fix_checkpoint),
+    in_folder("tensors of a checkpoint", "*/*.safetensors", make_checkpoint, read_checkpoint, fix_checkpoint, **TENSORS),
+    in_folder("manifest of a corpus", "out/manifest.json", make_corpus, read_corpus),
+    in_folder("tokens of a corpus", "out/*.tokens", make_corpus, read_corpus, fix_corpus, **BYTES),
+    in_folder("ends of a corpus", "out/*.ends", make_corpus, read_corpus, fix_corpus, **BYTES),
+    in_folder("tokenizer of a corpus", "out/tokenizer.json", make_corpus, read_corpus, fix_corpus),
+    in_folder("journal of a corpus", "out/journal.jsonl", make_journal, read_journal, **LINES),
+    in_folder("outcomes", OUTCOMES_FILE, make_outcomes, read_outcomes, **LINES),
+    in_folder("config of a run", "config.json", make_config, lambda folder: use_config(saved_config(folder))),
+    in_folder(
+        "recipe", "run.toml", make_toml, lambda folder: use_config(resolve(file=folder / "run.toml")), **TOML
+    ),
+    in_folder("lines of text", "*.jsonl", make_texts, read_texts, **LINES),
+    in_folder("columns of text", "*.parquet", make_parquet, read_texts, **BYTES),
+)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name.replace(" ", "-"))
+def test_a_damaged_file_gives_a_whole_answer_or_one_line(form: Format, count: int, tmp_path: Path) -> None:
+    wrong = {number: reason for number, reason in reasons(form, count, tmp_path) if reason}
+    assert not wrong, f"{len(wrong)} of {count}, such as {dict(list(wrong.items())[:8])}"
+
+
+def reasons(form: Format, count: int, directory: Path) -> Iterator[tuple[int, str | None]]:
+    """Says for each damage what is wrong with the reading; a reading may change the folder, which is as before then."""
+    whole, folder = directory / "whole", directory / "folder"
     folder.mkdir()
-    form.make(folder)
-    shutil.copytree(folder, seed)
-    form.read(folder)
-    return seed, folder
-
-
-def copied(seed: Path, folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(seed, folder)
-    return folder
-
-
-def failure_of(form: Format, number: int, seed: Path, folder: Path) -> str:
-    """What a mutation raised that is no error of ours; empty if all is well."""
-    draw = random.Random(f"{form.name} {number}")
-    file = draw.choice(sorted(copied(seed, folder).glob(form.files)))
-    file.write_bytes(form.mutate(file.read_bytes(), draw))
-    form.fix(folder, file)
-    try:
-        with fuzzing.limited(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", HSACompileWarning)
-            form.read(folder)
-    except HSACompileError as error:
-        return "" if str(error).strip() and len(str(error)) < 10_000 else f"{number}: {error!r:.200}"
-    except BaseException as error:  # noqa: BLE001 whatever it is, it is a fault; Rust's panics derive from it
-        return f"{number}: {error!r:.300}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
-    return ""
+    path = form.make(folder)
+    content = path.read_bytes()
+    shutil.copytree(folder, whole)
+    assert why_wrong(form, path) is None, "the file as the product wrote it"
+    for number in range(count):
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        path.write_bytes(damaged(form, content, number))
+        form.settle(path)
+        yield number, why_wrong(form, path)

@@ -13,10 +13,10 @@ import forked
 import pytest
 
 from hsa_compile.errors import CacheError
+from hsa_compile.files import append_line
 from hsa_compile.schedules import store
 from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.files import append_line
 from hsa_compile.schedules.store import journal_path, journal_size, read_lines, read_records
 
 MakeRecord = Callable[..., TuningRecord]
