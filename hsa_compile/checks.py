@@ -22,6 +22,12 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
+def one_line(error: object) -> str:
+    """Writes a library's message in one line of at most 300 characters that any terminal can take."""
+    text = " ".join(str(error).split())[:300]
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
 def check_count(
     name: str, value: object, low: int, high: int, *, error: type[HSACompileError] = InvalidArgument
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from hsa_compile.checks import check_choice, check_count, check_flag, check_number, shown
+from hsa_compile.checks import check_choice, check_count, check_flag, check_number, one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
 
@@ -270,8 +270,8 @@ class ModelConfig:
             raise InvalidArgument(f"the model config is {shown(values)}, not an object")
         known = {spec.name for spec in fields(ModelConfig)}
         if unknown := set(values) - known:
-            raise InvalidArgument(f"the model config has unknown fields {', '.join(sorted(unknown))}")
+            raise InvalidArgument(f"the model config has unknown fields {shown(sorted(unknown))}")
         try:
             return ModelConfig(**values)
         except TypeError as error:
-            raise InvalidArgument(f"the model config is not complete: {error}") from error
+            raise InvalidArgument(f"the model config is not complete: {one_line(error)}") from error

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hsa_compile.checks import one_line
 from hsa_compile.errors import SaveError
 from hsa_compile.files import replace_file
 
@@ -61,4 +62,4 @@ def _opened(path: Path) -> Iterator[Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return f"truncated, damaged or no safetensors file ({error})"
+    return f"truncated, damaged or no safetensors file ({one_line(error)})"

@@ -18,6 +18,7 @@ import torch
 from fuzz import Format, damaged, parse_lines, parse_tensors, render_lines, render_tensors, why_wrong
 from small_models import build, small_config
 
+from hsa_compile.files import file_sha256, json_sha256
 from hsa_compile.model.config import PROTOCOLS
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import CorpusWriter
@@ -33,12 +34,11 @@ from hsa_compile.model.evaluation.settings import RetrievalSettings
 from hsa_compile.model.evaluation.subject import Subject, run_jobs
 from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.inference.reading import load_state, save_state
-from hsa_compile.files import file_sha256, json_sha256
 from hsa_compile.model.memory.memory import ChunkMemory
 from hsa_compile.model.pretrained import from_pretrained, read_extra, read_tokenizer, save_pretrained
 from hsa_compile.model.tasks.haystack import NoiseHaystack
 from hsa_compile.model.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
-from hsa_compile.model.training.config import RunConfig, Stage, TrainConfig, DataConfig
+from hsa_compile.model.training.config import DataConfig, RunConfig, Stage, TrainConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.feed import lengths, plan_step
 from hsa_compile.model.training.processes import Processes
@@ -352,7 +352,9 @@ FORMATS = (
     in_folder("caches of a reading", "*/row0/caches.safetensors", make_reading, read_reading, fix_reading, **TENSORS),
     in_folder("manifest of a memory", "manifest.json", make_memory, read_memory, fix_memory),
     in_folder("state of a checkpoint", "*/state.json", make_checkpoint, read_checkpoint, fix_checkpoint),
-    in_folder("tensors of a checkpoint", "*/*.safetensors", make_checkpoint, read_checkpoint, fix_checkpoint, **TENSORS),
+    in_folder(
+        "tensors of a checkpoint", "*/*.safetensors", make_checkpoint, read_checkpoint, fix_checkpoint, **TENSORS
+    ),
     in_folder("manifest of a corpus", "out/manifest.json", make_corpus, read_corpus),
     in_folder("tokens of a corpus", "out/*.tokens", make_corpus, read_corpus, fix_corpus, **BYTES),
     in_folder("ends of a corpus", "out/*.ends", make_corpus, read_corpus, fix_corpus, **BYTES),
@@ -360,9 +362,7 @@ FORMATS = (
     in_folder("journal of a corpus", "out/journal.jsonl", make_journal, read_journal, **LINES),
     in_folder("outcomes", OUTCOMES_FILE, make_outcomes, read_outcomes, **LINES),
     in_folder("config of a run", "config.json", make_config, lambda folder: use_config(saved_config(folder))),
-    in_folder(
-        "recipe", "run.toml", make_toml, lambda folder: use_config(resolve(file=folder / "run.toml")), **TOML
-    ),
+    in_folder("recipe", "run.toml", make_toml, lambda folder: use_config(resolve(file=folder / "run.toml")), **TOML),
     in_folder("lines of text", "*.jsonl", make_texts, read_texts, **LINES),
     in_folder("columns of text", "*.parquet", make_parquet, read_texts, **BYTES),
 )

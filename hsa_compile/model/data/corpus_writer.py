@@ -48,7 +48,7 @@ class CorpusWriter:
     def __init__(self, out: Path, tokenizer: Tokenizer, settings: Settings, sources: list[Source]) -> None:
         self._out, self._tokenizer, self._settings = out, tokenizer, settings
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._journal = Journal(out / JOURNAL, settings, sources)
+        self._journal = Journal(out / JOURNAL, settings, sources, FILES)
         last = self._journal.entries[-1].sizes if self._journal.entries else dict.fromkeys(FILES, 0)
         self._files = {name: AppendFile(out / name, last[name]) for name in FILES}
         hashes = (out / HASHES).read_bytes()

@@ -110,10 +110,11 @@ def _read_index(path: Path) -> dict[str, Any]:
         SaveError: the file is missing, damaged or foreign; the message names the field.
     """
     index = read_summed_json(path)
-    if index.get("format") != FORMAT or index.get("format_version") != FORMAT_VERSION:
+    form, version = index.get("format"), index.get("format_version")
+    if form != FORMAT or version != FORMAT_VERSION:
         raise SaveError(
-            f"{path} has format {shown(index.get('format'))}, version {shown(index.get('format_version'))}; this hsa-compile "
-            f"reads {FORMAT!r}, version {FORMAT_VERSION}"
+            f"{path} has format {shown(form)}, version {shown(version)}; this hsa-compile reads {FORMAT!r}, version "
+            f"{FORMAT_VERSION}"
         )
     for name, kind in _FIELDS.items():
         if not isinstance(index.get(name), kind):
@@ -125,6 +126,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise SaveError(f"{path}: rows must be a list of objects with {', '.join(sorted(_ROW_FIELDS))}")
     if set(index["caches_sha256"]) != {f"row{i}" for i in range(len(rows))}:
         raise SaveError(f"{path}: caches_sha256 must have a checksum for each of {len(rows)} rows")
+    by_rows = index["by_rows"]
     for row in rows:
         for name in _ROW_FIELDS:
             if not isinstance(row[name], list):
@@ -132,8 +134,8 @@ def _read_index(path: Path) -> dict[str, Any]:
             for value in row[name]:
                 check_count(f"{path}: {name}", value, 0, _MOST_TOKENS, error=SaveError)
         batch = len(row["positions"])
-        if not batch == len(row["num_upper_past"]) > 0 or (index["by_rows"] and batch > 1) or (len(rows) > 1 and not index["by_rows"]):
-            raise SaveError(f"{path} contradicts itself: {len(rows)} rows, by_rows = {index['by_rows']}, {shown(row)}")
+        if batch != len(row["num_upper_past"]) or batch == 0 or (batch > 1 if by_rows else len(rows) > 1):
+            raise SaveError(f"{path} contradicts itself: {len(rows)} rows, by_rows = {by_rows}, {shown(row)}")
     return index
 
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count, check_text, shown
+from hsa_compile.checks import check_count, check_text, one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import file_sha256, json_sha256, parse_json, read_regular, sync_directory
 from hsa_compile.model.memory.landmarks import LandmarkStore
@@ -126,7 +126,7 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
     except FileNotFoundError:
         raise InvalidArgument(f"{directory} holds no saved memory: {path} is missing") from None
     except (ValueError, OSError) as error:
-        raise InvalidArgument(f"{path} cannot be read as a manifest ({error})") from error
+        raise InvalidArgument(f"{path} cannot be read as a manifest ({one_line(error)})") from error
     if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
         raise InvalidArgument(f"{path} is not the manifest of a {FORMAT}")
     if (version := manifest.pop("version", None)) != VERSION:
@@ -137,9 +137,9 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
         saved = Saved(**{**manifest, "shards": [Shard(**shard) for shard in manifest["shards"]]})
         whole = sum(shard.num_chunks for shard in saved.shards) == sum(saved.counts)
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidArgument(f"{path} is not a manifest of version {VERSION} ({error})") from error
+        raise InvalidArgument(f"{path} is not a manifest of version {VERSION} ({one_line(error)})") from error
     if not whole or not _OURS.fullmatch(saved.data):
-        raise InvalidArgument(f"{path} contradicts itself: {saved.data!r} with chunks {saved.counts}")
+        raise InvalidArgument(f"{path} contradicts itself: {saved.data!r} with chunks {shown(saved.counts)}")
     for shard in saved.shards:
         _check_shard(directory / saved.data / shard.name, shard, verify)
     return saved
@@ -163,7 +163,7 @@ def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype
                 raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
             tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidArgument(f"{path} is not a shard of this memory ({error})") from error
+        raise InvalidArgument(f"{path} is not a shard of this memory ({one_line(error)})") from error
     return tensors, mapping
 
 

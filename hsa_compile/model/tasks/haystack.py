@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from hsa_compile.errors import InvalidArgument, UnreadableSource
-from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.corpus import NumberFile, TokenCorpus
 from hsa_compile.model.data.documents import Source, find_sources, read_documents, stdlib_sources
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN
 
@@ -20,6 +20,7 @@ SEPARATOR = b"\0"
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _MAX_TEXT_BYTES = 64 * 2**20
 _PIECE_BYTES = 64
+_BLOCK = 2**22
 _TILED = _SENTENCES * 256
 
 
@@ -55,11 +56,11 @@ class TextHaystack:
 
     Args:
         name: the name that is printed beside results.
-        text: contiguous bytes, not empty; they are never written to.
+        text: bytes, or a file of them, not empty; they are never written to.
     """
 
-    def __init__(self, name: str, text: bytes | memoryview) -> None:
-        self.name, self._text = name, memoryview(text)
+    def __init__(self, name: str, text: bytes | NumberFile) -> None:
+        self.name, self._text = name, text
         if not len(self._text):
             raise InvalidArgument(f"haystack {name} holds no text")
 
@@ -72,7 +73,7 @@ class TextHaystack:
         start = rng.randrange(size - length + 1 if length <= size else size)
         filled = bytearray(self._text[start : start + length])
         while len(filled) < length:
-            filled += self._text[: length - len(filled)]
+            filled += bytes(self._text[: length - len(filled)])
         return filled
 
 
@@ -83,15 +84,18 @@ class AssignmentHaystack:
 
     Args:
         name: the name that is printed beside results.
-        text: contiguous bytes; they are never written to.
+        text: bytes, or a file of them; they are never written to.
 
     Raises:
         InvalidArgument: the text has no `=`.
     """
 
-    def __init__(self, name: str, text: bytes | memoryview) -> None:
-        self.name, self._text = name, memoryview(text)
-        self._places = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("="))
+    def __init__(self, name: str, text: bytes | NumberFile) -> None:
+        self.name, self._text = name, text
+        starts = range(0, len(text), _BLOCK)
+        blocks = (np.frombuffer(text[start : start + _BLOCK], np.uint8) for start in starts)
+        found = [start + np.flatnonzero(block == ord("=")) for start, block in zip(starts, blocks, strict=True)]
+        self._places = np.concatenate([np.empty(0, np.int64), *found])
         if not len(self._places):
             raise InvalidArgument(f"haystack {name} of assignments: the text has no '='")
 
@@ -101,7 +105,7 @@ class AssignmentHaystack:
         while len(filled) < length:
             place = int(self._places[rng.randrange(len(self._places))])
             start = max(0, place - rng.randrange(_PIECE_BYTES))
-            filled += self._text[start : start + _PIECE_BYTES]
+            filled += bytes(self._text[start : start + _PIECE_BYTES])
         return filled[:length]
 
 
@@ -123,10 +127,10 @@ def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
     return TextHaystack(corpus.directory.name, _bytes_of(corpus))
 
 
-def _bytes_of(corpus: TokenCorpus) -> memoryview:
+def _bytes_of(corpus: TokenCorpus) -> NumberFile:
     if corpus.tokens.dtype != np.uint8:
         raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
-    return corpus.tokens.data
+    return corpus.tokens
 
 
 def load_haystack(spec: str | Path, *, split: str = TRAIN) -> Haystack:
