@@ -141,9 +141,10 @@ class FileTokenizer:
     def _control_tokens(self) -> list[int]:
         """Returns the ids that no text may give: the separator, and special tokens but that of what is unknown."""
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {number for number, token in added.items() if token.special} | {self.separator} - {None}
+        special: set[int | None] = {number for number, token in added.items() if token.special}
         unknown = getattr(self._tokenizer.model, "unk_token", None)
-        return sorted(special - {self._tokenizer.token_to_id(unknown) if unknown else None})
+        special = special - {self._tokenizer.token_to_id(unknown) if unknown else None} | {self.separator}
+        return sorted(number for number in special if number is not None)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -201,3 +201,20 @@ def test_a_text_that_assigns_to_every_name_is_refused() -> None:
     everything = b"".join(b"%c%c%c=" % (a, b, c) for a in letters for b in letters for c in letters)
     with pytest.raises(InvalidArgument, match="assigns to too many names"):
         make_sample("s-niah", length=len(everything), seed=0, index=0, haystack=TextHaystack("all", everything))
+
+
+@pytest.mark.parametrize("haystack", HAYSTACKS, ids=["noise", "text"])
+def test_no_two_samples_are_equal_and_each_asked_name_is_assigned_once(haystack: Haystack) -> None:
+    seen = set()
+    for task, length, index, depth in itertools.product(TASKS, (300, 4096), range(4), (0.0, 0.5, 1.0, None)):
+        sample = make_sample(task, length=length, seed=7, index=index, haystack=haystack, depth=depth)
+        whole, needles = sample.tokens.tobytes(), sorted((edit.start, edit.end) for edit in sample.plan.needles)
+        assert len(whole) == length
+        assert whole not in seen
+        seen.add(whole)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(needles))
+        if not TASKS[task].has_chains:
+            text = whole[: sample.plan.question.start]
+            for start, end in sample.answer_spans:
+                name = whole[start - 4 : start - 1]
+                assert text.count(name + b"=") == text.count(b" " + name + b"=" + whole[start:end] + b".") == 1
