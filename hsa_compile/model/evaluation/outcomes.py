@@ -16,7 +16,7 @@ from hsa_compile.files import make_directory, parse_json, read_regular
 
 OUTCOMES_FILE = "samples.jsonl"
 _LOCK = ".samples.lock"
-_KINDS: tuple[dict[str, type], ...] = (  # of retrieval, of perplexity, and of the two kinds of request of the harness
+_KINDS: tuple[dict[str, type], ...] = (  # retrieval, perplexity, and the two kinds of request of the harness
     {"correct": bool},
     {"loss": float, "bytes": int},
     {"log_probability": float, "is_greedy": bool},
