@@ -241,7 +241,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for name, weight in model.named_parameters():
         state: dict[str, Any] = optimizer.state[weight]
         if not state:  # the optimizer has made no step yet
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(weight).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(weight)
         for moment in _MOMENTS:
@@ -306,7 +306,7 @@ def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
         for name, tensor in wanted.items():
             if isinstance(tensor, DTensor):
                 from_whole = torch.distributed.tensor.distribute_tensor(
-                    saved[name].to(_local(tensor).device), tensor.device_mesh, tensor.placements
+                    saved[name].to(local(tensor).device), tensor.device_mesh, tensor.placements
                 )
                 tensor.copy_(from_whole)
             else:
@@ -327,7 +327,8 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a sharded tensor that this process holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -28,6 +28,7 @@ from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
     load_newest,
+    local,
     prune,
     remove_leftovers,
     save_checkpoint,
@@ -243,12 +244,22 @@ class TrainingRun:
             self._on_record(record)
 
     def _save(self) -> None:
+        self._check_weights()
         if self._log is not None:
             self.state = replace(self.state, metrics_bytes=self._log.sync())
         save_checkpoint(self._checkpoints, self.state, self.model, self.optimizer, self.processes)
         self._saved_step = self.state.step
         if self.processes.is_first:
             prune(self._checkpoints, self.config.train.keep_last)
+
+    def _check_weights(self) -> None:
+        """Raises TrainingError, in each process, if a weight is not finite: no run can go on from such a checkpoint."""
+        own = [name for name, weight in self.model.named_parameters() if not bool(local(weight).isfinite().all())]
+        if names := sorted({name for part in self.processes.gather(own) for name in part}):
+            raise TrainingError(
+                f"the weights {', '.join(names[:3])} are not finite after step {self.state.step}; a lower train.lr "
+                f"than {self.config.train.lr:g} may help; --resume goes on from the last checkpoint"
+            )
 
     def _export(self) -> None:
         """Writes the weights as they are now, with the window and top-k of their stage, and with sharpened scores."""

@@ -290,3 +290,24 @@ def test_records_that_a_full_disk_swallowed_leave_no_hole(tmp_path: Path, alone:
     run.close()
     assert b"\0" not in path.read_bytes()
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = small_run(model=PLAIN), run_module.run_step
+
+    def broken(loss_model: Any, optimizer: Any, batch: Any, *arguments: Any, **more: Any) -> Any:
+        result = real(loss_model, optimizer, batch, *arguments, **more)
+        if batch.plan.step == 5:
+            with torch.no_grad():
+                loss_model.model.norm.weight[3] = float("inf")
+        return result
+
+    monkeypatch.setattr(run_module, "run_step", broken)
+    with pytest.raises(TrainingError, match=r"the weights norm\.weight are not finite after step 6; a lower train\.lr"):
+        train(config, tmp_path, alone)
+    assert [read_state(path).step for path in checkpoints(tmp_path / CHECKPOINTS)] == [2, 4]
+    assert not (tmp_path / MODEL).exists()
+    monkeypatch.undo()
+    assert train(config, tmp_path, alone, resume=True)
