@@ -29,7 +29,7 @@ Row = tuple[str, ...]  # op, contender, claim, and the shape where there are sev
 @click.option("--plots", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder for the pictures.")
 def main(file: Path, plots: Path | None) -> None:
     """Times by length and over ours as Markdown, what was left out and why, and on request the two pictures."""
-    comparison = Comparison.from_json(file.read_text(encoding="utf-8"))
+    comparison = Comparison.read(file)
     click.echo(f"{comparison.device}, {comparison.date}: {comparison.command}\n")
     click.echo(table(comparison))
     click.echo("\n" + "\n".join(notes_of(comparison.results)))

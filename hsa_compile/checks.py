@@ -1,11 +1,31 @@
 """Checks of single values, wherever they come from; each message shows the value and what is allowed."""
 
-from collections.abc import Collection
-from typing import Any
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
 
 from hsa_compile.errors import HSACompileError, InvalidArgument
 
 MAX_TEXT = 1000
+
+T = TypeVar("T")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 200
+
+
+def shown(value: object) -> str:
+    """Writes a value for a message, in one line that any terminal can take; a long or deep one is cut."""
+    if isinstance(value, int) and abs(value) >= 10**_short.maxlong:
+        return "an integer of more than 200 digits"
+    return _short.repr(value)
+
+
+def one_line(error: object) -> str:
+    """Writes a library's message in one line of at most 300 characters that any terminal can take."""
+    text = " ".join(str(error).split())[:300]
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def check_count(
@@ -13,19 +33,19 @@ def check_count(
 ) -> None:
     """Raises the error unless the value is an integer from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise error(f"{name} = {value!r} must be an integer in {low} … {high}")
+        raise error(f"{name} = {shown(value)} must be an integer in {low} … {high}")
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raises InvalidArgument unless the value is a number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidArgument(f"{name} = {value!r} must be a number in {low:g} … {high:g}")
+        raise InvalidArgument(f"{name} = {shown(value)} must be a number in {low:g} … {high:g}")
 
 
 def check_flag(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
     """Raises the error unless the value is True or False."""
     if not isinstance(value, bool):
-        raise error(f"{name} = {value!r} must be True or False")
+        raise error(f"{name} = {shown(value)} must be True or False")
 
 
 def check_text(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
@@ -34,24 +54,53 @@ def check_text(name: str, value: object, *, error: type[HSACompileError] = Inval
     It has at most 1000 characters; control characters and lone surrogates are not allowed.
     """
     if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
-        raise error(f"{name} = {value!r} must be a text of at most {MAX_TEXT} printable characters")
+        raise error(f"{name} = {shown(value)} must be a text of at most {MAX_TEXT} printable characters")
 
 
 def check_choice(
     name: str, value: object, allowed: Collection[str], *, error: type[HSACompileError] = InvalidArgument
 ) -> None:
     """Raises the error unless the value is one of the allowed."""
-    if value not in allowed:
-        raise error(f"{name} = {value!r} is not one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise error(f"{name} = {shown(value)} is not one of {', '.join(allowed)}")
+
+
+def check_texts(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
+    """Raises the error unless the value is a mapping of texts to texts (`check_text`)."""
+    if not isinstance(value, Mapping):
+        raise error(f"{name} = {shown(value)} must be a mapping of texts to texts")
+    for key, text in value.items():
+        check_text(f"a name in {name}", key, error=error)
+        check_text(f"{name} of {key}", text, error=error)
+
+
+def from_mapping(cls: type[T], values: object) -> T:
+    """Makes a dataclass from a mapping of its fields that a file holds; the class itself checks each value.
+
+    Raises:
+        InvalidArgument: it is no mapping, or a field is missing or unknown.
+    """
+    if not isinstance(values, Mapping):
+        raise InvalidArgument(f"{cls.__name__} is {shown(values)}, not a mapping")
+    specs = {spec.name: spec for spec in fields(cls)}  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in specs]:
+        raise InvalidArgument(f"{cls.__name__} has unknown fields {shown(unknown)}")
+    missing = [
+        name for name, spec in specs.items()
+        if name not in values and spec.default is MISSING and spec.default_factory is MISSING
+    ]  # fmt: skip
+    if missing:
+        raise InvalidArgument(f"{cls.__name__} lacks {', '.join(missing)}")
+    return cls(**values)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
     """Returns (the fewest, the most) as a tuple; raises InvalidArgument unless they are two counts in that order."""
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InvalidArgument(f"{name} = {value!r} must be two integers: the fewest and the most")
+        raise InvalidArgument(f"{name} = {shown(value)} must be two integers: the fewest and the most")
     for item in value:
         check_count(name, item, 1, 1000)
     least, most = value
     if least > most:
-        raise InvalidArgument(f"{name} = {list(value)!r} must have the smaller number first")
+        raise InvalidArgument(f"{name} = {shown(list(value))} must have the smaller number first")
     return least, most

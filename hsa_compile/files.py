@@ -2,17 +2,22 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.errors import SaveError
 
 MOST_BYTES = 1 << 28  # how much `read_regular` reads: far more than any file of ours holds
+MOST_LINE_BYTES = 1 << 20
+_BLOCK = 1 << 22
+_SUM = "sha256"
+MOST_LEVELS = 64  # how deep JSON may be nested: far deeper than ours is, and no recursion over it runs out of stack
 
 
 def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -21,36 +26,77 @@ def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: there is no such file, it is no regular file, it has more than `most` bytes, or it cannot be read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than {most}", str(path))
+        return file.read(most)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file that may be anything, and returns its descriptor.
+
+    Raises:
+        OSError: there is no such file, it is no regular file, or it cannot be opened.
+    """
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Yields the lines of a file from a byte on, each with its end; one of over `MOST_LINE_BYTES` comes in pieces.
+
+    Raises:
+        OSError: as in `read_regular`, whatever the file's length.
+    """
+    with open(open_regular(path), "rb") as file:
+        file.seek(start)
+        while line := file.readline(MOST_LINE_BYTES):
+            yield line
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Returns what a JSON text holds, whoever wrote it.
+
+    Raises:
+        ValueError: the text is no JSON or no UTF-8, is nested deeper than `MOST_LEVELS`, or holds an integer of
+            thousands of digits. NaN and Infinity are numbers here: who uses them checks them.
+    """
     try:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        if status.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {most}", str(path))
-        with open(handle, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(handle)
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_LEVELS):
+        items = (item for node in level for item in (node.values() if isinstance(node, dict) else node))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+    return value
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: beside it, synced, renamed.
+    """Writes a file whole or not at all: beside it, synced, renamed. Others may read it if the umask lets them.
 
     Raises:
         OSError: the directory cannot be written or the disk is full; what was there is untouched.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # not every file system lets a directory be synced
         sync_directory(path.parent)
@@ -64,6 +110,28 @@ def end_of_last_line(handle: int) -> int:
     end = os.pread(handle, size, 0).rfind(b"\n") + 1
     os.ftruncate(handle, end)
     return end
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Adds a line to a file, after what is whole in it, and syncs it. The caller holds a lock.
+
+    Raises:
+        OSError: the disk is full or read-only, or no regular file is there; what was there is untouched.
+    """
+    handle = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        end = offset = end_of_last_line(handle)
+        content = line + b"\n"
+        try:
+            while content:
+                written = os.pwrite(handle, content, offset)
+                offset, content = offset + written, content[written:]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
+    finally:
+        os.close(handle)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -122,11 +190,48 @@ def read_json(path: Path) -> dict[str, Any]:
         SaveError: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(read_regular(path))
+        value = parse_json(read_regular(path))
     except OSError as error:
         raise SaveError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # the text is no JSON, no UTF-8, or nested too deep
+    except ValueError as error:
         raise SaveError(f"{path} is damaged or no JSON: {error}") from error
     if not isinstance(value, dict):
         raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value
+
+
+def write_summed_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an object as JSON together with its checksum, as a whole or not at all (`replace_file`)."""
+    write_json(path, {**content, _SUM: json_sha256(content)})
+
+
+def read_summed_json(path: Path) -> dict[str, Any]:
+    """Returns the object that `write_summed_json` wrote.
+
+    Raises:
+        SaveError: there is no such file, it holds something else, or its checksum is not that of its content.
+    """
+    content = read_json(path)
+    if _SUM not in content:
+        raise SaveError(f"{path} has no checksum; another program or version of hsa-compile wrote it")
+    if content.pop(_SUM) != json_sha256(content):
+        raise SaveError(f"{path} is damaged: its checksum does not match")
+    return content
+
+
+def json_sha256(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of an object's JSON with sorted names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """The evaluation of one candidate, from compiling to times, in stages: most of the bad are dropped at a cheap one."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -8,8 +7,9 @@ from typing import Any
 
 from hsa_compile.autotune.bench.bench import FAILURES, Bench, quantile
 from hsa_compile.autotune.cost.roofline import Resources
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import check_choice, check_number, check_text, from_mapping, shown
 from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
+from hsa_compile.schedules.record import MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
 
 STAGES = ("resources", "prepare", "quick", "full")  # each is dearer than the one before
@@ -47,13 +47,21 @@ class Outcome:
 
     def __post_init__(self) -> None:
         check_choice("stage", self.stage, STAGES)
+        for name in ("failure", "fingerprint"):
+            check_text(name, getattr(self, name))
+        for name, kind in (("reason", str), ("times_ms", tuple), ("default_times_ms", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise InvalidArgument(f"{name} = {shown(getattr(self, name))} is no {kind.__name__}")
+        if not isinstance(self.resources, Resources | None):
+            raise InvalidArgument(f"resources = {shown(self.resources)} are none")
+        check_number("seconds", self.seconds, 0, MAX_MS)
         if bool(self.failure) == bool(self.times_ms) or len(self.times_ms) != len(self.default_times_ms):
             raise InvalidArgument(
                 f"an outcome has a failure or pairs of times, not {self.failure!r} with {len(self.times_ms)} times "
                 f"and {len(self.default_times_ms)} of the default"
             )
-        if not all(math.isfinite(t) and t > 0 for t in (*self.times_ms, *self.default_times_ms)):
-            raise InvalidArgument(f"times {[*self.times_ms, *self.default_times_ms]} must be positive milliseconds")
+        for time_ms in (*self.times_ms, *self.default_times_ms):
+            check_number("a time", time_ms, MIN_MS, MAX_MS)
 
     @property
     def ratio(self) -> float | None:
@@ -84,15 +92,20 @@ class Outcome:
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> "Outcome":
+    def from_dict(values: object) -> "Outcome":
         """Returns the outcome that `to_dict` gave the values of.
 
         Raises:
-            InvalidArgument, KeyError, TypeError: a field is missing, unknown or out of range.
+            InvalidArgument: a field is missing, unknown or out of range.
         """
-        resources = values["resources"]
-        times = {name: tuple(values[name]) for name in ("times_ms", "default_times_ms")}
-        return Outcome(**{**values, **times, "resources": None if resources is None else Resources(**resources)})
+        fields = dict(values) if isinstance(values, Mapping) else values
+        if isinstance(fields, dict):
+            for name in ("times_ms", "default_times_ms"):
+                if isinstance(fields.get(name), list):
+                    fields[name] = tuple(fields[name])
+            if isinstance(fields.get("resources"), Mapping):
+                fields["resources"] = from_mapping(Resources, fields["resources"])
+        return from_mapping(Outcome, fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,12 @@
 """Full sweeps of a kernel's search space: measuring one, its file, and searches replayed on it without the device."""
 
 import gzip
+import io
 import itertools
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +20,11 @@ from hsa_compile.autotune.evaluate import Outcome, evaluate, measure_default
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.samplers.point import Point, PointTable, parameters_of
 from hsa_compile.autotune.study.ledger import ProblemLedger
+from hsa_compile.checks import check_number, check_text, from_mapping, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import read_regular
+from hsa_compile.files import MOST_BYTES, parse_json, read_regular
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.record import MAX_COUNT, MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
@@ -59,11 +63,13 @@ class RecordedSweep:
             )
         if all(time is None for time in self.times):
             raise InvalidArgument(f"none of {len(self.points)} points has a time; allowed: at least one")
+        for point in self.points:
+            _check_point(point)
         for time, reason in zip(self.times, self.reasons, strict=True):
-            if time is not None and not (math.isfinite(time) and time > 0):
-                raise InvalidArgument(f"time {time!r} must be positive and finite")
-            if (time is None) != bool(reason):
-                raise InvalidArgument(f"time {time!r} with reason {reason!r}; allowed: one of the two")
+            if time is not None:
+                check_number("time", time, MIN_MS, MAX_MS)
+            if not isinstance(reason, str) or (time is None) != bool(reason):
+                raise InvalidArgument(f"time {shown(time)} with reason {shown(reason)}; allowed: one of the two")
 
     @property
     def optimum(self) -> float:
@@ -99,10 +105,9 @@ class RecordedSweep:
         Raises:
             InvalidArgument: the file is neither.
         """
-        data = read_regular(path)
         try:
-            text = (gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data).decode()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            text = _text(read_regular(path))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise InvalidArgument(f"{path} cannot be read: {error}") from error
         values = _parse(path, text)
         try:
@@ -110,17 +115,45 @@ class RecordedSweep:
                 return _read_own(path, values)
             if "cache" in values and "tune_params_keys" in values:
                 return _read_kernel_tuner(values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgument(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{path} is damaged: {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"{path} is damaged: {type(error).__name__}: {shown(str(error))}") from error
         raise InvalidArgument(f"{path} is neither a file of {FORMAT!r} nor a cache file of Kernel Tuner")
+
+
+def _text(data: bytes) -> str:
+    """Returns a file's text, which may be compressed.
+
+    Raises:
+        EOFError, OSError, ValueError, zlib.error: it is damaged, no UTF-8, or longer than any file that is read.
+    """
+    if not data.startswith(_GZIP_MAGIC):
+        return data.decode()
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+    return text.decode()
+
+
+def _check_point(point: object) -> None:
+    if not isinstance(point, Mapping) or not point:
+        raise InvalidArgument(f"a point is {shown(point)}; allowed: a mapping of parameters to values")
+    for name, value in point.items():
+        check_text("the name of a parameter", name)
+        if isinstance(value, str):
+            check_text(name, value)
+        elif not isinstance(value, bool | None):
+            check_number(name, value, -MAX_COUNT, MAX_COUNT)
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     text = text.rstrip().rstrip(",")
     for closing in _CLOSINGS:
         try:
-            values = json.loads(text + closing)
-        except json.JSONDecodeError:
+            values = parse_json(text + closing)
+        except ValueError:
             continue
         if isinstance(values, dict):
             return values
@@ -129,7 +162,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 def _read_own(path: Path, values: Mapping[str, Any]) -> RecordedSweep:
     if values["version"] != VERSION:
-        raise InvalidArgument(f"{path} has version {values['version']!r} of its format; allowed is {VERSION}")
+        raise InvalidArgument(f"{path} has version {shown(values['version'])} of its format; allowed is {VERSION}")
     points = values["points"]
     return RecordedSweep(
         points=[point["parameters"] for point in points],
@@ -280,7 +313,7 @@ def first_points(sweep: RecordedSweep) -> list[Point]:
     """Returns what a search begins with on an empty cache: the default of the sweep's problem; none if it has none."""
     if not {"problem", "target"} <= sweep.about.keys():
         return []
-    problem, target = Problem(**sweep.about["problem"]), Target(**sweep.about["target"])
+    problem, target = from_mapping(Problem, sweep.about["problem"]), from_mapping(Target, sweep.about["target"])
     return [parameters_of(default_schedule(problem, target))]
 
 

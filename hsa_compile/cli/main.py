@@ -58,7 +58,7 @@ _COMMANDS = {
     "schedules": ("hsa_compile.cli.schedules:schedules", "List, show, explain, compare, move or remove schedules."),
     "emit": ("hsa_compile.cli.kernels:emit", "Print the kernel that would run, here or on a named GPU."),
     "inspect": ("hsa_compile.cli.kernels:inspect", "Compile kernels for a named GPU: registers, spills, bounds."),
-    "prepare": ("hsa_compile.cli.models.prepare:prepare", "Turn text into a corpus that training maps into memory."),
+    "prepare": ("hsa_compile.cli.models.prepare:prepare", "Turn text into a corpus that training reads."),
     "model": ("hsa_compile.cli.models.model:model", "Show what a model costs."),
     "train": ("hsa_compile.cli.models.train:train", "Train a model."),
     "eval": ("hsa_compile.cli.models.eval:evaluate", "Evaluate a model: needles in haystacks, and perplexity."),

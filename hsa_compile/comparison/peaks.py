@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.checks import check_number, check_text
 from hsa_compile.peaks import LIMITS, limits_of
 from hsa_compile.target import Target
 
@@ -32,8 +32,8 @@ class Peaks:
 
     def __post_init__(self) -> None:
         for name in ("tflops", "gb_s"):
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be positive")
+            check_number(name, getattr(self, name), 1e-9, 1e12)
+        check_text("source", self.source)
 
     def attainable_tflops(self, flops_a_byte: float) -> float:
         """Returns the lower of both roofs."""

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.checks import check_choice
-from hsa_compile.comparison import BOTH, DECODE, FORWARD, SELECT
+from hsa_compile.checks import check_choice, check_number, check_text, from_mapping, shown
+from hsa_compile.comparison import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import CLAIMS, DENSE, SAME, SPARSE
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.errors import InvalidArgument, SaveError
+from hsa_compile.files import parse_json, read_regular
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.record import Measurement
+from hsa_compile.schedules.record import MAX_MS, Measurement
 from hsa_compile.versions import require
 
 TIMED, WRONG, FAILED, LEFT_OUT = "timed", "wrong", "failed", "left out"
@@ -83,18 +84,28 @@ class Comparison:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> "Comparison":
-        """Reads what `to_json` gave.
+    def read(path: Path) -> "Comparison":
+        """Reads what `write` wrote.
 
         Raises:
-            InvalidArgument: the text is something else.
+            InvalidArgument: the file cannot be read, or holds something else.
         """
         try:
-            fields = json.loads(text)
-            peaks = {name: Peaks(**value) if value else None for name, value in fields["peaks"].items()}
-            return Comparison(**{**fields, "peaks": peaks, "results": [_result(row) for row in fields["results"]]})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgument(f"this is no comparison as JSON: {type(error).__name__} {error}") from error
+            values = parse_json(read_regular(path))
+        except OSError as error:
+            raise InvalidArgument(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise InvalidArgument(f"{path} is no JSON: {error}") from error
+        try:
+            if isinstance(values, dict):
+                peaks = values["peaks"].items()
+                values["peaks"] = {name: from_mapping(Peaks, one) if one else None for name, one in peaks}
+                values["results"] = [_result(row) for row in values["results"]]
+            return from_mapping(Comparison, values)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{path} holds no comparison: {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"{path} holds no comparison: {shown(str(error))}") from error
 
     def write(self, path: Path) -> None:
         """Writes all of it as a JSON file.
@@ -109,14 +120,16 @@ class Comparison:
 
 
 def _result(row: dict[str, Any]) -> Result:
-    return Result(
-        **{
-            **row,
-            "problem": Problem(**row["problem"]),
-            "measurement": Measurement(**row["measurement"]) if row["measurement"] else None,
-            "ratio": tuple(row["ratio"]) if row["ratio"] else None,
-        }
-    )
+    check_choice("kind", row["kind"], KINDS)
+    for name in ("contender", "note"):
+        check_text(name, row[name])
+    ratio = tuple(row["ratio"]) if row["ratio"] else None
+    for value in (row["tflops"], row["gb_s"], *(ratio or ())):
+        if value is not None:
+            check_number("a rate or ratio", value, 0, MAX_MS)
+    measurement = from_mapping(Measurement, row["measurement"]) if row["measurement"] else None
+    problem = from_mapping(Problem, row["problem"])
+    return from_mapping(Result, {**row, "problem": problem, "measurement": measurement, "ratio": ratio})
 
 
 TITLES = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import check_choice, check_count, check_flag, check_number, one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
 
@@ -32,26 +32,31 @@ STEPS = (TRAIN, PREFILL, DECODE)  # the steps that can be profiled
 DEFAULT_MFU = 0.4  # share of the peak that training and serving are assumed to reach on paper
 
 _COUNT = 2**31
+# With these bounds no product of sizes, which is how many numbers a weight has, exceeds what PyTorch counts in 64 bits.
+_WIDTH, _HEADS = 2**20, 2**16
+MAX_LAYERS = 1000
 _RANGES = (
     ("vocab_size", 1, _COUNT),
-    ("dim", 1, _COUNT),
-    ("num_lower_layers", 0, 1000),
-    ("num_groups", 1, 1000),
-    ("layers_per_group", 1, 1000),
-    ("num_heads", 1, _COUNT),
-    ("num_kv_heads", 1, _COUNT),
+    ("dim", 1, _WIDTH),
+    ("num_lower_layers", 0, MAX_LAYERS),
+    ("num_groups", 1, MAX_LAYERS),
+    ("layers_per_group", 1, MAX_LAYERS),
+    ("num_heads", 1, _HEADS),
+    ("num_kv_heads", 1, _HEADS),
     ("head_dim", 2, MAX_HEAD_DIM),
     ("window", 1, _COUNT),
-    ("ffn_dim", 1, _COUNT),
+    ("ffn_dim", 1, _WIDTH),
     ("chunk_size", 1, MAX_CHUNK_SIZE),
     ("top_k", 1, MAX_SELECTED),
-    ("memory_heads", 1, _COUNT),
-    ("memory_kv_heads", 1, _COUNT),
+    ("memory_heads", 1, _HEADS),
+    ("memory_kv_heads", 1, _HEADS),
     ("memory_head_dim", 2, MAX_HEAD_DIM),
     ("retrieval_dim", 1, MAX_RETRIEVAL_DIM),
     ("encoder_layers", 0, 100),
-    ("encoder_ffn_dim", 1, _COUNT),
-    ("num_experts", 0, 100_000),
+    ("encoder_ffn_dim", 1, _WIDTH),
+    ("num_experts", 0, 2**16),
+    ("experts_per_token", 0, 2**16),
+    ("expert_dim", 0, _WIDTH),
     ("num_dense_layers", 0, 1000),
     ("num_shared_experts", 0, 100),
     ("state_dim", 1, 1024),
@@ -156,9 +161,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, VARIANTS)
         for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}")
+            check_count(name, getattr(self, name), low, high)
+        if self.num_layers > MAX_LAYERS:
+            raise InvalidArgument(
+                f"num_lower_layers = {self.num_lower_layers} with {self.num_groups} groups of {self.layers_per_group} "
+                f"layers are {self.num_layers} layers; at most {MAX_LAYERS} are allowed"
+            )
         for heads, kv_heads in (("num_heads", "num_kv_heads"), ("memory_heads", "memory_kv_heads")):
             if getattr(self, heads) % getattr(self, kv_heads):
                 raise InvalidArgument(
@@ -167,8 +175,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
         for name in ("rope_theta", "retrieval_scale", "norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(f"{name} = {getattr(self, name)!r} must be more than 0")
+            check_number(name, getattr(self, name), 1e-30, 1e30)
+        for name in ("retrieval_norm", "softmax_off_by_one", "selection_noise", "tie_embeddings"):
+            check_flag(name, getattr(self, name))
         self._check_experts()
         if self.variant == "drt" and self.chunk_size < 2:
             raise InvalidArgument(
@@ -257,10 +266,12 @@ class ModelConfig:
         Raises:
             InvalidArgument: a field is missing, unknown or out of range.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidArgument(f"the model config is {shown(values)}, not an object")
         known = {spec.name for spec in fields(ModelConfig)}
         if unknown := set(values) - known:
-            raise InvalidArgument(f"the model config has unknown fields {', '.join(sorted(unknown))}")
+            raise InvalidArgument(f"the model config has unknown fields {shown(sorted(unknown))}")
         try:
             return ModelConfig(**values)
         except TypeError as error:
-            raise InvalidArgument(f"the model config is not complete: {error}") from error
+            raise InvalidArgument(f"the model config is not complete: {one_line(error)}") from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsa_compile.checks import check_text, shown
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.files import make_directory, read_json, replace_file, sync_directory, write_json
 from hsa_compile.model.config import ModelConfig
@@ -19,6 +20,9 @@ from hsa_compile.model.transformer import HSATransformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
+_FIELDS = {"save_id": str, "tokenizer": str, "hsa_config": dict, "extra": dict}
+_NAMES = {str: "a text", dict: "an object"}
+_MOST_ID = 64
 # By these `transformers` finds the classes in `model/hf`.
 MODEL_TYPE, ARCHITECTURE = "hsa_compile", "HSACompileForCausalLM"
 MODULE = "modeling_hsa_compile"
@@ -91,7 +95,8 @@ def from_pretrained(
         the model, in evaluation mode.
 
     Raises:
-        SaveError: a file is missing, truncated, foreign or does not fit the other; the message names it.
+        SaveError: a file is missing, truncated, foreign or does not fit the other, or a weight is not finite in the
+            dtype; the message names it.
         InvalidArgument: the config is not allowed, or dtype is no float.
     """
     if dtype is not None and not dtype.is_floating_point:
@@ -106,6 +111,9 @@ def from_pretrained(
         name: tensor.to(device, dtype if name in parameters else None)  # buffers have a dtype of their own
         for name, tensor in weights.items()
     }
+    for name, tensor in moved.items():
+        if not bool(tensor.isfinite().all()):
+            raise SaveError(f"{directory}: {name} holds values that are infinite or not a number")
     model.load_state_dict(moved, assign=True)
     fill_buffers(model, torch.device(device))
     return model.eval()
@@ -153,8 +161,8 @@ def _current_config(directory: Path) -> dict[str, Any]:
         raise SaveError(f"{directory} is not a directory; a model is one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     weights, path = directory / WEIGHTS_FILE, directory / CONFIG_FILE
     save_id = read_metadata(weights).get("save_id")
-    if save_id is None:
-        raise SaveError(f"{weights} is no model of hsa-compile: it carries no save_id")
+    if save_id is None or not save_id.isalnum() or len(save_id) > _MOST_ID:  # it becomes part of a file's name
+        raise SaveError(f"{weights} is no model of hsa-compile: its save_id is {shown(save_id)}")
     waiting = _waiting_config(directory, save_id)
     path = waiting if waiting.exists() else path
     config = read_json(path)
@@ -164,8 +172,14 @@ def _current_config(directory: Path) -> dict[str, Any]:
         raise SaveError(
             f"{path} has format_version = {config.get('format_version')!r}; this hsa-compile reads {FORMAT_VERSION}"
         )
-    if missing := {"save_id", "tokenizer", "hsa_config", "extra"} - set(config):
-        raise SaveError(f"{path} is not complete: {', '.join(sorted(missing))} is missing")
+    for name, kind in _FIELDS.items():
+        if name not in config:
+            raise SaveError(f"{path} is not complete: {name} is missing")
+        if not isinstance(config[name], kind):
+            raise SaveError(f"{path}: {name} = {shown(config[name])} must be {_NAMES[kind]}")
+    check_text(f"{path}: tokenizer", config["tokenizer"], error=SaveError)
+    if Path(config["tokenizer"]).name != config["tokenizer"]:
+        raise SaveError(f"{path}: tokenizer = {config['tokenizer']!r} must be bytes or the name of a file beside it")
     if config["save_id"] != save_id:
         raise SaveError(f"{path} and {weights} are of different saves: save_id {config['save_id']!r} and {save_id!r}")
     return config

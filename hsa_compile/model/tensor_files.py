@@ -1,12 +1,15 @@
 """Tensors in files, without pickle."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hsa_compile.checks import one_line
 from hsa_compile.errors import SaveError
 from hsa_compile.files import replace_file
 
@@ -31,11 +34,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         SaveError: there is no such file, it is truncated, or it is of another kind.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{path} cannot be read: {_reason(error)}") from error
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -44,9 +44,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         SaveError: there is no such file, it is truncated, or it is of another kind.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 it is no mapping
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise SaveError(f"{path} cannot be read: it is no regular file")
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 it is no mapping
+            yield file
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{path} cannot be read: {_reason(error)}") from error
 
@@ -54,4 +62,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return f"truncated, damaged or no safetensors file ({error})"
+    return f"truncated, damaged or no safetensors file ({one_line(error)})"

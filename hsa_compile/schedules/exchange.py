@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsa_compile.checks import shown
 from hsa_compile.errors import CacheError, InvalidArgument
-from hsa_compile.files import read_regular, write_whole
+from hsa_compile.files import parse_json, read_regular, write_whole
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode
+from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode, why
 from hsa_compile.versions import installed_versions
 
 FORMAT = "hsa-compile exported schedules"
@@ -59,30 +60,30 @@ def import_records(path: Path) -> Imported:
     try:
         records = [decode(entry) for entry in entries]
     except DAMAGES as error:
-        raise InvalidArgument(f"{path} holds an entry that this hsa-compile cannot read ({error})") from error
+        raise InvalidArgument(f"{path} holds an entry that this hsa-compile cannot read ({why(error)})") from error
     usable = tuple(r for r in records if r.kernel_source == source_version(r.problem, r.target))
     return Imported(records=usable, foreign=len(records) - len(usable))
 
 
 def _entries(path: Path) -> list[Any]:
     try:
-        content = json.loads(read_regular(path))
+        content = parse_json(read_regular(path))
     except OSError as error:
-        raise InvalidArgument(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise InvalidArgument(f"{path} is no whole JSON file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InvalidArgument(f"{path} is not a file that `hsa-compile schedules export` wrote")
     if content.get("version") != VERSION:
-        raise InvalidArgument(f"{path} has format version {content.get('version')!r}; this one reads {VERSION}")
+        raise InvalidArgument(f"{path} has format version {shown(content.get('version'))}; this one reads {VERSION}")
     body = {name: value for name, value in content.items() if name != "checksum"}
     if content.get("checksum") != checksum(body):
         raise InvalidArgument(f"{path} is damaged: its checksum does not fit")
     mine = installed_versions()["hsa-compile"]
     if content.get("hsa-compile") != mine:
         raise InvalidArgument(
-            f"{path} comes from hsa-compile {content.get('hsa-compile')}, this is {mine}; schedules move between "
-            "equal versions only"
+            f"{path} comes from hsa-compile {shown(content.get('hsa-compile'))}, this is {mine}; schedules move "
+            "between equal versions only"
         )
     entries = content.get("entries")
     if not isinstance(entries, list):

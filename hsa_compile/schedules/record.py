@@ -1,10 +1,19 @@
 """The record of one search: the schedule that won, its measurement, and everything needed to judge it later."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hsa_compile.checks import check_choice, check_count, check_flag, check_number, check_text
+from hsa_compile.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+    check_texts,
+    from_mapping,
+    shown,
+)
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
@@ -36,11 +45,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         for name in ("median_ms", "p20_ms", "p80_ms"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not MIN_MS <= value <= MAX_MS:
-                raise InvalidArgument(
-                    f"{name} = {value!r} must be a positive number of milliseconds in {MIN_MS:g} … {MAX_MS:g}"
-                )
+            check_number(name, getattr(self, name), MIN_MS, MAX_MS)
         check_count("repeats", self.repeats, 0, MAX_COUNT)
 
     @staticmethod
@@ -100,9 +105,7 @@ class TuningRecord:
         check_count("trials", self.trials, 0, MAX_COUNT)
         for name in ("inputs", "fingerprint", "date", "kernel_source", "verdict"):
             check_text(name, getattr(self, name))
-        for name, text in self.versions.items():
-            check_text("a name in versions", name)
-            check_text(f"the version of {name}", text)
+        check_texts("versions", self.versions)
         self._check_counts("failures", self.failures, MAX_COUNT)
         if self.clocks_mhz is not None:
             self._check_counts("clocks_mhz", self.clocks_mhz, MAX_CLOCK_MHZ)
@@ -113,7 +116,7 @@ class TuningRecord:
     @staticmethod
     def _check_counts(field: str, counts: Mapping[str, int], most: int) -> None:
         if not isinstance(counts, Mapping):
-            raise InvalidArgument(f"{field} = {counts!r} must be a mapping of names to integers")
+            raise InvalidArgument(f"{field} = {shown(counts)} must be a mapping of names to integers")
         for name, count in counts.items():
             check_text(f"a name in {field}", name)
             check_count(f"{field} of {name}", count, 0, most)
@@ -193,11 +196,11 @@ class TuningRecord:
             InvalidArgument, KeyError, TypeError: a field is missing, unknown or out of range.
         """
         return TuningRecord(
-            problem=_build(Problem, values["problem"]),
-            target=_build(Target, values["target"]),
+            problem=from_mapping(Problem, values["problem"]),
+            target=from_mapping(Target, values["target"]),
             schedule=Schedule.from_dict(values["schedule"]),
-            measurement=_build(Measurement, values["measurement"]),
-            default_measurement=_build(Measurement, values["default_measurement"]),
+            measurement=from_mapping(Measurement, values["measurement"]),
+            default_measurement=from_mapping(Measurement, values["default_measurement"]),
             trials=values["trials"],
             failures=values["failures"],
             inputs=values["inputs"],
@@ -217,12 +220,3 @@ class TuningRecord:
 
 def _num_candidates(problem: Problem, target: Target) -> int:
     return sum(1 for _ in SearchSpace.of(problem, target).schedules())
-
-
-def _build(cls: type, values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        raise InvalidArgument(f"{cls.__name__} is {values!r}, not a mapping")
-    known = {field.name for field in fields(cls)}
-    if unknown := set(values) - known:
-        raise InvalidArgument(f"{cls.__name__} has unknown fields {sorted(unknown)!a}")
-    return cls(**values)

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsa_compile.checks import check_text
+from hsa_compile.checks import check_count, check_text, shown
 from hsa_compile.errors import InvalidSchedule
 
 Knob = int | str | bool
+MAX_KNOB = 2**40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +43,20 @@ class Schedule(Mapping[str, Knob]):
         """Returns the schedule of a flat mapping, as `dict(schedule)` gives it.
 
         Raises:
-            InvalidSchedule: there is no dataflow, or a value is no integer, boolean or printable string.
+            InvalidSchedule: there is no dataflow, or a value is no integer in bounds, boolean or printable string.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidSchedule(f"a schedule is a mapping of knobs to values, not {shown(values)}")
         knobs = dict(values)
         dataflow = knobs.pop("dataflow", None)
         if not isinstance(dataflow, str):
-            raise InvalidSchedule(f"dataflow = {dataflow!r} must be a string")
+            raise InvalidSchedule(f"dataflow = {shown(dataflow)} must be a string")
         for name, value in (("dataflow", dataflow), *knobs.items()):
             check_text("the name of a knob", name, error=InvalidSchedule)
             if isinstance(value, str):
                 check_text(name, value, error=InvalidSchedule)
-            if not isinstance(value, int | str | bool):
-                raise InvalidSchedule(f"{name} = {value!r} must be an integer, a string or a boolean")
+            elif not isinstance(value, bool):
+                check_count(name, value, -MAX_KNOB, MAX_KNOB, error=InvalidSchedule)
         return Schedule.of(dataflow, **knobs)
 
     @staticmethod

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hsa_compile.checks import shown
 from hsa_compile.errors import InvalidSchedule
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import op_backend
@@ -80,14 +81,14 @@ class SearchSpace:
 
     def _why_unknown(self, schedule: Schedule) -> str | None:
         if schedule.dataflow not in self.choices:
-            return f"dataflow = {schedule.dataflow!r} is not one of {', '.join(self.choices)}"
+            return f"dataflow = {shown(schedule.dataflow)} is not one of {', '.join(self.choices)}"
         knobs = self.choices[schedule.dataflow]
         given = [name for name in schedule if name != "dataflow"]
         if set(given) != set(knobs):
             return f"the knobs of dataflow {schedule.dataflow} are {', '.join(knobs)}, not {', '.join(given) or 'none'}"
         for name, allowed in knobs.items():
             if not any(type(schedule[name]) is type(value) and schedule[name] == value for value in allowed):
-                return f"{name} = {schedule[name]!r} is not one of {', '.join(map(str, allowed))}"
+                return f"{name} = {shown(schedule[name])} is not one of {', '.join(map(str, allowed))}"
         return None
 
 

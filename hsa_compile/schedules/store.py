@@ -2,12 +2,15 @@
 
 A file is written as a whole or not at all, and reading it finds each entry that is damaged. A long file is not written
 anew at every put: new entries go to its journal, line by line, until the journal is as long as the file, which then
-takes them in.
+takes them in. Each time it is written anew its generation grows by one; a line of the journal names the generation that
+it follows, so that nobody needs a clock to tell whether the file holds it already.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -15,14 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hsa_compile.checks import MAX_TEXT, shown
 from hsa_compile.errors import CacheWarning
-from hsa_compile.files import end_of_last_line, read_regular, write_whole
+from hsa_compile.files import append_line, parse_json, read_regular, write_whole
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 
 FORMAT = "hsa-compile schedules"
 VERSION = 2  # from 2 on, knobs have the names of today; older files are set aside
 JOURNAL_ABOVE = 1 << 18  # a file of more bytes, about a hundred entries, is no longer written anew at every put
+MOST_BYTES = 1 << 24  # a file or journal of more, which holds 6,000 entries, would keep the first call of an op waiting
+_GENERATION = re.compile(rb'"generation": (\d{1,15})')
+_HEAD_BYTES = 200  # what stands before the entries of a file fits in so many
 
 Records = dict[ScheduleKey, TuningRecord]
 
@@ -51,40 +58,15 @@ def journal_size(path: Path) -> int:
 def read_lines(path: Path) -> list[bytes]:
     """Returns the whole lines of a schedule file's journal; a last one that a killed writer left torn is not one."""
     try:
-        content = read_regular(journal_path(path))
+        content = read_regular(journal_path(path), MOST_BYTES)
     except FileNotFoundError:
         return []
     return content.split(b"\n")[:-1]
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Adds a line to a schedule file's journal and syncs it. The caller holds the lock.
-
-    Raises:
-        OSError: the disk is full or read-only; what was there is untouched.
-    """
-    handle = os.open(journal_path(path), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        end = end_of_last_line(handle)
-        try:
-            _write_at(handle, end, line + b"\n")
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, end)
-            raise
-    finally:
-        os.close(handle)
-
-
 def drop_journal(path: Path) -> None:
     """Removes the journal, once the file itself holds its entries. The caller holds the lock."""
     journal_path(path).unlink(missing_ok=True)
-
-
-def _write_at(handle: int, offset: int, content: bytes) -> None:
-    while content:
-        written = os.pwrite(handle, content, offset)
-        offset, content = offset + written, content[written:]
 
 
 def read_records(path: Path) -> tuple[Records, list[str]]:
@@ -93,34 +75,45 @@ def read_records(path: Path) -> tuple[Records, list[str]]:
     Returns:
         records of the entries that are whole, and one line for each damage; both empty if there is no file.
     """
-    entries: list[Any] = []
+    content, entries, lines = b"", list[Any](), list[bytes]()
     damages: list[str] = []
     records: Records = {}
     # The journal is read first: a writer drops it only after the file holds its entries, so none is missed.
     try:
         lines = read_lines(path)
-        entries = _read_entries(path)
+    except OSError as error:
+        damages.append(f"its journal cannot be read ({error.strerror or error})")
+    try:
+        content = read_regular(path, MOST_BYTES)
+        entries = _entries(content)
     except FileNotFoundError:
         return {}, []
     except OSError as error:
-        return {}, [f"it cannot be read ({error.strerror})"]
+        return {}, [f"it cannot be read ({error.strerror or error})", *damages]
     except DamagedFile as error:
         damages.append(str(error))
     for number, entry in enumerate(entries, start=1):
         try:
             add(records, decode(entry))
         except DAMAGES as error:
-            damages.append(f"entry {number} of {len(entries)} is damaged ({error})")
+            damages.append(f"entry {number} of {len(entries)} is damaged ({why(error)})")
+    generation = _generation(content)
     for number, line in enumerate(lines, start=1):
         try:
-            record = decode(json.loads(line))
-            # A writer killed before it dropped the journal leaves lines that are older than the file's entries.
-            known = records.get(ScheduleKey.of_record(record))
-            if known is None or known.date <= record.date:
+            entry = parse_json(line)
+            record = decode(entry)
+            # A writer that was killed before it dropped the journal leaves lines that the file holds already.
+            if entry.get("generation", generation) >= generation:
                 add(records, record)
         except DAMAGES as error:
-            damages.append(f"line {number} of {len(lines)} of its journal is damaged ({error})")
+            damages.append(f"line {number} of {len(lines)} of its journal is damaged ({why(error)})")
     return records, damages
+
+
+def why(error: Exception) -> str:
+    """Returns the text of an error that a file's content raised; KeyError's and TypeError's may hold any text of it."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return text if text.isprintable() and len(text) < MAX_TEXT else shown(text)
 
 
 def add(records: Records, record: TuningRecord) -> None:
@@ -139,11 +132,12 @@ def put_record(path: Path, record: TuningRecord) -> None:
     A damaged file is copied aside before it is written over.
 
     Raises:
-        OSError: the directory cannot be written or the disk is full; what was there is untouched.
+        OSError: the directory cannot be written, the disk is full, or the file; what was there is untouched.
     """
     size = path.stat().st_size if path.is_file() else 0
     if size > JOURNAL_ABOVE and journal_size(path) < size:
-        append_line(path, json.dumps(encode(record), ensure_ascii=False).encode())
+        entry = encode(record, generation=_generation_of(path))
+        append_line(journal_path(path), json.dumps(entry, ensure_ascii=False).encode())
         return
     records, damages = read_records(path)
     if damages:
@@ -164,10 +158,26 @@ def write_records(path: Path, records: Iterable[TuningRecord]) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
+    head = {"format": FORMAT, "version": VERSION, "generation": _generation_of(path) + 1}
     entries = [encode(record) for record in records]
-    text = json.dumps({"format": FORMAT, "version": VERSION, "entries": entries}, indent=1, ensure_ascii=False)
-    write_whole(path, (text + "\n").encode())
+    text = (json.dumps({**head, "entries": entries}, indent=1, ensure_ascii=False) + "\n").encode()
+    if len(text) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it would have {len(text)} bytes, more than {MOST_BYTES}: export and clear it")
+    write_whole(path, text)
     drop_journal(path)
+
+
+def _generation_of(path: Path) -> int:
+    """Returns how often a file was written anew; 0 if it is not there or does not say so."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return _generation(file.read(_HEAD_BYTES))
+
+
+def _generation(content: bytes) -> int:
+    found = _GENERATION.search(content[:_HEAD_BYTES])
+    return int(found.group(1)) if found else 0
 
 
 def set_aside(path: Path) -> Path:
@@ -175,32 +185,31 @@ def set_aside(path: Path) -> Path:
     number = 1
     while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
-    if path.is_dir():
-        path.rename(copy)
-    else:
-        shutil.copy2(path, copy)
-    if journal_size(path):
-        shutil.copy2(journal_path(path), journal_path(copy))
+    for file, place in ((path, copy), (journal_path(path), journal_path(copy))):
+        if file.is_file():
+            shutil.copy2(file, place)
+        elif os.path.lexists(file):  # a directory, a pipe, a link to nowhere
+            file.rename(place)
     return copy
 
 
-def _read_entries(path: Path) -> list[Any]:
+def _entries(text: bytes) -> list[Any]:
     try:
-        content = json.loads(read_regular(path))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number or a nesting beyond Python's limits
+        content = parse_json(text)
+    except ValueError as error:
         raise DamagedFile(f"it is no whole JSON file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedFile(f"it is not a file of format {FORMAT!r}")
     if content.get("version") != VERSION:
-        raise DamagedFile(f"it has version {content.get('version')!r}, this hsa-compile reads version {VERSION}")
+        raise DamagedFile(f"it has version {shown(content.get('version'))}, this hsa-compile reads version {VERSION}")
     if not isinstance(content.get("entries"), list):
         raise DamagedFile("it has no list of entries")
     return content["entries"]
 
 
-def encode(record: TuningRecord) -> dict[str, Any]:
-    """Returns a record as an entry of a file: the key in clear, the record, and a checksum of both."""
-    body = {"key": asdict(ScheduleKey.of_record(record)), "record": record.to_dict()}
+def encode(record: TuningRecord, **more: int) -> dict[str, Any]:
+    """Returns a record as an entry of a file: the key in clear, the record, what `more` there is, a checksum."""
+    body = {"key": asdict(ScheduleKey.of_record(record)), "record": record.to_dict(), **more}
     return {**body, "checksum": checksum(body)}
 
 
@@ -210,9 +219,9 @@ def decode(entry: Any) -> TuningRecord:
     Raises:
         one of `DAMAGES`: the entry is not what `encode` made.
     """
-    if not isinstance(entry, dict) or set(entry) != {"key", "record", "checksum"}:
+    if not isinstance(entry, dict) or set(entry) - {"generation"} != {"key", "record", "checksum"}:
         raise DamagedFile("it is not a mapping of key, record and checksum")
-    if entry["checksum"] != checksum({"key": entry["key"], "record": entry["record"]}):
+    if entry["checksum"] != checksum({name: value for name, value in entry.items() if name != "checksum"}):
         raise DamagedFile("its checksum does not fit")
     return TuningRecord.from_dict(entry["record"])
 

@@ -1,6 +1,8 @@
 """`hsa-compile eval` as a person meets it."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +99,39 @@ def test_ctrl_c_keeps_what_is_finished(
     count = len(calls)
     assert run(*arguments).code == 0
     assert len(calls) == count
+
+
+# The command, which gets a signal right before it keeps outcomes for the second time.
+ENDED = """
+import os, sys
+from hsa_compile.cli.main import main
+from hsa_compile.model.evaluation.outcomes import OutcomeFile
+number, real, calls = int(sys.argv.pop(1)), OutcomeFile.add, []
+def add(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), number)
+    return real(*arguments)
+OutcomeFile.add = add
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+def test_killed_and_called_again_it_gives_the_same_results(
+    number: int, run: Shell, directory: Path, tmp_path: Path
+) -> None:
+    flags = ["--lengths", "128,200", "--protocol", "both"]
+    assert run(*command(directory, tmp_path / "whole", *flags)).code == 0
+    arguments = command(directory, tmp_path / "killed", *flags)
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", ENDED, str(int(number)), *arguments])
+    assert ended.returncode == -number
+    kept = [len((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("killed", "whole")]
+    assert 0 < kept[0] < kept[1]
+    assert run(*arguments).code == 0
+    whole, again = ((tmp_path / name / "results.json").read_bytes() for name in ("whole", "killed"))
+    assert again == whole
 
 
 def test_where_the_memory_lies_changes_nothing(run: Shell, directory: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_models import build, combinations, one_first, small_config
 
 from hsa_compile.errors import HSACompileError, InvalidArgument, NotFinite, SaveError
+from hsa_compile.files import read_summed_json, write_summed_json
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.inference.generate import Sampling, TextStream, draw, generate, stream
@@ -254,6 +256,56 @@ def test_damaged_and_foreign_readings_are_refused_by_name(tmp_path: Path) -> Non
     load_state(model, tmp_path)
     with pytest.raises(SaveError, match=r"reading\.json cannot be read"):
         load_state(model, tmp_path / "nowhere")
+
+
+def test_a_flipped_bit_in_any_file_of_a_reading_is_found_and_its_file_named(tmp_path: Path) -> None:
+    model = build(small_config("hsa-ultralong"))
+    state = new_state(model)
+    prefill(model, text(30)[None], state)
+    save_state(model, state, tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        whole = path.read_bytes()
+        for place in range(3, len(whole), len(whole) // 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+            with pytest.raises(HSACompileError, match=path.name):
+                load_state(model, tmp_path)
+        path.write_bytes(whole)
+    load_state(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"place": "../elsewhere"}, "place = '../elsewhere' must be reading- and 32 hexadecimal digits"),
+        ({"place": 3}, "place = 3 must be a str"),
+        ({"rows": []}, "rows must be a list of objects"),
+        ({"rows": [[]]}, "rows must be a list of objects"),
+        ({"rows": [{"positions": [30], "num_upper_past": [30.5], "carried": []}]}, "num_upper_past = 30.5 must be"),
+        ({"rows": [{"positions": [30], "num_upper_past": [], "carried": []}]}, "contradicts itself"),
+        ({"rows": [{"positions": [31], "num_upper_past": [31], "carried": []}]}, None),
+        ({"rows": [{"positions": [35], "num_upper_past": [35], "carried": []}]}, "says that .35. tokens were read"),
+        ({"rows": [{"positions": [30] * 2, "num_upper_past": [30] * 2, "carried": []}]}, "does not belong to reading"),
+        ({"rows": [{"positions": [30], "num_upper_past": [30], "carried": [7]}]}, "it lacks 'carried.7.indices'"),
+        ({"by_rows": "no"}, "by_rows = 'no' must be a bool"),
+        ({"config": {}}, "another model: variant, "),
+        ({"format_version": 1}, "version 1; this hsa-compile reads"),
+    ],
+)  # fmt: skip
+def test_a_reading_whose_index_is_forged_is_refused(
+    change: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    model = build(small_config("hsa-ultralong"))
+    state = new_state(model)
+    prefill(model, text(30)[None], state)
+    save_state(model, state, tmp_path)
+    write_summed_json(tmp_path / "reading.json", {**read_summed_json(tmp_path / "reading.json"), **change})
+    if message is None:  # as many chunks were complete
+        assert load_state(model, tmp_path).positions == [31]
+    else:
+        with pytest.raises(SaveError, match=message):
+            load_state(model, tmp_path)
 
 
 def test_the_caller_may_end_a_row() -> None:

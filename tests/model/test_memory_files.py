@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.memory import files as memory_files
+from hsa_compile.files import json_sha256
 from hsa_compile.model.memory import files as memory_shards
 from hsa_compile.model.memory import pages as memory_pages
 from hsa_compile.model.memory.memory import ChunkMemory
@@ -239,7 +239,7 @@ def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         content = json.loads(path.read_text())
         head = {name: content.pop(name) for name in ("format", "version", "sha256")}
         change(content)
-        path.write_text(json.dumps({**head, "sha256": memory_files._checksum(content), **content}))
+        path.write_text(json.dumps({**head, "sha256": json_sha256(content), **content}))
 
     return edit
 

@@ -312,3 +312,26 @@ def _two_process_update(rank: int, rendezvous: str) -> None:
 @pytest.mark.slow
 def test_processes_share_the_load(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_two_process_update, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_equal_tokens_and_tokens_that_all_choose_the_same_equal_the_loop(biased: bool) -> None:
+    moe = make_moe()
+    x = torch.randn(1, 13).expand(64, 13).clone() if not biased else torch.randn(64, 13)
+    if biased:
+        moe.balance_bias[3], moe.balance_bias[1] = 10, 9
+    x.requires_grad_()
+    exact, exact_x = copy.deepcopy(moe).double(), x.detach().double().requires_grad_()
+    out, expected = moe(x), moe_reference(exact, exact_x)
+    assert_close(out, expected, torch.float32)
+    for actual, wanted in zip(gradients(moe, out, x), gradients(exact, expected, exact_x), strict=True):
+        assert_close(actual, wanted, torch.float32)
+
+
+def test_a_token_that_is_no_number_changes_no_other() -> None:
+    moe, x = make_moe().eval(), torch.randn(20, 13)
+    broken, others = x.clone(), [row for row in range(20) if row != 7]
+    broken[7] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(moe(x)[others], moe(broken)[others])
+        assert moe(broken)[7].isnan().all()

@@ -1,6 +1,7 @@
 """A saved model comes back bit for bit; a kill leaves the old one; what is not a model is refused by name."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from small_models import build, small_config
 
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.model.pretrained import from_pretrained, read_config, read_extra, read_tokenizer, save_pretrained
+from hsa_compile.model.tensor_files import read_metadata, read_tensors, write_tensors
 
 TOKENS = torch.arange(2 * 33).view(2, 33) % 19
 
@@ -184,3 +186,70 @@ def test_the_config_is_read_without_the_weights_being_built(tmp_path: Path) -> N
     model = build(small_config("ramba"))
     save_pretrained(model, tmp_path)
     assert read_config(tmp_path) == model.config
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    model = build(small_config("swa"))
+    with torch.no_grad():
+        model.norm.weight[3] = value
+    save_pretrained(model, tmp_path)
+    with pytest.raises(SaveError, match=r"norm\.weight holds values that are infinite or not a number"):
+        from_pretrained(tmp_path, dtype=torch.float16)  # 1e5 is beyond what it holds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hsa_config": 7}, "hsa_config = 7 must be an object"),
+        ({"extra": [1]}, r"extra = \[1\] must be an object"),
+        ({"tokenizer": None}, "tokenizer = None must be a text"),
+        ({"tokenizer": "../../etc/passwd"}, "must be bytes or the name of a file beside it"),
+        ({"tokenizer": "a\nb"}, "printable"),
+        ({"save_id": 3}, "save_id = 3 must be a text"),
+        ({"format_version": [[]]}, r"format_version = \[\[\]\]"),
+    ],
+)
+def test_a_field_of_another_type_is_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_pretrained(build(small_config("swa")), tmp_path)
+    edited(tmp_path, **change)
+    with pytest.raises(SaveError, match=rf"config\.json.*{message}"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("expert_dim", 12.5), ("experts_per_token", "2"), ("dim", 2**21), ("num_groups", 900), ("rope_theta", "1"),
+        ("norm_eps", float("nan")), ("init_std", float("inf")), ("tie_embeddings", 1), ("variant", ["swa"]),
+        ("num_experts", 10**400),
+    ],
+)  # fmt: skip
+def test_a_size_of_another_type_or_beyond_all_bounds_is_named(field: str, value: object, tmp_path: Path) -> None:
+    model = build(small_config("hsa-ultralong"))
+    save_pretrained(model, tmp_path)
+    edited(tmp_path, hsa_config={**model.config.to_dict(), field: value})
+    with pytest.raises(InvalidArgument, match=rf"config\.json: .*{field}|900 groups"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    save_pretrained(build(small_config("swa")), tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SaveError, match=rf"{name} cannot be read: it is no regular file"):
+        from_pretrained(tmp_path)
+
+
+def test_weights_of_another_dtype_and_a_lacking_embedding_are_refused(tmp_path: Path) -> None:
+    save_pretrained(build(small_config("swa")), tmp_path)
+    path = tmp_path / "model.safetensors"
+    saved, metadata = read_tensors(path), read_metadata(path)
+    write_tensors(path, {**saved, "norm.weight": saved["norm.weight"].int()}, metadata)
+    with pytest.raises(SaveError, match=r"norm\.weight has dtype torch\.int32; a float dtype is needed"):
+        from_pretrained(tmp_path)
+    del saved["embedding.weight"]
+    write_tensors(path, saved, metadata)
+    with pytest.raises(SaveError, match=r"it lacks embedding\.weight"):
+        from_pretrained(tmp_path)

@@ -13,10 +13,11 @@ import forked
 import pytest
 
 from hsa_compile.errors import CacheError
+from hsa_compile.files import append_line
 from hsa_compile.schedules import store
 from hsa_compile.schedules.cache import ScheduleCache
 from hsa_compile.schedules.record import TuningRecord
-from hsa_compile.schedules.store import append_line, journal_path, journal_size, read_lines, read_records
+from hsa_compile.schedules.store import journal_path, journal_size, read_lines, read_records
 
 MakeRecord = Callable[..., TuningRecord]
 OpenCache = Callable[..., ScheduleCache]
@@ -127,17 +128,17 @@ def test_clear_counts_and_removes_the_journal_too(stored: Path, open_cache: Open
 def test_lines_come_back_as_they_were_added(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     for line in (b"one", b"two"):
-        append_line(path, line)
+        append_line(journal_path(path), line)
     assert read_lines(path) == [b"one", b"two"]
     assert read_lines(tmp_path / "none.json") == []
 
 
 def test_a_line_takes_the_place_of_what_a_killed_writer_left(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
-    append_line(path, b"one")
+    append_line(journal_path(path), b"one")
     with journal_path(path).open("ab") as file:
         file.write(b"torn")
-    append_line(path, b"two")
+    append_line(journal_path(path), b"two")
     assert read_lines(path) == [b"one", b"two"]
 
 

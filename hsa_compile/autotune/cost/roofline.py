@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hsa_compile.checks import check_count, check_number
 from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.peaks import LIMITS, limits_of
 from hsa_compile.problem import Problem
@@ -136,6 +137,12 @@ class Resources:
     registers: int = 0
     shared_memory: int = 0
     occupancy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("spills", "registers", "shared_memory"):
+            check_count(name, getattr(self, name), 0, 2**40)
+        if self.occupancy is not None:
+            check_number("occupancy", self.occupancy, 0, 1)
 
     @staticmethod
     def of(kernels: Sequence[KernelResources], target: Target) -> "Resources":

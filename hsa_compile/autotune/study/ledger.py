@@ -1,7 +1,6 @@
 """The ledger: a file that keeps every timing of every candidate, so that a later search times only what is new."""
 
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
@@ -11,7 +10,8 @@ from typing import Any
 import filelock
 
 from hsa_compile.autotune.evaluate import Outcome
-from hsa_compile.errors import InvalidArgument, InvalidSchedule, StorageError
+from hsa_compile.errors import StorageError
+from hsa_compile.files import append_line, parse_json, read_lines
 from hsa_compile.kernels.emit import emit
 from hsa_compile.paths import schedule_dir
 from hsa_compile.problem import Problem
@@ -33,7 +33,7 @@ class Ledger:
 
     A line's key is the problem, target, inputs, candidate, default, both sources' fingerprints and the versions of
     what compiled them: nothing that changes when the search space grows. A line counts only if its checksum fits;
-    one that was torn by a crash is passed over, and the next begins on a line of its own.
+    one that was torn by a crash is passed over, and the next takes its place.
 
     Args:
         path: where the file is; it is made at the first `add`.
@@ -50,26 +50,28 @@ class Ledger:
         """
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         body = {"key": dict(key), "outcome": outcome.to_dict(), "date": date}
-        line = json.dumps({**body, "checksum": _checksum(body)}, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps({**body, "checksum": _checksum(body)}, separators=(",", ":")).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{self.path}.lock"), self.path.open("ab+") as file:
-                if file.tell() and not _ends_a_line(file.fileno(), file.tell()):
-                    line = b"\n" + line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            with filelock.FileLock(f"{self.path}.lock"):
+                append_line(self.path, line)
         except OSError as error:
             raise StorageError(f"ledger {self.path} cannot be written: {error.strerror or error}") from error
 
     def lines(self) -> Iterator[tuple[dict[str, Any], Outcome]]:
-        """Yields (key, outcome) of each whole line, oldest first."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            for line in file:
+        """Yields (key, outcome) of each whole line, oldest first.
+
+        Raises:
+            StorageError: what is there cannot be read, or is no file.
+        """
+        try:
+            for line in read_lines(self.path):
                 if (found := _read(line)) is not None:
                     yield found
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(f"ledger {self.path} cannot be read: {error.strerror or error}") from error
 
 
 class ProblemLedger:
@@ -122,19 +124,15 @@ class ProblemLedger:
 def _read(line: bytes) -> tuple[dict[str, Any], Outcome] | None:
     """Returns a line's (key, outcome); None if it is torn or has another format."""
     try:
-        body = json.loads(line)
+        body = parse_json(line)
         checksum = body.pop("checksum")
         if checksum != _checksum(body):
             return None
         Schedule.from_dict(body["key"]["schedule"])
         return body["key"], Outcome.from_dict(body["outcome"])
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidArgument, InvalidSchedule):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _checksum(body: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _ends_a_line(handle: int, size: int) -> bool:
-    return os.pread(handle, 1, size - 1) == b"\n"

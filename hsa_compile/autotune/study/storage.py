@@ -6,6 +6,7 @@ A study is found in its storage by the question that its search answers.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -13,17 +14,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import filelock
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend
+from optuna.storages.journal._storage import JournalStorageReplayResult
 
 from hsa_compile.autotune.options import DATABASES, PROXY, check_address
-from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
-from hsa_compile.files import end_of_last_line
+from hsa_compile.autotune.study.trials import check_attributes
+from hsa_compile.checks import shown
+from hsa_compile.errors import CacheWarning, InvalidArgument, MissingDependency, StorageError
+from hsa_compile.files import MOST_LINE_BYTES, append_line, open_regular, parse_json, read_lines
 from hsa_compile.paths import schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
@@ -45,6 +49,15 @@ _DRIVERS = {
     "MySQLdb": "mysqlclient",
     "pymysql": "pymysql",
 }
+
+
+# What a damaged line of a journal raises when it is replayed, and the operation that takes its place: it is about a
+# trial that there is not, so Optuna passes over it.
+_DAMAGES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    optuna.exceptions.OptunaError,
+)  # fmt: skip
+_NOTHING: dict[str, Any] = {"op_code": 8, "worker_id": "", "trial_id": -1, "user_attr": {"": 0}}
 
 
 def default_storage(target: Target) -> str:
@@ -111,39 +124,88 @@ def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
-class _FileLock:
-    """A lock for Optuna's journal that the operating system frees when its holder is killed.
+class _Journal(BaseJournalBackend):
+    """The file behind Optuna's journal: one operation a line, read as far as it is whole, and written under a lock.
 
-    Optuna's own locks are files that a killed process leaves behind, for which the next one would wait half a minute.
+    A line that Optuna could not replay, which would end each search of the device, is left out, and a warning says
+    which. The lock is one that the operating system frees when its holder is killed; Optuna's own are files that stay,
+    for which the next process would wait half a minute.
+
+    Args:
+        path: where the file is.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = filelock.FileLock(f"{path}.flock")
+        self._path = path
+        self._start = 0  # where the first line begins that was not read
+        self._rehearsal = JournalStorageReplayResult("")  # replays each line before Optuna does
+        self._is_ours = False  # whether one line at least could be replayed
 
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yields the operations from a number on; in the place of a damaged one stands one that does nothing."""
+        if log_number_from != self._rehearsal.log_number_read:  # a copy of the storage reads from the beginning
+            self._start, self._rehearsal = 0, JournalStorageReplayResult("")
+        damages: list[str] = []
+        try:
+            for line in read_lines(self._path, self._start):
+                if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
+                    break  # somebody is writing it
+                self._start += len(line)
+                log = self._rehearsed(line, damages)
+                if self._rehearsal.log_number_read > log_number_from:
+                    yield log
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(f"journal {self._path} cannot be read: {error.strerror or error}") from error
+        if damages and not self._is_ours:
+            raise StorageError(
+                f"journal {self._path} is damaged, or no journal: {damages[0]}; choose another --storage"
+            )
+        if damages:
+            more = f", and so are {len(damages) - 1} more" if len(damages) > 1 else ""
+            warnings.warn(f"journal {self._path}: {damages[0]} and left out{more}", CacheWarning, stacklevel=2)
 
-    def release(self) -> None:
-        self._lock.release()
+    def _rehearsed(self, line: bytes, damages: list[str]) -> dict[str, Any]:
+        """Returns the operation on a line, once it was replayed; if it cannot be, adds why to the damages."""
+        number = self._rehearsal.log_number_read + 1
+        try:
+            log: dict[str, Any] = parse_json(line)
+            check_attributes(log)
+            self._rehearsal.apply_logs([log])
+        except _DAMAGES as error:
+            self._rehearsal.log_number_read = number
+            damages.append(f"line {number} is damaged ({shown(f'{type(error).__name__}: {error}')})")
+            return _NOTHING
+        self._is_ours = True
+        return log
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Adds operations, each on a line of its own."""
+        try:
+            with self.locked():
+                for log in logs:
+                    append_line(self._path, json.dumps(log, separators=(",", ":")).encode())
+        except OSError as error:
+            raise StorageError(
+                f"journal {self._path} cannot be written: {error.strerror or error}; what was finished is in it, and "
+                "the same command goes on from there"
+            ) from error
+
+    def locked(self) -> filelock.BaseFileLock:
+        """Returns the lock that a writer holds."""
+        return filelock.FileLock(f"{self._path}.flock")
 
 
 def _open_journal(path: Path) -> JournalStorage:
-    lock = _FileLock(path)
+    journal = _Journal(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
-            if path.exists():
-                with path.open("rb+") as file:  # a new line would be glued to what a killed process left of the last
-                    end_of_last_line(file.fileno())
-        finally:
-            lock.release()
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(JournalFileOpenLock, lock)))
+        with journal.locked():
+            os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
     except OSError as error:
         raise StorageError(f"journal {path} cannot be opened: {error.strerror or error}") from error
-    except ValueError as error:
-        raise StorageError(f"journal {path} is damaged: {error}") from error
+    return JournalStorage(journal)
 
 
 def _open_database(address: str) -> RDBStorage:

@@ -14,12 +14,39 @@ from typing import Any
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from hsa_compile.autotune.evaluate import Outcome
+from hsa_compile.checks import check_count, check_number, check_text
+from hsa_compile.schedules.record import MAX_MS
+
 # The attributes that our trials carry beside their parameters.
 OWNER, CLAIMED, OUTCOME, SKIPPED, LEDGER = "owner", "claimed", "outcome", "skipped", "ledger"
 
 CHOOSING_S = 10.0  # if a sampler takes longer to choose a point, its process is taken for stuck
 
 _ABANDONED_AFTER = timedelta(hours=1)  # for trials of other hosts, whose processes cannot be seen from here
+
+
+def check_attributes(operation: Mapping[str, Any]) -> None:
+    """Checks what Optuna takes as it comes: values, names, and our attributes in an operation of a journal.
+
+    Raises:
+        InvalidArgument: something is of another type or out of range.
+    """
+    for name in ("study_name", "param_name"):
+        check_text(name, operation.get(name, ""))
+    for value in (operation.get("value"), *(operation.get("values") or ())):
+        if value is not None:
+            check_number("a value", value, -MAX_MS, MAX_MS)
+    for name, value in {**operation.get("user_attrs", {}), **operation.get("user_attr", {})}.items():
+        check_text("the name of an attribute", name)
+        if name == OUTCOME:
+            Outcome.from_dict(value)
+        elif name == SKIPPED:
+            check_text(name, value)
+        elif name == OWNER and value:
+            check_text("host", value["host"])
+            check_text("started", value["started"])
+            check_count("pid", value["pid"], 0, 2**31 - 1)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hsa_compile.cli.options import DTYPE_ALIASES
-from hsa_compile.errors import InvalidArgument, SaveError
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from hsa_compile.model.presets import PRESETS, preset
@@ -64,9 +64,6 @@ def load_model(
             )
     tokenizer = read_tokenizer(directory)
     model = from_pretrained(directory, device=device, dtype=chosen)
-    for weight_name, weight in model.state_dict().items():
-        if not bool(weight.isfinite().all()):
-            raise SaveError(f"{directory}: {weight_name} holds values that are infinite or not a number")
     return model, load_tokenizer(BYTES if tokenizer == BYTES else directory / tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""`hsa-compile prepare`: how text becomes a corpus that training maps into memory."""
+"""`hsa-compile prepare`: how text becomes a corpus that training reads."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ _MAX_NAMED = 10
 @json_option
 def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | None, validation: float,
             field: str, overwrite: bool, as_json: bool) -> None:  # fmt: skip
-    """Turn text into a corpus that training maps into memory.
+    """Turn text into a corpus that training reads.
 
     A SOURCE is a file, a folder, or hf:NAME[@SPLIT], a data set of Hugging Face. The name of a file tells what it is:
     JSONL (.jsonl, .ndjson), Parquet (.parquet) or text, one document each; .gz and .zst are unpacked. Equal documents

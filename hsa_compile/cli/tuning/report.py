@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hsa_compile.checks import shown
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.target import Target
 from hsa_compile.versions import require
@@ -54,7 +57,7 @@ def report(name: str, address: str | None, device: str, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         page = out / f"{study.study_name}.html"
-        page.write_text(_page(study))
+        page.write_text(_page(study), encoding="utf-8", errors="replace")
         pictures = list(_pictures(study, out))
     except OSError as error:
         raise CacheError(f"cannot write to {out}: {error.strerror}") from error
@@ -70,6 +73,8 @@ def _load(storage: BaseStorage, name: str) -> optuna.Study:
         name = names[-1]
     if name not in names:
         raise InvalidArgument(f"study {name!r} does not exist; there are {', '.join(names) or 'none'}")
+    if not re.fullmatch(r"[\w-][\w.-]{0,200}", name):  # files are named after it
+        raise InvalidArgument(f"study {shown(name)} is none of hsa-compile's, whose names have no spaces or slashes")
     return optuna.load_study(study_name=name, storage=storage)
 
 
@@ -85,7 +90,8 @@ def _timed_only(study: optuna.Study) -> optuna.Study:
         copy.set_user_attr(key, value)
     for trial in study.trials:
         if trial.state.is_finished() and SKIPPED not in trial.user_attrs:
-            copy.add_trial(trial)
+            with contextlib.suppress(ValueError):  # damaged lines of a journal leave trials that contradict themselves
+                copy.add_trial(trial)
     if sum(trial.state == TrialState.COMPLETE for trial in copy.trials) < 2:
         raise InvalidArgument(f"study {study.study_name!r} has fewer than 2 timed candidates; nothing can be plotted")
     return copy
@@ -124,7 +130,7 @@ def _page(study: optuna.Study) -> str:
 def _facts(study: optuna.Study) -> str:
     from optuna.trial import TrialState
 
-    problem, target = study.user_attrs.get("problem", {}), study.user_attrs.get("target", {})
+    problem, target = (_mapping(study.user_attrs.get(name)) for name in ("problem", "target"))
     timed = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     rows = [
         ("problem", " ".join(f"{name}={value}" for name, value in problem.items())),
@@ -134,6 +140,10 @@ def _facts(study: optuna.Study) -> str:
     ]
     cells = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _best(study: optuna.Study) -> str:

@@ -1,9 +1,11 @@
-"""A prepared corpus, mapped into memory: its documents, and windows that a seed and an index alone decide.
+"""A prepared corpus, read from its files: its documents, and windows that a seed and an index alone decide.
 
 A `TrainingSample` is a row to train on; `corpus_sample` makes one of such a window.
 """
 
+import os
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +15,71 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.files import file_sha256, open_regular
 from hsa_compile.model.data.manifest import (
     SPLITS,
     TOKENIZER_FILE,
     TRAIN,
     ends_name,
-    file_sha256,
     read_manifest,
     tokens_name,
 )
 from hsa_compile.model.data.tokenizer import BYTES, TokenArray, Tokenizer, load_tokenizer
 
 _BLOCK = 1 << 20  # how many ends of documents are checked at a time
+
+
+class NumberFile:
+    """The numbers in a file, read when they are asked for; a slice gives an array of its own that cannot be written.
+
+    Nothing is mapped, since a file that is cut while it is mapped would end the process instead of raising an error.
+    The file stays readable after it was removed or replaced.
+
+    Args:
+        path: the file.
+        dtype: the dtype of its numbers.
+        count: how many there must be.
+        limit: the numbers that are read must be below it; None if all of the dtype are allowed.
+
+    Raises:
+        CorpusError: the file cannot be read or has another size; a slice raises it too, also for a number that is not
+            below the limit.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], count: int, limit: int | None = None) -> None:
+        self.path, self.dtype, self._count, self._limit = path, dtype, count, limit
+        try:
+            self._file = open_regular(path)
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._file)
+        self._check_size()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: slice) -> npt.NDArray[Any]:
+        first, last, _ = index.indices(self._count)
+        size, data = max(last - first, 0) * self.dtype.itemsize, b""
+        try:
+            while more := os.pread(self._file, size - len(data), first * self.dtype.itemsize + len(data)):
+                data += more  # more than 2 GiB come in parts
+        except OSError as error:
+            raise CorpusError(f"{self.path} cannot be read: {error.strerror}") from error
+        if len(data) < size:
+            self._check_size()
+        numbers = np.frombuffer(data, self.dtype)
+        if self._limit is not None and size and int(numbers.max()) >= self._limit:
+            place = first + int(np.flatnonzero(numbers >= self._limit)[0])
+            raise CorpusError(
+                f"{self.path} is damaged: token {place} is {numbers[place - first]}; the vocabulary has {self._limit}"
+            )
+        return numbers
+
+    def _check_size(self) -> None:
+        size, told = os.fstat(self._file).st_size, self._count * self.dtype.itemsize
+        if size != told:
+            raise CorpusError(f"{self.path} has {size} bytes, its manifest says {told}; prepare it again")
 
 
 class TokenCorpus:
@@ -36,11 +91,12 @@ class TokenCorpus:
         checksum: whether to compare the files with the manifest's SHA-256, which reads them once.
 
     Attributes:
-        tokens: `[num_tokens]` of uint8, uint16 or uint32, read-only; every document is followed by the separator.
+        tokens: `[num_tokens]` of uint8, uint16 or uint32, read in slices; every document is followed by the separator.
 
     Raises:
         CorpusError: there is no manifest or it is damaged, or a file is missing, has another size or another checksum,
-            or has documents that do not follow each other.
+            or has documents that do not follow each other. Reading raises it if a file was cut meanwhile, or holds a
+            token that is not in the vocabulary.
         InvalidArgument: there is no such split.
     """
 
@@ -49,15 +105,19 @@ class TokenCorpus:
             raise InvalidArgument(f"split {split!r}; allowed are {', '.join(SPLITS)}")
         self.directory, self.split = Path(directory), split
         self.manifest = read_manifest(self.directory)
-        summary = self.manifest.splits[split]
+        summary, vocab_size = self.manifest.splits[split], self.manifest.vocab_size
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         tokens, ends = self.directory / tokens_name(split), self.directory / ends_name(split)
-        self.tokens: TokenArray = _mapped(tokens, dtype, summary.tokens)
-        self._ends: npt.NDArray[np.int64] = _mapped(ends, np.dtype("<i8"), summary.documents)
-        _check_ends(ends, self._ends, summary.tokens, int(self.manifest.separator is not None))
+        self.tokens = NumberFile(
+            tokens, dtype, summary.tokens, None if vocab_size > np.iinfo(dtype).max else vocab_size
+        )  # fmt: skip
+        self._ends = NumberFile(ends, np.dtype("<i8"), summary.documents)
+        _check_ends(self._ends, summary.tokens, int(self.manifest.separator is not None))
         if checksum:
             _check(tokens, summary.tokens_sha256)
             _check(ends, summary.ends_sha256)
+        if read_manifest(self.directory) != self.manifest:
+            raise CorpusError(f"{self.directory} was prepared anew while it was opened; open it again")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,7 +131,7 @@ class TokenCorpus:
         """Returns a random window, the same for the same (seed, index, length) in every process.
 
         Returns:
-            `[length]`, a view of the file, with documents and their separators as they come.
+            `[length]`, read-only, with documents and their separators as they come.
 
         Raises:
             InvalidArgument: the split has fewer tokens.
@@ -97,9 +157,9 @@ class TokenCorpus:
 
 
 class Documents(Sequence[TokenArray]):
-    """The documents of a split as a sequence of views."""
+    """The documents of a split as a sequence; each is read when it is asked for."""
 
-    def __init__(self, tokens: TokenArray, ends: npt.NDArray[np.int64], has_separator: bool) -> None:
+    def __init__(self, tokens: NumberFile, ends: NumberFile, has_separator: bool) -> None:
         self._tokens, self._ends, self._separators = tokens, ends, int(has_separator)
 
     def __len__(self) -> int:
@@ -113,8 +173,8 @@ class Documents(Sequence[TokenArray]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        start = int(self._ends[at - 1]) if at else 0
-        return self._tokens[start : int(self._ends[at]) - self._separators]
+        start, end = (0, *self._ends[:1]) if at == 0 else self._ends[at - 1 : at + 1]
+        return self._tokens[int(start) : int(end) - self._separators]
 
     def __iter__(self) -> Iterator[TokenArray]:
         return (self[index] for index in range(len(self)))
@@ -122,33 +182,29 @@ class Documents(Sequence[TokenArray]):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """How many tokens each document has, `[num_documents]`, without separators."""
-        return np.diff(self._ends, prepend=np.int64(0)) - self._separators
+        return np.diff(self._ends[:], prepend=np.int64(0)) - self._separators
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    try:
-        size = path.stat().st_size
-        if size != count * dtype.itemsize:
-            raise CorpusError(f"{path} has {size} bytes, its manifest says {count * dtype.itemsize}; prepare it again")
-        return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _check_ends(path: Path, ends: npt.NDArray[np.int64], num_tokens: int, separators: int) -> None:
+def _check_ends(ends: NumberFile, num_tokens: int, separators: int) -> None:
     """Checks that each document ends behind the one before, and the last one with the tokens."""
+    last = 0
     for start in range(0, len(ends), _BLOCK):
         block = ends[max(start - 1, 0) : start + _BLOCK]
         if block[0] < separators or (np.diff(block) < separators).any():
-            raise CorpusError(f"{path} is damaged: a document ends before it begins; prepare the corpus again")
-    if (int(ends[-1]) if len(ends) else 0) != num_tokens:
+            raise CorpusError(f"{ends.path} is damaged: a document ends before it begins; prepare the corpus again")
+        last = int(block[-1])
+    if last != num_tokens:
         raise CorpusError(
-            f"{path} is damaged: the last document does not end with the tokens; prepare the corpus again"
+            f"{ends.path} is damaged: the last document does not end with the tokens; prepare the corpus again"
         )
 
 
 def _check(path: Path, sha256: str) -> None:
-    if file_sha256(path) != sha256:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+    if found != sha256:
         raise CorpusError(f"{path} is not what its manifest describes (SHA-256); prepare it again")
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hsa_compile.errors import CorpusError, UnreadableSource
+from hsa_compile.files import file_sha256
 from hsa_compile.model.data.documents import Skipped, Source, read_documents
 from hsa_compile.model.data.journal import AppendFile, Entry, Journal, Settings
 from hsa_compile.model.data.manifest import (
@@ -18,7 +19,6 @@ from hsa_compile.model.data.manifest import (
     Manifest,
     SplitSummary,
     ends_name,
-    file_sha256,
     tokens_name,
     write_manifest,
 )
@@ -48,7 +48,7 @@ class CorpusWriter:
     def __init__(self, out: Path, tokenizer: Tokenizer, settings: Settings, sources: list[Source]) -> None:
         self._out, self._tokenizer, self._settings = out, tokenizer, settings
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._journal = Journal(out / JOURNAL, settings, sources)
+        self._journal = Journal(out / JOURNAL, settings, sources, FILES)
         last = self._journal.entries[-1].sizes if self._journal.entries else dict.fromkeys(FILES, 0)
         self._files = {name: AppendFile(out / name, last[name]) for name in FILES}
         hashes = (out / HASHES).read_bytes()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from hsa_compile.checks import check_choice, check_count, one_line, shown
 from hsa_compile.errors import InvalidArgument, UnreadableSource
 from hsa_compile.versions import require
 
@@ -43,8 +44,11 @@ class Source:
     modified_ns: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InvalidArgument(f"kind of source {self.kind!r}; allowed are {', '.join(KINDS)}")
+        check_choice("kind", self.kind, KINDS)
+        if not isinstance(self.path, str) or "\0" in self.path:
+            raise InvalidArgument(f"path = {shown(self.path)} must be the path of a file or the name of a data set")
+        check_count("size", self.size, 0, 2**63 - 1)
+        check_count("modified_ns", self.modified_ns, -(2**63), 2**63 - 1)
 
 
 def find_sources(named: Sequence[str | Path], *, without: Path | None = None) -> list[Source]:
@@ -158,9 +162,9 @@ def read_documents(
     except FileNotFoundError as error:
         raise UnreadableSource("vanished" if source.kind != HUB else f"not found: {error}") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UnreadableSource(f"damaged archive: {error}") from error
+        raise UnreadableSource(f"damaged archive: {one_line(error)}") from error
     except OSError as error:
-        raise UnreadableSource(f"cannot be read: {error.strerror or error}") from error
+        raise UnreadableSource(f"cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def _opened(raw: IO[bytes], path: str) -> IO[bytes]:
@@ -302,12 +306,13 @@ def _parquet_rows(path: Path, field: str) -> Iterator[bytes | Skipped]:
     try:
         with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
-                raise UnreadableSource(f"no column {field!r}; there are {', '.join(table.schema_arrow.names)}")
+                there = one_line(", ".join(table.schema_arrow.names))
+                raise UnreadableSource(f"no column {field!r}; there are {there}")
             rows = (row for batch in table.iter_batches(_ROWS, columns=[field]) for row in batch.column(0).to_pylist())
             for number, text in enumerate(rows, 1):
                 yield _checked(text, field, f"row {number}")
-    except pyarrow.ArrowException as error:
-        raise UnreadableSource(f"damaged Parquet: {error}") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: a name or a text is no UTF-8
+        raise UnreadableSource(f"damaged Parquet: {one_line(error)}") from error
 
 
 def _hub_rows(name: str, field: str) -> Iterator[bytes | Skipped]:
@@ -318,4 +323,4 @@ def _hub_rows(name: str, field: str) -> Iterator[bytes | Skipped]:
         for number, row in enumerate(rows, 1):
             yield _checked(row.get(field), field, f"row {number}")
     except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UnreadableSource(f"cannot be loaded: {error}") from error
+        raise UnreadableSource(f"cannot be loaded: {one_line(error)}") from error

@@ -7,14 +7,18 @@ half-written source look whole.
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hsa_compile.checks import check_count, check_number, check_text, from_mapping, shown
 from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.files import parse_json, read_regular
 from hsa_compile.model.data.documents import Source
 
 _READ_BLOCK = 4 * 2**20
+MOST = 2**62  # more bytes, documents or tokens than there are
 _BLOCK = 4 * 2**20
 
 
@@ -117,6 +121,31 @@ class Entry:
     sizes: dict[str, int]
     crcs: dict[str, int]
 
+    def __post_init__(self) -> None:
+        check_found(self.documents, self.duplicates, self.skipped, self.examples)
+        for name, values, most in (("sizes", self.sizes, MOST), ("crcs", self.crcs, 2**32 - 1)):
+            _check_counts(name, values, most)
+
+
+def check_found(documents: object, duplicates: object, skipped: object, examples: object) -> None:
+    """Raises InvalidArgument unless these are what a source can have: see `Entry`."""
+    check_count("documents", documents, 0, MOST)
+    check_count("duplicates", duplicates, 0, MOST)
+    _check_counts("skipped", skipped, MOST)
+    if not isinstance(examples, list | tuple) or not all(map(_is_pair, examples)):
+        raise InvalidArgument(f"examples = {shown(examples)} must be pairs of texts: where and why")
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _check_counts(name: str, values: object, most: int) -> None:
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{name} = {shown(values)} must be an object of counts")
+    for key, value in values.items():
+        check_count(f"{name} of {shown(key)}", value, 0, most)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -136,10 +165,12 @@ class Settings:
     max_document_bytes: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise InvalidArgument(f"validation {self.validation}; allowed is a share from 0 to below 1")
-        if self.max_document_bytes < 1:
-            raise InvalidArgument(f"max_document_bytes {self.max_document_bytes}; allowed is 1 or more")
+        for name in ("tokenizer", "tokenizer_digest", "field"):
+            check_text(name, getattr(self, name))
+        check_number("validation", self.validation, 0, 1)
+        if self.validation == 1:
+            raise InvalidArgument("validation = 1 leaves no document for training; allowed is a share below 1")
+        check_count("max_document_bytes", self.max_document_bytes, 1, MOST)
 
 
 class Journal:
@@ -149,17 +180,20 @@ class Journal:
         path: where the journal is.
         settings: the settings of this run.
         sources: the sources that this run shall read, in order; entries that do not match them in order are dropped.
+        files: the names of the files of the corpus; an entry that does not prove each of them is dropped, with those
+            behind it.
 
     Raises:
         InvalidArgument: the journal was written with other settings.
+        CorpusError: the journal cannot be read.
     """
 
-    def __init__(self, path: Path, settings: Settings, sources: list[Source]) -> None:
+    def __init__(self, path: Path, settings: Settings, sources: list[Source], files: Collection[str]) -> None:
         lines = _read_lines(path)
         header = lines[0][1] if lines else asdict(settings)
         if header != asdict(settings):
             changed = (
-                f"{name} {header.get(name)}, not {value}"
+                f"{name} {shown(header.get(name))}, not {value!r}"
                 for name, value in asdict(settings).items()
                 if header.get(name) != value
             )
@@ -167,7 +201,7 @@ class Journal:
                 f"{path.parent} holds an unfinished corpus with {', '.join(changed)}; "
                 "allowed are the same settings, another folder or --overwrite"
             )
-        entries = [_entry(line) for _, line in lines[1:]]
+        entries = list(_entries((line for _, line in lines[1:]), files))
         matching = 0
         while matching < min(len(entries), len(sources)) and entries[matching].source == sources[matching]:
             matching += 1
@@ -194,11 +228,15 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns the lines up to the first that is torn, each with where in the file it ends."""
     lines: list[tuple[int, dict[str, Any]]] = []
     end = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    try:
+        data = read_regular(path) if path.exists() else b""
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
+    for line in data.splitlines(keepends=True):
         end += len(line)
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = parse_json(line)
+        except ValueError:
             break
         if not line.endswith(b"\n") or not isinstance(content, dict):
             break
@@ -206,9 +244,16 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return lines
 
 
-def _entry(line: dict[str, Any]) -> Entry:
-    examples = tuple((where, reason) for where, reason in line["examples"])
-    return Entry(**{**line, "source": Source(**line["source"]), "examples": examples})
+def _entries(lines: Iterable[dict[str, Any]], files: Collection[str]) -> Iterator[Entry]:
+    """Yields what lines say, up to the first that says what no line of ours does."""
+    for line in lines:
+        try:
+            entry = from_mapping(Entry, {**line, "source": from_mapping(Source, line.get("source"))})
+        except InvalidArgument:
+            return
+        if not set(entry.sizes) == set(entry.crcs) == set(files):
+            return
+        yield replace(entry, examples=tuple((where, reason) for where, reason in entry.examples))
 
 
 def _proved(folder: Path, entries: list[Entry]) -> list[Entry]:

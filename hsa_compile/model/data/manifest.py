@@ -1,15 +1,15 @@
 """What a prepared corpus says about itself. It is written last: a folder without it holds no corpus."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.checks import check_choice, check_count
-from hsa_compile.errors import CorpusError
-from hsa_compile.files import read_regular, write_whole
-from hsa_compile.model.data.journal import Settings
+from hsa_compile.checks import check_choice, check_count, check_text, from_mapping, shown
+from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.files import parse_json, read_regular, write_whole
+from hsa_compile.model.data.documents import Source
+from hsa_compile.model.data.journal import MOST, Settings, check_found
 from hsa_compile.model.data.tokenizer import token_dtype
 
 MANIFEST = "manifest.json"
@@ -17,7 +17,7 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT = 1
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
-_BLOCK = 4 * 2**20
+_FOUND = ("documents", "duplicates", "skipped", "examples")  # what a source has beside the fields of `Source`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,18 @@ class SplitSummary:
     tokens: int
     tokens_sha256: str
     ends_sha256: str
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "tokens"):
+            check_count(name, getattr(self, name), 0, MOST)
+        for name in ("tokens_sha256", "ends_sha256"):
+            check_text(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splits:
+    train: object
+    validation: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +68,17 @@ class Manifest:
     sources: list[dict[str, Any]]
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        check_count("vocab_size", self.vocab_size, 1, 2**32)
+        check_choice("dtype", self.dtype, (token_dtype(self.vocab_size).name,))
+        if self.separator is not None:
+            check_count("separator", self.separator, 0, self.vocab_size - 1)
+        if not isinstance(self.sources, list):
+            raise InvalidArgument(f"sources = {shown(self.sources)} must be a list")
+        for source in self.sources:
+            _check_source(source)
+        check_found(sum(split.documents for split in self.splits.values()), self.duplicates, self.skipped, [])
+
     @property
     def documents(self) -> int:
         """How many documents both splits have."""
@@ -65,6 +88,14 @@ class Manifest:
     def tokens(self) -> int:
         """How many tokens both splits have, separators included."""
         return sum(split.tokens for split in self.splits.values())
+
+
+def _check_source(values: object) -> None:
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"a source is {shown(values)}, not an object")
+    found = {name: values.get(name) for name in _FOUND}
+    check_found(**found)
+    from_mapping(Source, {name: value for name, value in values.items() if name not in _FOUND})
 
 
 def tokens_name(split: str) -> str:
@@ -97,50 +128,25 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        found = json.loads(read_regular(path))
+        found = parse_json(read_regular(path))
     except FileNotFoundError as error:
         raise CorpusError(
             f"{folder} holds no finished corpus: there is no {MANIFEST}; run hsa-compile prepare … --out {folder}"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CorpusError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CorpusError(f"{path} has another format than {FORMAT}; prepare the corpus again")
     try:
-        splits = {name: SplitSummary(**found["splits"][name]) for name in SPLITS}
-        manifest = Manifest(**{**found, "settings": Settings(**found["settings"]), "splits": splits})
-    except (KeyError, TypeError) as error:
-        raise CorpusError(f"{path} lacks or has a field too many: {error}") from error
-    try:
-        _check(manifest)
-    except CorpusError as error:
-        raise CorpusError(f"{path}: {error}") from error
+        splits = from_mapping(_Splits, found.get("splits"))
+        manifest = from_mapping(
+            Manifest,
+            {
+                **found,
+                "settings": from_mapping(Settings, found.get("settings")),
+                "splits": {name: from_mapping(SplitSummary, getattr(splits, name)) for name in SPLITS},
+            },
+        )
+    except InvalidArgument as error:
+        raise CorpusError(f"{path} is damaged: {error}") from error
     return manifest
-
-
-def _check(manifest: Manifest) -> None:
-    """Checks what numpy and the file system are told."""
-    check_count("vocab_size", manifest.vocab_size, 1, 2**32, error=CorpusError)
-    check_choice("dtype", manifest.dtype, (token_dtype(manifest.vocab_size).name,), error=CorpusError)
-    if manifest.separator is not None:
-        check_count("separator", manifest.separator, 0, manifest.vocab_size - 1, error=CorpusError)
-    for name, split in manifest.splits.items():
-        check_count(f"{name}.documents", split.documents, 0, 2**62, error=CorpusError)
-        check_count(f"{name}.tokens", split.tokens, 0, 2**62, error=CorpusError)
-    for what, value in (
-        *((f"{name}.{file}_sha256", getattr(split, f"{file}_sha256"))
-          for name, split in manifest.splits.items() for file in ("tokens", "ends")),
-        ("settings.tokenizer", manifest.settings.tokenizer),
-        ("settings.tokenizer_digest", manifest.settings.tokenizer_digest),
-    ):  # fmt: skip
-        if not isinstance(value, str):
-            raise CorpusError(f"{what} = {value!r} must be a text")
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How sources become a folder that training maps into memory: tokens and document ends of two splits, and a manifest.
+"""How sources become a folder that training reads: tokens and document ends of two splits, and a manifest.
 
 Documents that equal an earlier one byte by byte are left out. A document's hash alone decides its split, so that the
 same document is never in both, whatever else is prepared with it. After a kill at any moment, the next call goes on

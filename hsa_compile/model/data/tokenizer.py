@@ -1,6 +1,7 @@
 """From text to token ids and back: by bytes, which need nothing, or by a `tokenizer.json` of Hugging Face's library."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hsa_compile.checks import one_line
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.files import read_regular
 from hsa_compile.versions import require
 
 BYTES = "bytes"
@@ -80,6 +83,9 @@ class BytesTokenizer:
 class FileTokenizer:
     """A `tokenizer.json` as Hugging Face's `tokenizers` writes it.
 
+    Text is text: where it holds the name of a control token, such as `<|endoftext|>`, the name is cut after its first
+    character and encoded as two texts, so that nobody who writes a document can end it, or speak for somebody else.
+
     Raises:
         InvalidArgument: the file does not exist or is no tokenizer.
         MissingDependency: `tokenizers` is not installed.
@@ -88,15 +94,15 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         tokenizers = require("tokenizers", "a tokenizer.json")
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
         except OSError as error:
             raise InvalidArgument(
-                f"tokenizer {path}: {error.strerror}; allowed are bytes and a tokenizer.json"
+                f"tokenizer {path}: {error.strerror or error}; allowed are bytes and a tokenizer.json"
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
-            raise InvalidArgument(f"tokenizer {path} cannot be read: {error}") from error
+            raise InvalidArgument(f"tokenizer {path} cannot be read: {one_line(error)}") from error
         # Published files often carry both for the model that they came with; a corpus wants whole texts, and no more.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -107,19 +113,38 @@ class FileTokenizer:
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         self.separator: int | None = next((vocabulary[name] for name in _END_OF_DOCUMENT if name in vocabulary), None)
         self._dtype = token_dtype(self.vocab_size)
+        self._controls = self._control_tokens()
 
     def encode(self, text: str) -> TokenArray:
         """Returns the ids of a text, without special tokens around it."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, self._dtype)
+        return self._plain(text, self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[TokenArray]:
         """Returns the ids of several texts, computed by all cores."""
-        found = self._tokenizer.encode_batch([text.decode() for text in texts], add_special_tokens=False)
-        return [np.array(item.ids, self._dtype) for item in found]
+        words = [text.decode() for text in texts]
+        found = self._tokenizer.encode_batch(words, add_special_tokens=False)
+        return [self._plain(text, item) for text, item in zip(words, found, strict=True)]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
         """Returns the text of ids, with special tokens among them."""
         return str(self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False))
+
+    def _plain(self, text: str, encoding: Any) -> TokenArray:
+        """Returns the ids of an encoding of a text, or of the parts of the text where it gave control tokens."""
+        ids = np.array(encoding.ids, self._dtype)
+        spans = (encoding.offsets[place] for place in np.flatnonzero(np.isin(ids, self._controls)))
+        cuts = [first + 1 for first, last in spans if last - first > 1]
+        if not cuts:
+            return ids
+        return np.concatenate([self.encode(text[a:b]) for a, b in itertools.pairwise([0, *cuts, len(text)])])
+
+    def _control_tokens(self) -> list[int]:
+        """Returns the ids that no text may give: the separator, and special tokens but that of what is unknown."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special: set[int | None] = {number for number, token in added.items() if token.special}
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        special = special - {self._tokenizer.token_to_id(unknown) if unknown else None} | {self.separator}
+        return sorted(number for number in special if number is not None)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

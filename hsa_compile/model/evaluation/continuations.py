@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsa_compile.errors import NotFinite
 from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.perplexity import LOGITS
 from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
@@ -22,7 +23,7 @@ MAX_ROWS = 64  # the most texts of a batch, since many short ones would fill the
 class Score:
     """How likely a continuation is.
 
-    log_probability: the sum over its tokens, in nats.
+    Attributes:
         log_probability: the sum over its tokens, in nats.
         is_greedy: whether each of its tokens is the most likely one there.
     """
@@ -85,6 +86,9 @@ def scores(subject: Subject, texts: Sequence[Branches]) -> list[list[Score]]:
     Args:
         subject: the model that reads, with its tokenizer.
         texts: texts of like length.
+
+    Raises:
+        NotFinite: the model's logits are infinite or not a number.
     """
     model, state = subject.model, subject.new_state(len(texts))
     tokens, lengths = padded([text.context for text in texts])
@@ -120,6 +124,8 @@ def _follow(model: HSATransformer, state: ModelState, first: Tensor, rows: Seque
         logits = first[:, None] if begin == 0 else extend(model, tokens[:, begin - 1 : end - 1], state, num_valid)
         more, all_right = _judge(logits, tokens[:, begin:end], num_valid)
         sums, right = sums + more, right & all_right
+    if not bool(sums.isfinite().all()):
+        raise NotFinite(f"the log-probabilities of continuations are {sums.tolist()}; another dtype may help")
     return [Score(log_probability=float(a), is_greedy=bool(b)) for a, b in zip(sums, right, strict=True)]
 
 

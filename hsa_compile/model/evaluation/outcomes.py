@@ -1,6 +1,7 @@
 """What was found, sample by sample, in a file that a kill cannot damage: nothing in it is ever computed twice."""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,10 +12,16 @@ from typing import Any
 import filelock
 
 from hsa_compile.errors import HSACompileWarning, SaveError
-from hsa_compile.files import make_directory
+from hsa_compile.files import make_directory, parse_json, read_regular
 
 OUTCOMES_FILE = "samples.jsonl"
 _LOCK = ".samples.lock"
+_KINDS: tuple[dict[str, type], ...] = (  # retrieval, perplexity, and the two kinds of request of the harness
+    {"correct": bool},
+    {"loss": float, "bytes": int},
+    {"log_probability": float, "is_greedy": bool},
+    {"text": str},
+)
 
 Key = Mapping[str, Any]
 Values = dict[str, Any]
@@ -88,21 +95,30 @@ class OutcomeFile:
 
     def _read(self) -> None:
         """Reads all whole lines; a line that a dying process left unfinished is cut off."""
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = read_regular(self.path) if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             _warn(f"{self.path} ended in the middle of a line; that sample is computed again")
             os.truncate(self.path, whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                record = json.loads(line)
-                self._values[_text(record["key"])] = dict(record["values"])
-            except (ValueError, TypeError, KeyError, RecursionError):
+                record = parse_json(line)
+                self._values[_text(record["key"])] = _checked(record["values"])
+            except (ValueError, TypeError, KeyError):
                 _warn(f"{self.path} is damaged in line {number}; that sample is computed again")
 
 
 def _text(key: Key) -> str:
     return json.dumps(dict(key), sort_keys=True, ensure_ascii=False)
+
+
+def _checked(values: Any) -> Values:
+    """Returns values as an evaluation writes them; raises ValueError for all else."""
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} not in _KINDS:
+        raise ValueError("values of another kind")
+    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+        raise ValueError("a number that is not finite")
+    return values
 
 
 def _warn(message: str) -> None:

@@ -110,6 +110,11 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
             f"{corpus.directory} has tokenizer {corpus.tokenizer().name}; that of {subject.name} is "
             f"{subject.tokenizer.name}"
         )
+    if corpus.manifest.vocab_size > subject.model.config.vocab_size:
+        raise InvalidArgument(
+            f"{corpus.directory} has a vocabulary of {corpus.manifest.vocab_size}; that of {subject.name} is "
+            f"{subject.model.config.vocab_size}"
+        )
     fitting = sorted({length for length in lengths if length <= len(corpus)})
     if not fitting:
         raise InvalidArgument(

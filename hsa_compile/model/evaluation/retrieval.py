@@ -49,6 +49,9 @@ def answered(
         num_read: how many tokens were read, fewer than there are before the first answer.
         protocols: some of `PROTOCOLS`.
         piece: how many tokens of a row are read at once.
+
+    Raises:
+        NotFinite: the model's logits are infinite or not a number.
     """
     tokens = _tensor([sample.tokens[num_read:] for sample in samples])
     prompt = samples[0].answer_spans[0][0] - num_read
@@ -61,7 +64,7 @@ def answered(
     for protocol in protocols:
         rewind(state, point)
         if protocol == TEACHER_FORCED:
-            predicted = torch.cat((first[:, None], extend(model, rest[:, :-1], state).argmax(dim=-1)), dim=1)
+            predicted = torch.cat((first[:, None], _most_likely(extend(model, rest[:, :-1], state))), dim=1)
             rows = zip(samples, predicted.cpu().numpy(), strict=True)
             found[protocol] = [sample.is_answered_by(row) for sample, row in rows]
         elif protocol == GREEDY:
@@ -85,8 +88,15 @@ def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Te
     """
     written = [first]
     for step in range(rest.shape[1] - 1):
-        written.append(extend(model, rest[:, step : step + 1], state)[:, 0].argmax(dim=-1))
+        written.append(_most_likely(extend(model, rest[:, step : step + 1], state))[:, 0])
     return torch.stack(written, dim=1)
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """Returns the most likely token at each place, `[B, T]`."""
+    for step in range(logits.shape[1]):
+        check_finite(logits[:, step], [True] * len(logits), step + 1)
+    return logits.argmax(dim=-1)
 
 
 def _ends(sample: TaskSample, predicted: TokenArray) -> bool:

@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_count, check_text, one_line, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import sync_directory
+from hsa_compile.files import file_sha256, json_sha256, parse_json, read_regular, sync_directory
 from hsa_compile.model.memory.landmarks import LandmarkStore
 from hsa_compile.model.memory.pages import PagePool, mapped_tensor
 from hsa_compile.model.memory.shape import PageTable
@@ -30,8 +31,8 @@ FORMAT, VERSION = "hsa-compile chunk memory", 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2**27
 _OURS = re.compile(r"manifest\.json(\.new)?|(\.writing|chunks)-\w+")
+_MOST = 2**50  # more chunks of a row, or bytes of a shard, than a disk holds
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_READ_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +45,12 @@ class Shard:
     sha256: str
 
     def __post_init__(self) -> None:
+        check_text("name of a shard", self.name)
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
-            raise ValueError(f"name {self.name!r} is not that of a shard")
-        for value in (self.num_chunks, self.num_bytes):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"shard {self.name!r} has a size of {value!r}")
+            raise InvalidArgument(f"name {self.name!r} is not that of a shard")
+        check_count("num_chunks of a shard", self.num_chunks, 1, _MOST)
+        check_count("num_bytes of a shard", self.num_bytes, 1, _MOST)
+        check_text("sha256 of a shard", self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,13 @@ class Saved:
     counts: list[int]
     data: str
     shards: list[Shard]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, dict) or not isinstance(self.counts, list):
+            raise InvalidArgument(f"shape is a {type(self.shape).__name__}, counts a {type(self.counts).__name__}")
+        for count in self.counts:
+            check_count("count of chunks", count, 0, _MOST)
+        check_text("data", self.data)
 
 
 def write_save(
@@ -87,7 +96,7 @@ def write_save(
         made.rename(final)
         sync_directory(directory)
         content = asdict(Saved(shape=shape, counts=counts, data=final.name, shards=written))
-        manifest = {"format": FORMAT, "version": VERSION, "sha256": _checksum(content), **content}
+        manifest = {"format": FORMAT, "version": VERSION, "sha256": json_sha256(content), **content}
         new = directory / f"{MANIFEST}.new"
         _write(new, json.dumps(manifest, indent=1).encode())
     except BaseException:  # also an interrupt: what was begun is of no use
@@ -113,24 +122,24 @@ def read_manifest(directory: Path, *, verify: bool) -> Saved:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_regular(path))
     except FileNotFoundError:
         raise InvalidArgument(f"{directory} holds no saved memory: {path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InvalidArgument(f"{path} cannot be read as a manifest ({error})") from error
+    except (ValueError, OSError) as error:
+        raise InvalidArgument(f"{path} cannot be read as a manifest ({one_line(error)})") from error
     if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
         raise InvalidArgument(f"{path} is not the manifest of a {FORMAT}")
     if (version := manifest.pop("version", None)) != VERSION:
-        raise InvalidArgument(f"{path} is of version {version!r}; version {VERSION} can be read")
-    if manifest.pop("sha256", None) != _checksum(manifest):
+        raise InvalidArgument(f"{path} is of version {shown(version)}; version {VERSION} can be read")
+    if manifest.pop("sha256", None) != json_sha256(manifest):
         raise InvalidArgument(f"{path} is damaged: its checksum does not match")
     try:
         saved = Saved(**{**manifest, "shards": [Shard(**shard) for shard in manifest["shards"]]})
         whole = sum(shard.num_chunks for shard in saved.shards) == sum(saved.counts)
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidArgument(f"{path} is not a manifest of version {VERSION} ({error})") from error
+        raise InvalidArgument(f"{path} is not a manifest of version {VERSION} ({one_line(error)})") from error
     if not whole or not _OURS.fullmatch(saved.data):
-        raise InvalidArgument(f"{path} contradicts itself: {saved.data!r} with chunks {saved.counts}")
+        raise InvalidArgument(f"{path} contradicts itself: {saved.data!r} with chunks {shown(saved.counts)}")
     for shard in saved.shards:
         _check_shard(directory / saved.data / shard.name, shard, verify)
     return saved
@@ -146,15 +155,15 @@ def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(mapping[:8], "little")
-        header = json.loads(mapping[8:start])
+        header = parse_json(mapping[8:start])
         tensors = {}
         for name, (shape, dtype) in expected.items():
             entry = header[name]
             if tuple(entry["shape"]) != shape or _DTYPES.get(entry["dtype"]) != dtype:
                 raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
             tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidArgument(f"{path} is not a shard of this memory ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"{path} is not a shard of this memory ({one_line(error)})") from error
     return tensors, mapping
 
 
@@ -164,8 +173,8 @@ def _refuse_foreign(directory: Path) -> None:
             raise InvalidArgument(f"{directory} holds {path.name!r}; a directory is needed that is empty or a save")
     if (directory / MANIFEST).exists():
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
-        except (ValueError, RecursionError) as error:
+            manifest = parse_json(read_regular(directory / MANIFEST))
+        except (OSError, ValueError) as error:
             raise InvalidArgument(f"{directory / MANIFEST} is not a manifest; it is not overwritten") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InvalidArgument(f"{directory / MANIFEST} is not the manifest of a {FORMAT}; it is not overwritten")
@@ -176,15 +185,10 @@ def _check_shard(path: Path, shard: Shard, verify: bool) -> None:
         size = path.stat().st_size
         if size != shard.num_bytes:
             raise InvalidArgument(f"{path} has {size} bytes, not the {shard.num_bytes} that were written")
-        if not verify:
-            return
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
+        damaged = verify and file_sha256(path) != shard.sha256
     except OSError as error:
         raise InvalidArgument(f"{path} cannot be read ({error.strerror})") from error
-    if digest.hexdigest() != shard.sha256:
+    if damaged:
         raise InvalidArgument(f"{path} is damaged: its checksum does not match")
 
 
@@ -204,10 +208,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def shards_of(pages: PagePool, table: PageTable, landmarks: LandmarkStore) -> Iterator[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM
@@ -62,7 +63,7 @@ class MemoryShape:
         try:
             return cls(**{**values, **named})
         except TypeError as error:
-            raise InvalidArgument(f"shape {values} is not that of a memory ({error})") from error
+            raise InvalidArgument(f"shape {shown(values)} is not that of a memory ({one_line(error)})") from error
 
     def as_names(self) -> dict[str, int | str]:
         """Returns the attributes as JSON takes them, with dtypes by name."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import InvalidArgument, UnreadableSource
-from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.corpus import NumberFile, TokenCorpus
 from hsa_compile.model.data.documents import Source, find_sources, read_documents
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN
 from hsa_compile.model.data.prepare import stdlib_corpus
@@ -27,6 +27,7 @@ SEPARATOR = b"\0"
 _SENTENCES = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 MAX_TEXT_BYTES = 64 * 2**20
 _PIECE_BYTES = 64
+_BLOCK = 2**22
 _TILED = _SENTENCES * 256
 _VOCABULARY = 256
 
@@ -149,12 +150,12 @@ class TextHaystack:
 
     Args:
         name: the name that is printed beside results.
-        text: contiguous bytes, not empty; they are never written to.
+        text: bytes, or a file of them, not empty; they are never written to.
         origin: plain values that say what the text is made of.
     """
 
-    def __init__(self, name: str, text: bytes | memoryview, origin: Mapping[str, Any] | None = None) -> None:
-        self.name, self._text, self.origin = name, memoryview(text), dict(origin or {})
+    def __init__(self, name: str, text: bytes | NumberFile, origin: Mapping[str, Any] | None = None) -> None:
+        self.name, self._text, self.origin = name, text, dict(origin or {})
         if not len(self._text):
             raise InvalidArgument(f"haystack {name} holds no text")
 
@@ -167,7 +168,7 @@ class TextHaystack:
         start = rng.randrange(size - length + 1 if length <= size else size)
         filled = bytearray(self._text[start : start + length])
         while len(filled) < length:
-            filled += self._text[: length - len(filled)]
+            filled += bytes(self._text[: length - len(filled)])
         return filled
 
 
@@ -178,15 +179,18 @@ class AssignmentHaystack:
 
     Args:
         name: the name that is printed beside results.
-        text: contiguous bytes; they are never written to.
+        text: bytes, or a file of them; they are never written to.
 
     Raises:
         InvalidArgument: the text has no `=`.
     """
 
-    def __init__(self, name: str, text: bytes | memoryview) -> None:
-        self.name, self._text = name, memoryview(text)
-        self._places = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("="))
+    def __init__(self, name: str, text: bytes | NumberFile) -> None:
+        self.name, self._text = name, text
+        starts = range(0, len(text), _BLOCK)
+        blocks = (np.frombuffer(text[start : start + _BLOCK], np.uint8) for start in starts)
+        found = [start + np.flatnonzero(block == ord("=")) for start, block in zip(starts, blocks, strict=True)]
+        self._places = np.concatenate([np.empty(0, np.int64), *found])
         if not len(self._places):
             raise InvalidArgument(f"haystack {name} of assignments: the text has no '='")
 
@@ -196,7 +200,7 @@ class AssignmentHaystack:
         while len(filled) < length:
             place = int(self._places[rng.randrange(len(self._places))])
             start = max(0, place - rng.randrange(_PIECE_BYTES))
-            filled += self._text[start : start + _PIECE_BYTES]
+            filled += bytes(self._text[start : start + _PIECE_BYTES])
         return filled[:length]
 
 
@@ -206,7 +210,7 @@ def assignment_haystack(corpus: TokenCorpus) -> AssignmentHaystack:
     Raises:
         InvalidArgument: the tokens are no bytes, or none is an `=`.
     """
-    return AssignmentHaystack(f"{corpus.directory.name} assignments", bytes_of_corpus(corpus))
+    return AssignmentHaystack(f"{corpus.directory.name} assignments", _bytes_of(corpus))
 
 
 def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
@@ -215,18 +219,13 @@ def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
     Raises:
         InvalidArgument: the tokens are no bytes.
     """
-    return TextHaystack(corpus.directory.name, bytes_of_corpus(corpus), {"split": corpus.split})
+    return TextHaystack(corpus.directory.name, _bytes_of(corpus), {"split": corpus.split})
 
 
-def bytes_of_corpus(corpus: TokenCorpus) -> memoryview:
-    """Returns the text of a split; it stays on disk.
-
-    Raises:
-        InvalidArgument: the tokens are no bytes.
-    """
+def _bytes_of(corpus: TokenCorpus) -> NumberFile:
     if corpus.tokens.dtype != np.uint8:
         raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
-    return corpus.tokens.data
+    return corpus.tokens
 
 
 def load_haystack(spec: str | Path, *, split: str = TRAIN) -> TextHaystack:
@@ -241,7 +240,7 @@ def load_haystack(spec: str | Path, *, split: str = TRAIN) -> TextHaystack:
         InvalidArgument: nothing has that name, or it holds no text.
     """
     if spec == STDLIB:
-        return TextHaystack(STDLIB, bytes_of_corpus(stdlib_corpus(split)), {"split": split})
+        return TextHaystack(STDLIB, _bytes_of(stdlib_corpus(split)), {"split": split})
     if (Path(spec) / MANIFEST).exists():
         return corpus_haystack(TokenCorpus(spec, split=split))
     return TextHaystack(Path(spec).name, _joined(find_sources([spec])))

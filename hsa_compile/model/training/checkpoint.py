@@ -2,16 +2,17 @@
 
 `step-00000100/` holds `state.json`, `tensors.safetensors` (weights, optimizer, random states), or for several
 processes `shards/`, one safetensors file each as PyTorch's distributed checkpoints (DCP) write them, which any other
-number of processes can load.
+number of processes can load. `state.json` also has the checksums of these files, and its own.
 """
 
 import contextlib
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,22 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.checks import check_count
+from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import HSACompileWarning, SaveError
-from hsa_compile.files import make_directory, read_json, sync_directory, write_json
+from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training.processes import Processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, SHARDS = "state.json", "tensors.safetensors", "shards"
 _PREFIX = "step-"
 _NEW, _OLD = ".new", ".old"  # endings of hidden names, of what is being written and what is being removed
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILES = "files"
 _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +96,11 @@ def save_checkpoint(
             )
             if processes.is_first:
                 _sync_files(temporary / SHARDS)
+            processes.wait()
+        files = _checksums(temporary, processes)
         if processes.is_first:
-            write_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state)})
+            content = {"format_version": FORMAT_VERSION, **asdict(state), _FILES: files}
+            write_summed_json(temporary / STATE_FILE, content)
             _remove(path)
             temporary.replace(path)
             sync_directory(root)
@@ -113,12 +121,15 @@ def load_checkpoint(
     Raises:
         SaveError: a file is missing, damaged, foreign, or of another model; the message names it.
     """
-    state = read_state(path)
+    state, files = _agreed(processes, lambda: _read(path))[0]
+    found = _checksums(path, processes)
+    if damaged := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
+        raise SaveError(f"{path} is damaged: {', '.join(damaged[:3])} is not what {STATE_FILE} describes (SHA-256)")
     wanted = _tensors(model, optimizer)
     if (path / SHARDS).is_dir():
-        _load_shards(path / SHARDS, wanted)
+        _agreed(processes, lambda: _load_shards(path / SHARDS, wanted))
     else:
-        _load_whole(path / TENSORS_FILE, wanted)
+        _agreed(processes, lambda: _load_whole(path / TENSORS_FILE, wanted))
     return state
 
 
@@ -162,22 +173,30 @@ def read_state(path: Path) -> RunState:
     Raises:
         SaveError: the file is missing, damaged or foreign.
     """
-    values = read_json(path / STATE_FILE)
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[RunState, dict[str, str]]:
+    """Reads the state, and the checksums of the files beside it."""
+    values, where = read_summed_json(path / STATE_FILE), f"{path / STATE_FILE}: "
+    files = values.pop(_FILES, None)
     if values.pop("format_version", None) != FORMAT_VERSION or set(values) != {spec.name for spec in fields(RunState)}:
         raise SaveError(f"{path / STATE_FILE} is no checkpoint of this version of hsa-compile")
-    state, where = RunState(**values), f"{path / STATE_FILE}: "
+    state = RunState(**values)
     for name in ("step", "tokens", "stage", "metrics_bytes"):
         check_count(where + name, values[name], 0, 2**63 - 1, error=SaveError)
     check_count(f"{where}world_size", state.world_size, 1, 2**31, error=SaveError)
     for name in ("seconds", "score"):
         is_number = isinstance(values[name], int | float) and not isinstance(values[name], bool)
         if not (is_number and abs(values[name]) < 1e300) and not (name == "score" and values[name] is None):
-            raise SaveError(f"{where}{name} = {values[name]!r} must be a number")
+            raise SaveError(f"{where}{name} = {shown(values[name])} must be a number")
     if not isinstance(state.data_digest, str):
-        raise SaveError(f"{where}data_digest = {state.data_digest!r} must be a text")
+        raise SaveError(f"{where}data_digest = {shown(state.data_digest)} must be a text")
+    if not isinstance(files, dict):
+        raise SaveError(f"{where}{_FILES} = {shown(files)} must be an object: the checksum of each file")
     if path.name.startswith(_PREFIX) and path.name != checkpoint_path(path.parent, state.step).name:
         raise SaveError(f"{where}step = {state.step} is not the step of {path.name}")
-    return state
+    return state, files
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -222,7 +241,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for name, weight in model.named_parameters():
         state: dict[str, Any] = optimizer.state[weight]
         if not state:  # the optimizer has made no step yet
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(weight).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(weight)
         for moment in _MOMENTS:
@@ -231,10 +250,49 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return found
 
 
+def _checksums(directory: Path, processes: Processes) -> dict[str, str]:
+    """Returns the SHA-256 of each file but the state, by its path; the processes share the reading.
+
+    Raises:
+        SaveError: in every process, if one of them cannot read a file.
+    """
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != STATE_FILE)
+    own = files[processes.rank :: processes.world_size]
+
+    def read() -> dict[str, str]:
+        try:
+            return {str(path.relative_to(directory)): file_sha256(path) for path in own}
+        except OSError as error:
+            raise SaveError(f"{directory} cannot be read: {error}") from error
+
+    found: dict[str, str] = {}
+    for part in _agreed(processes, read):
+        found |= part
+    return found
+
+
+def _agreed(processes: Processes, act: Callable[[], _Result]) -> list[_Result]:
+    """Acts in each process and returns what each found; if one fails all raise its error, so that none waits for it.
+
+    Raises:
+        SaveError: the one of the first process that failed.
+    """
+    result, fault = None, None
+    try:
+        result = act()
+    except SaveError as error:
+        fault = str(error)
+    results, faults = zip(*processes.gather((result, fault)), strict=True)
+    if first := next((each for each in faults if each is not None), None):
+        raise SaveError(first)
+    return list(results)
+
+
 def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
     saved = read_tensors(path)
     random_state, cuda = saved.pop(_CPU_RANDOM, None), saved.pop(_CUDA_RANDOM, None)
-    if saved.keys() != wanted.keys() or any(saved[name].shape != wanted[name].shape for name in wanted):
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()}
+    if kinds != {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}:
         raise SaveError(f"{path} is of another model than the run's config describes")
     try:
         if random_state is None:
@@ -248,7 +306,7 @@ def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
         for name, tensor in wanted.items():
             if isinstance(tensor, DTensor):
                 from_whole = torch.distributed.tensor.distribute_tensor(
-                    saved[name].to(_local(tensor).device), tensor.device_mesh, tensor.placements
+                    saved[name].to(local(tensor).device), tensor.device_mesh, tensor.placements
                 )
                 tensor.copy_(from_whole)
             else:
@@ -269,7 +327,8 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a sharded tensor that this process holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,14 +1,14 @@
 """How a run's config is read: a preset's recipe, a TOML file and dotted overrides; and its copy beside the run."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hsa_compile.checks import check_choice, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import read_regular
+from hsa_compile.files import parse_json, read_regular
 from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.training.config import DataConfig, RunConfig, Stage, TrainConfig
@@ -74,7 +74,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     _check_names("config", values, SECTIONS)
     stages = values.get("stages", [])
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
-        raise InvalidArgument(f"stages = {stages!r} must be a list of tables: [[stages]]")
+        raise InvalidArgument(f"stages = {shown(stages)} must be a list of tables: [[stages]]")
     return RunConfig(
         model=_model(_section(values, "model")),
         train=_build(TrainConfig, "train", _section(values, "train")),
@@ -87,14 +87,14 @@ def _model(values: dict[str, Any]) -> ModelConfig:
     base: dict[str, Any] = {}
     values = dict(values)
     if (name := values.pop(_PRESET, None)) is not None:
-        base = preset(str(name), str(values.get(_VARIANT, VARIANTS[0]))).to_dict()
+        check_choice("preset", name, PRESETS)
+        base = preset(name, str(values.get(_VARIANT, VARIANTS[0]))).to_dict()
     _check_names("model", values, [spec.name for spec in fields(ModelConfig)] + [_PRESET])
     return ModelConfig.from_dict({**base, **values})
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise InvalidArgument(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    check_choice("preset", name, PRESETS)
     own = RECIPE_DIR / f"{name}.toml"
     return _read(own if own.exists() else RECIPE_DIR / f"{_DEFAULT_RECIPE}.toml")
 
@@ -102,7 +102,7 @@ def _recipe(name: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path).decode()
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InvalidArgument(f"config {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # the text is no TOML, JSON or UTF-8, or nested too deep
@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = values.get(name, {})
     if not isinstance(section, Mapping):
-        raise InvalidArgument(f"{name} = {section!r} must be a section: [{name}]")
+        raise InvalidArgument(f"{name} = {shown(section)} must be a section: [{name}]")
     return dict(section)
 
 
@@ -137,7 +137,7 @@ def _build(cls: type[_SECTION], where: str, values: Mapping[str, Any]) -> _SECTI
 def _check_names(where: str, values: Mapping[str, Any], allowed: Sequence[str]) -> None:
     for name in values:
         if name not in allowed:
-            raise InvalidArgument(f"{where} has no field {name!r}; allowed are {', '.join(allowed)}")
+            raise InvalidArgument(f"{where} has no field {shown(name)}; allowed are {', '.join(allowed)}")
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

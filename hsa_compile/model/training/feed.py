@@ -234,11 +234,17 @@ def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
 
 
 def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -> None:
-    """Checks that each stage has room for needles, enough text, and a row for each process.
+    """Checks that the model knows all tokens, and each stage has room for needles, enough text, and rows for all.
 
     Raises:
         InvalidArgument: a stage has not.
     """
+    for corpus in (mixture.corpus for mixture in by_stage if mixture.corpus is not None):
+        if corpus.manifest.vocab_size > run.model.vocab_size:
+            raise InvalidArgument(
+                f"model.vocab_size = {run.model.vocab_size} must be at least {corpus.manifest.vocab_size}, the "
+                f"vocabulary of {corpus.directory}"
+            )
     for number, (stage, mixture) in enumerate(zip(run.stages, by_stage, strict=True)):
         if stage.synthetic_share and stage.shortest < mixture.least_length:
             raise InvalidArgument(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.files import end_of_last_line, open_regular
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.tasks.haystack import NoiseHaystack
@@ -51,7 +53,8 @@ class MetricsLog:
 
     Args:
         directory: the directory of the run.
-        size: the length in bytes that the JSONL file is cut to; later records belong to steps that are run again.
+        size: the length in bytes that the JSONL file is cut to; later records belong to steps that are run again. A
+            file that is shorter has lost records, which a warning says.
         wandb_project: the Weights & Biases project; empty for none.
 
     Raises:
@@ -63,11 +66,18 @@ class MetricsLog:
         self._path = directory / METRICS_FILE
         self._board = _tensorboard(directory)
         self._wandb = _wandb(directory, wandb_project) if wandb_project else None
-        try:
-            self._file = self._path.open("ab")
-            self._file.truncate(size)
-        except OSError as error:
-            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
+        with self._written():
+            self._file = open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            there = os.fstat(self._file).st_size
+            os.ftruncate(self._file, min(size, there))
+            whole = end_of_last_line(self._file)
+        if whole < size:
+            warnings.warn(
+                f"{self._path} has lost records: it holds {whole} bytes of whole lines, and had {size} when the "
+                "checkpoint was written",
+                HSACompileWarning,
+                stacklevel=2,
+            )
 
     @property
     def has_tensorboard(self) -> bool:
@@ -76,37 +86,45 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Adds a line; numbers also go to TensorBoard and W&B under their names and the record's `step`."""
-        try:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
+        line = memoryview(json.dumps(record).encode() + b"\n")
+        with self._written():
+            while line:
+                line = line[os.write(self._file, line) :]
         numbers = {
             name: value
             for name, value in record.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, record["step"])
+            with self._written():
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
     def sync(self) -> int:
         """Waits until the file is on the disk; returns its length."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise SaveError(f"{self._path} cannot be written: {error.strerror}") from error
-        return self._path.stat().st_size
+        with self._written():
+            os.fsync(self._file)
+            return os.fstat(self._file).st_size
 
     def close(self) -> None:
         """Closes all files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        os.close(self._file)
         if self._wandb is not None:
             self._wandb.finish()
+        if self._board is not None:
+            with self._written():
+                self._board.close()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"{self._path} cannot be written: {error.strerror or error}; --resume goes on from the last checkpoint"
+            ) from error
 
 
 def retrieval_entropy(selections: list[Selection]) -> float | None:

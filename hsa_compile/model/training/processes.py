@@ -3,6 +3,7 @@
 import gc
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,13 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns what each process gave, plain values, in the order of their ranks."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Waits until all processes are here."""

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from hsa_compile.errors import InvalidArgument, TrainingError
+from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
 from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.cost.info import model_info
@@ -27,6 +28,7 @@ from hsa_compile.model.training.checkpoint import (
     RunState,
     checkpoints,
     load_newest,
+    local,
     prune,
     remove_leftovers,
     save_checkpoint,
@@ -52,6 +54,7 @@ from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.problem import Problem
 
 CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+_LOCK = ".lock"
 
 Record = Mapping[str, Any]
 # These are the numbers of settings in glibc's <malloc.h>.
@@ -83,7 +86,7 @@ class TrainingRun:
     Raises:
         InvalidArgument: the directory holds a run already, or the config does not fit together.
         SaveError: a file cannot be written, or a checkpoint cannot be read.
-        TrainingError: the corpus is not the one that the run began with.
+        TrainingError: another process trains in the directory, or the corpus is not the one that the run began with.
     """
 
     def __init__(
@@ -92,8 +95,10 @@ class TrainingRun:
     ) -> None:  # fmt: skip
         self.config, self.directory, self.processes = config, directory, processes
         self._on_record = on_record
-        if not resume and (directory / CONFIG_FILE).exists():
-            raise InvalidArgument(f"{directory} holds a run; --resume goes on with it, or choose another folder")
+        self._log: MetricsLog | None = None
+        self._lock: filelock.BaseFileLock | None = None
+        if not resume:
+            self._check_is_new()
         if processes.is_first:
             open_corpus(config)  # prepares what is missing
         processes.wait()
@@ -109,11 +114,12 @@ class TrainingRun:
         self.optimizer = make_optimizer(self.model, config.train)
         self.state = RunState(data_digest=digest(corpus), world_size=processes.world_size)
         self._checkpoints = directory / CHECKPOINTS
-        self._open_directory()
         self._probe = Probe(config, held_out_mixture(config, corpus), processes) if config.train.probe_every else None
-        self._log: MetricsLog | None = None
-        if processes.is_first:
-            self._log = MetricsLog(directory, size=self.state.metrics_bytes, wandb_project=config.train.wandb_project)
+        try:
+            self._open_directory(resume)
+        except BaseException:
+            self.close()
+            raise
         info = model_info(config.model, context=config.stages[-1].seq_len)
         self._flops_a_token, self._peak = info.training_flops, peak_flops(processes.device, config.train.peak_tflops)
         self._saved_step = self.state.step if checkpoints(self._checkpoints) else -1
@@ -156,9 +162,13 @@ class TrainingRun:
         return self.is_finished
 
     def close(self) -> None:
-        """Closes the records."""
-        if self._log is not None:
-            self._log.close()
+        """Closes the records, and lets other processes have the directory."""
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def _step(self, batch: StepBatch, should_stop: bool) -> bool:
         train, number = self.config.train, batch.plan.step + 1
@@ -234,12 +244,22 @@ class TrainingRun:
             self._on_record(record)
 
     def _save(self) -> None:
+        self._check_weights()
         if self._log is not None:
             self.state = replace(self.state, metrics_bytes=self._log.sync())
         save_checkpoint(self._checkpoints, self.state, self.model, self.optimizer, self.processes)
         self._saved_step = self.state.step
         if self.processes.is_first:
             prune(self._checkpoints, self.config.train.keep_last)
+
+    def _check_weights(self) -> None:
+        """Raises TrainingError, in each process, if a weight is not finite: no run can go on from such a checkpoint."""
+        own = [name for name, weight in self.model.named_parameters() if not bool(local(weight).isfinite().all())]
+        if names := sorted({name for part in self.processes.gather(own) for name in part}):
+            raise TrainingError(
+                f"the weights {', '.join(names[:3])} are not finite after step {self.state.step}; a lower train.lr "
+                f"than {self.config.train.lr:g} may help; --resume goes on from the last checkpoint"
+            )
 
     def _export(self) -> None:
         """Writes the weights as they are now, with the window and top-k of their stage, and with sharpened scores."""
@@ -266,24 +286,44 @@ class TrainingRun:
     def _model_config(self, stage: int) -> ModelConfig:
         return self.config.model_in(self.config.stages[stage])
 
-    def _open_directory(self) -> None:
-        """Begins a directory, or puts the state of its last checkpoint in place."""
+    def _check_is_new(self) -> None:
+        if (self.directory / CONFIG_FILE).exists():
+            raise InvalidArgument(f"{self.directory} holds a run; --resume goes on with it, or choose another folder")
+
+    def _open_directory(self, resume: bool) -> None:
+        """Begins a directory, or puts the state of its last checkpoint in place; no other process trains in it."""
         if self.processes.is_first:
             make_directory(self._checkpoints)
+            self._lock = _locked(self.directory)
+            if not resume:
+                self._check_is_new()  # another process may have begun it since
             remove_leftovers(self._checkpoints)
             write_json(self.directory / CONFIG_FILE, self.config.to_dict())
         self.processes.wait()
-        found = checkpoints(self._checkpoints)
-        if not found:
-            return
-        text = self.state.data_digest
-        state = load_newest(found, self.model, self.optimizer, self.processes)
-        if state.data_digest != text:
-            raise TrainingError(
-                f"data.corpus {self.config.data.corpus!r} has other text than when {self.directory} began; "
-                "begin anew in another folder"
-            )
-        self.state = replace(state, world_size=self.processes.world_size)
+        if found := checkpoints(self._checkpoints):
+            text = self.state.data_digest
+            state = load_newest(found, self.model, self.optimizer, self.processes)
+            if state.data_digest != text:
+                raise TrainingError(
+                    f"data.corpus {self.config.data.corpus!r} has other text than when {self.directory} began; "
+                    "begin anew in another folder"
+                )
+            self.state = replace(state, world_size=self.processes.world_size)
+        if self.processes.is_first:
+            size, project = self.state.metrics_bytes, self.config.train.wandb_project
+            self._log = MetricsLog(self.directory, size=size, wandb_project=project)
+
+
+def _locked(directory: Path) -> filelock.BaseFileLock:
+    """Holds the directory of a run until the lock is released or this process ends."""
+    lock = filelock.FileLock(directory / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise TrainingError(f"another process trains in {directory}; wait for it or name another folder") from error
+    except OSError as error:
+        raise SaveError(f"{directory} cannot be written: {error.strerror}") from error
+    return lock
 
 
 def keep_freed_memory() -> bool:

@@ -1,7 +1,10 @@
 """Reading a prepared corpus."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import CorpusError, InvalidArgument
+from hsa_compile.model.data import corpus as corpus_module
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
@@ -54,7 +58,7 @@ def test_a_window_depends_on_seed_and_index_alone(out: Path, index: int, length:
     window = TokenCorpus(out).sample(index, length, seed=seed)
     assert window.shape == (length,)
     assert np.array_equal(window, TokenCorpus(out).sample(index, length, seed=seed))
-    assert window.tobytes() in TokenCorpus(out).tokens.tobytes()
+    assert window.tobytes() in TokenCorpus(out).tokens[:].tobytes()
 
 
 def test_windows_of_other_seeds_and_indices_differ(out: Path) -> None:
@@ -134,7 +138,7 @@ def test_a_damaged_manifest_is_named(copy: Path, text: str) -> None:
 def test_a_field_of_the_manifest_that_is_not_allowed_is_named(copy: Path, name: str, value: object) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, name: value}))
-    with pytest.raises(CorpusError, match=rf"manifest\.json: {name} = "):
+    with pytest.raises(CorpusError, match=rf"manifest\.json is damaged: {name} = "):
         TokenCorpus(copy)
 
 
@@ -159,3 +163,65 @@ def test_documents_that_end_outside_of_the_file_are_refused(copy: Path, place: i
 def test_the_tokens_cannot_be_changed(out: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         TokenCorpus(out).sample(0, 10)[0] = 1
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(copy: Path) -> None:
+    corpus = TokenCorpus(copy)
+    os.truncate(copy / "train.tokens", len(corpus) // 2)
+    assert len(corpus.tokens[:9]) == 9
+    for read in (lambda: corpus.tokens[-9:], lambda: list(corpus.documents), lambda: corpus.sample(0, len(corpus))):
+        with pytest.raises(CorpusError, match=r"train\.tokens has \d+ bytes, its manifest says"):
+            read()
+
+
+def test_a_corpus_that_is_prepared_anew_stays_readable_where_it_is_open(copy: Path) -> None:
+    (copy / "other.txt").write_text("Another text. " * 90)
+    corpus = TokenCorpus(copy)
+    before = [document.tobytes() for document in corpus.documents]
+    prepare(find_sources([copy / "other.txt"]), copy, overwrite=True)
+    assert [document.tobytes() for document in corpus.documents] == before
+    assert len(TokenCorpus(copy)) + len(TokenCorpus(copy, split="validation")) == 90 * 14 + 1
+
+
+def test_a_corpus_that_is_prepared_anew_while_it_is_opened_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    real = corpus_module._check_ends
+
+    def prepared(*arguments: Any) -> None:
+        real(*arguments)
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "duplicates": 7}))
+
+    monkeypatch.setattr(corpus_module, "_check_ends", prepared)
+    with pytest.raises(CorpusError, match="was prepared anew while it was opened"):
+        TokenCorpus(copy)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_before_a_model_sees_it(word_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w299"}\n')
+    prepare(find_sources([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer=word_tokenizer, validation=0)
+    tokens = np.fromfile(tmp_path / "out" / "train.tokens", "<u2")
+    tokens[1] = 302
+    tokens.tofile(tmp_path / "out" / "train.tokens")
+    with pytest.raises(CorpusError, match=r"train\.tokens is damaged: token 1 is 302; the vocabulary has 302"):
+        TokenCorpus(tmp_path / "out").sample(0, 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(sources=7),
+        lambda manifest: manifest["sources"][0].pop("path"),
+        lambda manifest: manifest["sources"][0].update(skipped={"": -1}),
+        lambda manifest: manifest["settings"].update(validation="0.2"),
+        lambda manifest: manifest["splits"]["train"].update(more=1),
+        lambda manifest: manifest.update(duplicates=float("inf")),
+    ],
+)
+def test_every_field_of_a_manifest_is_checked(copy: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorpusError, match=r"manifest\.json is damaged"):
+        TokenCorpus(copy)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -16,7 +17,7 @@ from hsa_compile.errors import CorpusError, InvalidArgument
 from hsa_compile.model.data import corpus_writer
 from hsa_compile.model.data import journal as append_file
 from hsa_compile.model.data.corpus import TokenCorpus
-from hsa_compile.model.data.corpus_writer import FILES
+from hsa_compile.model.data.corpus_writer import FILES, HASHES, JOURNAL
 from hsa_compile.model.data.documents import Source, find_sources
 from hsa_compile.model.data.manifest import MANIFEST, Manifest, read_manifest
 from hsa_compile.model.data.prepare import prepare
@@ -128,7 +129,7 @@ def test_a_tokenizer_file_is_copied_beside_its_tokens(word_tokenizer: Path, tmp_
     prepare(find_sources([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer=word_tokenizer, validation=0)
     word_tokenizer.unlink()
     corpus = TokenCorpus(tmp_path / "out", checksum=True)
-    assert corpus.tokens.tolist() == [1, 2, 301, 299, 301]
+    assert corpus.tokens[:].tolist() == [1, 2, 301, 299, 301]
     assert corpus.tokens.dtype == np.uint16
     assert [corpus.tokenizer().decode(document) for document in corpus.documents] == ["w1 w2", "w299"]
 
@@ -301,3 +302,30 @@ def test_progress_comes_to_the_size_of_all_sources(
     told.clear()
     prepare(sources, tmp_path / "again", validation=0.3, on_progress=told.append)
     assert sum(told) == sum(source.size for source in sources)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: [],
+        lambda line: {**line, "examples": 7},
+        lambda line: {**line, "crcs": {**line["crcs"], HASHES: "0"}},
+        lambda line: {**line, "sizes": {HASHES: 32}},
+        lambda line: {**line, "sizes": {"../../etc/passwd": 1}, "crcs": {"../../etc/passwd": 1}},
+        lambda line: {**line, "source": {**line["source"], "size": -1}},
+        lambda line: {**line, "skipped": {"a": 10**400}},
+    ],
+)
+def test_a_line_of_the_journal_of_another_kind_is_read_again_with_all_after_it(
+    damage: Callable[[dict[str, Any]], object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = find_sources([folder])
+    prepare(sources, tmp_path / "whole")
+    out = tmp_path / "out"
+    assert killed_after(20, sources, out, monkeypatch)
+    lines = (out / JOURNAL).read_text().splitlines()
+    assert len(lines) > 2
+    lines[2] = json.dumps(damage(json.loads(lines[2])))
+    (out / JOURNAL).write_text("\n".join(lines) + "\n")
+    assert read_again(sources, out, monkeypatch) == sources[1:]
+    assert files_of(out) == files_of(tmp_path / "whole")

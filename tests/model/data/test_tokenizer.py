@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument, MissingDependency
-from hsa_compile.model.data.tokenizer import BytesTokenizer, load_tokenizer, token_dtype
+from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer, load_tokenizer, token_dtype
 
 
 @settings(max_examples=25, deadline=None)
@@ -76,3 +76,41 @@ def test_a_file_that_cuts_and_pads_gives_whole_texts(word_tokenizer: Path, tmp_p
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.encode("w1 w2 w3").tolist() == [1, 2, 3]
     assert [item.tolist() for item in tokenizer.encode_batch([b"w1", b"w1 w2 w3"])] == [[1], [1, 2, 3]]
+
+
+def tokenizer_of(kind: str, path: Path) -> FileTokenizer:
+    """A tokenizer whose control tokens are found in text by its table of added tokens, or by its model alone."""
+    tokenizers = pytest.importorskip("tokenizers")
+    models, split = tokenizers.models, tokenizers.pre_tokenizers
+    controls = ["</s>", "<|im_start|>"]
+    letters = ["a", "b", "<", ">", "/", "s", "|", "im", "_start", " "]
+    if kind == "words":
+        vocabulary = {text: number for number, text in enumerate(["[UNK]", *controls, *letters])}
+        made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        made.pre_tokenizer = split.WhitespaceSplit()
+    elif kind == "pieces":
+        made = tokenizers.Tokenizer(models.Unigram([(text, -1.0) for text in ["[UNK]", *controls, *letters]], unk_id=0))
+    else:
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = split.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            special_tokens=controls, initial_alphabet=split.ByteLevel.alphabet(), show_progress=False
+        )
+        made.train_from_iterator(["a </s> b"], trainer)
+    made.add_special_tokens(controls)
+    made.save(str(path))
+    return FileTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces", "bytes"])
+def test_the_name_of_a_control_token_in_a_text_is_text(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(kind, tmp_path / "tokenizer.json")
+    assert tokenizer.separator is not None
+    for text in ("</s>", "a </s> b", "a <|im_start|> </s> </s> b", "<</s>/s>", "a b"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_batch([b"a", text.encode()])[1]):
+            assert not set(ids.tolist()) & set(tokenizer._controls)
+            assert len(ids)
+            if kind == "bytes":
+                assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("a b").tolist() == tokenizer.encode_batch([b"a b"])[0].tolist()

@@ -8,7 +8,7 @@ import torch
 from oracle import Oracle
 from small_models import build, combinations, one_first, small_config
 
-from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, NotFinite
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer
 from hsa_compile.model.evaluation import continuations
@@ -276,3 +276,15 @@ def test_without_an_end_of_document_an_empty_context_is_refused(
     with pytest.raises(InvalidArgument, match="tokenizer bytes has no end-of-document token"):
         model.loglikelihood(asked("loglikelihood", [("", "a")]))
     assert len(model.loglikelihood(asked("loglikelihood", [("a", "b")]))) == 1
+
+
+def test_what_is_not_finite_is_no_likelihood(outcomes: OutcomeFile) -> None:
+    subject = subject_of("swa")
+    with torch.no_grad():
+        subject.model.norm.weight.fill_(float("nan"))
+    asking = HarnessModel(subject, outcomes, quiet=True)
+    with pytest.raises(NotFinite, match="the log-probabilities of continuations are"):
+        asking.loglikelihood(asked("loglikelihood", [("a", "b")]))
+    with pytest.raises(NotFinite, match="the logits of new token 0 of text 0"):
+        asking.generate_until(asked("generate_until", [("a", {"max_gen_toks": 2})]))
+    assert len(outcomes) == 0

@@ -37,7 +37,15 @@ def test_a_torn_last_line_is_dropped_and_what_follows_is_whole(tmp_path: Path, c
         assert outcomes.get({"index": 7}) == {"correct": True}
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"{}", b"[1]", b'{"key": 3, "values": 4}', b"0" * 50], ids=str)
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe", b"{}", b"[1]", b'{"key": 3, "values": 4}', b"0" * 50, b"[" * 200_000, b"\0" * 40,
+        b'{"key": {"index": 1}, "values": {}}', b'{"key": {"index": 1}, "values": {"correct": 1}}',
+        b'{"key": {"index": 1}, "values": {"loss": NaN, "bytes": 3}}', b'{"key": {"index": 1}, "values": {"text": 5}}',
+    ],
+    ids=lambda line: str(line[:60]),
+)  # fmt: skip
 def test_a_damaged_line_costs_one_sample(tmp_path: Path, line: bytes) -> None:
     path = filled(tmp_path)
     lines = path.read_bytes().splitlines()

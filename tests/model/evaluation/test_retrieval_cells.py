@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from oracle import Oracle
 from small_models import build, combinations, small_config
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, NotFinite
 from hsa_compile.model.config import GREEDY, TEACHER_FORCED, VARIANTS
 from hsa_compile.model.data.tokenizer import BytesTokenizer
 from hsa_compile.model.evaluation import retrieval
@@ -225,3 +226,19 @@ def test_the_mean_counts_each_task_the_same() -> None:
     assert 0.5 < mean.interval[0] < few.interval[0] / 2 + 0.25
     assert mean.interval[1] == pytest.approx(0.75 + (many.interval[1] - 0.5) / 2)
     assert mean_of([many]).interval == pytest.approx(many.interval)
+
+
+@pytest.mark.parametrize("protocol", [TEACHER_FORCED, GREEDY])
+def test_logits_that_are_not_finite_within_an_answer_are_no_answer(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = retrieval.extend
+
+    def broken(*arguments: Any) -> Any:
+        return real(*arguments) * float("nan")
+
+    monkeypatch.setattr(retrieval, "extend", broken)
+    with pytest.raises(NotFinite, match="the logits of new token 1 of text 0 hold nan"):
+        evaluate(build(small_config("swa", vocab_size=256)), settings_of(protocols=(protocol,)), tmp_path)
+    with OutcomeFile(tmp_path) as outcomes:
+        assert len(outcomes) == 0

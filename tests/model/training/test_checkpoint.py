@@ -9,6 +9,7 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.files import file_sha256, read_summed_json, write_summed_json
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training import checkpoint as checkpoint_module
 from hsa_compile.model.training.checkpoint import (
@@ -87,7 +88,7 @@ def test_a_save_that_fails_leaves_the_others_and_no_part_of_its_own(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_json", "sync_directory"):
+    for name in ("write_summed_json", "sync_directory"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint_module, name, fail)
             if name == "sync_directory":  # whole by then, though perhaps not on the disk
@@ -116,16 +117,44 @@ def test_a_truncated_file_is_named(tmp_path: Path, alone: Processes, size: int) 
         load_checkpoint(path.parent, model, optimizer, alone)
 
 
+@pytest.mark.parametrize("name", [STATE_FILE, TENSORS_FILE])
+def test_a_flipped_bit_is_found_and_its_file_named(tmp_path: Path, alone: Processes, name: str) -> None:
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, RunState(step=1), model, optimizer, alone) / name
+    whole = path.read_bytes()
+    for place in range(1, len(whole), len(whole) // 9):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(SaveError, match=name):
+            load_checkpoint(path.parent, model, optimizer, alone)
+    path.write_bytes(whole)
+    load_checkpoint(path.parent, model, optimizer, alone)
+
+
+def test_a_file_that_came_or_went_is_named(tmp_path: Path, alone: Processes) -> None:
+    model, optimizer = made()
+    path = save_checkpoint(tmp_path, RunState(step=1), model, optimizer, alone)
+    (path / "more").touch()
+    with pytest.raises(SaveError, match=r"step-00000001 is damaged: more is not what state\.json describes"):
+        load_checkpoint(path, model, optimizer, alone)
+    (path / "more").unlink()
+    (path / TENSORS_FILE).unlink()
+    with pytest.raises(SaveError, match=TENSORS_FILE):
+        load_checkpoint(path, model, optimizer, alone)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, alone: Processes) -> None:
     path = save_checkpoint(tmp_path, RunState(step=1), *made(), alone)
     with pytest.raises(SaveError, match="of another model"):
         load_checkpoint(path, *made(ffn_dim=32), alone)
 
 
-@pytest.mark.parametrize("values", [{}, {"format_version": 2}, {"format_version": 1, "step": 3}])
+@pytest.mark.parametrize("values", [{}, {"format_version": 3}, {"format_version": 2, "step": 3}])
 def test_a_foreign_state_is_refused(tmp_path: Path, values: dict[str, int]) -> None:
-    (tmp_path / STATE_FILE).write_text(json.dumps(values))
+    write_summed_json(tmp_path / STATE_FILE, values)
     with pytest.raises(SaveError, match="is no checkpoint of this version"):
+        read_state(tmp_path)
+    (tmp_path / STATE_FILE).write_text(json.dumps(values))
+    with pytest.raises(SaveError, match="has no checksum; another program or version"):
         read_state(tmp_path)
 
 
@@ -135,7 +164,7 @@ def test_a_foreign_state_is_refused(tmp_path: Path, values: dict[str, int]) -> N
 )
 def test_a_state_of_other_types_is_refused(tmp_path: Path, alone: Processes, name: str, value: object) -> None:
     path = save_checkpoint(tmp_path, RunState(step=1), *made(), alone) / STATE_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    write_summed_json(path, {**read_summed_json(path), name: value})
     with pytest.raises(SaveError, match=f"{name} = "):
         read_state(path.parent)
 
@@ -146,6 +175,8 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, alone: P
     tensors = read_tensors(paths[1] / TENSORS_FILE)
     del tensors["random.cpu"]
     write_tensors(paths[1] / TENSORS_FILE, tensors, {})
+    files = {TENSORS_FILE: file_sha256(paths[1] / TENSORS_FILE)}
+    write_summed_json(paths[1] / STATE_FILE, {**read_summed_json(paths[1] / STATE_FILE), "files": files})
     (paths[2] / STATE_FILE).write_text("[" * 200_000)
     os.truncate(paths[3] / TENSORS_FILE, 100)
     assert best_checkpoint(tmp_path) is None

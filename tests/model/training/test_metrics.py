@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsa_compile.errors import MissingDependency
+from hsa_compile.errors import MissingDependency, SaveError
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.training import metrics
 from hsa_compile.model.training.metrics import METRICS_FILE, MetricsLog, peak_flops, retrieval_entropy
@@ -79,3 +80,31 @@ def test_tensorboard_files_are_written_where_it_is_installed(tmp_path: Path) -> 
     log.close()
     assert log.has_tensorboard
     assert list((tmp_path / metrics.TENSORBOARD).glob("events.*"))
+
+
+def test_a_full_disk_is_one_error_and_the_file_can_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": 0.5})
+    size, real = log.sync(), os.write
+
+    def full(file: int, data: bytes) -> int:
+        if len(data) > 9:
+            return real(file, data[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.os, "write", full)
+    with pytest.raises(SaveError, match=r"metrics\.jsonl cannot be written: No space left on device; --resume goes on"):
+        log.write({"step": 2, "loss": 0.25})
+    log.close()
+    monkeypatch.undo()
+    assert (tmp_path / METRICS_FILE).stat().st_size > size
+    log = MetricsLog(tmp_path, size=size)
+    log.write({"step": 2, "loss": 0.25})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [1, 2]
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / METRICS_FILE)
+    with pytest.raises(SaveError, match=r"metrics\.jsonl cannot be written: it is no regular file"):
+        MetricsLog(tmp_path)

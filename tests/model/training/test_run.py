@@ -222,3 +222,92 @@ def test_rows_longer_than_the_corpus_are_refused(tmp_path: Path, alone: Processe
     config = on_text(corpus(tmp_path, "Short."), 0.0)
     with pytest.raises(InvalidArgument, match=r"stages\.0\.seq_len = 64 is more than the 7 tokens"):
         TrainingRun(config, tmp_path / "run", alone)
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path, alone: Processes) -> None:
+    config = small_run(model=PLAIN)
+    first = TrainingRun(config, tmp_path, alone)
+    try:
+        with pytest.raises(InvalidArgument, match="holds a run"):
+            TrainingRun(config, tmp_path, alone)
+        with pytest.raises(TrainingError, match="another process trains in"):
+            TrainingRun(config, tmp_path, alone, resume=True)
+        assert first.train()
+    finally:
+        first.close()
+    assert len(losses(tmp_path)) == 6  # no step twice
+    assert train(config, tmp_path, alone, resume=True)
+
+
+def test_of_two_that_begin_at_once_one_is_refused(
+    tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, began = small_run(model=PLAIN), run_module.make_optimizer, []
+
+    def meanwhile(*arguments: Any) -> Any:
+        """Another run begins and ends between the first look at the folder and the lock."""
+        if not began:
+            began.append(1)
+            TrainingRun(config, tmp_path, alone).close()
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "make_optimizer", meanwhile)
+    with pytest.raises(InvalidArgument, match="holds a run"):
+        TrainingRun(config, tmp_path, alone)
+    assert train(config, tmp_path, alone, resume=True)  # what was refused holds the folder no more
+
+
+def test_a_corpus_of_more_tokens_than_the_model_knows_is_refused(tmp_path: Path, alone: Processes) -> None:
+    config = on_text(corpus(tmp_path, "Some text. " * 50), 0.0, "noise")
+    manifest = tmp_path / "corpus" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    for name in ("train", "validation"):
+        tokens = tmp_path / "corpus" / f"{name}.tokens"
+        tokens.write_bytes(b"".join(bytes([token, 0]) for token in tokens.read_bytes()))
+    manifest.write_text(json.dumps({**values, "vocab_size": 300, "dtype": "uint16"}))
+    with pytest.raises(InvalidArgument, match=r"model\.vocab_size = 256 must be at least 300, the vocabulary of"):
+        TrainingRun(config, tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("text", ["w", "One document, and nothing else. " * 9])
+def test_a_corpus_of_one_document_trains_or_says_what_it_lacks(text: str, tmp_path: Path, alone: Processes) -> None:
+    config = on_text(corpus(tmp_path, text), 0.0, steps=1, probe_every=0)
+    if len(text) > 64:
+        assert train(config, tmp_path / "run", alone)
+    else:
+        with pytest.raises(InvalidArgument, match=r"is more than the 2 tokens of"):
+            TrainingRun(config, tmp_path / "run", alone)
+
+
+def test_records_that_a_full_disk_swallowed_leave_no_hole(tmp_path: Path, alone: Processes) -> None:
+    config = small_run(model=PLAIN)
+    train(config, tmp_path, alone, until=4)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.warns(HSACompileWarning, match=r"metrics\.jsonl has lost records"):
+        run = TrainingRun(config, tmp_path, alone, resume=True)
+    run.train()
+    run.close()
+    assert b"\0" not in path.read_bytes()
+    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    tmp_path: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = small_run(model=PLAIN), run_module.run_step
+
+    def broken(loss_model: Any, optimizer: Any, batch: Any, *arguments: Any, **more: Any) -> Any:
+        result = real(loss_model, optimizer, batch, *arguments, **more)
+        if batch.plan.step == 5:
+            with torch.no_grad():
+                loss_model.model.norm.weight[3] = float("inf")
+        return result
+
+    monkeypatch.setattr(run_module, "run_step", broken)
+    with pytest.raises(TrainingError, match=r"the weights norm\.weight are not finite after step 6; a lower train\.lr"):
+        train(config, tmp_path, alone)
+    assert [read_state(path).step for path in checkpoints(tmp_path / CHECKPOINTS)] == [2, 4]
+    assert not (tmp_path / MODEL).exists()
+    monkeypatch.undo()
+    assert train(config, tmp_path, alone, resume=True)

@@ -8,7 +8,8 @@ from processes import finish, losses, start
 from small_runs import small_run, write_toml
 
 from hsa_compile.model.pretrained import from_pretrained
-from hsa_compile.model.training.run import MODEL
+from hsa_compile.model.training.checkpoint import SHARDS, checkpoints
+from hsa_compile.model.training.run import CHECKPOINTS, MODEL
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -45,3 +46,20 @@ def test_another_number_of_processes_goes_on(before: int, after: int, tmp_path: 
     assert 0 < max(losses(tmp_path / "moved")) < STEPS
     finish(start(tmp_path / "moved", "--resume", num_processes=after))
     assert_close(losses(tmp_path / "moved"), losses(tmp_path / "whole"))
+
+
+@pytest.mark.exhaustive
+def test_two_processes_go_on_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    file = config(tmp_path)
+    finish(start(tmp_path / "whole", "--config", file, "train.save_every=2", num_processes=2))
+    finish(start(tmp_path / "run", "--config", file, "train.save_every=2", "--minutes", "0.0001", num_processes=2))
+    finish(start(tmp_path / "run", "--resume", num_processes=2))
+    newest, *_, before = reversed(checkpoints(tmp_path / "run" / CHECKPOINTS))
+    shards = sorted((newest / SHARDS).glob("*.safetensors"))
+    whole = shards[-1].read_bytes()
+    shards[-1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    finish(start(tmp_path / "run", "--resume", num_processes=2))
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()
+    assert newest.is_dir()  # its step was made again, from the one before
+    assert before.is_dir()
+    assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"))
