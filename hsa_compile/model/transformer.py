@@ -100,7 +100,7 @@ class HSATransformer(nn.Module):
         `SequenceMemory`. Where a `context_mesh` of processes shares each text, all get the same tokens, and each
         returns the output at its own part of them, `own_text`.
         """
-        shared, own = self._shared(tokens.shape[1]), self.own_text(tokens.shape[1])
+        shared, own = self.shared_rows(tokens.shape[1]), self.own_text(tokens.shape[1])
         start = 0 if shared is None else shared.start
         x = self.embed(tokens[:, own])
         text = None
@@ -156,14 +156,14 @@ class HSATransformer(nn.Module):
 
     def own_text(self, length: int) -> slice:
         """Returns which tokens of texts of a length this process computes: all, unless a `context_mesh` shares them."""
-        shared = self._shared(length)
+        shared = self.shared_rows(length)
         if shared is None:
             return slice(0, length)
         start, end = (place - place // self.config.chunk_size for place in (shared.start, shared.end))
         return slice(start, end) if self.landmark_token is not None else slice(shared.start, shared.end)
 
-    def _shared(self, length: int) -> SharedRows | None:
-        """Returns the part of a text of `length` tokens that is this process's; DRT's landmark tokens count in it."""
+    def shared_rows(self, length: int) -> SharedRows | None:
+        """Returns how processes share texts of `length` tokens, None if they do not; DRT's landmark tokens count."""
         if self.context_mesh is None:
             return None
         C = self.config.chunk_size

@@ -12,10 +12,7 @@ import torch.distributed as dist
 from small_models import build, small_config
 from torch.distributed.device_mesh import init_device_mesh
 
-from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
-from hsa_compile.model.layers.exchange import SharedRows, share_rows
-from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.transformer import HSATransformer
 
 PROCESSES = 4
@@ -35,14 +32,21 @@ def _join_and_call(rank: int, task: Callable[[], None], rendezvous: str, count: 
     dist.destroy_process_group()
 
 
-def gradients(model: HSATransformer, tokens: torch.Tensor, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    model: HSATransformer, tokens: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The model's output at this process's part of the rows, and the gradient of a function of it."""
     model.zero_grad()
     hidden = model.hidden(tokens, **options)
     own = model.own_text(tokens.shape[1])
-    factors = torch.randn(*tokens.shape, hidden.shape[2], dtype=hidden.dtype, generator=torch.Generator().manual_seed(1))
+    factors = torch.randn(
+        *tokens.shape, hidden.shape[2], dtype=hidden.dtype, generator=torch.Generator().manual_seed(1)
+    )
     (hidden * factors[:, own]).sum().backward()
-    found = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in model.named_parameters()}
+    found = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in model.named_parameters()
+    }
     return hidden.detach(), found
 
 
@@ -58,7 +62,9 @@ def _share_rows(variant: str) -> None:
             torch.testing.assert_close(hidden, expected[:, shared.own_text(length)])
             for name, gradient in found.items():
                 dist.all_reduce(gradient)
-                torch.testing.assert_close(gradient, expected_gradients[name], msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    gradient, expected_gradients[name], msg=lambda text, name=name: f"{name}: {text}"
+                )
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "full"])

@@ -103,7 +103,7 @@ def share_rows(mesh: DeviceMesh, length: int, unit: int) -> SharedRows:
 
 def to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends `sent[i]` of the rows to process i and returns those that come, `received[i]` from process i, in order."""
-    return cast(Tensor, all_to_all_single_autograd(rows.contiguous(), received, sent, group))
+    return all_to_all_single_autograd(rows.contiguous(), received, sent, group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +154,21 @@ class LocalExperts(nn.Module):
     def forward(self, travellers: Travellers) -> Tensor:
         """Runs the tokens through their experts and sends them back, `[P, dim]` in the order in which they went."""
         rows = travellers.rows
-        gate_up, down = (cast(DTensor, weight).to_local().to(rows.dtype) for weight in (self.gate_up, self.down))
+        gate_up, down = (self._weight(weight).to(rows.dtype) for weight in (self.gate_up, self.down))
         pairs = sort_by_expert(travellers.experts.unsqueeze(1), gate_up.shape[0])
         out = grouped_swiglu(rows, rows.new_ones(rows.shape[0], 1), pairs, gate_up, down, sliced)
         return to_all(out, travellers.came, travellers.went, self.group)
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        """Returns the own part of a weight. Its gradient comes from the tokens of all owners of the layer's experts.
+
+        FSDP takes the mean over the processes that hold the same experts, and of other weights over all processes: a
+        sum over the owners becomes a mean here, so that all gradients have one scale.
+        """
+        local = cast(DTensor, weight).to_local()
+        if local.requires_grad:
+            local.register_hook(lambda grad: grad / self.group.size())
+        return local
 
 
 def state_from_parts(states: Tensor, log_decays: Tensor, part: int) -> Tensor:

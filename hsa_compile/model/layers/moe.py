@@ -92,8 +92,8 @@ class MoE(nn.Module):
         out = self._experts(tokens, chosen, weights).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
-    def share_experts(self, mesh: DeviceMesh) -> None:
-        """Keeps this process's share of the experts; `forward` sends tokens to them from then on.
+    def share_experts(self, mesh: DeviceMesh) -> LocalExperts:
+        """Keeps this process's share of the experts, and returns it; `forward` sends tokens to them from then on.
 
         Args:
             mesh: the processes that share the experts, in one dimension.
@@ -107,6 +107,7 @@ class MoE(nn.Module):
             )
         self.local = LocalExperts(self.gate_up, self.down, mesh)
         del self.gate_up, self.down
+        return self.local
 
     def _travel(self, local: LocalExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         dtype = x.dtype if x.device.type == "cpu" else compute_dtype(x)
@@ -175,6 +176,11 @@ class MoE(nn.Module):
         if self.balance_bias.dtype != torch.float32:
             self.balance_bias = bias.to(self.balance_bias.device)
         return self
+
+
+def saved_name(name: str) -> str:
+    """Returns the name under which a weight is saved, whether a process holds all experts of its layer or a share."""
+    return name.replace(".mlp.local.", ".mlp.")
 
 
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:
