@@ -159,7 +159,7 @@ class LocalExperts(nn.Module):
         out = grouped_swiglu(rows, rows.new_ones(rows.shape[0], 1), pairs, gate_up, down, sliced)
         return to_all(out, travellers.came, travellers.went, self.group)
 
-    def _weight(self, weight: Tensor) -> Tensor:
+    def _weight(self, weight: Tensor | nn.Module) -> Tensor:
         """Returns the own part of a weight. Its gradient comes from the tokens of all owners of the layer's experts.
 
         FSDP takes the mean over the processes that hold the same experts, and of other weights over all processes: a
