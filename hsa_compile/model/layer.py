@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layers.attention import FullAttention, FullCache
 from hsa_compile.model.layers.basic import RMSNorm, SwiGLU
+from hsa_compile.model.layers.exchange import SharedRows
 from hsa_compile.model.layers.hs_attention import HSAttention, Memory, Retrieval, Selection
 from hsa_compile.model.layers.mamba2 import Mamba2, Mamba2State
 from hsa_compile.model.layers.moe import MoE
@@ -27,6 +28,7 @@ class Piece:
         memory: the memory to retrieve from; None below it and in baselines.
         noise_seed: the seed of the Gumbel noise in training, or None for no noise.
         carried: for DRT, by layer: what was chosen for the next token. It is filled in; None in training.
+        shared: which part of the rows this process computes, where several share them in training; None if it has all.
     """
 
     positions: list[int]
@@ -36,6 +38,7 @@ class Piece:
     memory: Memory | None = None
     noise_seed: int | None = None
     carried: dict[int, Selection] | None = None
+    shared: SharedRows | None = None
 
 
 class Layer(nn.Module):
@@ -98,8 +101,10 @@ class Layer(nn.Module):
 
     def _mix(self, x: Tensor, piece: Piece, cache: Cache | None) -> tuple[Tensor, Cache | None]:
         if isinstance(self.mixer, Mamba2):
-            y, state = self.mixer(x, cache, piece.num_valid)
+            y, state = self.mixer(x, cache, piece.num_valid, piece.shared)
             return y, state if cache is not None else None
+        if isinstance(self.mixer, WindowAttention):
+            return self.mixer(x, piece.rope, cache, piece.num_past, piece.num_valid, piece.shared)
         assert self.mixer is not None
         return self.mixer(x, piece.rope, cache, piece.num_past, piece.num_valid)
 
@@ -109,7 +114,7 @@ class Layer(nn.Module):
         if not self.has_landmark_tokens:
             return retrieval(x, piece.memory, piece.positions, noise_seed)
         carried = piece.carried.get(self.index) if piece.carried is not None else None
-        now, after = retrieval.once_a_chunk(x, piece.memory, piece.positions[0], carried, noise_seed)
+        now, after = retrieval.once_a_chunk(x, piece.memory, piece.positions[0], carried, noise_seed, piece.shared)
         if piece.carried is not None:
             piece.carried[self.index] = after
         return now

@@ -1,10 +1,12 @@
 """The language model: embedding, lower half, chunk encoder, upper half, output; one config describes each variant."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +14,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
 from hsa_compile.model.layers.basic import RMSNorm, rope_angles
+from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
 from hsa_compile.model.layers.moe import MoE
@@ -31,6 +34,7 @@ class HSATransformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.context_mesh: DeviceMesh | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.landmark_token = nn.Parameter(torch.zeros(config.dim)) if config.has_landmark_tokens else None
         layers = [Layer(config, spec, index) for index, spec in enumerate(config.layers)]
@@ -94,22 +98,26 @@ class HSATransformer(nn.Module):
         """Returns the normalised output of the last layer `[B, T, dim]`, from which `logits` are made.
 
         The arguments are those of `forward`. With `in_batch_memory` each text also sees the chunks of all others: see
-        `SequenceMemory`. The list `outputs` is filled with the embeddings and the output of each layer.
+        `SequenceMemory`. The list `outputs` is filled with the embeddings and the output of each layer. Where a
+        `context_mesh` of processes shares each text, all get the same tokens, and each returns the output at its own
+        part of them, `own_text`.
         """
-        x = self.embed(tokens)
+        shared, own = self.shared_rows(tokens.shape[1]), self.own_text(tokens.shape[1])
+        start = 0 if shared is None else shared.start
+        x = self.embed(tokens[:, own])
         if outputs is not None:
             outputs.append(x)
         text = None
         if self.landmark_token is not None:
-            x, text = self.with_landmark_tokens(x, 0)
+            x, text = self.with_landmark_tokens(x, start)
         if noise_seed is None and self.training and self.config.selection_noise and self.config.has_memory:
             noise_seed = int(torch.randint(2**63 - 1, ()))
-        piece = self.piece([0] * x.shape[0], x)
+        piece = self.piece([start] * x.shape[0], x, shared)
         x, _ = self.run(self.lower, x, piece, outputs=outputs)
         memory = None
         if self.chunk_encoder is not None:
-            memory = SequenceMemory(self._encode_whole_chunks(x), in_batch=in_batch_memory)
-        upper = Piece(positions=piece.positions, rope=piece.rope, memory=memory, noise_seed=noise_seed)
+            memory = SequenceMemory(self._encode_whole_chunks(x, shared), in_batch=in_batch_memory)
+        upper = replace(piece, memory=memory, noise_seed=noise_seed)
         x, _ = self.run(self.upper, x, upper, selections=selections, outputs=outputs)
         if outputs is not None and text is not None:
             outputs[1:] = [output[:, text] for output in outputs[1:]]
@@ -154,13 +162,29 @@ class HSATransformer(nn.Module):
         filled = self.landmark_token.to(x.dtype).expand(x.shape[0], length, -1)
         return filled.index_copy(1, text, x), text
 
-    def piece(self, positions: Sequence[int], x: Tensor) -> Piece:
+    def own_text(self, length: int) -> slice:
+        """Returns which tokens of texts of a length this process computes: all, unless a `context_mesh` shares them."""
+        shared = self.shared_rows(length)
+        if shared is None:
+            return slice(0, length)
+        start, end = (place - place // self.config.chunk_size for place in (shared.start, shared.end))
+        return slice(start, end) if self.landmark_token is not None else slice(shared.start, shared.end)
+
+    def shared_rows(self, length: int) -> SharedRows | None:
+        """Returns how processes share texts of `length` tokens, None if they do not; DRT's landmark tokens count."""
+        if self.context_mesh is None:
+            return None
+        C = self.config.chunk_size
+        places = length + length // (C - 1) if self.landmark_token is not None else length
+        return share_rows(self.context_mesh, places, C)
+
+    def piece(self, positions: Sequence[int], x: Tensor, shared: SharedRows | None = None) -> Piece:
         """Says where `x [B, T, dim]` lies, whose rows begin at `positions`, with its RoPE."""
         starts = list(positions)
         first = torch.tensor(starts[:1] if len(set(starts)) <= 1 else starts, device=x.device)
         places = first[:, None] + torch.arange(x.shape[1], device=x.device)
         rope = rope_angles(places, self.config.head_dim, self.config.rope_theta, x.dtype)
-        return Piece(positions=starts, rope=rope)
+        return Piece(positions=starts, rope=rope, shared=shared)
 
     def run(
         self,
@@ -192,11 +216,15 @@ class HSATransformer(nn.Module):
         like = self.embedding.weight.detach()
         return [layer.empty_cache(batch, like) for layer in layers]  # type: ignore[operator]
 
-    def _encode_whole_chunks(self, x: Tensor) -> EncodedChunks:
+    def _encode_whole_chunks(self, x: Tensor, shared: SharedRows | None) -> EncodedChunks:
         assert self.chunk_encoder is not None
         C = self.config.chunk_size
         num_chunks = x.shape[1] // C
-        return self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
+        own: EncodedChunks = self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
+        if shared is None:
+            return own
+        chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients
+        return EncodedChunks(k=chunks.gather(own.k), v=chunks.gather(own.v), landmarks=chunks.gather(own.landmarks))
 
 
 def empty_model(config: ModelConfig) -> HSATransformer:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the postfix says how much is left
 SECONDS_A_PROBLEM = 15.0  # for `--tune`
+# A run can go on with its processes arranged otherwise.
+ARRANGEMENT = ("train.context_parallel", "train.expert_parallel")
 FIRST_STEPS = 10  # after so many steps the time that the run will take is estimated
 
 
@@ -53,7 +55,8 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     What no flag says comes from the preset's recipe. The resolved config is saved as OUT/config.json, records go to
     OUT/metrics.jsonl, the trained model to OUT/model. After a kill at any moment the same command with --resume goes
     on from the last checkpoint with the same losses. SIGTERM saves and exits with 0, Ctrl-C saves and exits with 130.
-    Under torchrun the processes share the model (FSDP2). It runs on tuned schedules where there are any; --tune makes
+    Under torchrun the processes share the model (FSDP2), and as train.context_parallel and train.expert_parallel say
+    also rows and experts; --resume may change how. It runs on tuned schedules where there are any; --tune makes
     those that are missing.
 
     \b
@@ -74,7 +77,7 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     try:
         if tune:
             _tune(config, processes)
-        pace = Pace(config, processes.world_size, time.monotonic)
+        pace = Pace(config, max(1, processes.world_size // config.train.context_parallel), time.monotonic)
         with _stop_signals(minutes, pace) as stop:
             _run(config, out, processes, resume, stop, pace)
         processes.wait()
@@ -113,14 +116,17 @@ def _config(
 ) -> RunConfig:  # fmt: skip
     """Makes the config from the flags; a run that goes on takes the saved one, with which all flags must agree."""
     from hsa_compile.model.training.config_file import resolve
-    from hsa_compile.model.training.run import saved_config
+    from hsa_compile.model.training.run import CONFIG_FILE, saved_config
 
     saved = saved_config(out) if resume else None
     if saved is not None and not is_told:
         return saved
+    if saved is not None and not (preset or file or settings):
+        file = out / CONFIG_FILE
     told = resolve(preset_name=preset, file=file, overrides=overrides, settings=settings)
-    if saved is not None and told != saved:
-        name, before, now = next(_differences(saved.to_dict(), told.to_dict()))
+    for name, before, now in _differences(saved.to_dict(), told.to_dict()) if saved is not None else ():
+        if name in ARRANGEMENT:
+            continue
         raise InvalidArgument(
             f"{out} was begun with {name} = {before!r}, not {now!r}; --resume goes on with the former"
         )

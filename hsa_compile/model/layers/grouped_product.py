@@ -98,7 +98,7 @@ def count_in_backward(load: Tensor, out: Tensor, pairs: ExpertOrder) -> None:
     out.register_hook(add)
 
 
-def _sum_pairs(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
+def sum_pairs(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums sorted `rows [P, dim]` to `[T, dim]`: gathered, weighted and added in one pass, always in the same order."""
     return F.embedding_bag(inverse, rows, mode="sum", per_sample_weights=weights)
 
@@ -154,7 +154,7 @@ class _Sliced(torch.autograd.Function):
             torch.mm(_swiglu(gate_up[part]), w_down[e], out=rows[part])
         ctx.save_for_backward(x, weights, token, order, inverse, gate_up, w_gate_up, w_down)
         ctx.slices = slices
-        return _sum_pairs(rows, inverse, weights)
+        return sum_pairs(rows, inverse, weights)
 
     @staticmethod
     @once_differentiable
@@ -172,7 +172,7 @@ class _Sliced(torch.autograd.Function):
             torch.mm(x.index_select(0, token[part]).T, d_gate_up, out=d_w_gate_up[e])
             torch.mm(d_gate_up, w_gate_up[e].T, out=d_rows[part])
         d_weights = d_weight.flatten().index_select(0, inverse.flatten()).view(inverse.shape)
-        return _sum_pairs(d_rows, inverse), d_weights, None, None, None, d_w_gate_up, d_w_down
+        return sum_pairs(d_rows, inverse), d_weights, None, None, None, d_w_gate_up, d_w_down
 
 
 class _Grouped(torch.autograd.Function):
@@ -193,7 +193,7 @@ class _Grouped(torch.autograd.Function):
         gate_up = F.grouped_mm(x.index_select(0, token), w_gate_up, offs=ends)
         rows = F.grouped_mm(_swiglu(gate_up), w_down, offs=ends)
         ctx.save_for_backward(x, weights, token, order, inverse, ends, gate_up, w_gate_up, w_down)
-        return _sum_pairs(rows, inverse, weights)
+        return sum_pairs(rows, inverse, weights)
 
     @staticmethod
     @once_differentiable
@@ -209,4 +209,4 @@ class _Grouped(torch.autograd.Function):
         d_w_gate_up = F.grouped_mm(x.index_select(0, token).T, d_gate_up, offs=ends).masked_fill_(empty, 0)
         d_rows = F.grouped_mm(d_gate_up, w_gate_up.transpose(1, 2), offs=ends)
         d_weights = d_weight.flatten().index_select(0, inverse.flatten()).view(inverse.shape)
-        return _sum_pairs(d_rows, inverse), d_weights, None, None, None, d_w_gate_up, d_w_down
+        return sum_pairs(d_rows, inverse), d_weights, None, None, None, d_w_gate_up, d_w_down

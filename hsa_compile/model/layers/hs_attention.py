@@ -16,6 +16,7 @@ from hsa_compile.kernels.select_chunks.op import select_chunks
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers.basic import RMSNorm, SwiGLU, rope_angles, rotate, without_cpu_autocast
+from hsa_compile.model.layers.exchange import SharedRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ class SequenceMemory:
         noise_seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Selects as `Memory.select` does, with Gumbel noise on the choice if there is a seed."""
-        assert not any(positions), "a training sequence begins at 0"
+        assert len(set(positions)) == 1, "all training sequences begin at one place"
         chunk_size = 1 if once_a_chunk else self.chunk_size
         context, (query, landmarks) = without_cpu_autocast(query, self.landmarks)
         with context:
@@ -170,7 +171,7 @@ class SequenceMemory:
                 landmarks,
                 chunk_size=chunk_size,
                 top_k=top_k,
-                offset=self._num_others * chunk_size,
+                offset=self._num_others * chunk_size + positions[0],
                 fusion=fusion,
                 noise_seed=noise_seed,
             )
@@ -216,7 +217,13 @@ class Retrieval(nn.Module):
         return self._select(x, memory, positions, noise_seed, once_a_chunk=False)
 
     def once_a_chunk(
-        self, x: Tensor, memory: Memory, position: int, carried: Selection | None, noise_seed: int | None = None
+        self,
+        x: Tensor,
+        memory: Memory,
+        position: int,
+        carried: Selection | None,
+        noise_seed: int | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[Selection, Selection]:
         """Chooses as DRT does: the last token of a chunk, its landmark token, chooses for all tokens of the next chunk.
 
@@ -226,6 +233,7 @@ class Retrieval(nn.Module):
             position: where the first token stands.
             carried: what was chosen for the chunk that `x` begins in; None at the beginning of a text.
             noise_seed: the seed of the Gumbel noise, or None for no noise.
+            shared: the part of the rows that `x` is, where processes share them: the part before has chosen then.
 
         Returns:
             the selection for the tokens of `x`, and for the first token after them.
@@ -235,7 +243,13 @@ class Retrieval(nn.Module):
         end = (first + 1) * C - 1 - position
         ends = torch.arange(end, max(end, T), C, device=x.device)
         chosen = self._select(x[:, ends], memory, [first] * x.shape[0], noise_seed, once_a_chunk=True)
-        if carried is None:
+        if shared is not None:
+            chunks = shared.in_units(C)
+            carried = Selection(
+                indices=chunks.before(chosen.indices + 1, 1) - 1,  # nothing before the row's first chunk: -1
+                weights=chunks.before(chosen.weights, 1),
+            )
+        elif carried is None:
             shape = (x.shape[0], 1, self.num_heads, self.top_k)
             carried = Selection(indices=chosen.indices.new_full(shape, -1), weights=chosen.weights.new_zeros(shape))
         indices = torch.cat((carried.indices, chosen.indices), dim=1)

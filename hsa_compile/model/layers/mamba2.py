@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layers.basic import RMSNorm, no_autocast
+from hsa_compile.model.layers.exchange import SharedRows, state_from_parts
 
 # Pairs of tokens, over all rows and heads, whose decays are in memory at once; on the CPU they stay in its cache.
 PAIRS_PER_PASS = 2**26
@@ -210,7 +211,11 @@ class Mamba2(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: Mamba2State | None = None, num_valid: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Mamba2State | None = None,
+        num_valid: Tensor | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """Reads on from a state; texts cut into pieces of any size give the same outputs.
 
@@ -219,6 +224,8 @@ class Mamba2(nn.Module):
             state: the state after the tokens before; None at the start.
             num_valid: `[B]` integers; the tokens of row b from `num_valid[b]` on are padding: they leave the state as
                 it is, and their outputs mean nothing. None where there is no padding.
+            shared: the part of the rows that `x` is, where processes share them; the state that is returned is then
+                that of the part alone.
 
         Returns:
             `[B, T, dim]`, and the state after each row's last valid token.
@@ -227,9 +234,10 @@ class Mamba2(nn.Module):
         state = self.initial_state(x.shape[0], conv_in) if state is None else state
         if x.shape[1] == 0:
             return self.out_proj(z), state
-        window = torch.cat((state.conv.to(conv_in.dtype), conv_in), dim=1)  # [B, conv_width - 1 + T, channels]
+        before = state.conv if shared is None else shared.before(conv_in, self.conv_width - 1)
+        window = torch.cat((before.to(conv_in.dtype), conv_in), dim=1)  # [B, conv_width - 1 + T, channels]
         valid = None if num_valid is None else num_valid.to(x.device)
-        y, ssm = self._scan(self._convolve(window), dt, state.ssm, valid)
+        y, ssm = self._scan(self._convolve(window), dt, state.ssm, valid, shared)
         y = self.norm((y * F.silu(z)).to(self.norm.weight.dtype))
         return self.out_proj(y), Mamba2State(conv=self._last_inputs(window, valid), ssm=ssm)
 
@@ -244,7 +252,9 @@ class Mamba2(nn.Module):
             y = torch.addcmul(y, window[:, k : k + num_tokens], weight.squeeze(1))
         return F.silu(y)
 
-    def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scan(
+        self, xbc: Tensor, dt: Tensor, state: Tensor, valid: Tensor | None, shared: SharedRows | None
+    ) -> tuple[Tensor, Tensor]:
         """Scans `xbc [B, T, channels]` with `dt [B, T, heads]`; returns y `[B, T, inner]` and the state."""
         dtype = state.dtype
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
@@ -257,11 +267,13 @@ class Mamba2(nn.Module):
         with no_autocast(x.device):
             if fused is not None:
                 y, state = fused(x, dt, A, B, C, state)
-            elif x.shape[1] == 1:
+            elif x.shape[1] == 1 and shared is None:
                 y, state = ssd_step(x[:, 0].to(dtype), dt[:, 0], A, B[:, 0].to(dtype), C[:, 0].to(dtype), state)
                 y = y.unsqueeze(1)
             else:
                 y, state = ssd_scan(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), state, self.chunk_length)
+            if shared is not None:
+                y = y + _from_earlier_parts(dt, A, C.to(dtype), state, shared)
             y = y + self.D.to(dtype).unsqueeze(-1) * x
         return y.flatten(2), state
 
@@ -271,6 +283,22 @@ class Mamba2(nn.Module):
             return window[:, window.shape[1] - keep :].clone()  # a view would keep the whole window alive
         places = valid[:, None] + torch.arange(keep, device=window.device)
         return window.gather(1, places.unsqueeze(-1).expand(-1, -1, self.channels))
+
+
+def _from_earlier_parts(dt: Tensor, A: Tensor, C: Tensor, state: Tensor, shared: SharedRows) -> Tensor:
+    """Returns what the state before this part of the rows adds to y, `[B, T, heads, head_dim]`.
+
+    Each part scans from a state of zero, at the same time as the others; y is linear in the state before it.
+
+    Args:
+        dt, A, C: as in `ssd_scan`.
+        state: the state after this part.
+        shared: the part.
+    """
+    parts = SharedRows(mesh=shared.mesh, bounds=tuple(range(len(shared.bounds))))
+    log_decay = (dt.double() * A.double()).cumsum(dim=1)  # [B, T, heads], from the beginning of the part
+    before = state_from_parts(parts.gather(state.unsqueeze(1)), parts.gather(log_decay[:, -1:]), shared.part)
+    return torch.einsum("bhpn,btn,bth->bthp", before, C, log_decay.to(C.dtype).exp())
 
 
 @functools.cache

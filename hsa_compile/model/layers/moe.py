@@ -11,15 +11,18 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layers.basic import SwiGLU, compute_dtype, no_autocast
+from hsa_compile.model.layers.exchange import LocalExperts
 from hsa_compile.model.layers.grouped_product import (
     count_in_backward,
     grouped_swiglu,
     pair_by_pair,
     sliced,
     sort_by_expert,
+    sum_pairs,
 )
 
 FEW_PAIRS = 8  # Up to so many pairs, which is a step of decoding, sorting costs more than it saves.
@@ -70,6 +73,7 @@ class MoE(nn.Module):
         self.shared = SwiGLU(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.register_buffer("balance_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.local: LocalExperts | None = None
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -83,8 +87,38 @@ class MoE(nn.Module):
         """Runs `x [..., dim]` through the experts; the shape stays."""
         tokens = x.reshape(-1, x.shape[-1])
         chosen, weights = self._route(tokens)
+        if self.local is not None:
+            return self._travel(self.local, x, chosen, weights)
         out = self._experts(tokens, chosen, weights).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
+
+    def share_experts(self, mesh: DeviceMesh) -> LocalExperts:
+        """Keeps this process's share of the experts, and returns it; `forward` sends tokens to them from then on.
+
+        Args:
+            mesh: the processes that share the experts, in one dimension.
+
+        Raises:
+            InvalidArgument: their number does not divide the number of experts.
+        """
+        if self.num_experts % mesh.size():
+            raise InvalidArgument(
+                f"train.expert_parallel = {mesh.size()} must divide model.num_experts = {self.num_experts}"
+            )
+        self.local = LocalExperts(self.gate_up, self.down, mesh)
+        del self.gate_up, self.down
+        return self.local
+
+    def _travel(self, local: LocalExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        dtype = x.dtype if x.device.type == "cpu" else compute_dtype(x)
+        pairs = sort_by_expert(chosen, self.num_experts)
+        travellers = local.send(x.reshape(-1, x.shape[-1]).to(dtype), pairs, self.experts_per_token)
+        shared = self.shared(x) if self.shared is not None else None  # while the tokens are on their way
+        with no_autocast(x.device):
+            out = sum_pairs(local(travellers), pairs.inverse, weights.to(dtype)).view(x.shape)
+        if self.training and out.requires_grad:
+            count_in_backward(self.load, out, pairs)
+        return out if shared is None else out + shared
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Returns for `tokens [T, dim]` the chosen experts and their weights, both `[T, K]`."""
@@ -142,6 +176,11 @@ class MoE(nn.Module):
         if self.balance_bias.dtype != torch.float32:
             self.balance_bias = bias.to(self.balance_bias.device)
         return self
+
+
+def saved_name(name: str) -> str:
+    """Returns the name under which a weight is saved, whether a process holds all experts of its layer or a share."""
+    return name.replace(".mlp.local.", ".mlp.")
 
 
 def moe_reference(moe: MoE, x: Tensor) -> Tensor:

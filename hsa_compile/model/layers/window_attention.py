@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers.basic import rotate
+from hsa_compile.model.layers.exchange import SharedRows
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 
@@ -192,6 +193,7 @@ class WindowAttention(GroupedQueryAttention):
         cache: WindowCache | None = None,
         num_past: Tensor | None = None,
         num_valid: Tensor | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[Tensor, WindowCache | None]:
         """Attends within `x`, and to the cache where there is one.
 
@@ -201,6 +203,7 @@ class WindowAttention(GroupedQueryAttention):
             cache: the cache of what came before; None in training.
             num_past: `[B]`, how many tokens came before; None if at least `window − 1` did in each row.
             num_valid: `[B]`, how many rows of `x` are no padding; None if all are.
+            shared: the part of the rows that `x` is, where processes share them; it takes the place of the cache.
 
         Returns:
             `[B, T, dim]`, and the cache after this piece (None if there was none).
@@ -215,6 +218,11 @@ class WindowAttention(GroupedQueryAttention):
         if cache is not None:
             after = WindowCache(k=appended(cache.k, k, num_valid), v=appended(cache.v, v, num_valid))
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
+        elif shared is not None:
+            before = self.window - 1
+            k, v = (torch.cat((shared.before(x, before), x), dim=1) for x in (k, v))
+            if shared.start < before:
+                num_past = torch.full((x.shape[0],), shared.start, device=x.device)
         o = window_attention(q, k, v, window=self.window, num_past=num_past, slopes=slopes)
         return self.o_proj(o.flatten(2)), after
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import HSACompileWarning, SaveError
 from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
+from hsa_compile.model.layers.moe import saved_name
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training.processes import Processes
 
@@ -237,8 +238,8 @@ def remove_leftovers(root: Path) -> None:
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns weights, buffers and moments by name; they are the run's own tensors, which a load fills."""
-    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, weight in model.named_parameters():
+    found = {f"model.{saved_name(name)}": tensor for name, tensor in model.state_dict().items()}
+    for name, weight in ((saved_name(name), weight) for name, weight in model.named_parameters()):
         state: dict[str, Any] = optimizer.state[weight]
         if not state:  # the optimizer has made no step yet
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)

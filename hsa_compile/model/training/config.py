@@ -36,6 +36,8 @@ class TrainConfig:
             BF16, AMX, BF16 of Arm), and float32 elsewhere.
         checkpoint_activations: whether activations are computed again in the backward pass instead of kept.
         compile: whether the model runs through `torch.compile`.
+        context_parallel: how many processes share each row, each with a contiguous part of its tokens.
+        expert_parallel: how many processes share the experts of each MoE layer; tokens travel to them and back.
         loss_chunk: how many tokens have logits at a time.
         bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
@@ -68,6 +70,8 @@ class TrainConfig:
     precision: str = "auto"
     checkpoint_activations: bool = False
     compile: bool = False
+    context_parallel: int = 1
+    expert_parallel: int = 1
     loss_chunk: int = 4096
     bias_update_rate: float = 1e-3
     sharpen_scores: float = 1.0
@@ -87,6 +91,9 @@ class TrainConfig:
         for name in ("checkpoint_activations", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)!r} must be true or false")
+        for name in ("context_parallel", "expert_parallel"):
+            if self.compile and getattr(self, name) > 1:
+                raise InvalidArgument(f"train.{name} = {getattr(self, name)} does not go together with train.compile")
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
         if not isinstance(self.wandb_project, str):
@@ -252,6 +259,8 @@ _COUNTS = (
     ("seed", 0, 2**31 - 1),
     ("warmup_steps", 0, 2**40),
     ("accumulation", 1, 2**20),
+    ("context_parallel", 1, 2**20),
+    ("expert_parallel", 1, 2**20),
     ("loss_chunk", 1, 2**30),
     ("log_every", 1, 2**40),
     ("save_every", 0, 2**40),

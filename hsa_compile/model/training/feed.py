@@ -127,6 +127,13 @@ def make_batch(
     return stack_samples(plan, samples)
 
 
+def keep_own(batch: StepBatch, own: slice) -> StepBatch:
+    """Counts only the predictions of the places `own`, which this process makes, where several share the rows."""
+    weights = torch.zeros_like(batch.weights)
+    weights[:, 1:][:, own] = batch.weights[:, 1:][:, own]
+    return replace(batch, weights=weights)
+
+
 def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
     """Turns rows of equal length into tensors."""
     is_answer = np.zeros((len(samples), plan.length), bool)
@@ -233,7 +240,7 @@ def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
     return (assignment_haystack if name == ASSIGNMENT_HAYSTACK else corpus_haystack)(corpus)
 
 
-def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -> None:
+def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], num_groups: int) -> None:
     """Checks that the model knows all tokens, and each stage has room for needles, enough text, and rows for all.
 
     Raises:
@@ -256,10 +263,10 @@ def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], world_size: int) -
                 f"stages.{number}.seq_len = {stage.seq_len} is more than the {len(mixture.corpus)} tokens of "
                 f"{mixture.corpus.directory}"
             )
-        if max(1, stage.batch_tokens // stage.seq_len) < world_size:
+        if max(1, stage.batch_tokens // stage.seq_len) < num_groups:
             raise InvalidArgument(
-                f"stages.{number}.batch_tokens = {stage.batch_tokens} must be at least {world_size * stage.seq_len}: a "
-                f"row of {stage.seq_len} for each of {world_size} processes"
+                f"stages.{number}.batch_tokens = {stage.batch_tokens} must be at least {num_groups * stage.seq_len}: a "
+                f"row of {stage.seq_len} for each of {num_groups} processes or groups that share rows"
             )
 
 

@@ -251,7 +251,7 @@ class Probe:
             weights, _ = normalized_weights(batch, Processes(device=torch.device("cpu")))
             device = self._processes.device
             loss, _ = loss_model(batch.tokens.to(device), weights.to(device), None, None)
-            total += loss.cpu()
+            total += self._processes.sum_of_row(loss).cpu()
         return float(total / parts)
 
     def _find_needles(self, loss_model: LossModel, length: int) -> tuple[float, float | None]:

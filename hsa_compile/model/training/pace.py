@@ -22,7 +22,7 @@ class Pace:
 
     Args:
         run: the config of the run.
-        world_size: how many processes share a step's rows.
+        world_size: among how many processes, or groups that share each row, a step's rows are divided.
         clock: gives the time in seconds.
     """
 

@@ -2,14 +2,19 @@
 
 import gc
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 
+from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.layers.moe import MoE
+from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.transformer import HSATransformer
 
 
@@ -21,11 +26,26 @@ class Processes:
         rank: the number of this process, from 0.
         world_size: how many processes there are.
         device: the device that this one computes on.
+        context: the processes that share their rows with this one, in one dimension; None if none does.
+        experts: all processes, in two dimensions: `replicas`, and the `owners` that share the experts; None if each has
+            all of them.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device
+    context: DeviceMesh | None = None
+    experts: DeviceMesh | None = None
+
+    @property
+    def num_row_groups(self) -> int:
+        """How many groups of processes there are that have rows of their own."""
+        return self.world_size // (1 if self.context is None else self.context.size())
+
+    @property
+    def row_group(self) -> int:
+        """The number of the group that this process belongs to."""
+        return self.rank * self.num_row_groups // self.world_size
 
     @property
     def is_first(self) -> bool:
@@ -44,6 +64,12 @@ class Processes:
         if self.world_size > 1:
             dist.all_gather_object(found, value)
         return found
+
+    def sum_of_row(self, values: Tensor) -> Tensor:
+        """Returns the sum over the processes that share rows with this one, the same in each."""
+        if self.context is not None:
+            dist.all_reduce(values, group=self.context.get_group())
+        return values
 
     def wait(self) -> None:
         """Waits until all processes are here."""
@@ -75,13 +101,70 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def with_meshes(processes: Processes, run: RunConfig) -> Processes:
+    """Arranges the processes as a run's `context_parallel` and `expert_parallel` say.
+
+    Neighbours share rows, and neighbours share experts: both are best within a node.
+
+    Raises:
+        InvalidArgument: one of the two does not divide the number of processes, or the model cannot be split so.
+    """
+    context, experts, size = run.train.context_parallel, run.train.expert_parallel, processes.world_size
+    for name, number in (("context_parallel", context), ("expert_parallel", experts)):
+        if size % number:
+            raise InvalidArgument(f"train.{name} = {number} must divide the number of processes, {size}")
+    if context > 1 and any(layer.mixer == "full" for layer in run.model.layers):
+        raise InvalidArgument(
+            f"train.context_parallel = {context} is not possible with variant {run.model.variant!r}: its layers of "
+            "full attention see whole rows"
+        )
+    if experts > 1 and run.model.num_experts % experts:
+        raise InvalidArgument(
+            f"train.expert_parallel = {experts} must divide model.num_experts = {run.model.num_experts}"
+        )
+    kind = processes.device.type
+    return replace(
+        processes,
+        context=init_device_mesh(kind, (size // context, context), mesh_dim_names=("rows", "context"))["context"]
+        if context > 1
+        else None,
+        experts=init_device_mesh(kind, (size // experts, experts), mesh_dim_names=("replicas", "owners"))
+        if experts > 1
+        else None,
+    )
+
+
 def shard(loss_model: nn.Module, model: HSATransformer, processes: Processes) -> None:
-    """Shards the model with FSDP2: each process keeps its part of all weights, gradients and optimizer state."""
+    """Spreads the model: each process keeps its part of all weights, gradients and optimizer state (FSDP2).
+
+    Where experts are shared, each process keeps its part of its own experts, as do the other owners of the same ones.
+    """
     if processes.world_size == 1:
         return
+    model.context_mesh = processes.context
+    if processes.experts is not None:
+        _shard_experts(model, processes.experts)
     # A selection's weights may be a view. FSDP warns, since writing into one would lose its hook; nothing writes.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     for layer in (*model.lower, *model.upper):
         fully_shard(layer)
     fully_shard(loss_model)
     register_fsdp_forward_method(loss_model, "predict")
+
+
+def _shard_experts(model: HSATransformer, mesh: DeviceMesh) -> None:
+    replicas = mesh["replicas"].size()
+
+    def placement(weight: nn.Parameter) -> Shard:
+        """Returns a dimension that the replicas divide; the first is that of the experts, which the owners divide."""
+        for dim in (1, 2):
+            if weight.shape[dim] % replicas == 0:
+                return Shard(dim)
+        raise InvalidArgument(
+            f"{replicas} processes hold the same experts and must divide model.dim or model.expert_dim; a larger "
+            "train.expert_parallel leaves fewer of them"
+        )
+
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            fully_shard(layer.share_experts(mesh["owners"]), mesh=mesh["replicas"], shard_placement_fn=placement)

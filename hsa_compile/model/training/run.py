@@ -23,6 +23,7 @@ from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.layers.moe import saved_name
 from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.training.checkpoint import (
     RunState,
@@ -42,13 +43,14 @@ from hsa_compile.model.training.feed import (
     check_rows,
     digest,
     held_out_mixture,
+    keep_own,
     lengths,
     mixtures,
     open_corpus,
     stage_at,
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
-from hsa_compile.model.training.processes import Processes, shard
+from hsa_compile.model.training.processes import Processes, shard, with_meshes
 from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.problem import Problem
@@ -93,6 +95,7 @@ class TrainingRun:
         self, config: RunConfig, directory: Path, processes: Processes, *, resume: bool = False,
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:  # fmt: skip
+        processes = with_meshes(processes, config)
         self.config, self.directory, self.processes = config, directory, processes
         self._on_record = on_record
         self._log: MetricsLog | None = None
@@ -104,7 +107,7 @@ class TrainingRun:
         processes.wait()
         corpus = open_corpus(config)
         self._mixtures = mixtures(config, corpus)
-        check_rows(config, self._mixtures, processes.world_size)
+        check_rows(config, self._mixtures, processes.num_row_groups)
         torch.manual_seed(config.train.seed)
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations
@@ -147,8 +150,8 @@ class TrainingRun:
             self.config,
             self._mixtures,
             first_step=self.state.step,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=self.processes.row_group,
+            world_size=self.processes.num_row_groups,
         )
         try:
             stopping = False
@@ -174,6 +177,7 @@ class TrainingRun:
         train, number = self.config.train, batch.plan.step + 1
         began = time.perf_counter()
         apply_stage(self.model, self._model_config(batch.plan.stage))
+        batch = keep_own(batch, self.model.own_text(batch.plan.length - 1))
         is_logged = number % train.log_every == 0 or number == train.steps
         selections: list[Selection] | None = [] if is_logged and not train.compile else None
         result = run_step(
@@ -268,6 +272,7 @@ class TrainingRun:
             weights = get_model_state_dict(
                 self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
             )  # fmt: skip
+            weights = {saved_name(name): weight for name, weight in weights.items()}
         if not self.processes.is_first:
             return
         config = self._model_config(stage_at(self.config, self.state.step - 1))
@@ -359,10 +364,11 @@ def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> l
 
 def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -> dict[Problem, Problem]:
     """Returns the problems of a stage by key; of shapes that share one, the longest stands for all."""
-    config = run.model_in(stage)
+    config, parts = run.model_in(stage), run.train.context_parallel
     longest: dict[Problem, Problem] = {}
     for length in lengths(stage):
-        rows = max(1, stage.batch_tokens // length // world_size // run.train.accumulation)
+        rows = max(1, stage.batch_tokens // length // max(1, world_size // parts) // run.train.accumulation)
         asked = problems(config, rows, length - 1, dtype, in_batch_memory=stage.in_batch_memory)
-        longest |= {problem.bucketed(): problem for problem in asked}
+        own = [replace(problem, seq_len=-(-problem.seq_len // parts)) for problem in asked]
+        longest |= {problem.bucketed(): problem for problem in own}
     return longest

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from hsa_compile.errors import TrainingError
 from hsa_compile.model.layers.hs_attention import Selection
@@ -25,10 +28,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Makes AdamW (arXiv 1711.05101); matrices decay, norms and biases do not."""
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
-        {"params": [weight for weight in parameters if weight.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in parameters if weight.dim() < 2], "weight_decay": 0.0},
+        {"params": same, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for is_matrix in (True, False)
+        for same in _by_mesh([weight for weight in parameters if (weight.dim() >= 2) == is_matrix])
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def _by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Groups weights by the processes that they are spread over; one kernel cannot update weights of several groups."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for weight in weights:
+        groups.setdefault(weight.device_mesh if isinstance(weight, DTensor) else None, []).append(weight)
+    return list(groups.values())
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -149,7 +161,8 @@ class LossModel(nn.Module):
             in_batch_memory: whether each row also sees the chunks of all others.
 
         Returns:
-            the sum, and the cross entropy of the predictions, `[B, T − 1]`.
+            the sum, and the cross entropy of the predictions, `[B, T − 1]`. Where processes share the rows, it is the
+            sum over this process's part, and the cross entropy is 0 outside of it.
         """
         config = self.model.config
         if not (self.training and config.selection_noise and config.has_memory):
@@ -157,15 +170,17 @@ class LossModel(nn.Module):
         hidden = self.model.hidden(
             tokens[:, :-1], noise_seed=noise_seed, selections=selections, in_batch_memory=in_batch_memory
         )
+        own = self.model.own_text(tokens.shape[1] - 1)
         output = self.model.embedding if self.model.output is None else self.model.output
         total, losses = weighted_cross_entropy(
             hidden.flatten(0, 1),
             output.weight,
-            tokens[:, 1:].flatten(),
-            weights[:, 1:].flatten(),
+            tokens[:, 1:][:, own].flatten(),
+            weights[:, 1:][:, own].flatten(),
             chunk=self.loss_chunk,
         )
-        return total, losses.view(tokens.shape[0], -1)
+        losses = losses.view(tokens.shape[0], -1)
+        return total, F.pad(losses, (own.start, tokens.shape[1] - 1 - own.stop))
 
     def predict(self, tokens: Tensor, last: int, selections: list[Selection] | None = None) -> Tensor:
         """Returns the most likely token at each of the last places, given what is before it.
@@ -178,8 +193,21 @@ class LossModel(nn.Module):
         Returns:
             `[B, last]` int64.
         """
+        length = tokens.shape[1] - 1
         hidden = self.model.hidden(tokens[:, :-1], selections=selections)
-        return self.model.logits(hidden[:, hidden.shape[1] - last :]).argmax(dim=-1)
+        own = self.model.own_text(length)
+        first = max(own.start, length - last)
+        predicted = self.model.logits(hidden[:, max(0, first - own.start) :]).argmax(dim=-1)
+        shared = self.model.shared_rows(length)
+        if shared is None:
+            return predicted
+        for number, chosen in enumerate(selections or ()):
+            assert selections is not None
+            selections[number] = Selection(indices=shared.gather(chosen.indices), weights=shared.gather(chosen.weights))
+        found = predicted.new_zeros(tokens.shape[0], length)
+        found[:, first : own.stop] = predicted[:, : max(0, own.stop - first)]
+        torch.distributed.all_reduce(found, group=shared.mesh.get_group())
+        return found[:, length - last :]
 
 
 def compiled(loss_model: LossModel) -> Any:
@@ -273,10 +301,12 @@ def run_step(
     # The numbers are the loss, the cross entropy of text and of answers, and how many processes want to stop.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     sums[3] = stopping
-    parts = min(config.accumulation, batch.plan.num_rows // processes.world_size)  # there are as many in each process
+    parts = min(
+        config.accumulation, batch.plan.num_rows // processes.num_row_groups
+    )  # there are as many in each process
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
-        noise = random.Random(f"noise {config.seed} {step} {number} {processes.rank}").getrandbits(62)
+        noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
         with autocast(config.precision, device):
             loss, losses = loss_model(
                 tokens, part, noise, selections if number == 0 else None, batch.plan.in_batch_memory
@@ -293,7 +323,7 @@ def run_step(
             f"the loss of step {step} is {loss_sum}; a lower train.lr than {config.lr:g} or a longer warm-up than "
             f"train.warmup_steps = {config.warmup_steps} may help; --resume goes on from the last checkpoint"
         )
-    norm = float(_whole(nn.utils.clip_grad_norm_(loss_model.parameters(), config.clip or float("inf"))))
+    norm = clip_gradients(loss_model.parameters(), config.clip or float("inf"), processes)
     if not math.isfinite(norm):
         raise TrainingError(
             f"the norm of the gradient of step {step} is {norm}, while its loss is {loss_sum:g}; the weights are those "
@@ -324,6 +354,16 @@ def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float |
     return max(loads, default=None)
 
 
-def _whole(norm: Tensor) -> Tensor:
-    """Returns a norm over shards as a plain number."""
-    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, processes: Processes) -> float:
+    """Scales all gradients so that the norm of all together is at most `largest`; returns the norm before that.
+
+    Each process has a part of each gradient, and no part is with two, however the weights are spread.
+    """
+    groups = _by_mesh([weight for weight in parameters if weight.grad is not None])
+    grads = [weight.grad for group in groups for weight in group if weight.grad is not None]
+    norm = nn.utils.get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads])
+    if processes.world_size > 1:
+        norm = processes.sum(norm.square()).sqrt()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, largest, norm)
+    return float(norm)

@@ -1,4 +1,4 @@
-"""Training in processes of their own, as a person or `torchrun` starts them."""
+"""Training in processes of their own, as a person or `torchrun` starts them, and functions in a group of processes."""
 
 import json
 import os
@@ -6,8 +6,12 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 # Only against a test that hangs for ever: no test depends on how quick a machine is.
 TIME_LIMIT = 3600
@@ -38,6 +42,21 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
         raise AssertionError(f"still running after {TIME_LIMIT} s: {out} {err}") from None
     assert process.returncode == code, err
     return out
+
+
+def in_group(task: Callable[..., None], size: int, directory: Path, *arguments: Any) -> None:
+    """Calls a function in each of some processes that form a group; an error in one of them is raised here."""
+    torch.multiprocessing.spawn(_join_and_call, (str(directory / "rendezvous"), size, task, arguments), nprocs=size)
+
+
+def _join_and_call(
+    rank: int, rendezvous: str, size: int, task: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    task(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
