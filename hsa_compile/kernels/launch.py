@@ -57,14 +57,20 @@ class QuickKernel:
 
     def _launch(self, grid: Grid, *args: Any, **options: Any) -> None:
         kernel, runtime, driver = self.kernel, self._knobs.runtime, self._driver.active
-        if self._is_watched():
+        if (
+            _is_set(runtime.launch_enter_hook)
+            or _is_set(runtime.launch_exit_hook)
+            or kernel.pre_run_hooks
+            or runtime.add_stages_inspection_hook is not None
+        ):
             kernel[grid](*args, **options)
             return
         device = driver.get_current_device()
         binder = kernel.device_caches[device][4]
         bound, specialization, rest = binder(*args, **options)
-        settings = (runtime.debug, self._knobs.compilation.instrumentation_mode)
-        key = (device, *specialization, *rest.items(), *settings)
+        key = (
+            device, runtime.debug, self._knobs.compilation.instrumentation_mode, *specialization, *rest.items()
+        )  # fmt: skip
         known = self._compiled.get(key)
         if known is None:
             compiled = kernel[grid](*args, **options)
@@ -73,16 +79,10 @@ class QuickKernel:
             return
         run, function, metadata = known
         x, y, z = (*grid, 1, 1)[:3]
-        stream = driver.get_current_stream(device)
-        # No hook is called, so there is nothing that they would be told.
-        run(x, y, z, stream, function, metadata, None, None, None, *bound.values())
+        # No hook is called, so there is nothing that one would be told.
+        run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *bound.values())
 
-    def _is_watched(self) -> bool:
-        runtime = self._knobs.runtime
-        hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-        # Hooks are chains, which are empty as a rule; whoever sets one may set any callable.
-        return (
-            any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
-            or bool(self.kernel.pre_run_hooks)
-            or getattr(runtime, "add_stages_inspection_hook", None) is not None
-        )
+
+def _is_set(hook: Any) -> bool:
+    """Whether a hook calls anything: Triton's are chains, empty as a rule; whoever sets one may set any callable."""
+    return hook is not None and bool(getattr(hook, "calls", True))
