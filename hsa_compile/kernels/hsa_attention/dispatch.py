@@ -180,15 +180,12 @@ def check_arguments(
 def are_checked_below(*tensors: Tensor) -> bool:
     """Returns whether an operator's own kernel will see these tensors, which checks each combination of shapes once.
 
-    It will not where a call is traced, or goes to what has no kernel of ours: another device, a subclass of tensors. There
-    the public function has to check.
+    It will not where a call is traced, nor where it goes to what has no kernel of ours, such as another device or a
+    subclass of tensors; there the public function has to check.
     """
-    if torch.compiler.is_compiling():
-        return False
-    for x in tensors:
-        if type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.dim() < 2:
-            return False
-    return True
+    return not torch.compiler.is_compiling() and all(
+        type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and x.dim() >= 2 for x in tensors
+    )
 
 
 def check_shape(name: str, shape: torch.Size, expected: tuple[int, ...], letters: str) -> None:
