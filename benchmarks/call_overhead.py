@@ -1,14 +1,15 @@
 """What Python takes of a call of an op on a GPU, beside the kernels themselves; no GPU is needed:
 
-    python benchmarks/call_overhead.py            # microseconds of each part of a call, as Markdown
+    python benchmarks/call_overhead.py            # microseconds of the parts of a call
     python benchmarks/call_overhead.py --cpu      # of whole calls on this CPU, kernels included
 
-Kernels are compiled for an H100 and launched on a device that is not there, by a launcher that does nothing; tensors lie
-on the CPU. So what is missing is what the driver takes for a launch (about 3 µs each) and PyTorch for memory on a GPU.
-The times are CPU seconds of this thread, the least of many short rounds, so that what else runs hardly matters.
+Kernels are compiled for an H100 and launched on a device that is not there, by a launcher that does nothing; tensors
+lie on the CPU. So what is missing is what the driver takes for a launch, about 3 µs each, and PyTorch for memory on a
+GPU. The times are CPU seconds of this thread, the least of many short rounds, so that other processes hardly matter.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -21,16 +22,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-import torch  # noqa: E402
+import torch
 
-from hsa_compile import Problem, Schedule, Target, hsa_attention, hsa_decode, select_chunks  # noqa: E402
-from hsa_compile.errors import HSACompileWarning  # noqa: E402
-from hsa_compile.kernels import resolve  # noqa: E402
-from hsa_compile.kernels.compile import Kernel, compile_kernel  # noqa: E402
-from hsa_compile.kernels.emit import emit  # noqa: E402
-from hsa_compile.kernels.ops import inputs_of  # noqa: E402
-from hsa_compile.schedules.space import SearchSpace  # noqa: E402
-from hsa_compile.target import PRODUCTS  # noqa: E402
+from hsa_compile import Problem, Schedule, Target, hsa_attention, hsa_decode, select_chunks
+from hsa_compile.errors import HSACompileWarning
+from hsa_compile.kernels import resolve
+from hsa_compile.kernels.compile import compile_kernel
+from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.hsa_attention import dispatch as attention_ops
+from hsa_compile.kernels.launch import QuickKernel
+from hsa_compile.kernels.ops import inputs_of
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import PRODUCTS
 
 H100 = PRODUCTS["h100"]
 CALLS, ROUNDS = 8, 700  # a round is shorter than the slice of time that another process would take
@@ -107,75 +110,55 @@ def cases() -> Iterator[tuple[Problem, Schedule]]:
 
 
 def parts(problem: Problem, schedule: Schedule) -> dict[str, float]:
-    """Microseconds of each layer of a call, less those of the layer below it."""
+    """Microseconds of a call, of its layers, and of a call that records gradients; and the number of launches."""
     kernel = compile_kernel(emit(problem, schedule, H100))
     inputs = inputs_of(problem, torch.device("cpu"))
     arguments, options = inputs.call(problem)
     public = PUBLIC[problem.op]
-    launches: list[tuple[Any, ...]] = []
 
     def entry() -> object:
         return kernel.entry(*inputs.arguments(problem.op), **inputs.options(problem.op))
 
     resolve.set_on_miss(None)  # what was resolved is forgotten
     resolve.resolve = lambda *_: kernel
-    whole = microseconds(lambda: public(*arguments, **options))
-    below = microseconds(entry)
-    with recorded(kernel, launches):
-        entry()
-    in_launches = sum(microseconds(lambda one=one: one[0][one[1]](*one[2], **one[3])) for one in launches)
-    q = next(x for x in arguments if x.is_floating_point())
-    needs_gradient = problem.op != "hsa_decode"
-    training = 0.0
-    if needs_gradient:
-        leaf = q.clone().requires_grad_()
-        with torch.enable_grad():
-            training = microseconds(lambda: public(leaf, *arguments[1:], **options))
-    return {
+    whole, below = microseconds(lambda: public(*arguments, **options)), microseconds(entry)
+    launches = launches_of(entry)
+    in_launches = sum(microseconds(lambda again=again: again()) for again in launches)
+    found = {
         "call": whole,
-        "checks, dispatch, lookup": whole - below,
+        "checks, dispatcher, lookup": whole - below,
         "host code of the kernel": below - in_launches,
-        "launches": in_launches,
-        "number": len(launches),
-        "call with gradients": training,
+        f"launches ({len(launches)})": in_launches,
     }
+    if problem.op != "hsa_decode":
+        leaf = arguments[0].clone().requires_grad_()
+        with torch.enable_grad():
+            found["call with gradients"] = microseconds(lambda: public(leaf, *arguments[1:], **options))
+    return found
 
 
-class recorded:  # noqa: N801 (used as a function)
-    """Notes the launches of a kernel's module: the kernel, its grid, arguments and options."""
+def launches_of(entry: Callable[[], object]) -> list[Callable[[], None]]:
+    """The launches of a call of an entry, each of which can be repeated."""
+    launches: list[Callable[[], None]] = []
+    launch = QuickKernel._launch
 
-    def __init__(self, kernel: Kernel, launches: list[tuple[Any, ...]]) -> None:
-        self._module, self._launches = kernel.module, launches
+    def noted(*arguments: Any, **options: Any) -> None:
+        launches.append(functools.partial(launch, *arguments, **options))
+        launches[-1]()
 
-    def __enter__(self) -> None:
-        self._kept = {one["kernel"].__name__: getattr(self._module, one["kernel"].__name__) for one in self._module.LAUNCHES}
-        for name, kernel in self._kept.items():
-            setattr(self._module, name, self._Recorder(kernel, self._launches))
-
-    def __exit__(self, *_: object) -> None:
-        for name, kernel in self._kept.items():
-            setattr(self._module, name, kernel)
-
-    class _Recorder:
-        def __init__(self, kernel: Any, launches: list[tuple[Any, ...]]) -> None:
-            self._kernel, self._launches = kernel, launches
-
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def launch(*arguments: Any, **options: Any) -> None:
-                self._launches.append((self._kernel, grid, arguments, options))
-                self._kernel[grid](*arguments, **options)
-
-            return launch
+    QuickKernel._launch = noted
+    entry()
+    QuickKernel._launch = launch
+    return launches
 
 
 def on_the_cpu() -> Iterator[tuple[str, float]]:
     """Whole calls of the smallest problems on this CPU, whose kernels have next to nothing to do."""
-    shape = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "chunk_size": 16, "top_k": 1}
-    for op, seq_len in (("hsa_forward", 1), ("hsa_decode", 1), ("select_chunks", 20)):
-        problem = Problem(op=op, seq_len=seq_len, kv_len=32, **{**shape, "num_heads": 1} if op == "select_chunks" else {**shape})
-        inputs = inputs_of(problem, torch.device("cpu"))
-        arguments, options = inputs.call(problem)
-        yield op, microseconds(lambda call=PUBLIC[op], a=arguments, o=options: call(*a, **o))
+    shape = {"kv_len": 32, "num_kv_heads": 1, "head_dim": 16, "chunk_size": 16, "top_k": 1}
+    for op, tokens, heads in (("hsa_forward", 1, 2), ("hsa_decode", 1, 2), ("select_chunks", 20, 1)):
+        problem = Problem(op=op, seq_len=tokens, num_heads=heads, **shape)
+        arguments, options = inputs_of(problem, torch.device("cpu")).call(problem)
+        yield op, microseconds(functools.partial(PUBLIC[op], *arguments, **options))
 
 
 def main() -> None:
@@ -195,10 +178,10 @@ def main() -> None:
 
         triton.runtime.driver.set_active(AbsentDevice())
         Target.of = staticmethod(lambda device: H100)
+        attention_ops._check_values = lambda *_: None  # on a GPU no value is looked at
         for problem, schedule in cases():
-            found = parts(problem, schedule)
-            print(f"{problem.describe()}: {schedule}")
-            print("   " + ", ".join(f"{name} {value:.1f}" if name != "number" else f"in {value}" for name, value in found.items()))
+            found = [f"{name} {us:.1f}" for name, us in parts(problem, schedule).items()]
+            print(f"{problem.describe()}, {schedule}\n    {', '.join(found)} µs")
 
 
 if __name__ == "__main__":
