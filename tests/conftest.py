@@ -1,8 +1,11 @@
-"""Fixtures for all tests. Triton kernels run in its interpreter, which is chosen when Triton is imported."""
+"""Fixtures for all tests. Triton kernels run in its interpreter, which is chosen when Triton is imported.
+
+Only the tests that need a GPU (`-m gpu`) are run with `TRITON_INTERPRET=0`.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # One thread for each of the two test processes: more only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -15,6 +15,7 @@ from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
 from hsa_compile.kernels.hsa_decode.native import decode_entry
+from hsa_compile.kernels.launch import quicken
 from hsa_compile.kernels.native import build_library
 from hsa_compile.kernels.select_chunks.native import select_entry
 from hsa_compile.paths import source_dir, temporary_dir
@@ -72,6 +73,8 @@ def compile_kernel(source: KernelSource) -> Kernel:
             raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
         path = _in_some_directory(functools.partial(_write, source))
         module = _import(path, f"hsa_compile_emitted_{path.stem}")
+        if source.backend == "triton":
+            quicken(module)
         _modules[source.fingerprint] = module
     return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
 

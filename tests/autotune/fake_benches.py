@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hsa_compile.autotune.bench.bench import LocalBench
+from hsa_compile.autotune.bench.bench import LocalBench, launch_errors
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.errors import CompileError, NotFinite, WrongResult
 from hsa_compile.kernels.compile import compile_kernel
@@ -131,6 +131,53 @@ def spin() -> None:
         time.sleep(60)
 
 
+ADVICE = """CUDA kernel errors might be asynchronously reported at some other API call.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+
+
+def cuda_errors() -> dict[str, tuple[Exception, str]]:
+    """The errors that a GPU's driver gives, through Triton or PyTorch, and what each is counted as."""
+    from triton.runtime.errors import OutOfResources as TritonOutOfResources
+
+    def pytorch(text: str) -> Exception:
+        return RuntimeError(f"CUDA error: {text}\n{ADVICE}")
+
+    return {
+        "shared memory": (TritonOutOfResources(300000, 232448, "shared memory"), "OutOfResources"),
+        "tensor memory": (TritonOutOfResources(1024, 512, "tensor memory"), "OutOfResources"),
+        "registers": (pytorch("too many resources requested for launch"), "OutOfResources"),
+        "loader": (RuntimeError("Triton Error [CUDA]: out of memory"), "OutOfResources"),
+        "allocator": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "OutOfResources"),
+        "driver": (pytorch("out of memory"), "OutOfResources"),
+        # The process can use the device no more after these: it ends, and the next candidate gets another one.
+        "illegal access": (pytorch("an illegal memory access was encountered"), "CandidateError"),
+        "assertion": (pytorch("device-side assert triggered"), "CandidateError"),
+        "launch failure": (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), "CandidateError"),
+        "no image": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "CandidateError"),
+    }
+
+
+class CudaBench(FakeBench):
+    """A fake bench on which the first candidates but the default fail as kernels on a GPU do."""
+
+    def __init__(self, problem: Problem, target: Target, *rest: Any) -> None:
+        super().__init__(problem, target, *rest)
+        others = (s for s in SearchSpace.of(problem, target).schedules() if s != self.default)
+        self.errors = dict(zip(others, cuda_errors().values(), strict=False))
+        self.poisoned = False
+
+    def prepare(self, schedule: Schedule) -> str:
+        assert not self.poisoned, "a process goes on after an error that its device does not survive"
+        if schedule not in self.errors:
+            return super().prepare(schedule)
+        error, counted_as = self.errors[schedule]
+        self.poisoned = counted_as == "CandidateError"
+        with launch_errors("triton"):
+            raise error
+
+
 class DyingBench:
     """Does to its process what the first word of a schedule's dataflow says; for tests of the process itself."""
 
@@ -160,6 +207,7 @@ class DyingBench:
             "nan": NotFinite("o is not finite"),
             "memory": MemoryError("20 GiB"),
             "bug": KeyError("a bug"),
+            "cuda": RuntimeError(f"CUDA error: an illegal memory access was encountered\n{ADVICE}"),
         }[name]
 
     def spin(self) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hsa_compile.autotune.bench.bench import prepare
+from hsa_compile.autotune.bench.bench import LocalBench, prepare
 from hsa_compile.errors import CompileError, InvalidSchedule, OutOfResources, WrongResult
 from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
@@ -17,7 +17,7 @@ TOKEN = Schedule.of("token", block_tokens=4)
 
 
 def failing(error: Exception) -> Callable[..., None]:
-    def check(*_: object) -> None:
+    def check(*_: object, **__: object) -> None:
         raise error
 
     return check
@@ -66,10 +66,22 @@ def test_tritons_errors_of_a_first_launch_get_names_of_ours(monkeypatch: pytest.
         (PTXASError("ptxas died"), CompileError),
         (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfResources),
         (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), OutOfResources),
+        (RuntimeError("Triton Error [CUDA]: too many resources requested for launch"), OutOfResources),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), OutOfResources),
+        (RuntimeError("CUDA driver error: out of memory"), OutOfResources),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), RuntimeError),
+        (RuntimeError("CUDA error: unspecified launch failure"), RuntimeError),
         (ZeroDivisionError("a bug"), ZeroDivisionError),
     )
     for error, expected in translations:
         monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(error))
         with pytest.raises(expected):
             prepare(PROBLEM, token, target, INPUTS)
+
+
+def test_an_error_while_a_candidate_is_timed_gets_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = LocalBench(PROBLEM, Target.parse("cpu"), "cpu")
+    bench.prepare(TOKEN)
+    monkeypatch.setattr("hsa_compile.autotune.bench.bench.measure", failing(torch.OutOfMemoryError("256 MiB")))
+    with pytest.raises(OutOfResources, match="not enough memory: 256 MiB"):
+        bench.time([TOKEN], 1)

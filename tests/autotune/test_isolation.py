@@ -2,10 +2,11 @@
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from fake_benches import HARM, fake_time, harmful
+from fake_benches import HARM, cuda_errors, fake_time, harmful
 
 from hsa_compile.autotune.bench.isolation import IsolatedBench, WorkerProcess
 from hsa_compile.autotune.evaluate import Outcome
@@ -59,6 +60,24 @@ def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_count
     assert record.schedule == min(good, key=lambda schedule: fake_time(schedule, default))
 
 
+@pytest.mark.exhaustive
+def test_a_search_outlives_every_error_that_a_gpu_gives_and_counts_them_by_kind() -> None:
+    pytest.importorskip("triton")
+    target = Target.parse("cpu")
+    valid = list(SearchSpace.of(PROBLEM, target).schedules())
+    kinds = Counter(kind for _, kind in cuda_errors().values())
+    record = tune(
+        PROBLEM,
+        device="cpu",
+        trials=1000,
+        timeout=600.0,
+        sampler="random",
+        bench="fake_benches:CudaBench",
+    )
+    assert record.trials == len(valid) > kinds.total() + 1
+    assert record.failures == kinds
+
+
 @pytest.fixture(scope="module")
 def shared_worker() -> WorkerProcess:
     """A worker for tests that leave it alive."""
@@ -107,7 +126,8 @@ def test_an_error_with_a_name_here_comes_back_by_it_and_the_worker_lives(
     [
         pytest.param("crash", (), CandidateCrashed, "died of SIGSEGV", marks=pytest.mark.exhaustive),  # also below
         pytest.param("leave", (3,), CandidateCrashed, "left with code 3", marks=pytest.mark.exhaustive),
-        ("fail", ("bug",), CandidateError, "KeyError: 'a bug'"),
+        pytest.param("fail", ("bug",), CandidateError, "KeyError: 'a bug'", marks=pytest.mark.exhaustive),
+        ("fail", ("cuda",), CandidateError, "^RuntimeError: CUDA error: an illegal memory access was encountered$"),
         ("spin", (), TimedOut, "killed after 1 s"),
     ],
 )

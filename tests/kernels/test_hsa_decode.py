@@ -201,7 +201,7 @@ def test_parameters_are_no_obstacle_where_gradients_are_off() -> None:
 def test_a_pool_in_pageable_memory_is_refused_for_a_query_on_a_gpu() -> None:
     k = torch.zeros(3, 2, 4, 8)
     with pytest.raises(InvalidArgument, match="pin it"):
-        decode_ops._check_memory("k_chunks", k, torch.device("cuda"))
+        decode_ops._check_pinned("k_chunks", k, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(T=3, N=7, per_head=True)], ids=str)

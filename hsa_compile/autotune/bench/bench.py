@@ -16,6 +16,7 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.ops import OpInputs, check, inputs_of
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.record import Measurement
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -80,8 +81,11 @@ def _time_on_gpu(device: torch.device) -> Callable[[Call], float]:
     return time_once
 
 
-# What a GPU's driver says where a compiled kernel cannot be loaded or launched; Triton's loader has no type for it.
-_NO_ROOM = re.compile(r"Triton Error \[\w+\]: .*(out of memory|too many resources requested)")
+# What a GPU's driver says, through Triton or PyTorch, where a compiled kernel cannot be loaded or launched for want of
+# memory or registers. There is no type for it; any other error of the driver leaves a process that can use it no more.
+_NO_ROOM = re.compile(
+    r"(Triton Error \[\w+\]|(CUDA|HIP)( driver)? error): .*(out of memory|too many resources requested)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,7 @@ def prepare(problem: Problem, schedule: Schedule, target: Target, inputs: OpInpu
 
 @contextlib.contextmanager
 def launch_errors(backend: str) -> Iterator[None]:
-    """Turns the errors of a first launch, at which Triton compiles, into those of this project."""
+    """Turns the errors of launches, at the first of which Triton compiles, into those of this project."""
     no_resources, no_code = _triton_errors() if backend == "triton" else ((), ())
     try:
         yield
@@ -197,7 +201,8 @@ class LocalBench:
         """Times candidates in turns; those that another process prepared are prepared here first."""
         for schedule in schedules:
             self.prepare(schedule)
-        return measure([self._ready[schedule].call for schedule in schedules], self.device, rounds=rounds)
+        with launch_errors(backend_for(self.problem, self.target)):
+            return measure([self._ready[schedule].call for schedule in schedules], self.device, rounds=rounds)
 
 
 def open_bench(problem: Problem, target: Target, device: str, distribution: str, seed: int) -> LocalBench:

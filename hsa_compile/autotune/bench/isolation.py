@@ -39,6 +39,7 @@ from hsa_compile.target import Target
 # `__name__` guard, or one from standard input, does not survive.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom hsa_compile.autotune.bench.child import serve\n"
 _START_S = 300.0
+_MOST_STDERR = 1 << 16  # bytes that are looked through for the error
 _DEATH_S = 10.0  # how long a process may take to end after its connection closed
 
 
@@ -132,24 +133,30 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.close()
             return CandidateCrashed("its process closed the connection")
-        last = self._last_line()
+        error = self._error_line()
         self.close()
         if code == -signal.SIGKILL:
             return OutOfResources("its process was killed, as Linux does where memory runs out")
         if code < 0:
             return CandidateCrashed(f"its process died of {signal.Signals(-code).name}")
-        if code == 1 and last:
-            return CandidateError(last)
+        if code == 1 and error:
+            return CandidateError(error)
         return CandidateCrashed(f"its process left with code {code}")
 
-    def _last_line(self) -> str:
-        """Returns the last line of standard error, which is the error if the process ended with a traceback."""
+    def _error_line(self) -> str:
+        """Returns the line of standard error that names the error: the first after the frames of the last traceback.
+
+        PyTorch's messages about a GPU go on for several lines, of which the last ones are advice.
+        """
         if self._stderr.closed:
             return ""
         self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - 4000))
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        self._stderr.seek(max(0, self._stderr.tell() - _MOST_STDERR))
+        text = self._stderr.read().decode(errors="replace").strip()
+        _, found, traceback = text.rpartition("Traceback (most recent call last):\n")
+        if found:
+            return next((line for line in traceback.splitlines() if line and not line.startswith(" ")), "")
+        return text.splitlines()[-1] if text else ""
 
 
 class IsolatedBench:

@@ -19,6 +19,7 @@ from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, Problem
 from hsa_compile.target import Target
 
 DEVICE_TYPES = ("cpu", "cuda", "meta")  # those with a kernel, and `meta`, which has shapes alone
+_PLAIN = (Tensor, torch.nn.Parameter)
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
@@ -174,6 +175,17 @@ def check_arguments(
     check_shape("chunk_weights", weights_shape, (B, T, heads, K), "[B, T, H or HQ, K]")
     if not weights.is_floating_point():
         raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
+
+
+def are_checked_below(*tensors: Tensor) -> bool:
+    """Returns whether an operator's own kernel will see these tensors, which checks each combination of shapes once.
+
+    It will not where a call is traced, nor where it goes to what has no kernel of ours, such as another device or a
+    subclass of tensors; there the public function has to check.
+    """
+    return not torch.compiler.is_compiling() and all(
+        type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and x.dim() >= 2 for x in tensors
+    )
 
 
 def check_shape(name: str, shape: torch.Size, expected: tuple[int, ...], letters: str) -> None:

@@ -101,13 +101,17 @@ def hsa_attention(
     """
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q.device.type, q, k, v)
-    torch_ops.check_arguments(q, k, v, chunk_indices, chunk_weights, chunk_size, mask_last_token)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+    tensors = (q, k, v, chunk_indices, chunk_weights)
+    # Only an int, since True and 1 are one key; and before indices are numbered over all sequences.
+    if type(chunk_size) is not int or cu_seqlens is not None or not torch_ops.are_checked_below(*tensors):
+        torch_ops.check_arguments(*tensors, chunk_size, mask_last_token)
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
     if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
+        torch_ops.check_arguments(*tensors, chunk_size, mask_last_token)
         return _nothing_to_attend_to(q, k, v, chunk_weights)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     chunk_starts = None
     if cu_seqlens is not None:
         chunk_indices, chunk_starts = global_indices(chunk_indices, cu_seqlens, k.shape[1], chunk_size)

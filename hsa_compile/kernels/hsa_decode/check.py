@@ -1,5 +1,6 @@
 """The check of a kernel of `hsa_decode`: before it is timed, it must agree with the float64 reference."""
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -23,14 +24,22 @@ def check_decode(kernel: Kernel, problem: Problem, inputs: DecodeInputs) -> None
     Raises:
         WrongResult: the result is not finite or too far off; the message says where and by how much.
     """
+    small, expected = _small_case(problem, inputs.q.device)
+    _compare(kernel, small, expected, problem, "a small odd shape")
+    _compare(kernel, inputs, _reference(inputs, problem), problem, "sampled sequences")
+
+
+@functools.lru_cache(maxsize=8)
+def _small_case(problem: Problem, device: torch.device) -> tuple[DecodeInputs, Tensor]:
+    """Makes a small problem of the same kind with every oddity, and what the reference gives for it."""
     small = replace(
         problem,
         batch=2,
         seq_len=min(problem.seq_len, _SMALL_TOKENS),
         kv_len=_SMALL_CHUNKS * problem.chunk_size,
     )
-    _compare(kernel, _with_oddities(make_decode_inputs(small, inputs.q.device, seed=1)), problem, "a small odd shape")
-    _compare(kernel, inputs, problem, "sampled sequences")
+    inputs = _with_oddities(make_decode_inputs(small, device, seed=1))
+    return inputs, _reference(inputs, problem)
 
 
 def _with_oddities(inputs: DecodeInputs) -> DecodeInputs:
@@ -55,17 +64,21 @@ def _with_oddities(inputs: DecodeInputs) -> DecodeInputs:
     )
 
 
-def _compare(kernel: Kernel, inputs: DecodeInputs, problem: Problem, where: str) -> None:
+def _compare(kernel: Kernel, inputs: DecodeInputs, expected: Tensor, problem: Problem, where: str) -> None:
     o = kernel.entry(*inputs.arguments(problem.op), **inputs.options(problem.op))
     if not o.isfinite().all():
         raise NotFinite(f"o has values that are not finite on {where}")
-    sequences = torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES).long().unique().to(inputs.q.device)
-    expected = _reference(inputs, sequences, problem)
-    compare("o", o[sequences], expected, TOLERANCES[problem.dtype], where)
+    compare("o", o[_sampled(inputs)], expected, TOLERANCES[problem.dtype], where)
 
 
-def _reference(inputs: DecodeInputs, sequences: Tensor, problem: Problem) -> Tensor:
+def _sampled(inputs: DecodeInputs) -> Tensor:
+    """Returns the numbers of the sequences that are compared."""
+    return torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES).long().unique().to(inputs.q.device)
+
+
+def _reference(inputs: DecodeInputs, problem: Problem) -> Tensor:
     """Returns o of some sequences in float64, from the pages that they pick alone, since the pool may be large."""
+    sequences = _sampled(inputs)
     indices, weights = inputs.chunk_indices[sequences], inputs.chunk_weights[sequences].double()
     pages = indices.long()
     if inputs.page_table is not None:

@@ -35,19 +35,24 @@ def _run(
 ) -> Tensor:
     kernel = _kernel((q, k_chunks, v_chunks, indices, weights), page_table, softmax_off_by_one, mask_last_token)
     for name, x in (("k_chunks", k_chunks), ("v_chunks", v_chunks)):
-        _check_memory(name, x, q.device)
+        if x.device != q.device:
+            _check_pinned(name, x, q.device)
     tensors = (q.contiguous(), k_chunks, v_chunks, indices.contiguous(), weights.contiguous())
     if page_table is None:
         return kernel.entry(*tensors, scale=scale)
     return kernel.entry(*tensors, page_table=page_table.contiguous(), scale=scale)
 
 
-def _check_memory(name: str, x: Tensor, device: torch.device) -> None:
-    """Raises InvalidArgument unless kernels can read the pages where they lie: a copy costs more than the attention."""
-    if x.device != device and not x.is_pinned():
+def _check_pinned(name: str, x: Tensor, device: torch.device) -> None:
+    """Raises InvalidArgument unless pages on the CPU can be read from a GPU where they lie."""
+    if not x.is_pinned():
         raise InvalidArgument(
             f"{name} is in pageable memory of the CPU, q on {device}; pin it (`Tensor.pin_memory`) or move it"
         )
+
+
+def _check_strides(name: str, x: Tensor) -> None:
+    """Raises InvalidArgument unless kernels can read the pages as they lie: a copy costs more than the attention."""
     _, num_heads, chunk_size, width = x.shape
     inner = (chunk_size * width, width, 1)
     dims = zip(x.shape[1:], x.stride()[1:], inner, strict=True)
@@ -66,8 +71,9 @@ def _kernel(
     The key is all that decides whether they fit, so what is remembered was checked.
     """
     given = tensors if page_table is None else (*tensors, page_table)
+    strides = (tensors[1].stride(), tensors[2].stride())
     options = (page_table is None, softmax_off_by_one, mask_last_token)
-    key = ("hsa_decode", *[(x.shape, x.dtype, x.device) for x in given], *options)
+    key = ("hsa_decode", *[(x.shape, x.dtype, x.device) for x in given], *strides, *options)
     problem = functools.partial(_problem, tensors, page_table, softmax_off_by_one, mask_last_token)
     return remembered(key, Target.of(tensors[0].device), problem)
 
@@ -78,6 +84,8 @@ def _problem(
     """Returns the problem that the tensors of a call stand for; raises InvalidArgument if they do not fit."""
     q, k_chunks, v_chunks, indices, weights = tensors
     check_arguments(q, k_chunks, v_chunks, indices, weights, page_table, mask_last_token)
+    _check_strides("k_chunks", k_chunks)
+    _check_strides("v_chunks", v_chunks)
     num_pages, num_kv_heads, chunk_size, _ = k_chunks.shape
     num_chunks = num_pages if page_table is None else page_table.shape[1]
     return Problem(

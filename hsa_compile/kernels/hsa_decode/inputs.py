@@ -54,23 +54,25 @@ def make_decode_inputs(
     Raises:
         InvalidArgument: the distribution is unknown.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
     B, T, H, N, C = problem.batch, problem.seq_len, problem.num_kv_heads, problem.num_chunks, problem.chunk_size
     weight_heads = problem.num_heads if problem.per_head_weights else H
     num_pages = B * N if problem.paged else N
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     indices = pick_chunks(problem, distribution, generator)
-    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator)
-    table = torch.randperm(num_pages, generator=generator).view(B, N).to(device, torch.int32) if problem.paged else None
+    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device)
+    table = None
+    if problem.paged:
+        table = torch.randperm(num_pages, generator=generator, device=device).view(B, N).to(torch.int32)
     return DecodeInputs(
         q=normal(B, T, problem.num_heads, problem.head_dim),
         k_chunks=normal(num_pages, H, C, problem.head_dim),
         v_chunks=normal(num_pages, H, C, problem.value_dim),
-        chunk_indices=indices.to(device),
-        chunk_weights=scores.softmax(dim=-1).to(device, torch.float64 if problem.dtype == "float64" else torch.float32),
+        chunk_indices=indices,
+        chunk_weights=scores.softmax(dim=-1).to(torch.float64 if problem.dtype == "float64" else torch.float32),
         page_table=table,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gradient import refuse_tangents
+from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
 
 
@@ -58,15 +59,17 @@ def hsa_decode(
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
     tensors = (q, k_chunks, v_chunks, chunk_indices, chunk_weights)
-    decode_ops.check_arguments(*tensors, page_table, mask_last_token)
+    if not are_checked_below(*tensors, *(() if page_table is None else (page_table,))):
+        decode_ops.check_arguments(*tensors, page_table, mask_last_token)
     _refuse_gradients(*tensors)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
     no_chunks = k_chunks.shape[0] == 0 or (page_table is not None and page_table.shape[1] == 0)
     if chunk_indices.numel() == 0 or q.numel() == 0 or no_chunks:
+        decode_ops.check_arguments(*tensors, page_table, mask_last_token)
         return q.new_zeros(*q.shape[:3], v_chunks.shape[3])
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     return decode_ops.hsa_decode(
         q,
         k_chunks,
@@ -82,9 +85,11 @@ def hsa_decode(
 
 def _refuse_gradients(*tensors: Tensor) -> None:
     refuse_tangents("hsa_decode", tensors)
+    if not torch.is_grad_enabled():
+        return
     names = ("q", "k_chunks", "v_chunks", "chunk_indices", "chunk_weights")
     for name, x in zip(names, tensors, strict=True):
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad:
             raise InvalidArgument(
                 f"{name} requires a gradient and hsa_decode has none; use hsa_attention, or torch.no_grad()"
             )

@@ -3,6 +3,7 @@
 Before it is timed, its picks must be the best there are, and its weights and gradients must agree with the reference.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +28,7 @@ def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None
     Raises:
         WrongResult: a pick is not one of the best, or a result is too far off; the message names it.
     """
-    small = replace(
-        problem,
-        batch=min(problem.batch, 2),
-        seq_len=min(problem.seq_len, _SMALL_TOKENS),
-        kv_len=min(problem.num_chunks, _SMALL_CHUNKS) * problem.chunk_size,
-    )
-    # The small problem begins at position 0, so that the first rows see nothing.
-    small_inputs = replace(make_select_inputs(small, inputs.query.device, seed=1), offset=0)
-    for one, where in ((small_inputs, "a small odd shape"), (inputs, "sampled tokens")):
+    for one, where in ((_small_case(problem, inputs.query.device), "a small odd shape"), (inputs, "sampled tokens")):
         results = kernel.entry(*one.arguments(problem.op), **one.options(problem.op))
         count = min(_SAMPLED_TOKENS, one.query.shape[1])
         tokens = torch.linspace(0, one.query.shape[1] - 1, count).long().unique().to(one.query.device)
@@ -43,6 +36,18 @@ def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None
             _check_picks(results, one, tokens, problem, where)
         else:
             _check_gradients(results, one, tokens, problem, where)
+
+
+@functools.lru_cache(maxsize=8)
+def _small_case(problem: Problem, device: torch.device) -> SelectInputs:
+    """Makes a small problem of the same kind that begins at position 0, so that the first rows see nothing."""
+    small = replace(
+        problem,
+        batch=min(problem.batch, 2),
+        seq_len=min(problem.seq_len, _SMALL_TOKENS),
+        kv_len=min(problem.num_chunks, _SMALL_CHUNKS) * problem.chunk_size,
+    )
+    return replace(make_select_inputs(small, device, seed=1), offset=0)
 
 
 def _check_picks(

@@ -66,25 +66,28 @@ def make_select_inputs(
     Raises:
         InvalidArgument: the distribution is unknown.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
     B, T, H, N, D = problem.batch, problem.seq_len, problem.num_kv_heads, problem.num_chunks, problem.head_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     picks = pick_chunks(problem, distribution, generator)
-    query = torch.randn(B, T, H, D, generator=generator)
-    landmarks = torch.randn(B, N, H, D, generator=generator)
+    query, landmarks = normal(B, T, H, D), normal(B, N, H, D)
+    token = torch.arange(T, device=device)
     if distribution in ("local", "trained"):
-        query = 0.3 * query + query[:, torch.arange(T) // LOCAL_BLOCK * LOCAL_BLOCK]
+        query = 0.3 * query + query[:, token // LOCAL_BLOCK * LOCAL_BLOCK]
     if distribution == "hot":
         landmarks[:, : N // 8] *= 3
     offset = max(0, N * problem.chunk_size - T)
-    keys = noise_keys(NOISE_SEED, B, H, torch.arange(T) + offset).to(device) if problem.noise else None
     grad_dtype = torch.float64 if problem.dtype == "float64" else torch.float32
     return SelectInputs(
-        query=query.to(device, dtype),
-        landmarks=landmarks.to(device, dtype),
-        noise_keys=keys,
-        chunk_indices=picks.sort(dim=-1, descending=True).values.to(device),
-        grad_weights=torch.randn(B, T, H, problem.top_k, generator=generator).to(device, grad_dtype),
+        query=query.to(dtype),
+        landmarks=landmarks.to(dtype),
+        noise_keys=noise_keys(NOISE_SEED, B, H, token + offset) if problem.noise else None,
+        chunk_indices=picks.sort(dim=-1, descending=True).values,
+        grad_weights=normal(B, T, H, problem.top_k).to(grad_dtype),
         top_k=problem.top_k,
         offset=offset,
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
+from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
 from hsa_compile.kernels.select_chunks import dispatch as select_ops
 from hsa_compile.problem import FUSIONS, MAX_CHUNK_SIZE, MAX_SELECTED
 
@@ -56,9 +57,11 @@ def select_chunks(
 
     Source: arXiv 2504.16795 (stick-breaking), arXiv 2511.23319 (softmax, Gumbel noise).
     """
-    select_ops.check_arguments(query, landmarks)
+    if not are_checked_below(query, landmarks):
+        select_ops.check_arguments(query, landmarks)
     _check_options(chunk_size, top_k, offset, fusion, noise_seed)
     if query.numel() == 0 or landmarks.numel() == 0 or offset + query.shape[1] <= chunk_size:
+        select_ops.check_arguments(query, landmarks)
         return _nothing_to_select(query, landmarks, top_k)
     if noise_seed is not None and noise_seed >= 2**63:
         noise_seed -= 2**64  # PyTorch's integers have a sign; the bits are the same
