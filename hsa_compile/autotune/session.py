@@ -17,7 +17,14 @@ from hsa_compile.autotune.bench.child import by_name
 from hsa_compile.autotune.bench.device import device_lock, free_bytes
 from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder
 from hsa_compile.autotune.cost.roofline import estimate
-from hsa_compile.autotune.options import OPEN_BENCH, Limits, TuneOptions
+from hsa_compile.autotune.options import (
+    OPEN_BENCH,
+    Limits,
+    TuneOptions,
+    default_inputs,
+    input_names,
+    inputs_label,
+)
 from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.samplers.point import parameters_of
 from hsa_compile.autotune.search import SearchResult, search
@@ -87,11 +94,19 @@ class Session:
         problem, target: what is tuned.
         devices: the devices at hand that the target stands for; workers are dealt out to them in turn.
         options: how the search is run.
+
+    Attributes:
+        inputs, label: the names of the distributions that it is for, and what records call them.
+
+    Raises:
+        InvalidArgument: the file of picks that the options name cannot be read.
     """
 
     def __init__(self, problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> None:
         self.problem, self.target, self.options = problem, target, options
         self.devices = list(devices)
+        self.distribution = options.distribution or default_inputs(target.kind)
+        self.inputs, self.label = input_names(self.distribution), inputs_label(self.distribution)
         self.first = first_schedules(problem, target)
         self._resources = contextlib.ExitStack()
         self._lock = threading.Lock()
@@ -103,7 +118,7 @@ class Session:
             self._pool = self._make_pool(opening)
             self.storage = open_storage(self.options.storage)
             opening.callback(close_storage, self.storage)
-            asked = question(self.problem, self.target, inputs=self.options.distribution, seed=self.options.seed)
+            asked = question(self.problem, self.target, inputs=self.label, seed=self.options.seed)
             self.study = open_study(self.storage, asked, anew=self.options.anew)
             self.ledger = self._open_ledger()
             self._resources = opening.pop_all()
@@ -161,6 +176,7 @@ class Session:
             self._view(),
             bench,
             deadline=deadline,
+            inputs=self.inputs,
             pool=self._pool,
             pause_to_time=self.target.kind == "cpu",
             until_within=self.options.until_within,
@@ -200,7 +216,7 @@ class Session:
         )
 
     def _bench_arguments(self, device: str) -> tuple[object, ...]:
-        return (self.problem, self.target, device, self.options.distribution, self.options.seed)
+        return (self.problem, self.target, device, self.distribution, self.options.seed)
 
     def _limits(self) -> Limits:
         if self.options.limits is not None:
@@ -228,7 +244,7 @@ class Session:
         if self.options.ledger is None:
             return None
         ledger = Ledger(self.options.ledger)
-        return ProblemLedger(ledger, self.problem, self.target, self.options.distribution, self.first[0])
+        return ProblemLedger(ledger, self.problem, self.target, self.label, self.first[0])
 
 
 def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> MakeSampler:
