@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import optuna
 import torch
@@ -31,6 +32,7 @@ from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.study.storage import close_storage, finish_study, lock_of, open_storage, open_study, question
 from hsa_compile.autotune.study.study import MakeSampler, TuningStudy
+from hsa_compile.kernels.hsa_attention.inputs import RecordedPicks
 from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -99,7 +101,7 @@ class Session:
         inputs, label: the names of the distributions that it is for, and what records call them.
 
     Raises:
-        InvalidArgument: the file of picks that the options name cannot be read.
+        InvalidArgument: the file of picks that the options name cannot be read, or does not fit the problem.
     """
 
     def __init__(self, problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> None:
@@ -107,6 +109,8 @@ class Session:
         self.devices = list(devices)
         self.distribution = options.distribution or default_inputs(target.kind)
         self.inputs, self.label = input_names(self.distribution), inputs_label(self.distribution)
+        if self.label != self.distribution:  # whether the file fits is better known before a worker starts
+            RecordedPicks.load(Path(self.distribution)).stretched(problem)
         self.first = first_schedules(problem, target)
         self._resources = contextlib.ExitStack()
         self._lock = threading.Lock()

@@ -130,7 +130,7 @@ def tune(
             fingerprint=emit(problem, verdict.winner, target).fingerprint,
             versions=installed_versions(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            verdict=verdict.text + _conflict(result.trials, verdict.winner),
+            verdict=verdict.text + conflict(result.trials, verdict.winner),
             tie_set=verdict.tie_set,
             confidence=CONFIDENCE,
             clocks_mhz=clocks_mhz(devices[0]),
@@ -210,7 +210,7 @@ def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elap
     )
 
 
-def _conflict(trials: Sequence[Trial], winner: Schedule) -> str:
+def conflict(trials: Sequence[Trial], winner: Schedule) -> str:
     """Says so if no schedule that was timed is near the best one on each of several distributions.
 
     The ratios of a schedule that was dropped early come from few rounds, which are enough to tell a tenth.

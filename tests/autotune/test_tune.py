@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,13 @@ import hsa_compile
 from hsa_compile.autotune.bench import bench as bench_module
 from hsa_compile.autotune.bench.bench import Candidate, prepare
 from hsa_compile.autotune.options import MAX_SEED
-from hsa_compile.autotune.tune import Progress, tune
+from hsa_compile.autotune.search import Trial
+from hsa_compile.autotune.tune import Progress, conflict, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
@@ -54,6 +57,35 @@ def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
     assert all(progress.best_ms > 0 and progress.elapsed_s >= 0 for progress in seen)
     kernel = hsa_compile.emit(problem, record.schedule, target)
     assert kernel.fingerprint == record.fingerprint
+
+
+def test_a_search_for_two_distributions_keeps_the_times_on_each() -> None:
+    record = tune(PROBLEM, **QUICK, distribution="random and trained")
+    assert record.inputs == "random and trained"
+    assert list(record.by_inputs) == ["random", "trained"]
+    for own, default in record.by_inputs.values():
+        assert own.repeats == default.repeats == record.measurement.repeats
+    least, most = sorted(own.median_ms for own, _ in record.by_inputs.values())
+    assert 0.5 * least < record.measurement.median_ms < 2 * most
+    assert TuningRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_a_search_says_so_if_no_schedule_is_near_the_best_on_both() -> None:
+    schedules = [Schedule.of("chunk", number=number) for number in range(3)]
+
+    def trials(*ratios: tuple[float, float]) -> list[Trial]:
+        return [
+            Trial(schedule=schedule, ratio=1.0, median_ms=1.0, ratios={"random": one, "trained": other})
+            for schedule, (one, other) in zip(schedules, ratios, strict=False)
+        ]
+
+    apart = conflict(trials((1.0, 1.0), (0.8, 1.2), (1.3, 0.7)), schedules[0])
+    assert apart == (
+        "; none is within 10% of the best on all of random, trained: "
+        "chunk number=1 takes 0.80 times its time on random, chunk number=2 takes 0.70 times its time on trained"
+    )
+    assert conflict(trials((1.0, 1.0), (0.92, 1.2), (1.3, 0.93)), schedules[0]) == ""
+    assert conflict([Trial(schedule=schedules[0], ratio=1.0, median_ms=1.0)], schedules[0]) == ""
 
 
 @pytest.mark.slow

@@ -21,11 +21,11 @@ _JITTER = 1e-6
 _LEAST_SCALE = 1e-12  # the scale of values that are all alike
 _MAX_ITERATIONS = 30
 
-MAX_START, MIN_START = 10, 3  # the most and the fewest points before the first model, enqueued ones included
+MAX_START, MIN_START = 4, 3  # the most and the fewest points before the first model, enqueued ones included
 _START_SHARE = 0.05  # a small space starts with this share of its points
 _CANDIDATES = 32  # points drawn for one start point: the one with the rarest values is taken
-_PREDICT_EVERY = 2  # the model predicts anew after so many finished trials; between, the next best point is proposed
-_FIT_EVERY = 8  # the model's smoothness is fitted anew after so many finished trials
+_PREDICT_EVERY = 1  # the model predicts anew after so many finished trials; between, the next best point is proposed
+_FIT_EVERY = 4  # the model's smoothness is fitted anew after so many finished trials
 _MAX_LEARNED = 300  # the most points that the model learns from, since the cost grows with the cube
 _SLOW = 0.75  # points that are slower than this share of all count as equally slow
 _COST_POWER = 0.25  # the power of the cost that divides the expected gain; with 1, the cheapest points would win
