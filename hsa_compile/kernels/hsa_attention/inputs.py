@@ -184,7 +184,7 @@ class RecordedPicks:
             tensor, dtype = tensors[name], torch.int32 if name.endswith("indices") else torch.float32
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape) or len(shape) != 4 or not all(shape):
                 raise InvalidArgument(
-                    f"picks {path} have {name} {tensor.dtype} {list(tensor.shape)}; allowed is {dtype} [B, T, H, K] in all"
+                    f"picks {path} have {name} {tensor.dtype} {list(tensor.shape)}; allowed is {dtype} [B, T, H, K]"
                 )
         picks = RecordedPicks(
             path=path,
