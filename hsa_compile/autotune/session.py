@@ -4,6 +4,7 @@ It also chooses the schedules that a search tries first.
 """
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -73,9 +74,35 @@ def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
         if record.problem.op == problem.op and backend_for(record.problem, record.target) == backend
     ]
     records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
-    fitting = (space.fit(record.schedule) for record in records)
+    fitting = (
+        space.fit(with_rows_kept(record.schedule, record.problem.group, problem.group, space)) for record in records
+    )
     valid = dict.fromkeys(schedule for schedule in fitting if space.is_valid(schedule))
     yield from list(valid)[:MAX_NEIGHBOURS]
+
+
+def with_rows_kept(schedule: Schedule, group: int, new_group: int, space: SearchSpace) -> Schedule:
+    """Returns a schedule for another group size, whose tiles have as many rows, or nearly.
+
+    A tile has a row for each head of a group, of each of its tokens or picks. What was the best for one group on an
+    H100 is closer to the best for another with its rows kept than as it is (`benchmarks/first_tries.py`).
+
+    Args:
+        schedule: a schedule that was tuned.
+        group: the group size that it was tuned for.
+        new_group: the group size that it is to serve.
+        space: the schedules of the problem that it is to serve, whose choices it is moved to.
+    """
+    knobs = ["block_entries", "block_tokens"]
+    if schedule.dataflow == "fused":
+        knobs += ["segment", "super_tile"]
+    choices = space.choices.get(schedule.dataflow, {})
+    kept = dict(schedule)
+    for knob in knobs:
+        if knob in schedule and knob in choices:
+            wanted = math.log2(schedule.number(knob) * group / new_group)
+            kept[knob] = min(choices[knob], key=lambda choice: abs(math.log2(int(choice)) - wanted))
+    return Schedule.from_dict(kept)
 
 
 def _far(key: ScheduleKey, other: ScheduleKey) -> tuple[int, float]:
