@@ -154,7 +154,7 @@ class RecordedPicks:
     Attributes:
         path: where they came from, for messages.
         chunk_size: `C` of the model.
-        indices, weights: of all layers and rows of the batch, `[R, T, H, K]`.
+        indices, weights: `[R, T, H, K]`, a row for each layer and each row of the batch.
     """
 
     path: Path
