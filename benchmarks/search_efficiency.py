@@ -1,7 +1,10 @@
 """How soon each sampler finds a good schedule: searches replayed on recorded full sweeps, without the device.
 
-    python benchmarks/search_efficiency.py [FILES] --samplers ours,tpe,random --seeds 20 --evaluations 100 200 \
+    python benchmarks/search_efficiency.py [FILES] --samplers ours,lfbo,tpe --seeds 20 --evaluations 20 55 100 \
         --json OUT.json --plot OUT.png
+
+Samplers are ours, Optuna's, and those of other tuners (`rivals.py`). The goal is a median of at most 1.01 of the
+optimum after 55 evaluations, and a p90 of at most 1.05.
 
 A search of a sweep of our own begins with the default schedule, as `tune` does; of others, with what the sampler likes.
 Without FILES it takes `../shared/sweeps/*.json.gz` and `benchmarks/sweeps/*`, where there are any. The plot needs the
@@ -18,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from rivals import RIVALS, Space, replay
 from tabulate import tabulate
 
 from hsa_compile.autotune.bench.bench import quantile
@@ -140,16 +144,21 @@ def plot(found: list[Searches], path: Path) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _replay(file: Path) -> Replay:
+def _replay(file: Path) -> tuple[Replay, Space]:
     sweep = RecordedSweep.load(file)
-    return Replay(sweep, first_points(sweep))
+    own = Replay(sweep, first_points(sweep))
+    return own, Space(own.table)
 
 
 def _search(file: Path, sampler: str, evaluations: int, seed: int) -> tuple[list[float], float]:
-    replay = _replay(file)
+    own, space = _replay(file)
     start = time.process_time()
-    curve = replay.run(sampler, seed, evaluations)
-    return [least / replay.sweep.optimum for least in curve], time.process_time() - start
+    if sampler in RIVALS:
+        first = [index for point in own.first if (index := own.table.find(point)) is not None]
+        curve = replay(RIVALS[sampler], own.sweep, space, first, seed, evaluations)
+    else:
+        curve = own.run(sampler, seed, evaluations)
+    return [least / own.sweep.optimum for least in curve], time.process_time() - start
 
 
 def _name(file: Path) -> str:
@@ -160,9 +169,13 @@ def main() -> None:
     """Parses the command line, searches, prints the table, writes what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--samplers", default="ours,tpe,random", help=f"of {', '.join(SAMPLERS)}; split by commas")
+    parser.add_argument(
+        "--samplers",
+        default="ours,lfbo,vndx,tabu_wolf,tpe,random",
+        help=f"of {', '.join((*SAMPLERS, *RIVALS))}; split by commas",
+    )
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[50, 100, 200])
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[20, 55, 100])
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -21,6 +21,7 @@ FUSIONS = ("softmax", "stick_breaking")
 # The flags of a problem that change the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
 DISTRIBUTIONS = ("random", "local", "hot", "trained")  # how the picks of inputs may fall
+PICKS_ENDING = ".safetensors"  # a file with recorded picks may stand in their place
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_RETRIEVAL_DIM = 1024  # the largest head dim in select_chunks

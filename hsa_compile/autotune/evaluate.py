@@ -1,14 +1,19 @@
-"""The evaluation of one candidate, from compiling to times, in stages: most of the bad are dropped at a cheap one."""
+"""The evaluation of one candidate, from compiling to times, in stages: most of the bad are dropped at a cheap one.
 
+Where a search is for several distributions of picks together, a time is the geometric mean of theirs.
+"""
+
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hsa_compile.autotune.bench.bench import FAILURES, Bench, quantile
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.checks import check_choice, check_number, check_text, from_mapping, shown
 from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
+from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
 
@@ -30,6 +35,7 @@ class Outcome:
         stage: how far it came: refused for its compiled resources, failed while it was compiled or checked,
             dropped after the quick timings, or timed in full.
         times_ms, default_times_ms: the candidate's and the default's times in the same rounds; empty if it failed.
+        ratios: its ratio on each of several distributions; empty where the search is for one.
         failure, reason: the name of the error and its message; empty if the candidate was timed.
         fingerprint: the digest of the candidate's source; empty if it failed.
         resources: what the candidate uses, where the compiler tells.
@@ -39,6 +45,7 @@ class Outcome:
     stage: str
     times_ms: tuple[float, ...] = ()
     default_times_ms: tuple[float, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
     reason: str = ""
     fingerprint: str = ""
@@ -62,6 +69,11 @@ class Outcome:
             )
         for time_ms in (*self.times_ms, *self.default_times_ms):
             check_number("a time", time_ms, MIN_MS, MAX_MS)
+        if not isinstance(self.ratios, Mapping):
+            raise InvalidArgument(f"ratios = {shown(self.ratios)} must be a mapping of names to numbers")
+        for name, ratio in self.ratios.items():
+            check_text("a name in ratios", name)
+            check_number(f"ratios of {shown(name)}", ratio, MIN_MS / MAX_MS, MAX_MS / MIN_MS)
 
     @property
     def ratio(self) -> float | None:
@@ -69,9 +81,7 @@ class Outcome:
 
         Ratios to the same default compare across runs, days and drift, which times do not.
         """
-        if self.failure:
-            return None
-        return quantile([t / d for t, d in zip(self.times_ms, self.default_times_ms, strict=True)], 0.5)
+        return None if self.failure else median_ratio(self.times_ms, self.default_times_ms)
 
     @property
     def median_ms(self) -> float | None:
@@ -108,16 +118,42 @@ class Outcome:
         return from_mapping(Outcome, fields)
 
 
+Times = dict[str, list[float]]  # a candidate's times on each distribution, round by round
+
+
+def time_on_all(bench: Bench, schedules: Sequence[Schedule], rounds: int, inputs: Sequence[str]) -> list[Times]:
+    """Returns interleaved times of several candidates on each distribution that a search is for."""
+    found: list[Times] = [{} for _ in schedules]
+    for name in inputs:
+        # A bench that has one distribution need not be told which.
+        times = bench.time(schedules, rounds) if len(inputs) == 1 else bench.time(schedules, rounds, name)
+        for one, own in zip(found, times, strict=True):
+            one[name] = own
+    return found
+
+
+def together(times: Times) -> list[float]:
+    """Returns the geometric mean over the distributions, round by round."""
+    return [math.prod(found) ** (1 / len(found)) for found in zip(*times.values(), strict=True)]
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Returns the median, over the rounds, of a time divided by the other of the same round."""
+    return quantile([t / o for t, o in zip(times, others, strict=True)], 0.5)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """The default schedule, ready on the bench, with which candidates are compared.
 
     Attributes:
         schedule: the default, which all are timed in turns with.
+        inputs: the names of the distributions that all are timed on.
         outcome: what became of the default when it was timed against itself.
     """
 
     schedule: Schedule
+    inputs: tuple[str, ...]
     outcome: Outcome
 
     @property
@@ -128,13 +164,18 @@ class Baseline:
 
 
 def measure_default(
-    schedule: Schedule, bench: Bench, *, compiled: Callable[[], Resources | None] | None = None
+    schedule: Schedule,
+    bench: Bench,
+    *,
+    inputs: Sequence[str] = (DISTRIBUTIONS[0],),
+    compiled: Callable[[], Resources | None] | None = None,
 ) -> Baseline:
     """Prepares the default schedule and times it.
 
     Args:
         schedule: the default.
         bench: where it is prepared and timed.
+        inputs: the names of the distributions that the bench has.
         compiled: as in `evaluate`.
 
     Raises:
@@ -143,17 +184,18 @@ def measure_default(
     start = time.monotonic()
     resources = compiled() if compiled else bench.compile(schedule)
     fingerprint = bench.prepare(schedule)
-    first, second = bench.time([schedule, schedule], QUICK_ROUNDS)
-    times = (*first, *second)
+    first, second = time_on_all(bench, [schedule, schedule], QUICK_ROUNDS, inputs)
+    times = (*together(first), *together(second))
     outcome = Outcome(
         stage="full",
         times_ms=times,
         default_times_ms=times,
+        ratios={} if len(inputs) == 1 else dict.fromkeys(inputs, 1.0),
         fingerprint=fingerprint,
         resources=resources,
         seconds=time.monotonic() - start,
     )
-    return Baseline(schedule=schedule, outcome=outcome)
+    return Baseline(schedule=schedule, inputs=tuple(inputs), outcome=outcome)
 
 
 def evaluate(
@@ -187,37 +229,42 @@ def evaluate(
         stage = "quick"
         pair = [schedule, baseline.schedule]
         is_long = baseline.median_ms >= _LONG_MS
-        times, default_times = bench.time(pair, 1 if is_long else QUICK_ROUNDS)
-        if is_long and times[0] <= FAR_SLOWER * best_ratio * default_times[0]:
+        times, default_times = time_on_all(bench, pair, 1 if is_long else QUICK_ROUNDS, baseline.inputs)
+        if is_long and together(times)[0] <= FAR_SLOWER * best_ratio * together(default_times)[0]:
             # One call comes before the default's, one after it: compared with both, drift cancels out.
-            (again,) = bench.time([schedule], 1)
-            times, default_times = [*times, *again], default_times * 2
+            (again,) = time_on_all(bench, [schedule], 1, baseline.inputs)
+            times, default_times = _joined(times, again), _joined(default_times, default_times)
         outcome = _timed(stage, times, default_times, fingerprint, resources, start)
         assert outcome.ratio is not None
-        more = min(more_rounds, int(more_rounds * _MS_A_ROUND / (2 * baseline.median_ms)))
+        round_ms = 2 * baseline.median_ms * len(baseline.inputs)
+        more = min(more_rounds, int(more_rounds * _MS_A_ROUND / round_ms))
         if outcome.ratio > CLEARLY_SLOWER * best_ratio or more < 1:
             return outcome
         stage = "full"
-        more_times, more_default_times = bench.time(pair, more)
-        return _timed(
-            stage, [*times, *more_times], [*default_times, *more_default_times], fingerprint, resources, start
-        )
+        more_times, more_default_times = time_on_all(bench, pair, more, baseline.inputs)
+        times, default_times = _joined(times, more_times), _joined(default_times, more_default_times)
+        return _timed(stage, times, default_times, fingerprint, resources, start)
     except FAILURES as error:
         return Outcome.failed(stage, error, resources, time.monotonic() - start)
 
 
+def _joined(times: Times, more: Times) -> Times:
+    return {name: [*own, *more[name]] for name, own in times.items()}
+
+
 def _timed(
     stage: str,
-    times: list[float],
-    default_times: list[float],
+    times: Times,
+    default_times: Times,
     fingerprint: str,
     resources: Resources | None,
     start: float,
 ) -> Outcome:
     return Outcome(
         stage=stage,
-        times_ms=tuple(times),
-        default_times_ms=tuple(default_times),
+        times_ms=tuple(together(times)),
+        default_times_ms=tuple(together(default_times)),
+        ratios={} if len(times) == 1 else {name: median_ratio(own, default_times[name]) for name, own in times.items()},
         fingerprint=fingerprint,
         resources=resources,
         seconds=time.monotonic() - start,

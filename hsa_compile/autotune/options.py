@@ -1,15 +1,17 @@
-"""The options of a search: its budget, its sampler, where its study is kept, and how careful it is.
+"""The options of a search: its budget, its sampler, its inputs, where its study is kept, and how careful it is.
 
 The command line reads the names and bounds here before it loads a search, so this file imports no PyTorch.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.problem import DISTRIBUTIONS
+from hsa_compile.files import read_regular
+from hsa_compile.problem import DISTRIBUTIONS, PICKS_ENDING
 
 SAMPLERS = ("ours", "tpe", "random", "grid", "gp", "cmaes")
 DEFAULT_TRIALS = 40
@@ -19,6 +21,7 @@ MAX_SEED = 2**32 - 1  # the largest seed that Optuna's samplers take
 DATABASES = ("postgresql", "mysql", "sqlite")
 PROXY = "grpc"
 OPEN_BENCH = "hsa_compile.autotune.bench.bench:open_bench"
+TOGETHER = " and "  # stands between the names of distributions that a search is for together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,9 @@ class TuneOptions:
         trials: the most candidates to try, the default included, by all workers of the study.
         timeout: the seconds for everything; the play-off gets a fifth.
         seed: the seed for the sampler and the inputs.
-        distribution: how the picks of the inputs fall, one of `problem.DISTRIBUTIONS`.
+        distribution: how the picks of the inputs fall: one of `problem.DISTRIBUTIONS`, several with ` and ` between
+            them, or a file of recorded picks. With several, their geometric mean decides. By default a GPU is tuned
+            for `random and trained`, and a CPU, where one search takes far longer, for `random`.
         sampler: what chooses the candidates, one of `SAMPLERS`.
         until_within: ends the search early when no more than this share of the best time is expected to be left to
             gain; for samplers without a model, when the last candidates gained no more.
@@ -71,7 +76,7 @@ class TuneOptions:
     trials: int = DEFAULT_TRIALS
     timeout: float = DEFAULT_TIMEOUT_S
     seed: int = 0
-    distribution: str = "random"
+    distribution: str | None = None
     sampler: str = DEFAULT_SAMPLER
     until_within: float | None = None
     storage: str | None = None
@@ -97,8 +102,50 @@ class TuneOptions:
             raise InvalidArgument(f"until_within = {self.until_within} must be a share between 0 and 1")
         if self.storage is not None:
             check_address(self.storage)
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        if self.distribution is not None:
+            check_inputs(self.distribution)
         check_choice("sampler", self.sampler, SAMPLERS)
+
+
+def default_inputs(kind: str) -> str:
+    """Returns what a search is for on a kind of device unless its options say."""
+    return "random" if kind == "cpu" else f"random{TOGETHER}trained"
+
+
+def input_names(inputs: str) -> tuple[str, ...]:
+    """Returns the distributions, or the file, that a text names."""
+    return (inputs,) if inputs.endswith(PICKS_ENDING) else tuple(inputs.split(TOGETHER))
+
+
+def check_inputs(inputs: str) -> None:
+    """Raises unless a text names a file of picks, or distributions, each once.
+
+    Raises:
+        InvalidArgument: it names something else.
+    """
+    if inputs.endswith(PICKS_ENDING):
+        return
+    names = input_names(inputs)
+    for name in names:
+        check_choice("distribution", name, (*DISTRIBUTIONS, f"a file *{PICKS_ENDING}"))
+    if len(set(names)) < len(names):
+        raise InvalidArgument(f"distribution = {inputs!r} names one twice")
+
+
+def inputs_label(inputs: str) -> str:
+    """Returns what studies, ledgers and records call inputs; a file is called by its name and the digest of its bytes.
+
+    Raises:
+        InvalidArgument: the file cannot be read.
+    """
+    if not inputs.endswith(PICKS_ENDING):
+        return inputs
+    path = Path(inputs)
+    try:
+        digest = hashlib.sha256(read_regular(path)).hexdigest()[:12]
+    except OSError as error:
+        raise InvalidArgument(f"picks {inputs} cannot be read: {error.strerror or error}") from error
+    return f"{path.name} ({digest})"
 
 
 def check_address(address: str) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from hsa_compile.autotune.bench.bench import FAILURES, quantile, summarize
+from hsa_compile.autotune.bench.bench import FAILURES, Bench, summarize
 from hsa_compile.autotune.bench.device import device_lock
 from hsa_compile.autotune.bench.isolation import IsolatedBench
 from hsa_compile.autotune.cost.roofline import Resources
-from hsa_compile.autotune.options import OPEN_BENCH
+from hsa_compile.autotune.evaluate import Times, median_ratio, time_on_all, together
+from hsa_compile.autotune.options import OPEN_BENCH, default_inputs, input_names
 from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
@@ -76,7 +77,7 @@ def play_off(
     times = _rounds(entrants, time_all, max_rounds, deadline)
     level = (1 - CONFIDENCE) / max(1, len(challengers))
     beaters = [i for i in range(1, len(entrants)) if _is_faster(times[i], times[0], level)]
-    best = min(beaters, key=lambda i: _median_ratio(times[i], times[0]), default=0)
+    best = min(beaters, key=lambda i: median_ratio(times[i], times[0]), default=0)
     may_win = beaters or [0]
 
     def preference(i: int) -> tuple[int, ...]:
@@ -98,8 +99,39 @@ def play_off(
     )
 
 
+class TimesByInputs:
+    """Collects what a play-off times on each distribution, and gives it the geometric means.
+
+    Args:
+        bench: where candidates are timed.
+        inputs: the names of the distributions that the bench has.
+    """
+
+    def __init__(self, bench: Bench, inputs: Sequence[str]) -> None:
+        self._bench, self._inputs = bench, tuple(inputs)
+        self._times: dict[Schedule, Times] = {}
+
+    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        """Returns interleaved times of several candidates, as `play_off` asks for them."""
+        found = time_on_all(self._bench, schedules, rounds, self._inputs)
+        for schedule, times in zip(schedules, found, strict=True):
+            known = self._times.setdefault(schedule, {name: [] for name in self._inputs})
+            for name, own in times.items():
+                known[name] += own
+        return [together(times) for times in found]
+
+    def pairs(self, winner: Schedule, default: Schedule) -> dict[str, tuple[Measurement, Measurement]]:
+        """Returns the winner's and the default's times on each of several distributions; nothing where there is one."""
+        if len(self._inputs) == 1:
+            return {}
+        own, other = self._times[winner], self._times[default]
+        return {name: (summarize(own[name]), summarize(other[name])) for name in self._inputs}
+
+
 def verify(record: TuningRecord, device: str) -> TuningRecord | None:
-    """Times a stored winner in turns with the default once more.
+    """Times a stored winner in turns with the default once more, on the picks that it was tuned for.
+
+    Where these came from a file, they are those that a search has by default.
 
     Returns:
         the record with today's times, versions and date; None if the default is faster now by more than noise, or the
@@ -109,7 +141,8 @@ def verify(record: TuningRecord, device: str) -> TuningRecord | None:
         HSACompileError: the default itself fails.
     """
     default = default_schedule(record.problem, record.target)
-    distribution = record.inputs if record.inputs in DISTRIBUTIONS else DISTRIBUTIONS[0]
+    known = all(name in DISTRIBUTIONS for name in input_names(record.inputs))
+    distribution = record.inputs if known else default_inputs(record.target.kind)
     arguments = (record.problem, record.target, device, distribution, 0)
     with IsolatedBench(OPEN_BENCH, arguments, lock=device_lock(device)) as bench:
         bench.prepare(default)
@@ -117,13 +150,16 @@ def verify(record: TuningRecord, device: str) -> TuningRecord | None:
             bench.prepare(record.schedule)
         except FAILURES:
             return None
-        times, others = _rounds([record.schedule, default], bench.time, MIN_ROUNDS, deadline=0.0)
+        timer = TimesByInputs(bench, input_names(distribution))
+        times, others = _rounds([record.schedule, default], timer.time, MIN_ROUNDS, deadline=0.0)
     if record.schedule != default and _is_faster(others, times, 1 - CONFIDENCE):
         return None
     return replace(
         record,
+        inputs=distribution,
         measurement=summarize(times),
         default_measurement=summarize(others),
+        by_inputs=timer.pairs(record.schedule, default),
         versions=installed_versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -146,15 +182,11 @@ def _rounds(entrants: Sequence[Schedule], time_all: TimeAll, max_rounds: int, de
 
 def _is_faster(times: Sequence[float], others: Sequence[float], level: float) -> bool:
     """Returns whether `times` beat `others` by more than `MIN_GAIN`, by luck only with a probability of `level`."""
-    if _median_ratio(times, others) >= 1 - MIN_GAIN:
+    if median_ratio(times, others) >= 1 - MIN_GAIN:
         return False
     wins = sum(t < o for t, o in zip(times, others, strict=True))
     played = sum(t != o for t, o in zip(times, others, strict=True))
     return sum(math.comb(played, k) for k in range(wins, played + 1)) / 2**played <= level
-
-
-def _median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    return quantile([t / o for t, o in zip(times, others, strict=True)], 0.5)
 
 
 def _text(beaten: bool, num_challengers: int, num_ties: int, rounds: int) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.autotune.evaluate import Baseline, Outcome, evaluate, measure_default
 from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.autotune.study.study import Finished, Proposal, TuningStudy
+from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.schedule import Schedule
 
 PATIENCE = 20  # a search without a model has settled when so many trials gained little
@@ -26,12 +27,14 @@ class Trial:
         schedule: what was timed.
         ratio: the median, over the rounds, of its time divided by the default's.
         median_ms: the median of its times.
+        ratios: the ratio on each of several distributions; empty where the search is for one.
         resources: what it uses, where the compiler tells.
     """
 
     schedule: Schedule
     ratio: float
     median_ms: float
+    ratios: Mapping[str, float] = field(default_factory=dict)
     resources: Resources | None = None
 
 
@@ -69,8 +72,13 @@ class SearchResult:
             if ratio is None or median_ms is None:
                 result.failures[one.outcome.failure] += 1
             else:
-                resources = one.outcome.resources
-                trial = Trial(schedule=one.schedule, ratio=ratio, median_ms=median_ms, resources=resources)
+                trial = Trial(
+                    schedule=one.schedule,
+                    ratio=ratio,
+                    median_ms=median_ms,
+                    ratios=one.outcome.ratios,
+                    resources=one.outcome.resources,
+                )
                 result.trials.append(trial)
         return result
 
@@ -91,6 +99,7 @@ def search(
     bench: Bench,
     *,
     deadline: float,
+    inputs: Sequence[str] = (DISTRIBUTIONS[0],),
     pool: CompilePool | None = None,
     pause_to_time: bool = False,
     until_within: float | None = None,
@@ -104,6 +113,7 @@ def search(
         study: the study that says what was tried and what to try; the first of its first schedules is the default.
         bench: where candidates are checked and timed.
         deadline: `time.monotonic()` after which no new candidate but the default begins.
+        inputs: the names of the distributions that the bench has.
         pool: what compiles candidates ahead; without one, the bench compiles each in its turn.
         pause_to_time: whether to compile nothing while a candidate is timed, since it would use the same cores.
         until_within: ends the search when the sampler's model expects no more than this share of the best time from
@@ -118,7 +128,7 @@ def search(
     """
     default = study.first[0]
     compiled = pool.submit(default).result if pool else None  # while the bench still opens
-    baseline = measure_default(default, bench, compiled=compiled)
+    baseline = measure_default(default, bench, inputs=inputs, compiled=compiled)
     window = _Window(study, pool, pause_to_time)
 
     result = SearchResult.of(study.finished())

@@ -4,10 +4,12 @@ It also chooses the schedules that a search tries first.
 """
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import optuna
 import torch
@@ -17,13 +19,21 @@ from hsa_compile.autotune.bench.child import by_name
 from hsa_compile.autotune.bench.device import device_lock, free_bytes
 from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder
 from hsa_compile.autotune.cost.roofline import estimate
-from hsa_compile.autotune.options import OPEN_BENCH, Limits, TuneOptions
+from hsa_compile.autotune.options import (
+    OPEN_BENCH,
+    Limits,
+    TuneOptions,
+    default_inputs,
+    input_names,
+    inputs_label,
+)
 from hsa_compile.autotune.samplers import STATELESS, make_sampler
 from hsa_compile.autotune.samplers.point import parameters_of
 from hsa_compile.autotune.search import SearchResult, search
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.study.storage import close_storage, finish_study, lock_of, open_storage, open_study, question
 from hsa_compile.autotune.study.study import MakeSampler, TuningStudy
+from hsa_compile.kernels.hsa_attention.inputs import RecordedPicks
 from hsa_compile.peaks import LIMITS
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -64,9 +74,35 @@ def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
         if record.problem.op == problem.op and backend_for(record.problem, record.target) == backend
     ]
     records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
-    fitting = (space.fit(record.schedule) for record in records)
+    fitting = (
+        space.fit(with_rows_kept(record.schedule, record.problem.group, problem.group, space)) for record in records
+    )
     valid = dict.fromkeys(schedule for schedule in fitting if space.is_valid(schedule))
     yield from list(valid)[:MAX_NEIGHBOURS]
+
+
+def with_rows_kept(schedule: Schedule, group: int, new_group: int, space: SearchSpace) -> Schedule:
+    """Returns a schedule for another group size, whose tiles have as many rows, or nearly.
+
+    A tile has a row for each head of a group, of each of its tokens or picks. What was the best for one group on an
+    H100 is closer to the best for another with its rows kept than as it is (`benchmarks/first_tries.py`).
+
+    Args:
+        schedule: a schedule that was tuned.
+        group: the group size that it was tuned for.
+        new_group: the group size that it is to serve.
+        space: the schedules of the problem that it is to serve, whose choices it is moved to.
+    """
+    knobs = ["block_entries", "block_tokens"]
+    if schedule.dataflow == "fused":
+        knobs += ["segment", "super_tile"]
+    choices = space.choices.get(schedule.dataflow, {})
+    kept = dict(schedule)
+    for knob in knobs:
+        if knob in schedule and knob in choices:
+            wanted = math.log2(schedule.number(knob) * group / new_group)
+            kept[knob] = min(choices[knob], key=lambda choice: abs(math.log2(int(choice)) - wanted))
+    return Schedule.from_dict(kept)
 
 
 def _far(key: ScheduleKey, other: ScheduleKey) -> tuple[int, float]:
@@ -87,11 +123,21 @@ class Session:
         problem, target: what is tuned.
         devices: the devices at hand that the target stands for; workers are dealt out to them in turn.
         options: how the search is run.
+
+    Attributes:
+        inputs, label: the names of the distributions that it is for, and what records call them.
+
+    Raises:
+        InvalidArgument: the file of picks that the options name cannot be read, or does not fit the problem.
     """
 
     def __init__(self, problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> None:
         self.problem, self.target, self.options = problem, target, options
         self.devices = list(devices)
+        self.distribution = options.distribution or default_inputs(target.kind)
+        self.inputs, self.label = input_names(self.distribution), inputs_label(self.distribution)
+        if self.label != self.distribution:  # whether the file fits is better known before a worker starts
+            RecordedPicks.load(Path(self.distribution)).stretched(problem)
         self.first = first_schedules(problem, target)
         self._resources = contextlib.ExitStack()
         self._lock = threading.Lock()
@@ -103,7 +149,7 @@ class Session:
             self._pool = self._make_pool(opening)
             self.storage = open_storage(self.options.storage)
             opening.callback(close_storage, self.storage)
-            asked = question(self.problem, self.target, inputs=self.options.distribution, seed=self.options.seed)
+            asked = question(self.problem, self.target, inputs=self.label, seed=self.options.seed)
             self.study = open_study(self.storage, asked, anew=self.options.anew)
             self.ledger = self._open_ledger()
             self._resources = opening.pop_all()
@@ -161,6 +207,7 @@ class Session:
             self._view(),
             bench,
             deadline=deadline,
+            inputs=self.inputs,
             pool=self._pool,
             pause_to_time=self.target.kind == "cpu",
             until_within=self.options.until_within,
@@ -200,7 +247,7 @@ class Session:
         )
 
     def _bench_arguments(self, device: str) -> tuple[object, ...]:
-        return (self.problem, self.target, device, self.options.distribution, self.options.seed)
+        return (self.problem, self.target, device, self.distribution, self.options.seed)
 
     def _limits(self) -> Limits:
         if self.options.limits is not None:
@@ -228,7 +275,7 @@ class Session:
         if self.options.ledger is None:
             return None
         ledger = Ledger(self.options.ledger)
-        return ProblemLedger(ledger, self.problem, self.target, self.options.distribution, self.first[0])
+        return ProblemLedger(ledger, self.problem, self.target, self.label, self.first[0])
 
 
 def _sampler_maker(problem: Problem, target: Target, options: TuneOptions) -> MakeSampler:

@@ -23,7 +23,7 @@ from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.checks import check_number, check_text, from_mapping, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import MOST_BYTES, parse_json, read_regular
-from hsa_compile.problem import Problem
+from hsa_compile.problem import DISTRIBUTIONS, Problem
 from hsa_compile.schedules.record import MAX_COUNT, MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
@@ -197,6 +197,7 @@ def sweep(
     bench: Bench,
     ledger: ProblemLedger,
     *,
+    inputs: Sequence[str] = (DISTRIBUTIONS[0],),
     should_stop: Callable[[], bool] = lambda: False,
     on_outcome: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[Schedule, Outcome]:
@@ -207,12 +208,13 @@ def sweep(
         default: the schedule that all are timed in turns with.
         bench: where they are prepared and timed.
         ledger: has what an earlier, interrupted sweep or search timed, and gets what this one times.
+        inputs: the names of the distributions that the bench has.
         should_stop: asked before each candidate.
         on_outcome: called with how many are done, and how many there are.
     """
     outcomes = ledger.known()
     valid = list(SearchSpace.of(problem, target).schedules())
-    baseline = measure_default(default, bench)
+    baseline = measure_default(default, bench, inputs=inputs)
     if default not in outcomes:
         ledger.add(default, baseline.outcome)
         outcomes[default] = baseline.outcome

@@ -13,8 +13,8 @@ from hsa_compile.autotune.bench.bench import FAILURES, Bench
 from hsa_compile.autotune.bench.device import check_memory, clocks_mhz
 from hsa_compile.autotune.evaluate import CLEARLY_SLOWER
 from hsa_compile.autotune.options import TuneOptions
-from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, Verdict, play_off
-from hsa_compile.autotune.search import SearchResult
+from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, TimesByInputs, Verdict, play_off
+from hsa_compile.autotune.search import SearchResult, Trial
 from hsa_compile.autotune.session import Session
 from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.study.storage import answering, default_storage
@@ -36,6 +36,7 @@ MODES = ("off", "on-miss")  # what `set_autotune` takes
 _MAX_FINALISTS = 8
 _PLAY_OFF_ROUNDS = 15
 _PLAY_OFF_SHARE = 0.2  # the share of the time that the play-off gets
+_NEAR_BEST = 0.1  # the share of time that a schedule which serves all distributions may lose on each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,8 @@ def tune(
     with answering(chosen.storage), Session(problem, target, devices, chosen) as session:
         result = session.run(start + chosen.timeout * (1 - _PLAY_OFF_SHARE), should_stop, report)
         stopped = should_stop()
-        verdict = _decide(session, result, time.monotonic() if stopped else deadline)
+        timer = TimesByInputs(session.main_bench, session.inputs)
+        verdict = _decide(session, result, timer, time.monotonic() if stopped else deadline)
         record = TuningRecord(
             problem=problem,
             target=target,
@@ -124,15 +126,16 @@ def tune(
             default_measurement=verdict.default_measurement,
             trials=result.num_tried,
             failures=dict(result.failures),
-            inputs=chosen.distribution,
+            inputs=session.label,
             fingerprint=emit(problem, verdict.winner, target).fingerprint,
             versions=installed_versions(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            verdict=verdict.text,
+            verdict=verdict.text + conflict(result.trials, verdict.winner),
             tie_set=verdict.tie_set,
             confidence=CONFIDENCE,
             clocks_mhz=clocks_mhz(devices[0]),
             complete=not stopped,
+            by_inputs=timer.pairs(verdict.winner, session.first[0]),
         )
         if record.shortfall is None:
             on_record(record)
@@ -207,7 +210,34 @@ def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elap
     )
 
 
-def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
+def conflict(trials: Sequence[Trial], winner: Schedule) -> str:
+    """Says so if no schedule that was timed is near the best one on each of several distributions.
+
+    The ratios of a schedule that was dropped early come from few rounds, which are enough to tell a tenth.
+    """
+    own = next((trial for trial in trials if trial.schedule == winner), None)
+    if own is None or not own.ratios:
+        return ""
+    best = {name: _best_on(name, trials) for name in own.ratios}
+
+    def most_lost(trial: Trial) -> float:
+        return max(trial.ratios[name] / best[name].ratios[name] - 1 for name in best)
+
+    if min(map(most_lost, trials)) <= _NEAR_BEST:
+        return ""
+    alone = ", ".join(
+        f"{one.schedule} takes {one.ratios[name] / own.ratios[name]:.2f} times its time on {name}"
+        for name, one in best.items()
+        if one.schedule != winner
+    )
+    return f"; none is within {_NEAR_BEST:.0%} of the best on all of {', '.join(best)}: {alone}"
+
+
+def _best_on(name: str, trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.ratios[name])
+
+
+def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadline: float) -> Verdict:
     """Holds the play-off of the best few, in the order of the space, which does not depend on their times."""
     default = session.first[0]
     typical_ms = result.trials[0].median_ms if result.trials else 1.0
@@ -217,6 +247,7 @@ def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
         key=lambda trial: trial.ratio,
     )
     bench = session.main_bench
+    typical_ms *= len(session.inputs)
     finalists = _ready(bench, (trial.schedule for trial in others), _num_finalists(typical_ms, deadline))
     space = SearchSpace.of(session.problem, session.target)
     ordered = [schedule for schedule in space.schedules() if schedule in finalists]
@@ -224,7 +255,7 @@ def _decide(session: Session, result: SearchResult, deadline: float) -> Verdict:
     return play_off(
         default,
         ordered,
-        bench.time,
+        timer.time,
         max_rounds=_PLAY_OFF_ROUNDS,
         deadline=deadline,
         resources=known.get,

@@ -14,7 +14,7 @@ from hsa_compile.schedules.exchange import FORMAT, export_records, import_record
 from hsa_compile.schedules.explain import Difference, Explanation, Rival
 from hsa_compile.schedules.explain import explain as explain_problem
 from hsa_compile.schedules.ops import source_version
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.record import PREDICTED, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
@@ -186,7 +186,15 @@ def _source(explanation: Explanation) -> str:
     record = explanation.found.record
     how = "exact" if explanation.how == "exact" else f"nearest, distance {explanation.found.distance:.2f}"
     entry = f"{record.problem.describe()} on {record.target.name}"
-    return f"{explanation.found.origin}, {record.kind} {record.date[:10]}, {how}: {entry}"
+    return f"{explanation.found.origin}, {record.kind} {record.date[:10]}, {how}: {entry}{_timed_on(record)}"
+
+
+def _timed_on(record: TuningRecord) -> str:
+    """Says which picks a measured entry was timed on, and what its schedule takes on each kind of them."""
+    if record.kind == PREDICTED:
+        return ""
+    each = ", ".join(f"{own.median_ms:.3g} ms on {name}" for name, (own, _) in record.by_inputs.items())
+    return f", timed on {record.inputs}" + (f" ({each})" if each else "")
 
 
 def _reason(rival: Rival) -> str:

@@ -1,6 +1,6 @@
 """The table of the ops' kernels: for each op the tensors that it is tuned on, and the check that a kernel must pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.hsa_attention.check import check_attention
-from hsa_compile.kernels.hsa_attention.inputs import make_inputs
+from hsa_compile.kernels.hsa_attention.inputs import Inputs, make_inputs, pick_chunks
 from hsa_compile.kernels.hsa_decode.check import check_decode
 from hsa_compile.kernels.hsa_decode.inputs import make_decode_inputs
 from hsa_compile.kernels.select_chunks.check import check_select
@@ -67,6 +67,25 @@ def inputs_of(problem: Problem, device: torch.device, *, distribution: str = "ra
         InvalidArgument: the distribution is unknown.
     """
     made: OpInputs = OP_KERNELS[problem.op].make_inputs(problem, device, distribution=distribution, seed=seed)
+    return made
+
+
+def all_inputs_of(
+    problem: Problem, device: torch.device, *, distributions: Sequence[str], seed: int = 0
+) -> dict[str, OpInputs]:
+    """Makes tensors of a problem's shapes for each distribution; those of `hsa_attention` differ in the picks alone.
+
+    Raises:
+        InvalidArgument: a distribution is unknown.
+    """
+    first, *others = distributions
+    made = {first: inputs_of(problem, device, distribution=first, seed=seed)}
+    for name in others:
+        known = made[first]
+        if isinstance(known, Inputs):
+            made[name] = known.with_indices(pick_chunks(problem, name, torch.Generator(device).manual_seed(seed)))
+        else:
+            made[name] = inputs_of(problem, device, distribution=name, seed=seed)
     return made
 
 

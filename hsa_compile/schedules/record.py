@@ -1,7 +1,7 @@
 """The record of one search: the schedule that won, its measurement, and everything needed to judge it later."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hsa_compile.checks import (
@@ -64,7 +64,9 @@ class TuningRecord:
         default_measurement: the default schedule's times in the same play-off, interleaved with the winner's.
         trials: how many candidates were tried.
         failures: how many of them failed, by the name of the error.
-        inputs: name of the input distribution.
+        inputs: how the picks of the inputs fell: a distribution, several with ` and ` between them, or a file of picks.
+        by_inputs: where there were several, each one's name with the winner's and the default's times on it; the
+            times above are their geometric means.
         fingerprint: the digest of the emitted source that was measured.
         versions: the versions of torch, triton, optuna and hsa-compile, and of a GPU's driver.
         date: when the search ended, in ISO 8601, UTC.
@@ -95,6 +97,7 @@ class TuningRecord:
     confidence: float | None = None
     clocks_mhz: Mapping[str, int] | None = None
     complete: bool = True
+    by_inputs: Mapping[str, tuple[Measurement, Measurement]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
@@ -112,6 +115,8 @@ class TuningRecord:
         if self.confidence is not None:
             check_number("confidence", self.confidence, 0, 1)
         check_flag("complete", self.complete)
+        for name in self.by_inputs:
+            check_text("a name in by_inputs", name)
 
     @staticmethod
     def _check_counts(field: str, counts: Mapping[str, int], most: int) -> None:
@@ -186,6 +191,10 @@ class TuningRecord:
             "confidence": self.confidence,
             "clocks_mhz": None if self.clocks_mhz is None else dict(self.clocks_mhz),
             "complete": self.complete,
+            "by_inputs": {
+                name: {"measurement": asdict(own), "default_measurement": asdict(default)}
+                for name, (own, default) in self.by_inputs.items()
+            },
         }
 
     @staticmethod
@@ -215,7 +224,21 @@ class TuningRecord:
             confidence=values.get("confidence"),
             clocks_mhz=values.get("clocks_mhz"),
             complete=values.get("complete", True),
+            by_inputs=_pairs(values.get("by_inputs", {})),
         )
+
+
+def _pairs(values: object) -> dict[str, tuple[Measurement, Measurement]]:
+    """Returns the winner's and the default's times by the name of the inputs, from the form of `to_dict`."""
+    if not isinstance(values, Mapping) or not all(isinstance(pair, Mapping) for pair in values.values()):
+        raise InvalidArgument(f"by_inputs = {shown(values)} must be a mapping of names to pairs of measurements")
+    return {
+        name: (
+            from_mapping(Measurement, pair["measurement"]),
+            from_mapping(Measurement, pair["default_measurement"]),
+        )
+        for name, pair in values.items()
+    }
 
 
 def _num_candidates(problem: Problem, target: Target) -> int:

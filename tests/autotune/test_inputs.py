@@ -1,11 +1,13 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.hsa_attention.inputs import make_inputs, pick_chunks
+from hsa_compile.kernels.hsa_attention.inputs import RecordedPicks, make_inputs, pick_chunks
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 
 CPU = torch.device("cpu")
@@ -160,3 +162,90 @@ def test_trained_picks_drift_as_those_of_a_trained_model() -> None:
     for neighbours, measured in ((4, 1.43), (16, 2.16), (64, 3.30)):
         unions = [len(set(block.flatten().tolist())) / top_k for block in picks.split(neighbours)]
         assert sum(unions) / len(unions) == pytest.approx(measured, rel=0.2)
+
+
+def picks_file(path: Path, *, layers: int = 2, heads: int = 3, top_k: int = 4, **changes: Tensor) -> Path:
+    """A file of causal picks of chunks of 16 tokens, as two layers on one row of 131 tokens would make them."""
+    shape, generator = (1, 131, heads, top_k), torch.Generator().manual_seed(0)
+    visible = (torch.arange(131) // 16).view(1, -1, 1, 1)
+    tensors = {"chunk_size": torch.tensor([16])}
+    for layer in range(layers):
+        picks = (torch.rand(shape, generator=generator) * (visible + 1)).int() - 1  # −1 … visible − 1
+        tensors[f"layers.{layer}.chunk_indices"] = picks
+        tensors[f"layers.{layer}.chunk_weights"] = torch.rand(shape, generator=generator)
+    safetensors.torch.save_file({**tensors, **changes}, path)
+    return path
+
+
+@shapes
+def test_recorded_picks_are_causal_and_in_range_at_any_shape(problem: Problem, tmp_path: Path) -> None:
+    problem = replace(problem, top_k=min(problem.top_k, 4))
+    picks = picks_of(problem, str(picks_file(tmp_path / "picks.safetensors")))
+    assert picks.dtype == torch.int32
+    assert picks.shape == (problem.batch, problem.seq_len, problem.num_kv_heads, problem.top_k)
+    assert (
+        ((picks >= -1) & (picks < visible_chunks(problem).view(1, -1, 1, 1).clamp(min=0))).logical_or(picks == -1).all()
+    )
+
+
+def test_recorded_picks_are_those_of_the_file_and_of_more_slots_the_heaviest_stay(tmp_path: Path) -> None:
+    recorded = RecordedPicks.load(picks_file(tmp_path / "picks.safetensors"))
+    problem = Problem(batch=2, seq_len=131, num_heads=3, num_kv_heads=3, head_dim=8, chunk_size=16, top_k=4)
+    assert torch.equal(sorted_slots(recorded.stretched(problem)), sorted_slots(recorded.indices))
+    one = recorded.stretched(replace(problem, top_k=1))
+    heaviest = recorded.weights.masked_fill(recorded.indices < 0, -1.0).argmax(dim=-1, keepdim=True)
+    assert torch.equal(one, recorded.indices.gather(3, heaviest))
+    last = recorded.stretched(replace(problem, seq_len=3, kv_len=131))
+    assert torch.equal(sorted_slots(last), sorted_slots(recorded.indices[:, -3:]))
+
+
+def test_a_longer_text_repeats_recorded_picks_and_reaches_back_to_the_beginning(tmp_path: Path) -> None:
+    recorded = RecordedPicks.load(picks_file(tmp_path / "picks.safetensors", layers=1))
+    problem = Problem(seq_len=262, num_heads=3, num_kv_heads=3, head_dim=8, chunk_size=16, top_k=4)
+    second = recorded.stretched(problem)[:, 131:]
+    expected = torch.where(recorded.indices < 0, -1, 2 * recorded.indices + 1)
+    assert torch.equal(sorted_slots(second), sorted_slots(expected))
+    assert overlap(second) == pytest.approx(overlap(recorded.indices))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": torch.tensor([16.0])}, "profile --record-picks writes such files"),
+        ({"chunk_size": torch.tensor([0])}, "chunk_size 0; allowed is 1"),
+        ({"more": torch.zeros(1)}, "profile --record-picks writes such files"),
+        ({"layers.0.chunk_indices": torch.zeros(1, 131, 3, 4)}, "allowed is torch"),
+        ({"layers.0.chunk_weights": torch.zeros(1, 131, 3, 5)}, "allowed is torch"),
+        ({"layers.1.chunk_indices": torch.zeros(1, 131, 3, 4).int()}, "a chunk that is not complete at its token"),
+        ({"layers.1.chunk_indices": torch.full((1, 131, 3, 4), -2).int()}, "a chunk that is not complete at its token"),
+        ({"layers.0.chunk_weights": torch.full((1, 131, 3, 4), torch.nan)}, "not finite"),
+    ],
+)
+def test_a_file_of_other_things_than_picks_is_refused(changes: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        RecordedPicks.load(picks_file(tmp_path / "picks.safetensors", **changes))
+
+
+def test_a_torn_or_missing_file_of_picks_is_refused(tmp_path: Path) -> None:
+    path = picks_file(tmp_path / "picks.safetensors")
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InvalidArgument, match="no whole safetensors file"):
+        RecordedPicks.load(path)
+    with pytest.raises(InvalidArgument, match="No such file"):
+        RecordedPicks.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": 32}, "have chunk_size 16; the problem has 32"),
+        ({"top_k": 5}, "have 4 slots a token; the problem has 5"),
+        ({"op": "select_chunks", "num_heads": 2}, "picks .* are for the attention ops"),
+    ],
+)
+def test_a_problem_that_recorded_picks_do_not_fit_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    recorded = RecordedPicks.load(picks_file(tmp_path / "picks.safetensors"))
+    with pytest.raises(InvalidArgument, match=message):
+        recorded.stretched(replace(PROBLEM, **{"top_k": 4, **changes}))

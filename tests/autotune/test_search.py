@@ -294,3 +294,20 @@ def test_fake_times_are_what_the_tests_above_take_them_for(bench: Bench) -> None
 
 def default_time(bench: Bench) -> float:
     return bench.time_of(default_schedule(bench.problem, bench.target))
+
+
+def test_on_several_distributions_the_geometric_mean_decides(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = ("random", "trained")
+
+    def time(self: Bench, schedules: Sequence[Schedule], rounds: int, name: str) -> list[list[float]]:
+        factor = {"random": 4.0, "trained": 1.0}[name]
+        return [[factor if schedule == self.default else self.time_of(schedule)] * rounds for schedule in schedules]
+
+    monkeypatch.setattr(Bench, "time", time)
+    result = search(bench.study(max_trials=6), bench, deadline=FOREVER, inputs=inputs)
+    assert result.trials[0].ratios == {"random": 1.0, "trained": 1.0}
+    for trial in result.trials[1:]:
+        own = bench.time_of(trial.schedule)
+        assert trial.ratios == {"random": pytest.approx(own / 4), "trained": pytest.approx(own)}
+        assert trial.ratio == pytest.approx(own / 2)
+        assert trial.median_ms == pytest.approx(own)

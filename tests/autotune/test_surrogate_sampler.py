@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hsa_compile.autotune.samplers.point import POINT, GridSampler, PointSampler
-from hsa_compile.autotune.samplers.surrogate import MAX_START, MIN_START, SurrogateSampler
+from hsa_compile.autotune.samplers.surrogate import NUM_START, SurrogateSampler
 from hsa_compile.errors import InvalidArgument
 
 # Two dataflows with knobs of their own, as a search asks for them.
@@ -21,8 +21,6 @@ POINTS: list[dict[str, Any]] = [
     {"dataflow": "chunk", "chunk.tile": tile, "chunk.warps": warps, "chunk.sum": how}
     for tile, warps, how in itertools.product(TILES, WARPS, ("atomic", "slots", "both"))
 ] + [{"dataflow": "token", "token.warps": warps} for warps in WARPS]
-
-START = 5  # points before the first model: one of twenty
 
 
 def time_of(point: dict[str, Any]) -> float | None:
@@ -159,7 +157,7 @@ def test_a_region_that_fails_is_avoided() -> None:
     def fails_but_for_slots(point: dict[str, Any]) -> float | None:
         return time_of(point) if point.get("chunk.sum") in (None, "slots") else None
 
-    proposed = [point for seed in range(5) for point in search(new_study(seed), 20, fails_but_for_slots)[START:]]
+    proposed = [point for seed in range(5) for point in search(new_study(seed), 20, fails_but_for_slots)[NUM_START:]]
     failed = [fails_but_for_slots(point) for point in proposed].count(None)
     assert failed <= len(proposed) / 3  # of all points two thirds fail
 
@@ -209,15 +207,10 @@ def test_of_points_that_promise_alike_the_cheaper_are_tried() -> None:
         return 1.0 + TILES.index(point["chunk.tile"]) if point["dataflow"] == "chunk" else 9.0
 
     dear, plain = (
-        sum(cost(point) > 1 for seed in range(3) for point in search(study(seed), 30, time)[START:])
+        sum(cost(point) > 1 for seed in range(3) for point in search(study(seed), 30, time)[NUM_START:])
         for study in (lambda seed: new_study(seed, cost=cost), new_study)
     )
     assert dear < 0.7 * plain
-
-
-@pytest.mark.parametrize(("size", "start"), [(8, MIN_START), (100, START), (2000, MAX_START)])
-def test_small_spaces_have_few_points_to_start_with(size: int, start: int) -> None:
-    assert SurrogateSampler([{"x": x} for x in range(size)], seed=0).num_start == start
 
 
 def gain_of(study: optuna.Study) -> float:
@@ -228,9 +221,9 @@ def gain_of(study: optuna.Study) -> float:
 def test_all_may_be_gained_before_there_is_a_model_and_nothing_when_no_point_is_left() -> None:
     study = new_study()
     assert gain_of(study) == 1.0
-    search(study, 4)
+    search(study, NUM_START - 1)
     assert gain_of(study) == 1.0
-    search(study, len(POINTS) - 5)
+    search(study, len(POINTS) - NUM_START)
     assert 0.0 <= gain_of(study) < 0.02
     search(study, 1)
     assert gain_of(study) == 0.0
@@ -238,8 +231,8 @@ def test_all_may_be_gained_before_there_is_a_model_and_nothing_when_no_point_is_
 
 def test_points_that_are_being_tried_may_still_gain() -> None:
     study = new_study()
-    search(study, START)
-    trials = [study.ask() for _ in range(len(POINTS) - START)]
+    search(study, NUM_START)
+    trials = [study.ask() for _ in range(len(POINTS) - NUM_START)]
     points = [suggest(trial) for trial in trials]
     assert gain_of(study) > 0.02
     for trial, point in zip(trials, points, strict=True):
@@ -251,7 +244,7 @@ def test_little_is_left_to_gain_once_the_best_is_found_and_much_before() -> None
     before, after = [], []
     for seed in range(5):
         study = new_study(seed)
-        search(study, START)
+        search(study, NUM_START)
         before.append(gain_of(study))
         search(study, 20)
         assert study.best_value == 1.0

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,14 @@ import hsa_compile
 from hsa_compile.autotune.bench import bench as bench_module
 from hsa_compile.autotune.bench.bench import Candidate, prepare
 from hsa_compile.autotune.options import MAX_SEED
-from hsa_compile.autotune.tune import Progress, tune
+from hsa_compile.autotune.search import Trial
+from hsa_compile.autotune.session import first_schedules, with_rows_kept
+from hsa_compile.autotune.tune import Progress, conflict, tune
 from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import NAMED_TARGETS, Target
@@ -56,6 +60,35 @@ def test_a_tiny_problem_is_tuned_from_end_to_end(op: str) -> None:
     assert kernel.fingerprint == record.fingerprint
 
 
+def test_a_search_for_two_distributions_keeps_the_times_on_each() -> None:
+    record = tune(PROBLEM, **QUICK, distribution="random and trained")
+    assert record.inputs == "random and trained"
+    assert list(record.by_inputs) == ["random", "trained"]
+    for own, default in record.by_inputs.values():
+        assert own.repeats == default.repeats == record.measurement.repeats
+    least, most = sorted(own.median_ms for own, _ in record.by_inputs.values())
+    assert 0.5 * least < record.measurement.median_ms < 2 * most
+    assert TuningRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_a_search_says_so_if_no_schedule_is_near_the_best_on_both() -> None:
+    schedules = [Schedule.of("chunk", number=number) for number in range(3)]
+
+    def trials(*ratios: tuple[float, float]) -> list[Trial]:
+        return [
+            Trial(schedule=schedule, ratio=1.0, median_ms=1.0, ratios={"random": one, "trained": other})
+            for schedule, (one, other) in zip(schedules, ratios, strict=False)
+        ]
+
+    apart = conflict(trials((1.0, 1.0), (0.8, 1.2), (1.3, 0.7)), schedules[0])
+    assert apart == (
+        "; none is within 10% of the best on all of random, trained: "
+        "chunk number=1 takes 0.80 times its time on random, chunk number=2 takes 0.70 times its time on trained"
+    )
+    assert conflict(trials((1.0, 1.0), (0.92, 1.2), (1.3, 0.93)), schedules[0]) == ""
+    assert conflict([Trial(schedule=schedules[0], ratio=1.0, median_ms=1.0)], schedules[0]) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("op", [OPS[0], pytest.param(OPS[1], marks=pytest.mark.exhaustive)])
@@ -89,6 +122,42 @@ def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepar
     prepared.clear()
     tune(PROBLEM, trials=2, timeout=600.0, device="cpu", isolate=False)
     assert prepared == [default, nearest]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "group", "new_group", "expected"),
+    [
+        ({"dataflow": "union", "block_tokens": 2}, 16, 4, {"block_tokens": 8}),
+        ({"dataflow": "union", "block_tokens": 8}, 4, 16, {"block_tokens": 2}),
+        ({"dataflow": "union", "block_tokens": 8}, 8, 8, {}),
+        ({"dataflow": "union", "block_tokens": 32}, 32, 1, {"block_tokens": 64}),  # as many as there may be
+        ({"dataflow": "union", "block_tokens": 8}, 12, 4, {"block_tokens": 32}),  # 24 tokens would have as many rows
+        ({"dataflow": "chunk", "block_entries": 4, "segment": 128}, 16, 4, {"block_entries": 16}),
+        ({"dataflow": "fused", "segment": 16, "super_tile": 512}, 16, 4, {"segment": 64, "super_tile": 2048}),
+        ({"dataflow": "token", "num_warps": 4}, 16, 4, {}),
+    ],
+    ids=str,
+)
+def test_a_schedule_of_another_group_keeps_the_rows_of_its_tiles(
+    knobs: dict[str, Any], group: int, new_group: int, expected: dict[str, int]
+) -> None:
+    problem = replace(PROBLEM, num_heads=new_group)
+    kept = with_rows_kept(Schedule.from_dict(knobs), group, new_group, SearchSpace.of(problem, NAMED_TARGETS["sm_90"]))
+    assert dict(kept) == {**knobs, **expected}
+
+
+def test_a_search_begins_with_the_winner_of_another_group_with_its_rows_kept() -> None:
+    target = NAMED_TARGETS["sm_90"]
+    problem = Problem(seq_len=4096, num_heads=16, num_kv_heads=1, head_dim=64, top_k=8, dtype="bfloat16")
+    winner = Schedule.of("union", block_tokens=1, num_warps=4, num_stages=2)
+    kept = Schedule.from_dict({**winner, "block_tokens": 4})
+    smaller = replace(problem, num_kv_heads=4)
+    assert SearchSpace.of(problem, target).is_valid(winner)
+    assert SearchSpace.of(smaller, target).is_valid(kept)
+    record = tune(PROBLEM, **{**QUICK, "trials": 1})
+    default_cache().put(replace(record, problem=problem, target=target, schedule=winner))
+    assert first_schedules(smaller, target)[:2] == [default_schedule(smaller, target), kept]
+    assert first_schedules(replace(problem, seq_len=8192), target)[1] == winner
 
 
 def test_one_trial_is_the_default_alone(prepared: list[Schedule]) -> None:

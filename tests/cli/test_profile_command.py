@@ -1,6 +1,7 @@
 """`profile` as a person meets it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,32 @@ def test_a_saved_model_and_a_trace(run: Shell, tmp_path: Path) -> None:
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_recorded_picks_can_be_tuned_on(run: Shell, tmp_path: Path) -> None:
+    picks = tmp_path / "picks.safetensors"
+    shown = run("profile", "--record-picks", str(picks), *STEP)
+    assert (shown.code, shown.out) == (0, f"picks of 1 retrieval on 1 x 256 tokens in {picks}\n")
+    shape = [
+        "--seq-len",
+        "300",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--chunk-size",
+        "32",
+        "--top-k",
+        "3",
+    ]
+    flags = ["--op", "forward", *shape, "--trials", "5", "--device", "cpu", "--in-process", "--json"]
+    (record,) = run("tune", *flags, "--inputs", str(picks)).json
+    assert re.fullmatch(r"picks.safetensors \([0-9a-f]{12}\)", record["inputs"])
+    refused = run("tune", "--inputs", str(picks), *flags, "--chunk-size", "64")
+    assert refused.code == 2
+    assert "have chunk_size 32; the problem has 64" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -59,6 +86,10 @@ def test_a_saved_model_and_a_trace(run: Shell, tmp_path: Path) -> None:
         (["--step", "sleep"], "'train', 'prefill', 'decode'"),
         (["--variant", "rnn"], VARIANTS[0]),
         (["--device", "banana"], "auto, cpu, cuda"),
+        (["--record-picks", "picks.npz"], "must end in .safetensors"),
+        (["--record-picks", "p.safetensors", "--seq-len", "32"], "texts longer than a chunk, 32"),
+        (["--record-picks", "p.safetensors", "--variant", "drt"], "has no trained weights"),
+        (["--record-picks", "p.safetensors", "--trace", "step.json"], "allowed is one at a time"),
         (["--trace", "step.txt", "--seq-len", "64"], "must end in .json or .json.gz"),
     ],
 )

@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 
 from hsa_compile.autotune.cost.roofline import Resources
+from hsa_compile.autotune.options import input_names
 from hsa_compile.errors import CandidateCrashed, CandidateError, CompileError, OutOfResources, TimedOut, WrongResult
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
-from hsa_compile.kernels.ops import OpInputs, check, inputs_of
+from hsa_compile.kernels.ops import OpInputs, all_inputs_of, check
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import backend_for
 from hsa_compile.schedules.record import Measurement
@@ -161,8 +162,11 @@ class Bench(Protocol):
     def prepare(self, schedule: Schedule) -> str:
         """Checks a candidate's results, which also warms it up; returns the fingerprint of its source."""
 
-    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
-        """Returns interleaved times of prepared candidates in milliseconds, as `measure` gives them."""
+    def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
+        """Returns interleaved times of prepared candidates in milliseconds, as `measure` gives them.
+
+        `inputs` names one of the distributions where the bench has several.
+        """
 
 
 class LocalBench:
@@ -171,7 +175,8 @@ class LocalBench:
     Args:
         problem, target: what candidates are made for.
         device: where candidates run, as PyTorch names it.
-        distribution, seed: what the inputs are drawn from, once the first candidate is prepared.
+        distribution, seed: what the inputs are drawn from, once the first candidate is prepared; `input_names` says
+            what the text means.
     """
 
     def __init__(
@@ -179,8 +184,8 @@ class LocalBench:
     ) -> None:
         self.problem, self.target, self.device = problem, target, torch.device(device)
         self._distribution, self._seed = distribution, seed
-        self._inputs: OpInputs | None = None
-        self._ready: dict[Schedule, Candidate] = {}
+        self._inputs: dict[str, OpInputs] = {}
+        self._ready: dict[Schedule, dict[str, Candidate]] = {}
 
     def compile(self, schedule: Schedule) -> Resources | None:
         """Emits and compiles a candidate; for a GPU, returns what its kernels use, as the compiler tells."""
@@ -190,19 +195,24 @@ class LocalBench:
         return Resources.of(compile_launches(kernel.module, self.target), self.target)
 
     def prepare(self, schedule: Schedule) -> str:
-        """Checks a candidate once, which then stays ready to be timed; returns the fingerprint of its source."""
-        if self._inputs is None:
-            self._inputs = inputs_of(self.problem, self.device, distribution=self._distribution, seed=self._seed)
+        """Checks a candidate once on all inputs, so that it stays ready; returns the fingerprint of its source."""
+        if not self._inputs:
+            names = input_names(self._distribution)
+            self._inputs = all_inputs_of(self.problem, self.device, distributions=names, seed=self._seed)
         if schedule not in self._ready:
-            self._ready[schedule] = prepare(self.problem, schedule, self.target, self._inputs)
-        return self._ready[schedule].fingerprint
+            self._ready[schedule] = {
+                name: prepare(self.problem, schedule, self.target, inputs) for name, inputs in self._inputs.items()
+            }
+        return next(iter(self._ready[schedule].values())).fingerprint
 
-    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+    def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
         """Times candidates in turns; those that another process prepared are prepared here first."""
         for schedule in schedules:
             self.prepare(schedule)
+        name = inputs or next(iter(self._inputs))
+        calls = [self._ready[schedule][name].call for schedule in schedules]
         with launch_errors(backend_for(self.problem, self.target)):
-            return measure([self._ready[schedule].call for schedule in schedules], self.device, rounds=rounds)
+            return measure(calls, self.device, rounds=rounds)
 
 
 def open_bench(problem: Problem, target: Target, device: str, distribution: str, seed: int) -> LocalBench:

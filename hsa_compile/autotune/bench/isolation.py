@@ -222,7 +222,7 @@ class IsolatedBench:
         self._ready.add(schedule)
         return fingerprint
 
-    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+    def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
         """Times candidates in the worker, alone on the device; what a dead worker had ready is prepared again."""
         calls = max(1, len(schedules) * rounds)
         limit = max(self._limits.run_s, 10 * calls * self._time_s) if self._time_s else self._limits.first_s
@@ -232,7 +232,8 @@ class IsolatedBench:
                 if schedule not in self._ready:
                     self.prepare(schedule)
             start = time.monotonic()
-            times: list[list[float]] = self._call("time", list(schedules), rounds, timeout_s=limit)
+            named = () if inputs is None else (inputs,)
+            times: list[list[float]] = self._call("time", list(schedules), rounds, *named, timeout_s=limit)
             self._time_s = self._time_s or (time.monotonic() - start) / calls
         return times
 

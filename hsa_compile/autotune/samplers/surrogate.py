@@ -21,11 +21,9 @@ _JITTER = 1e-6
 _LEAST_SCALE = 1e-12  # the scale of values that are all alike
 _MAX_ITERATIONS = 30
 
-MAX_START, MIN_START = 10, 3  # the most and the fewest points before the first model, enqueued ones included
-_START_SHARE = 0.05  # a small space starts with this share of its points
+NUM_START = 4  # points before the first model, enqueued ones included: with ten, searches of 55 trials ended later
 _CANDIDATES = 32  # points drawn for one start point: the one with the rarest values is taken
-_PREDICT_EVERY = 2  # the model predicts anew after so many finished trials; between, the next best point is proposed
-_FIT_EVERY = 8  # the model's smoothness is fitted anew after so many finished trials
+_FIT_EVERY = 4  # the model's smoothness is fitted anew after so many finished trials
 _MAX_LEARNED = 300  # the most points that the model learns from, since the cost grows with the cube
 _SLOW = 0.75  # points that are slower than this share of all count as equally slow
 _COST_POWER = 0.25  # the power of the cost that divides the expected gain; with 1, the cheapest points would win
@@ -173,7 +171,6 @@ class SurrogateSampler(PointSampler):
         self, points: Sequence[Point] | PointTable, *, seed: int, prior: Known | None = None, cost: Known | None = None
     ) -> None:
         super().__init__(points, seed=seed)
-        self.num_start = int(min(MAX_START, max(MIN_START, _START_SHARE * len(self.table))))
         self._features = self.table.features
         self._prior = None if prior is None else _places(self._evaluate("prior", prior))
         if self._prior is not None:
@@ -184,7 +181,7 @@ class SurrogateSampler(PointSampler):
 
     def choose(self, history: History, untaken: NDArray[np.bool_], rng: np.random.Generator) -> int:
         """Returns a start point until there are enough and one has a time, then the most promising point."""
-        if len(history.taken) < self.num_start or np.isnan(history.times).all():
+        if len(history.taken) < NUM_START or np.isnan(history.times).all():
             return self._start(history, untaken, rng)
         return _least(-self._expect(history), untaken, rng)
 
@@ -199,7 +196,7 @@ class SurrogateSampler(PointSampler):
         left[list(history.finished)] = False
         if not left.any():
             return 0.0
-        if len(history.finished) < self.num_start or np.isnan(history.times).all():
+        if len(history.finished) < NUM_START or np.isnan(history.times).all():
             return 1.0
         measured, times = _selection(history)
         logs = _logs(times)
@@ -227,9 +224,8 @@ class SurrogateSampler(PointSampler):
 
     def _expect(self, history: History) -> Array:
         """Returns the logarithm of the improvement to expect of each point, less what it costs."""
-        known = _first(history, _PREDICT_EVERY)
         pending = set(history.taken) - set(history.finished)
-        known = History(taken=tuple(sorted(pending)), finished=known.finished, times=known.times)
+        known = History(taken=tuple(sorted(pending)), finished=history.finished, times=history.times)
         if self._promise is None or not _same(self._promise[0], known):
             measured, values = _learned(known)
             smoothness = self._fit(history)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, counted, json_option, print_json
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import STEPS, TRAIN, VARIANTS
 from hsa_compile.model.presets import PRESETS
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 @click.option("--top", type=click.IntRange(min=1), default=15, show_default=True, help="How many rows the table has.")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json[.gz]",
               help="Also write a trace for chrome://tracing or ui.perfetto.dev.")  # fmt: skip
+@click.option("--record-picks", "picks", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.safetensors",
+              help="Write instead which chunks a trained model picks in source text: tune --inputs FILE.")  # fmt: skip
 @json_option
 def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch: int, device: str, dtype: str | None,
-            top: int, trace: Path | None, as_json: bool) -> None:  # fmt: skip
+            top: int, trace: Path | None, picks: Path | None, as_json: bool) -> None:  # fmt: skip
     """Show where the time of one warmed-up step goes.
 
     The self time of an op leaves out the ops that it calls; for the ops of hsa_compile, the tuned kernels, it is all
@@ -50,15 +52,23 @@ def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch
       hsa-compile profile
       hsa-compile profile --model small --step prefill --seq-len 16k --trace step.json.gz
       hsa-compile profile --model runs/tiny/model --step decode --seq-len 64k --top 30
+      hsa-compile profile --record-picks picks.safetensors --seq-len 8k --batch 2
     """
     import tabulate
 
     from hsa_compile.cli.models.argument import device_of, load_model
-    from hsa_compile.model.cost.profile import make_step, profile_step
+    from hsa_compile.model.cost.profile import make_step, profile_step, record_picks
 
     if len(seq_len) != 1:
         raise InvalidArgument(f"--seq-len names {len(seq_len)} lengths; one is needed")
     place = device_of(device)
+    if picks is not None:
+        if trace is not None:
+            raise InvalidArgument("--trace and --record-picks are two runs; allowed is one at a time")
+        model, tokenizer = load_model(name, variant, device=place, dtype=dtype)
+        count = record_picks(model, tokenizer, picks, batch=batch, seq_len=seq_len[0])
+        click.echo(f"picks of {counted(count, 'retrieval')} on {batch} x {seq_len[0]} tokens in {picks}")
+        return
     model, _ = load_model(name, variant, device=place, dtype=dtype, random_seed=0 if name in PRESETS else None)
     step = make_step(kind, model, batch=batch, seq_len=seq_len[0])
     found = profile_step(step, place, trace=trace)

@@ -12,6 +12,7 @@ from hsa_compile.autotune.cost.predict_schedule import (
     predict_schedule,
     prediction_correlation,
 )
+from hsa_compile.autotune.options import default_inputs, inputs_label
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger, default_ledger
 from hsa_compile.cli.options import print_json, print_rows
 from hsa_compile.problem import Problem
@@ -58,19 +59,19 @@ def tune_for_absent_target(
     click.echo(f"\nstored in {cache.path(target)}; times are a model's until the device is there: hsa-compile tune")
 
 
-def report_predictions(problems: Sequence[Problem], target: Target, inputs: str) -> None:
+def report_predictions(problems: Sequence[Problem], target: Target, inputs: str | None) -> None:
     """Prints how the model orders the schedules that were timed on the device at hand, a line for each problem.
 
     Args:
-        inputs: the name of the distribution that they were timed on.
+        inputs: what they were timed on (`TuneOptions.distribution`).
 
     Raises:
         InvalidTarget: there is no model for the target; there is none for CPUs.
     """
     check_predictable(target)
-    ledger = Ledger(default_ledger(target))
+    ledger, label = Ledger(default_ledger(target)), inputs_label(inputs or default_inputs(target.kind))
     for problem in problems:
-        known = ProblemLedger(ledger, problem, target, inputs, default_schedule(problem, target)).known()
+        known = ProblemLedger(ledger, problem, target, label, default_schedule(problem, target)).known()
         ratios = {schedule: outcome.ratio for schedule, outcome in known.items() if outcome.ratio is not None}
         text = f"{len(ratios)} schedules were timed, too few to compare"
         if len(ratios) >= MIN_SCHEDULES:

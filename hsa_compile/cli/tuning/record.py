@@ -61,6 +61,7 @@ def _sweep(problem: Problem, target: Target, devices: Sequence[str], options: Tu
             session.first[0],
             session.main_bench,
             session.ledger,
+            inputs=session.inputs,
             should_stop=stopped.is_set,
             on_outcome=show,
         )

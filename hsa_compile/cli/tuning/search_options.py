@@ -11,10 +11,11 @@ from hsa_compile.autotune.options import (
     DEFAULT_TRIALS,
     MAX_SEED,
     SAMPLERS,
+    TOGETHER,
     TuneOptions,
 )
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.problem import DISTRIBUTIONS, Problem
+from hsa_compile.problem import DISTRIBUTIONS, PICKS_ENDING, Problem
 from hsa_compile.target import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,12 +34,14 @@ def tune_options(flags: Mapping[str, Any]) -> TuneOptions:
     Raises:
         InvalidArgument: an option is out of range.
     """
-    within = flags["until_within"]
+    within, inputs = flags["until_within"], flags["inputs"]
+    if inputs is not None and not inputs.endswith(PICKS_ENDING):
+        inputs = TOGETHER.join(inputs.split(","))
     return TuneOptions(
         trials=flags["trials"],
         timeout=flags["timeout"],
         seed=flags["seed"],
-        distribution=flags["inputs"],
+        distribution=inputs,
         sampler=flags["sampler"],
         until_within=None if within is None else within / 100,
         workers=flags["workers"],
@@ -64,10 +67,9 @@ class Percent(click.ParamType):
 _OPTIONS = (
     click.option(
         "--inputs",
-        type=click.Choice(DISTRIBUTIONS),
-        default="random",
-        show_default=True,
-        help="How the picks of the inputs fall.",
+        metavar="NAMES|FILE",
+        help=f"How the picks of the inputs fall: {', '.join(DISTRIBUTIONS)}, several of these, or a FILE that profile "
+        "--record-picks wrote. By default a GPU is tuned for random,trained, and a CPU for random.",
     ),
     click.option(
         "--trials",

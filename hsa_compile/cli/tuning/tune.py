@@ -133,7 +133,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if report_prediction:
         from hsa_compile.cli.tuning.predicted import report_predictions
 
-        report_predictions(problems, target, flags["inputs"])
+        report_predictions(problems, target, options.distribution)
     if as_json:
         print_json([_values(outcome) for outcome in outcomes])
         return
@@ -250,12 +250,18 @@ def _verdict(outcome: Outcome) -> str:
 def _found(record: TuningRecord) -> str:
     """Says what the search gained, or that there was nothing to gain."""
     tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
-    time = f"{record.measurement.median_ms:.3g} ms"
+    time = f"{record.measurement.median_ms:.3g} ms{_by_inputs(record)}"
     if not record.is_default:
         return f"{time}, {record.speedup:.2f}x faster than the default, the best of {tried}: {record.schedule}"
     if record.trials == 1:
         return f"{time}, the default, and nothing else was tried: {record.schedule}"
     return f"{time}, the default is already within noise of the best of {tried}: {record.schedule}"
+
+
+def _by_inputs(record: TuningRecord) -> str:
+    """Says what the winner takes on each of several distributions."""
+    each = ", ".join(f"{own.median_ms:.3g} on {name}" for name, (own, _) in record.by_inputs.items())
+    return f" ({each})" if each else ""
 
 
 def _how(record: TuningRecord) -> str:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by op, so that all shares of a table make up the whole step; and the steps to profile.
+"""Where the time of a step goes, by op, so that all shares of a table make up the whole step; and what a model picks.
 
 What one of our ops calls inside belongs to it. On a GPU the time of an op is that of the kernels which it launched.
 """
@@ -17,14 +17,19 @@ from torch.profiler import ProfilerActivity, record_function
 
 from hsa_compile.errors import HSACompileError, InvalidArgument, SaveError
 from hsa_compile.model.config import PREFILL, STEPS, TRAIN
+from hsa_compile.model.data.documents import stdlib_sources
+from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.inference.generate import evaluating
 from hsa_compile.model.inference.inference import extend, new_state, prefill
+from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.tensor_files import write_tensors
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import quiet_profiler
+from hsa_compile.problem import PICKS_ENDING
 
 OURS = "hsa_compile::"
 BETWEEN = "(between ops)"
@@ -252,3 +257,53 @@ def _decode(model: HSATransformer, tokens: torch.Tensor) -> Step:
         prefill(model, tokens, state)
     model.eval()
     return lambda: extend(model, tokens[:, -1:], state)
+
+
+def record_picks(model: HSATransformer, tokenizer: Tokenizer, path: Path, *, batch: int, seq_len: int) -> int:
+    """Reads the sources of Python's standard library, and writes which chunks each retrieval picked.
+
+    `kernels.hsa_attention.inputs.RecordedPicks` describes the file.
+
+    Args:
+        model: a trained model on its device.
+        tokenizer: the model's.
+        path: where the file is written, `.safetensors`.
+        batch, seq_len: how many rows are read, one after the other in the text, and the tokens of each.
+
+    Returns:
+        how many retrievals the model has.
+
+    Raises:
+        InvalidArgument: the name of the file is not allowed, the model has no memory, or the rows hold no whole chunk.
+        SaveError: the file cannot be written.
+    """
+    config = model.config
+    if path.suffix != PICKS_ENDING:
+        raise InvalidArgument(f"picks {str(path)!r} must end in {PICKS_ENDING}")
+    if not config.has_memory or seq_len <= config.chunk_size:
+        raise InvalidArgument(
+            f"seq_len = {seq_len} with a model of variant {config.variant} gives no picks; a model with a memory "
+            f"does, in texts longer than a chunk, {config.chunk_size}"
+        )
+    tokens = _library_tokens(tokenizer, batch * seq_len).view(batch, seq_len)
+    selections: list[Selection] = []
+    with evaluating(model), torch.no_grad():
+        model.hidden(tokens.to(model.device), selections=selections)
+    tensors = {"chunk_size": torch.tensor([config.chunk_size])}
+    for number, one in enumerate(selections):
+        tensors[f"layers.{number}.chunk_indices"] = one.indices.to("cpu", torch.int32)
+        tensors[f"layers.{number}.chunk_weights"] = one.weights.to("cpu", torch.float32)
+    write_tensors(path, tensors, {})
+    return len(selections)
+
+
+def _library_tokens(tokenizer: Tokenizer, count: int) -> torch.Tensor:
+    """Returns the first tokens of the sources of the standard library, again from the start where they end."""
+    found: list[int] = []
+    sources = [Path(source.path) for source in stdlib_sources()]
+    while len(found) < count:
+        for source in sources:
+            found += tokenizer.encode(source.read_text(encoding="utf-8", errors="replace")).tolist()
+            if len(found) >= count:
+                break
+    return torch.tensor(found[:count])

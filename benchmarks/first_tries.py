@@ -1,0 +1,162 @@
+"""What should a search on a GPU try first? Rules are held to recorded times.
+
+    python benchmarks/first_tries.py [sw_FILE.json ...]
+
+The times are those of `results/gpu_nvidia-h100-80gb-hbm3.json`, and of samples in files, whose rows have a schedule,
+its milliseconds and the seconds of its first call. The rules that learn from times choose for a problem without its
+own; the model was fitted to all of them. Many choices were never timed, and may be better or worse than what was. So
+each figure is the loss, against the best that was timed, of those choices that were; how many these are stands beside.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from hsa_compile.autotune.cost.predict_schedule import ranked_candidates
+from hsa_compile.autotune.session import MAX_NEIGHBOURS, with_rows_kept
+from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.target import PRODUCTS
+
+RESULTS = Path(__file__).parent / "results" / "gpu_nvidia-h100-80gb-hbm3.json"
+TARGET = PRODUCTS["h100"]
+COUNTS = (1, 8, 25)  # of first tries
+PORTFOLIO = 25
+_NEW_NAMES = {"block_t": "block_entries", "block_m": "block_tokens", "dq": "reduce"}
+
+Times = dict[Problem, dict[Schedule, float]]
+Rule = Callable[[Problem, Times], list[Schedule]]
+
+
+def problem_of(op: str, kv_heads: int) -> Problem:
+    """The problem that was recorded for an op and a number of kv heads."""
+    return Problem(op=op, seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16")
+
+
+def as_named_now(knobs: dict[str, object], op: str) -> Schedule:
+    """A schedule with the names that its knobs have today, and the knobs that it had not yet."""
+    found = {_NEW_NAMES.get(name, name): value for name, value in knobs.items()}
+    if found["dataflow"] == "fused":
+        found = {"discard": 0, "reduce": "fused", **found}
+        if op == "hsa_forward":
+            found = {"window": 0, **found}
+        elif found["reduce"] == "slots":
+            found["reduce"] = "fused"
+    return Schedule.from_dict(found)
+
+
+def recorded(files: Sequence[Path]) -> Times:
+    """The least time of each schedule that is valid today, the geometric mean over `random` and `local` picks."""
+    rows: list[tuple[str, int, dict[str, object], float, float]] = [
+        (row["op"], row["num_kv_heads"], dict(Schedule.parse(row["schedule"])), row["random_ms"], row["local_ms"])
+        for row in json.loads(RESULTS.read_text())["timed"]
+        if row["op"].startswith("hsa")
+    ]
+    for file in files:
+        sample = json.loads(file.read_text())
+        op, _, _, kv_heads, *_ = sample["problem"].split(",")
+        local = {json.dumps(knobs, sort_keys=True): ms for knobs, ms in sample["local"]}
+        for knobs, ms, _ in sample["rows"]:
+            if ms is not None:
+                rows.append((op, int(kv_heads), knobs, ms, local.get(json.dumps(knobs, sort_keys=True), ms)))
+    times: Times = {}
+    for op, kv_heads, knobs, random_ms, local_ms in rows:
+        problem, schedule = problem_of(op, kv_heads), as_named_now(knobs, op)
+        if SearchSpace.of(problem, TARGET).is_valid(schedule):
+            known = times.setdefault(problem, {})
+            known[schedule] = min(math.sqrt(random_ms * local_ms), known.get(schedule, math.inf))
+    return times
+
+
+def default(problem: Problem, times: Times) -> list[Schedule]:
+    """The default schedule, which runs without any trial."""
+    return [SearchSpace.of(problem, TARGET).default()]
+
+
+def winners_as_they_are(problem: Problem, times: Times) -> list[Schedule]:
+    """The best six of each other group, one after the other, as far as they can run."""
+    return list(_winners(problem, times, keep_rows=False))
+
+
+def winners_with_rows_kept(problem: Problem, times: Times) -> list[Schedule]:
+    """The same, their tiles with as many rows as they had."""
+    return list(_winners(problem, times, keep_rows=True))
+
+
+def portfolio(problem: Problem, times: Times) -> list[Schedule]:
+    """A greedy cover of the other groups: each next schedule lowers their mean loss most, as far as it was timed."""
+    space = SearchSpace.of(problem, TARGET)
+    losses: dict[Schedule, dict[Problem, float]] = {}
+    for other in _others(problem, times):
+        best = min(times[other].values())
+        for schedule, ms in times[other].items():
+            kept = space.fit(with_rows_kept(schedule, other.group, problem.group, space))
+            if space.is_valid(kept):
+                known = losses.setdefault(kept, {})
+                known[other] = min(math.log(ms / best), known.get(other, math.inf))
+    chosen: list[Schedule] = []
+    least = dict.fromkeys(_others(problem, times), 1.0)
+    while losses and len(chosen) < PORTFOLIO:
+
+        def cost(schedule: Schedule) -> tuple[float, float]:
+            after = sum(min(loss, losses[schedule].get(other, 1.0)) for other, loss in least.items())
+            return after, sum(losses[schedule].values()) / len(losses[schedule])
+
+        schedule = min(losses, key=cost)
+        for other, loss in losses.pop(schedule).items():
+            least[other] = min(least[other], loss)
+        chosen.append(schedule)
+    return chosen
+
+
+def model(problem: Problem, times: Times) -> list[Schedule]:
+    """The order of the cost model, without the default."""
+    return ranked_candidates(problem, TARGET)[1:]
+
+
+def as_tuned(problem: Problem, times: Times) -> list[Schedule]:
+    """What a search tries first: the default, three winners with their rows kept, and what the model ranks best."""
+    neighbours = winners_with_rows_kept(problem, times)[:MAX_NEIGHBOURS]
+    return [*default(problem, times), *neighbours, *model(problem, times)[:1]]
+
+
+def _others(problem: Problem, times: Times) -> list[Problem]:
+    return [other for other in times if other.op == problem.op and other != problem]
+
+
+def _winners(problem: Problem, times: Times, *, keep_rows: bool) -> Iterator[Schedule]:
+    space = SearchSpace.of(problem, TARGET)
+    ranked = [sorted(times[other], key=lambda s, own=times[other]: own[s])[:6] for other in _others(problem, times)]
+    for place in zip(*ranked, strict=False):
+        for other, schedule in zip(_others(problem, times), place, strict=True):
+            fitting = with_rows_kept(schedule, other.group, problem.group, space) if keep_rows else schedule
+            if space.is_valid(space.fit(fitting)):
+                yield space.fit(fitting)
+
+
+RULES: tuple[Rule, ...] = (default, winners_as_they_are, winners_with_rows_kept, portfolio, model, as_tuned)
+
+
+def main() -> None:
+    """Prints a row for each problem and rule: the loss of the best of its first choices, and how many were timed."""
+    times = recorded([Path(name) for name in sys.argv[1:]])
+    rows = []
+    for problem, known in times.items():
+        best = min(known.values())
+        for rule in RULES:
+            listed = list(dict.fromkeys(rule(problem, times)))
+            row = [f"{problem.op} G{problem.group}, {len(known)} timed", rule.__name__]
+            for count in COUNTS:
+                timed = [known[schedule] / best for schedule in listed[:count] if schedule in known]
+                row.append(f"{min(timed):.3f} ({len(timed)})" if timed else "")
+            rows.append(row)
+    print(tabulate(rows, headers=["problem", "rule", *(f"first {n}" for n in COUNTS)], disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
