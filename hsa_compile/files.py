@@ -23,7 +23,7 @@ def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: there is no such file, it is no regular file, it has more than `most` bytes, or it cannot be read.
     """
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than {most}", str(path))
@@ -52,7 +52,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
     Raises:
         OSError: as in `read_regular`, whatever the file's length.
     """
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         file.seek(start)
         while line := file.readline(MOST_LINE_BYTES):
             yield line
@@ -69,12 +69,12 @@ def parse_json(text: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels") from error
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MOST_LEVELS):
+    level, depth = [value] if isinstance(value, dict | list) else [], 0
+    while level:
+        if (depth := depth + 1) > MOST_LEVELS:
+            raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
         items = (item for node in level for item in (node.values() if isinstance(node, dict) else node))
         level = [item for item in items if isinstance(item, dict | list)]
-    if level:
-        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
     return value
 
 
