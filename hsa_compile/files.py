@@ -101,11 +101,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def end_of_last_line(handle: int) -> int:
     """Cuts what a killed writer left of the last line of an open file, and returns where the next line begins."""
-    size = os.fstat(handle).st_size
-    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
-        return size
-    end = os.pread(handle, size, 0).rfind(b"\n") + 1
-    os.ftruncate(handle, end)
+    size = end = os.fstat(handle).st_size
+    while end:  # a piece at a time, from the last on: what was left may be longer than fits in memory
+        start = max(0, end - MOST_LINE_BYTES)
+        found = os.pread(handle, end - start, start).rfind(b"\n") + 1
+        end = start + found
+        if found:
+            break
+    if end < size:
+        os.ftruncate(handle, end)
     return end
 
 

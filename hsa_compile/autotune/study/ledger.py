@@ -66,7 +66,8 @@ class Ledger:
         """
         try:
             for line in read_lines(self.path):
-                if (found := _read(line)) is not None:
+                # A last line without its end is what a killed writer left: the next line takes its place.
+                if line.endswith(b"\n") and (found := _read(line)) is not None:
                     yield found
         except FileNotFoundError:
             return
