@@ -27,7 +27,7 @@ def raising(error: BaseException) -> Callable[..., object]:
         (PermissionError(errno.EACCES, "Permission denied", "/some/file"), "/some/file: Permission denied"),
         (TypeError("no\nint"), "TypeError: no int; hsa-compile does not foresee this"),
         (RecursionError("x" * 10_000), f"RecursionError: {'x' * 500}…; hsa-compile does not foresee this"),
-        (OSError("\x1b[2J\u202e\udcff"), r"OSError: \x1b[2J\u202e\udcff; hsa-compile does not foresee this"),
+        (OSError("\x1b[2J\u202e"), r"OSError: \x1b[2J\u202e; hsa-compile does not foresee this"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -64,7 +64,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_handler_of_the_caller_stays
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\u202egpj"])
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\u202egpj", "\udcff"])
 def test_a_name_that_moves_the_cursor_is_shown_as_plain_characters(name: str, run: Shell) -> None:
     for arguments in (["schedules", "import", name], ["emit", "--target", name], ["schedules", name]):
         outcome = run(*arguments)
