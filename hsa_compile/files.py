@@ -26,7 +26,7 @@ def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: there is no such file, it is no regular file, it has more than `most` bytes, or it cannot be read.
     """
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than {most}", str(path))
@@ -55,7 +55,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
     Raises:
         OSError: as in `read_regular`, whatever the file's length.
     """
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         file.seek(start)
         while line := file.readline(MOST_LINE_BYTES):
             yield line
@@ -72,12 +72,12 @@ def parse_json(text: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels") from error
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MOST_LEVELS):
+    level, depth = [value] if isinstance(value, dict | list) else [], 0
+    while level:
+        if (depth := depth + 1) > MOST_LEVELS:
+            raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
         items = (item for node in level for item in (node.values() if isinstance(node, dict) else node))
         level = [item for item in items if isinstance(item, dict | list)]
-    if level:
-        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
     return value
 
 
@@ -104,11 +104,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def end_of_last_line(handle: int) -> int:
     """Cuts what a killed writer left of the last line of an open file, and returns where the next line begins."""
-    size = os.fstat(handle).st_size
-    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
-        return size
-    end = os.pread(handle, size, 0).rfind(b"\n") + 1
-    os.ftruncate(handle, end)
+    size = end = os.fstat(handle).st_size
+    while end:  # a piece at a time, from the last on: what was left may be longer than fits in memory
+        start = max(0, end - MOST_LINE_BYTES)
+        found = os.pread(handle, end - start, start).rfind(b"\n") + 1
+        end = start + found
+        if found:
+            break
+    if end < size:
+        os.ftruncate(handle, end)
     return end
 
 

@@ -63,20 +63,62 @@ def schedule_dir() -> Path:
     return cache_dir() / "schedules"
 
 
-def source_dir() -> Path:
-    """Returns the directory that emitted kernels are written to, so that tracebacks and profilers lead to real files.
+def kernel_dir() -> Path:
+    """Returns the directory of emitted kernels, which are written so that tracebacks and profilers lead to files."""
+    return cache_dir() / "kernels"
 
-    It is a private temporary directory where the cache cannot be written: a read-only home must not stop a kernel
-    from running.
-    """
-    directory = cache_dir() / "kernels"
+
+def lock_dir() -> Path:
+    """Returns a directory for the locks of devices: that of kernels, or a temporary one if that cannot be written."""
+    directory = kernel_dir()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(directory, mode=0o755)
         if os.access(directory, os.W_OK):
             return directory
     except OSError:
-        pass  # the temporary directory below serves; `hsa-compile doctor` names the unwritable one
+        pass  # `hsa-compile doctor` names the unwritable one
     return temporary_dir()
+
+
+def make_cache_dir(directory: Path, mode: int = 0o777) -> None:
+    """Makes a directory of the cache. The cache's root, if it is made, can be written by this user alone.
+
+    Code is loaded from below that root (`kernel_dir`); what else lies there follows the umask, for a group to share.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root = cache_dir()
+    if directory.is_relative_to(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o755, exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=mode, exist_ok=True)
+
+
+def why_distrusted(path: Path, root: Path) -> str | None:
+    """Says why no code may be loaded from a file or directory: somebody else could have put it there.
+
+    Like ssh with its keys, it wants the file, and each folder from there up to `root`, to belong to this user or to
+    root, and not to be writable by others.
+
+    Returns:
+        the first reason, or None if there is none.
+
+    Raises:
+        OSError: one of them is not there.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    for place in (path, *path.parents):
+        status = place.stat()
+        if status.st_uid not in (0, os.getuid()):
+            return f"{place} belongs to another user, who could put code there"
+        if status.st_mode & 0o022:
+            return f"others can write to {place} and could put code there, chmod go-w makes it safe"
+        if place == root:
+            break
+    return None
 
 
 def temporary_dir() -> Path:
@@ -87,9 +129,7 @@ def temporary_dir() -> Path:
     """
     directory = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and directory.stat().st_uid != os.getuid():
-        return _own_temporary_dir()
-    return directory
+    return _own_temporary_dir() if why_distrusted(directory, directory) else directory
 
 
 @functools.cache

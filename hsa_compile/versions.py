@@ -1,5 +1,6 @@
 """The packages beside this one: the versions that measurements depend on, and the extras that install missing ones."""
 
+import functools
 import importlib
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache  # to read what pip wrote takes milliseconds
 def _version(name: str) -> str:
     try:
         return metadata.version(name)

@@ -76,7 +76,7 @@ def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     directory = shared / "kernels"
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
     return directory
 
 
@@ -84,7 +84,7 @@ def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path: Path, kernel_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the schedules of the person who runs it, of another test, or those that ship."""
     cache = tmp_path / "cache"
-    cache.mkdir()
+    cache.mkdir(mode=0o700)
     monkeypatch.setattr("hsa_compile.schedules.cache.PRETUNED_DIR", tmp_path / "pretuned")
     (cache / "kernels").symlink_to(kernel_dir)
     monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(cache))

@@ -63,6 +63,8 @@ class RecordedSweep:
             )
         if all(time is None for time in self.times):
             raise InvalidArgument(f"none of {len(self.points)} points has a time; allowed: at least one")
+        if not isinstance(self.about, Mapping):
+            raise InvalidArgument(f"about = {shown(self.about)} must be a mapping")
         for point in self.points:
             _check_point(point)
         for time, reason in zip(self.times, self.reasons, strict=True):
@@ -240,13 +242,20 @@ class Replay:
     """
 
     def __init__(self, sweep: RecordedSweep, first: Sequence[Point] = ()) -> None:
-        self.sweep, self.first = sweep, list(first)
-        self.table = PointTable(sweep.points)
+        self.sweep, self.table = sweep, PointTable(sweep.points)
+        self.first = [point for point in first if self.table.find(point) is not None]
         self._first = next(iter(sweep.points[0]))
+        if not all(self._first in point for point in sweep.points):
+            raise InvalidArgument(f"a point lacks {self._first}; allowed: every point has the first point's first one")
         self._names: dict[Any, dict[str, None]] = {}  # value of the first parameter → the others that go with it
         self._values: dict[str, dict[Any, None]] = {}
         for point in sweep.points:
-            self._names.setdefault(point[self._first], {}).update(dict.fromkeys(name for name in point))
+            names = self._names.setdefault(point[self._first], dict.fromkeys(point))
+            if names.keys() != point.keys():
+                raise InvalidArgument(
+                    f"points with {self._first} = {point[self._first]} have {', '.join(names)}, one has "
+                    f"{', '.join(point)}; allowed: the same parameters"
+                )
             for name, value in point.items():
                 self._values.setdefault(name, {})[value] = None
 

@@ -3,15 +3,19 @@
 A command's file is imported when that command is called, so that --help, --version and a shell's completion are quick.
 """
 
+import contextlib
 import importlib
 import platform
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 
 import click
 
 from hsa_compile import __version__
 from hsa_compile.errors import DistantWarning, HSACompileError, InvalidArgument, MissingDependency, UntunedWarning
+from hsa_compile.log import logger
 
 _OF_A_MODEL = ("eval", "generate", "profile", "train")
 
@@ -30,7 +34,7 @@ def show_warning(message: Warning | str, category: type[Warning], *_: object, **
         text = f"{text.partition(';')[0]}; {advice}"
     import tqdm
 
-    tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.tqdm.write(f"warning: {_one_line(text)}", file=sys.stderr)
 
 
 def _advice() -> str | None:
@@ -48,6 +52,8 @@ def _advice() -> str | None:
 USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+TERMINATED = 143
+_LONGEST = 500  # characters of an error that is not ours
 
 
 # Each command's name, where it is defined, and the line that `hsa-compile --help` shows for it.
@@ -116,28 +122,71 @@ for _name, (_, _line) in _COMMANDS.items():
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input or a missing package, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input or a missing package, 130 or 143 interrupted.
+
+    Whatever a command raises ends in one line; with `HSA_COMPILE_LOG=debug`, the traceback comes before it.
+    """
     warnings.showwarning = show_warning
+    with _terminable():
+        code = _run()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. What stands ready for Ctrl-C does the same for this: children end, what was finished is stored."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:  # else whoever started this process wants something else of it
+        signal.signal(signal.SIGTERM, stop)
     try:
-        code = cli.main(standalone_mode=False)
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run() -> object:
+    try:
+        return cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        code = USER_ERROR
+        return USER_ERROR
     except click.UsageError as error:
-        code = _fail(_with_allowed(error), USER_ERROR)
+        return _fail(_with_allowed(error), USER_ERROR)
     except click.ClickException as error:
-        code = _fail(error.format_message(), USER_ERROR)
+        return _fail(error.format_message(), USER_ERROR)
     except (InvalidArgument, MissingDependency) as error:
-        code = _fail(str(error), USER_ERROR)
+        return _fail(str(error), USER_ERROR)
     except HSACompileError as error:
-        code = _fail(str(error), FAILURE)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; what was finished is stored, run the same command to go on", INTERRUPTED)
+        return _fail(str(error), FAILURE)
+    except (KeyboardInterrupt, click.Abort) as error:
+        code = TERMINATED if isinstance(error.__cause__ or error, _Terminated) else INTERRUPTED
+        return _fail("interrupted; what was finished is stored, run the same command to go on", code)
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
         sys.stderr.close()
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
+        return 0
+    except Exception as error:  # noqa: BLE001 (the last net: no traceback reaches a user who did not ask for one)
+        return _fail_unforeseen(error)
+
+
+def _fail_unforeseen(error: Exception) -> int:
+    logger.debug("the command ended with an error that it does not foresee", exc_info=error)
+    if isinstance(error, OSError) and error.strerror:
+        files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return _fail(": ".join([*files, error.strerror]), FAILURE)
+    text = _one_line(str(error))
+    return _fail(
+        f"{type(error).__name__}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}; hsa-compile does not foresee "
+        "this, please report it with what HSA_COMPILE_LOG=debug shows",
+        FAILURE,
+    )
 
 
 def _with_allowed(error: click.UsageError) -> str:
@@ -152,5 +201,11 @@ def _with_allowed(error: click.UsageError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {_one_line(message)}", err=True)
     return code
+
+
+def _one_line(text: str) -> str:
+    """Returns a text for a terminal: names in it may hold what moves the cursor or is no character at all."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

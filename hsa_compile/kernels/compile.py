@@ -1,9 +1,12 @@
-"""Turns an emitted kernel into one that can be called: the source becomes a file, which is built and imported."""
+"""Turns an emitted kernel into one that can be called: Python runs, C++ is built, each beside a file to read."""
 
 import ctypes
+import errno
 import functools
 import importlib.util
+import linecache
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from hsa_compile.kernels.hsa_decode.native import decode_entry
 from hsa_compile.kernels.launch import quicken
 from hsa_compile.kernels.native import build_library
 from hsa_compile.kernels.select_chunks.native import select_entry
-from hsa_compile.paths import source_dir, temporary_dir
+from hsa_compile.paths import cache_dir, kernel_dir, make_cache_dir, temporary_dir, why_distrusted
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 
@@ -63,7 +66,7 @@ def compile_kernel(source: KernelSource) -> Kernel:
     Raises:
         MissingDependency: the target needs Triton and it is not installed.
         CompileError: the module cannot be imported, or the C++ compiler refuses it.
-        CacheError: no directory can be written.
+        CacheError: C++ can be built in no directory.
     """
     if source.backend == "cpp":
         return _compile_native(source)
@@ -71,8 +74,7 @@ def compile_kernel(source: KernelSource) -> Kernel:
     if module is None:
         if source.backend == "triton" and importlib.util.find_spec("triton") is None:
             raise MissingDependency(f"target {source.target.arch} needs Triton: pip install 'triton>=3.6'")
-        path = _in_some_directory(functools.partial(_write, source))
-        module = _import(path, f"hsa_compile_emitted_{path.stem}")
+        module = _import(source, _written(source))
         if source.backend == "triton":
             quicken(module)
         _modules[source.fingerprint] = module
@@ -101,13 +103,14 @@ def _compile_native(source: KernelSource) -> Kernel:
 def _in_some_directory(use: Callable[[Path], R]) -> R:
     """Does something in the directory of kernels; if that cannot be, in a temporary one, and one warning says why.
 
-    The directory may be full, or on a file system from which no library can be loaded (noexec).
+    The directory may be full, read-only, open to others, or on a file system from which no library can be loaded.
 
     Raises:
         CacheError: it can be done in neither.
     """
-    directory = source_dir()
+    directory = kernel_dir()
     try:
+        make_cache_dir(directory, mode=0o755)
         return use(directory)
     except OSError as error:
         failed = error
@@ -115,7 +118,10 @@ def _in_some_directory(use: Callable[[Path], R]) -> R:
         spare = temporary_dir()
         result = use(spare)
     except OSError as error:
-        raise CacheError(f"no kernel can be kept in {directory}, nor in a temporary directory: {error}") from failed
+        raise CacheError(
+            f"no kernel can be kept in {directory} ({failed.strerror or failed}), nor in a temporary directory: "
+            f"{error.strerror or error}"
+        ) from failed
     if directory not in _unusable:
         _unusable.add(directory)
         warnings.warn(
@@ -132,13 +138,20 @@ def _load(source: KernelSource, directory: Path) -> tuple[Path, ctypes.CDLL]:
 
 
 def _build(source: KernelSource, directory: Path) -> Path:
+    root = cache_dir() if directory == kernel_dir() else directory
+    if reason := why_distrusted(directory, root):
+        raise PermissionError(errno.EPERM, reason)
     return build_library(_write(source, directory), source.target.arch)
 
 
 def _write(source: KernelSource, directory: Path) -> Path:
     """Writes the text to its file as a whole or not at all; a damaged file of that name is replaced."""
     path, text = _path(source, directory), source.text.encode()
-    if not path.exists() or read_regular(path) != text:
+    try:
+        is_there = read_regular(path, len(text)) == text
+    except OSError:
+        is_there = False
+    if not is_there:
         write_whole(path, text)
     return path
 
@@ -148,14 +161,28 @@ def _path(source: KernelSource, directory: Path) -> Path:
     return directory / f"{source.entry}_{source.schedule.dataflow}_{source.fingerprint}.{suffix}"
 
 
-def _import(path: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton and pickle look modules up by name
+def _written(source: KernelSource) -> Path:
+    """Writes a Python module's file and returns its path; where it cannot be written, the path that it would have."""
     try:
-        spec.loader.exec_module(module)
+        return _in_some_directory(functools.partial(_write, source))
+    except CacheError as error:
+        directory = kernel_dir()
+        if directory not in _unusable:
+            _unusable.add(directory)
+            warnings.warn(f"{error}; kernels run from memory", CacheWarning, stacklevel=3)
+        return _path(source, directory)
+
+
+def _import(source: KernelSource, path: Path) -> Any:
+    """Runs the emitted text as a module. The file is for people: what others may have written to it never runs."""
+    name, text = f"hsa_compile_emitted_{path.stem}", source.text
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # Triton and pickle look modules up by name
+    # Triton asks for the source of a kernel, tracebacks for its lines: None for a date keeps this text, not the file's.
+    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+    try:
+        exec(compile(text, str(path), "exec"), module.__dict__)
     except (SyntaxError, ImportError, AttributeError) as error:
         del sys.modules[name]
         raise CompileError(f"the emitted module {path} cannot be imported: {error}") from error

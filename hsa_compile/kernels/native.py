@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hsa_compile.errors import CompileError
-from hsa_compile.paths import cxx_compiler
+from hsa_compile.files import read_regular, write_whole
+from hsa_compile.paths import cxx_compiler, why_distrusted
 
 # Each vector extension has flags of its own, rather than -march=native: what is built depends on nothing that the
 # source does not name, so machines can share a cache directory.
@@ -29,14 +30,18 @@ def build_library(source: Path, arch: str) -> Path:
         OSError: the library cannot be written.
     """
     library, checksum = source.with_suffix(".so"), source.with_suffix(".so.sha256")
-    try:
-        whole = checksum.read_text() == _digest(library)
-    except (FileNotFoundError, UnicodeDecodeError):
-        whole = False
-    if not whole:
+    if not _is_whole(library, checksum):
         _build(source, library, arch)
-        checksum.write_text(_digest(library))
+        write_whole(checksum, _digest(library))
     return library
+
+
+def _is_whole(library: Path, checksum: Path) -> bool:
+    """Returns whether a library is there that nobody else can have written, and no part of it is missing."""
+    try:
+        return why_distrusted(library, library) is None and read_regular(checksum) == _digest(library)
+    except OSError:
+        return False
 
 
 def _build(source: Path, library: Path, arch: str) -> None:
@@ -60,11 +65,12 @@ def _build(source: Path, library: Path, arch: str) -> None:
             raise CompileError(f"{name} refuses {source}: {done.stderr.strip()[-2000:]}")
         if not (built.is_file() and built.stat().st_size):
             raise CompileError(f"the C++ compiler {name} says that all is well, but wrote no library")
+        built.chmod(0o755)  # whatever the umask is: it is loaded only if nobody else can write it
         built.replace(library)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(read_regular(path)).hexdigest().encode()
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsa_compile.errors import CacheError
-from hsa_compile.paths import PRETUNED_DIR, chosen_cache_dir, schedule_dir
+from hsa_compile.paths import PRETUNED_DIR, chosen_cache_dir, make_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.lookup import Candidate, Lookup, candidates, use
 from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.schedules.store import (
+    MOST_BYTES,
     Records,
     add,
     drop_journal,
     put_record,
     read_records,
     set_aside,
+    size_of,
     warn_of_damage,
     write_records,
 )
@@ -221,7 +223,7 @@ def _locked(path: Path) -> Iterator[None]:
     import filelock
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(path.parent)
         with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_TIMEOUT_S, poll_interval=_LOCK_POLL_S):
             yield
     except filelock.Timeout as error:
@@ -262,10 +264,26 @@ def _quality(record: TuningRecord) -> tuple[bool, str]:
 
 def _read_all(directory: Path) -> Records:
     merged: Records = {}
-    for path in sorted(directory.glob("*.json")):
+    for path in _small_enough(directory):
         records, damages = read_records(path)
         if damages:
             warn_of_damage(path, damages)
         for record in records.values():
             add(merged, record)
     return merged
+
+
+def _small_enough(directory: Path) -> list[Path]:
+    """Returns the schedule files of a directory, in order, but for the longest where all together have too many bytes.
+
+    To read them takes the first call of an op a second for each 6 MB.
+    """
+    total, chosen = 0, []
+    sizes = {path: size_of(path) for path in sorted(directory.glob("*.json"))}
+    for path in sorted(sizes, key=lambda path: sizes[path]):
+        total += sizes[path]
+        if total > MOST_BYTES:
+            warn_of_damage(path, [f"with it, the files of {directory} have more than {MOST_BYTES} bytes"])
+        else:
+            chosen.append(path)
+    return sorted(chosen)

@@ -119,12 +119,15 @@ def _differences(problem: Problem, target: Target, candidate: Candidate) -> tupl
 
 def _exact_loss(record: TuningRecord) -> str:
     """Says what the winner of a search for this very shape is expected to lose."""
+    reasons = []
     if record.shortfall:
-        return f"not known: {record.shortfall}"
-    if not record.complete:
-        return f"not known: its search was interrupted after {record.trials} candidates"
+        reasons.append(record.shortfall)
+    elif not record.complete:
+        reasons.append(f"its search was interrupted after {record.trials} candidates")
     if before := record.outdated(installed_versions()):
-        return f"not known: it was timed under {before}; hsa-compile tune --verify times it again"
+        reasons.append(f"it was timed under {before}; hsa-compile tune --verify times it again")
+    if reasons:
+        return f"not known: {', and '.join(reasons)}"
     return f"none: it is the best of {record.trials} candidates that were tried for this shape"
 
 
@@ -142,7 +145,9 @@ def _loss(target: Target, found: Lookup | None, used: Candidate | None) -> str:
     entry = table.at(found.distance - used.distances.get("device", 0.0))
     if entry is None:
         return f"not known: shapes were measured against each other up to distance {table.reach:g}"
+    before = found.record.outdated(installed_versions())
+    compiler = f", and by what has changed since {before}, under which it was timed" if before else ""
     return (
         f"{entry.mean:.1%} on average, at most {entry.p90:.1%} for nine of ten; the default schedule "
-        f"{entry.default_mean:.1%} ({entry.pairs} pairs of shapes on {table.device}){model}"
+        f"{entry.default_mean:.1%} ({entry.pairs} pairs of shapes on {table.device}){model}{compiler}"
     )

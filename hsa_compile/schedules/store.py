@@ -27,7 +27,7 @@ from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 FORMAT = "hsa-compile schedules"
 VERSION = 2  # from 2 on, knobs have the names of today; older files are set aside
 JOURNAL_ABOVE = 1 << 18  # a file of more bytes, about a hundred entries, is no longer written anew at every put
-MOST_BYTES = 1 << 24  # a file or journal of more, which holds 6,000 entries, would keep the first call of an op waiting
+MOST_BYTES = 1 << 24  # more, which is 6,000 entries, would keep the first call of an op waiting for seconds
 _GENERATION = re.compile(rb'"generation": (\d{1,15})')
 _HEAD_BYTES = 200  # what stands before the entries of a file fits in so many
 
@@ -49,9 +49,18 @@ def journal_path(path: Path) -> Path:
 
 def journal_size(path: Path) -> int:
     """Returns the bytes of a schedule file's journal; 0 if there is none."""
+    return _size(journal_path(path))
+
+
+def size_of(path: Path) -> int:
+    """Returns the bytes of a schedule file and its journal."""
+    return _size(path) + journal_size(path)
+
+
+def _size(path: Path) -> int:
     try:
-        return journal_path(path).stat().st_size
-    except FileNotFoundError:
+        return path.stat().st_size
+    except OSError:  # there is none, or a link leads nowhere
         return 0
 
 
@@ -135,7 +144,8 @@ def put_record(path: Path, record: TuningRecord) -> None:
         OSError: the directory cannot be written, the disk is full, or the file; what was there is untouched.
     """
     size = path.stat().st_size if path.is_file() else 0
-    if size > JOURNAL_ABOVE and journal_size(path) < size:
+    # The file and its journal together stay below what is read.
+    if size > JOURNAL_ABOVE and journal_size(path) < min(size, MOST_BYTES - size - JOURNAL_ABOVE):
         entry = encode(record, generation=_generation_of(path))
         append_line(journal_path(path), json.dumps(entry, ensure_ascii=False).encode())
         return
@@ -186,9 +196,9 @@ def set_aside(path: Path) -> Path:
     while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
     for file, place in ((path, copy), (journal_path(path), journal_path(copy))):
-        if file.is_file():
+        if file.is_file() and _size(file) <= MOST_BYTES:
             shutil.copy2(file, place)
-        elif os.path.lexists(file):  # a directory, a pipe, a link to nowhere
+        elif os.path.lexists(file):  # a directory, a pipe, a link to nowhere, a terabyte
             file.rename(place)
     return copy
 

@@ -1,6 +1,7 @@
 """Several processes on one study: each trial once, and all of them at the same time."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -10,13 +11,14 @@ import forked
 import optuna
 import postgres
 import pytest
-from fake_benches import BARRIER, LOG
+from fake_benches import BARRIER, LOG, FakeBench
 
 from hsa_compile.autotune.bench.device import device_lock
 from hsa_compile.autotune.study.storage import close_storage, open_storage
 from hsa_compile.autotune.study.trials import OUTCOME, OWNER
 from hsa_compile.autotune.tune import tune
 from hsa_compile.problem import Problem
+from hsa_compile.schedules.schedule import Schedule
 
 PROBLEM = Problem(seq_len=131072, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8)
 SCRIPT = """
@@ -65,6 +67,27 @@ def test_four_processes_work_at_the_same_time_and_try_each_point_once(log: Path,
     processes = [forked.start(lambda: search(address, 12)) for _ in range(4)]
     assert [forked.wait(pid) for pid in processes] == [0] * 4
     assert_each_point_once(address, 12, log)
+
+
+def test_one_of_four_processes_that_is_killed_costs_no_more_than_its_own_candidate(log: Path, tmp_path: Path) -> None:
+    def search_and_die() -> None:
+        def prepare(bench: FakeBench, schedule: Schedule) -> str:
+            return forked.die() if schedule != bench.default else ""  # the others wait for it until it comes so far
+
+        FakeBench.prepare = prepare  # type: ignore[method-assign] (in this process alone)
+        search(address, 12)
+
+    address = str(tmp_path / "study.journal")
+    killed, *others = [forked.start(work) for work in (search_and_die, *[lambda: search(address, 12)] * 3)]
+    assert [forked.wait(pid) for pid in (killed, *others)] == [-signal.SIGKILL, 0, 0, 0]
+    storage = open_storage(address)
+    (name,) = optuna.get_all_study_names(storage)
+    found = optuna.load_study(study_name=name, storage=storage).trials
+    assert all(trial.state.is_finished() for trial in found)
+    assert len([trial for trial in found if OUTCOME in trial.user_attrs]) == 12
+    counts = sorted(Counter(log.read_text().splitlines()).values())
+    assert counts[:-2] == [1] * (len(counts) - 2)  # all but the default, and what the killed one had begun
+    assert counts[-2] <= 2
 
 
 @pytest.mark.exhaustive

@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import inspect
+import os
 import shutil
 import sys
 import tempfile
@@ -10,14 +12,17 @@ from types import SimpleNamespace
 
 import platformdirs
 import pytest
+import torch
 
 from hsa_compile import paths
 from hsa_compile.errors import CacheWarning, CompileError, HSACompileWarning
+from hsa_compile.files import write_whole
 from hsa_compile.kernels import compile as compile_module
 from hsa_compile.kernels import native
 from hsa_compile.kernels import resolve as resolve_module
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.kernels.resolve import resolve
 from hsa_compile.paths import cache_dir, cxx_compiler
 from hsa_compile.problem import Problem
@@ -117,3 +122,102 @@ def test_without_a_home_the_cache_is_temporary_and_says_so_once(spare: Path, mon
         assert cache_dir() == spare
     monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", "-x")
     assert cache_dir() == Path.cwd() / "-x"
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The libraries that were built, without a compiler, and "loaded"."""
+    built: list[Path] = []
+
+    def build(source: Path, library: Path, arch: str) -> None:
+        library.write_bytes(b"a library")
+        library.chmod(0o755)
+        built.append(library)
+
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    return built
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+
+
+def test_a_library_is_loaded_only_if_nobody_else_can_have_written_it(
+    builds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    for change in (lambda: None, lambda: library.chmod(0o775), lambda: library.chmod(0o757)):
+        change()
+        assert native.build_library(source, "avx2") == library
+        assert native.build_library(source, "avx2") == library
+    assert len(builds) == 3
+    give_away(library, monkeypatch)
+    native.build_library(source, "avx2")
+    assert len(builds) == 4
+
+
+@pytest.mark.parametrize("folder", ["", "kernels"])
+def test_where_others_can_write_no_library_is_loaded_and_a_warning_says_how_to_mend_it(
+    folder: str, builds: list[Path], spare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "own"
+    (cache / "kernels").mkdir(parents=True, mode=0o755)
+    monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(cache))
+    (cache / folder).chmod(0o775)
+    with pytest.warns(CacheWarning, match=r"others can write to .* chmod go-w") as caught:
+        kernel = resolve(PROBLEM, WITH_COMPILER)
+    assert kernel.path.parent == spare
+    assert [w.category for w in caught].count(CacheWarning) == 1
+    (cache / folder).chmod(0o755)
+    compile_module._modules.clear()
+    assert compile_kernel(kernel.source).path.parent == cache / "kernels"
+
+
+def test_what_others_wrote_to_the_file_of_a_python_kernel_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text("raise SystemExit('this was planted')\n")
+    monkeypatch.setattr(compile_module, "_written", lambda source: planted)
+    source = emit(PROBLEM, default_schedule(PROBLEM, WITHOUT_COMPILER), WITHOUT_COMPILER)
+    kernel = compile_kernel(source)
+    assert kernel.path == planted
+    assert inspect.getsource(kernel.entry) in source.text
+
+
+def test_where_nothing_can_be_written_a_kernel_runs_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr(compile_module, "write_whole", full)
+    with pytest.warns(CacheWarning, match="Read-only file system.* run from memory"):
+        kernel = resolve(PROBLEM, WITHOUT_COMPILER)
+    resolve(PROBLEM.with_op("hsa_backward"), WITHOUT_COMPILER)  # without a second warning
+    q, k = torch.randn(1, 64, 4, 8), torch.randn(1, 64, 2, 8)
+    picks, weights = torch.zeros(1, 64, 2, 2, dtype=torch.int64), torch.ones(1, 64, 2, 2)
+    expected = hsa_attention_reference(q, k, k, picks, weights, chunk_size=16)
+    torch.testing.assert_close(kernel.entry(q, k, k, picks, weights, scale=8**-0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("umask", "schedules"), [(0o002, 0o775), (0o077, 0o700)])
+def test_the_roots_owner_alone_writes_there_and_what_is_shared_follows_the_umask(
+    umask: int, schedules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HSA_COMPILE_CACHE_DIR", str(tmp_path / "new"))
+    before = os.umask(umask)
+    try:
+        paths.make_cache_dir(paths.schedule_dir())
+        paths.make_cache_dir(paths.kernel_dir(), mode=0o755)
+        write_whole(paths.schedule_dir() / "a.json", b"{}")
+    finally:
+        os.umask(before)
+    assert paths.schedule_dir().stat().st_mode & 0o777 == schedules
+    assert (paths.schedule_dir() / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert paths.why_distrusted(paths.kernel_dir(), paths.cache_dir()) is None

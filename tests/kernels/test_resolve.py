@@ -199,6 +199,18 @@ def test_a_lookup_is_answered_from_memory_the_second_time(monkeypatch: pytest.Mo
     assert tuned_for(PROBLEM, Target.parse("cpu")) is first
 
 
+def test_thousands_of_lengths_do_not_grow_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, cache = Target.parse("cpu"), default_cache()
+    most = resolve_module._MAX_REMEMBERED
+    monkeypatch.setattr(resolve_module, "_kernels", {})
+    monkeypatch.setattr(resolve_module, "resolve", lambda problem, target: problem)
+    for length in range(2 * most + 10):
+        resolve_module.remembered(length, target, lambda: PROBLEM)
+        cache.lookup(replace(PROBLEM, seq_len=16 + length, kv_len=16 + length), target)
+    assert len(resolve_module._kernels) <= most
+    assert len(cache._answers) <= most
+
+
 def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
 

@@ -109,6 +109,14 @@ def test_a_journal_left_behind_does_not_undo_what_the_file_took_in(
     assert times[128] == 0.5
 
 
+def test_a_clock_that_was_set_back_loses_no_put(stored: Path, make_record: MakeRecord, open_cache: OpenCache) -> None:
+    earlier = make_record(head_dim=32, median_ms=0.5, date="1970-01-01T00:00:00+00:00")
+    open_cache().put(earlier)  # after one of 2026, which is in the file
+    assert journal_size(stored)
+    times = {record.problem.head_dim: record.measurement.median_ms for _, record in open_cache().entries()}
+    assert times[32] == 0.5
+
+
 def test_a_file_that_was_removed_takes_its_journal_with_it(
     stored: Path, make_record: MakeRecord, open_cache: OpenCache
 ) -> None:

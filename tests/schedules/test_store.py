@@ -277,3 +277,49 @@ def test_import_over_a_damaged_file_warns_once_and_works(tmp_path: Path) -> None
     assert result.stderr.count("CacheWarning") == 1
     assert str(path) in result.stderr
     assert path.read_bytes() == b"{"
+
+
+SPECIAL_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a link to a device without end": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a directory": Path.mkdir,
+    "more than fits in memory": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
+
+
+@pytest.mark.parametrize("make", SPECIAL_FILES.values(), ids=SPECIAL_FILES)
+@pytest.mark.parametrize("suffix", ["", ".journal"])
+def test_what_is_no_file_is_passed_over_and_moved_out_of_the_way(
+    suffix: str, make: Callable[[Path], object], stored: Path, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    place = stored.with_name(stored.name + suffix)
+    place.unlink(missing_ok=True)
+    make(place)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = open_cache()
+    assert all(warning.category is CacheWarning for warning in caught)
+    assert head_dims(cache) == ({32, 64, 128} if suffix and not place.is_file() else set())
+    cache.put(make_record(head_dim=16))
+    assert head_dims(open_cache()) == ({16, 32, 64, 128} if suffix else {16})
+
+
+def test_of_too_many_bytes_the_longest_files_are_left_out(
+    make_record: MakeRecord, cpu: Target, gpu: Target, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for head_dim in (32, 64, 128):
+        longest = open_cache().put(make_record(head_dim=head_dim, target=cpu))
+    open_cache().put(make_record(head_dim=16, target=gpu))
+    monkeypatch.setattr("hsa_compile.schedules.cache.MOST_BYTES", longest.stat().st_size)
+    assert head_dims(open_warned(open_cache, longest)) == {16}
+
+
+def test_a_file_that_is_full_is_not_written(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored.read_bytes()
+    monkeypatch.setattr("hsa_compile.schedules.store.MOST_BYTES", len(before) + 10)
+    with pytest.raises(CacheError, match=r"more than \d+: export and clear it"):
+        open_cache().put(make_record(head_dim=16))
+    assert stored.read_bytes() == before

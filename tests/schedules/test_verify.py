@@ -1,6 +1,7 @@
 """Schedules that were timed under another compiler: they are marked, and can be timed again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,10 @@ def test_what_is_expected_of_an_entry_says_under_what_it_was_timed(
     cache.put(record)
     loss = explain(cache, record.problem, record.target).loss
     assert loss == "not known: it was timed under torch 2.1.3; hsa-compile tune --verify times it again"
+    cache.put(replace(record, trials=2))
+    loss = explain(cache, record.problem, record.target).loss
+    assert loss.startswith("not known: only 1 of ")
+    assert loss.endswith(", and it was timed under torch 2.1.3; hsa-compile tune --verify times it again")
 
 
 def test_a_removed_entry_serves_no_more(make_record: MakeRecord, open_cache: Callable[..., ScheduleCache]) -> None:

@@ -13,7 +13,7 @@ import filelock
 import torch
 
 from hsa_compile.errors import InvalidProblem
-from hsa_compile.paths import source_dir
+from hsa_compile.paths import lock_dir
 from hsa_compile.problem import Problem
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -75,7 +75,7 @@ def device_lock(device: str) -> filelock.BaseFileLock:
     home does not matter, and carries the host's name, since hosts may share that directory.
     """
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{platform.node()} {_hardware(torch.device(device))}")
-    return filelock.FileLock(source_dir() / f"device-{name}.lock")
+    return filelock.FileLock(lock_dir() / f"device-{name}.lock")
 
 
 def _hardware(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.errors import StorageError
 from hsa_compile.files import append_line, parse_json, read_lines
 from hsa_compile.kernels.emit import emit
-from hsa_compile.paths import schedule_dir
+from hsa_compile.paths import make_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -52,7 +52,7 @@ class Ledger:
         body = {"key": dict(key), "outcome": outcome.to_dict(), "date": date}
         line = json.dumps({**body, "checksum": _checksum(body)}, separators=(",", ":")).encode()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_cache_dir(self.path.parent)
             with filelock.FileLock(f"{self.path}.lock"):
                 append_line(self.path, line)
         except OSError as error:
@@ -66,7 +66,8 @@ class Ledger:
         """
         try:
             for line in read_lines(self.path):
-                if (found := _read(line)) is not None:
+                # A last line without its end is what a killed writer left: the next line takes its place.
+                if line.endswith(b"\n") and (found := _read(line)) is not None:
                     yield found
         except FileNotFoundError:
             return

@@ -28,7 +28,7 @@ from hsa_compile.autotune.study.trials import check_attributes
 from hsa_compile.checks import shown
 from hsa_compile.errors import CacheWarning, InvalidArgument, MissingDependency, StorageError
 from hsa_compile.files import MOST_LINE_BYTES, append_line, open_regular, parse_json, read_lines
-from hsa_compile.paths import schedule_dir
+from hsa_compile.paths import make_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.space import SearchSpace
@@ -119,7 +119,7 @@ def lock_of(storage: BaseStorage, address: str | None) -> contextlib.AbstractCon
         return filelock.FileLock(f"{address}.adopt.lock")
     if address is not None and isinstance(storage, GrpcStorageProxy):
         path = schedule_dir() / "studies" / (re.sub(r"[^A-Za-z0-9.-]+", "-", address) + ".adopt.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(path.parent)
         return filelock.FileLock(path)
     return contextlib.nullcontext()
 
@@ -200,7 +200,7 @@ class _Journal(BaseJournalBackend):
 def _open_journal(path: Path) -> JournalStorage:
     journal = _Journal(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_dir(path.parent)
         with journal.locked():
             os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
     except OSError as error:

@@ -32,6 +32,7 @@ from hsa_compile.autotune.study.trials import (
     num_idle,
     this_process,
 )
+from hsa_compile.errors import StorageError
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -119,7 +120,7 @@ class TuningStudy:
             if wanted is None and num_idle(trials) >= _MAX_IDLE_ASKS:
                 wanted = untried
             trial = self._ask(trials, wanted)
-            schedule = suggest(trial, self.space)
+            schedule = self._suggest(trial)
             trial.set_user_attr(CLAIMED, True)
             known = self._why_not(trial.number, schedule)
             if known is None:
@@ -177,7 +178,7 @@ class TuningStudy:
             schedule, outcome = self._schedule(trial), trial.user_attrs.get(OUTCOME)
             self._finished[trial.number] = (
                 None
-                if schedule is None or outcome is None
+                if schedule is None or outcome is None or not self.space.is_valid(schedule)
                 else Finished(
                     schedule=schedule, outcome=Outcome.from_dict(outcome), counted=LEDGER not in trial.user_attrs
                 )
@@ -246,6 +247,12 @@ class TuningStudy:
                 return "taken", None
         return None
 
+    def _suggest(self, trial: optuna.Trial) -> Schedule:
+        try:
+            return suggest(trial, self.space)
+        except ValueError as error:  # a damaged trial has other choices for a knob, which Optuna takes for the study's
+            raise StorageError(f"study {self.study.study_name} cannot go on, --force begins anew: {error}") from error
+
     def _skip(self, trial: optuna.Trial, reason: str, value: float | None) -> None:
         """Sends a point straight back to Optuna, at no cost."""
         trial.set_user_attr(SKIPPED, reason)
@@ -270,7 +277,7 @@ class TuningStudy:
         if OUTCOME in stale.user_attrs:
             self._tell(trial, Outcome.from_dict(stale.user_attrs[OUTCOME]).ratio)
             return self._adopt()
-        schedule = suggest(trial, self.space)
+        schedule = self._suggest(trial)
         trial.set_user_attr(CLAIMED, True)
         if (known := self._why_not(trial.number, schedule)) is not None:
             self._skip(trial, *known)

@@ -37,8 +37,11 @@ def check_attributes(operation: Mapping[str, Any]) -> None:
     for value in (operation.get("value"), *(operation.get("values") or ())):
         if value is not None:
             check_number("a value", value, -MAX_MS, MAX_MS)
-    for name, value in {**operation.get("user_attrs", {}), **operation.get("user_attr", {})}.items():
+    attributes = {**operation.get("user_attrs", {}), **operation.get("user_attr", {})}
+    system_attributes = {**operation.get("system_attrs", {}), **operation.get("system_attr", {})}
+    for name in (*attributes, *system_attributes):
         check_text("the name of an attribute", name)
+    for name, value in attributes.items():
         if name == OUTCOME:
             Outcome.from_dict(value)
         elif name == SKIPPED:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hsa_compile.checks import check_count, check_text, one_line, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import file_sha256, json_sha256, parse_json, read_regular, sync_directory
+from hsa_compile.files import file_sha256, json_sha256, open_regular, parse_json, read_regular, sync_directory
 from hsa_compile.model.memory.landmarks import LandmarkStore
 from hsa_compile.model.memory.pages import PagePool, mapped_tensor
 from hsa_compile.model.memory.shape import PageTable
@@ -152,17 +152,20 @@ def map_shard(path: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype
         InvalidArgument: the file is not a shard of these shapes.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(mapping[:8], "little")
+        if start > len(mapping):
+            raise ValueError(f"its header has {start - 8} bytes, the file {len(mapping)}")
         header = parse_json(mapping[8:start])
         tensors = {}
         for name, (shape, dtype) in expected.items():
             entry = header[name]
             if tuple(entry["shape"]) != shape or _DTYPES.get(entry["dtype"]) != dtype:
-                raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {list(shape)}")
+                found = f"{shown(entry['dtype'])} {shown(entry['shape'])}"
+                raise ValueError(f"{name} is {found}, not {dtype} {list(shape)}")
             tensors[name] = mapped_tensor(mapping, start + entry["data_offsets"][0], shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise InvalidArgument(f"{path} is not a shard of this memory ({one_line(error)})") from error
     return tensors, mapping
 
