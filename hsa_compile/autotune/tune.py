@@ -137,7 +137,7 @@ def tune(
         if record.shortfall is None:
             on_record(record)
             if not stopped:
-                session.finish()
+                session.finish(record)
     return record
 
 

@@ -23,13 +23,35 @@ _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 _OP_NAMES = {
     "forward": OPS[:1],
     "backward": OPS[1:],
-    "all": OPS,
+    "attention": OPS,
     "select": SELECT_OPS[:1],
+    "all": (*OPS, *SELECT_OPS[:1]),
     "decode": DECODE_OPS,
     "every": (*OPS, *SELECT_OPS, *DECODE_OPS),
 }
 _NARROWEST = 16  # the least width of a table's column on a narrow terminal
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+class ExclusiveOption(click.Option):
+    """A flag beside which some others mean nothing: they are refused together, in one line.
+
+    Args:
+        excludes: the flags that it cannot stand beside.
+        because: the rest of the message, which says why.
+    """
+
+    def __init__(self, *args: Any, excludes: Sequence[str], because: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.excludes, self.because = tuple(excludes), because
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
+        """Looks at what the command line has, before defaults are filled in."""
+        if self.name in opts:
+            for other in ctx.command.params:
+                if other.name in opts and set(other.opts) & set(self.excludes):
+                    raise click.UsageError(f"{self.opts[0]} and {other.opts[0]} exclude each other: {self.because}")
+        return super().handle_parse_result(ctx, opts, args)
 
 
 class Counts(click.ParamType):
@@ -94,7 +116,8 @@ def op_option(default: str) -> Callable[[F], F]:
         default=default,
         show_default=True,
         callback=lambda ctx, param, value: _OP_NAMES[value],
-        help="Which op: hsa_attention forward, backward or both (all); select_chunks; hsa_decode (a token); every one.",
+        help="Which op: hsa_attention forward, backward or both (attention); select_chunks; all that a layer needs, "
+        "which is both; hsa_decode, for one new token; or every one.",
     )
 
 
