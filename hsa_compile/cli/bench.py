@@ -16,6 +16,7 @@ from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
 from hsa_compile.comparison import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import DISTRIBUTIONS, OPS, Problem
 from hsa_compile.schedules.cache import tuned_for
 from hsa_compile.target import Target
@@ -131,14 +132,10 @@ def _run(
 
     Peaks that are measured are measured again after each shape, and the best is kept.
     """
-    import tqdm
-
     from hsa_compile.comparison.peaks import peaks_of
 
     results: list[Result] = []
-    with tqdm.tqdm(
-        total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None
-    ) as bar:
+    with progress_bar(len(entries), bar_format="{desc:36} {bar} {n_fmt}/{total_fmt} {elapsed}") as bar:
         try:
             for found in race.run(entries, on_progress=bar.set_description_str):
                 results += found

@@ -13,6 +13,7 @@ from hsa_compile.autotune.cost.roofline import occupancy, predict
 from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.kernels.emit import emit as emit_source
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import count_work
@@ -67,8 +68,6 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
       hsa-compile inspect --target sm_80 --op forward --schedule 'token num_warps=4 num_stages=2' --sass
       hsa-compile inspect --target sm_100 --matrix
     """
-    import tqdm
-
     from hsa_compile.kernels.ahead_of_time import compile_launches
     from hsa_compile.kernels.compile import compile_kernel
 
@@ -78,13 +77,15 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
     if matrix and (chosen or schedule_text):
         raise InvalidArgument("--matrix has its own shapes and schedules; leave the shape flags and --schedule out")
     problems = list(_matrix_problems(target, ops)) if matrix else expand(target, chosen, ops)
-    rows = []
-    for problem in tqdm.tqdm(problems, desc="compile", disable=not matrix, leave=False):
+    rows, bar = [], progress_bar(len(problems), "compile", hidden=not matrix)
+    for problem in problems:
         schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
         kernel = compile_kernel(emit_source(problem, schedule, target))
         for resources in compile_launches(kernel.module, target, sass="sass" in texts):
             rows.append(_row(problem, schedule, target, resources))
             _write_texts(resources, texts, out / f"{resources.name}_{target.arch}_{kernel.source.fingerprint}")
+        bar.update()
+    bar.close()
     print_rows(rows, as_json=as_json)
 
 

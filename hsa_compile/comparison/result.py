@@ -13,6 +13,7 @@ from hsa_compile.comparison import BOTH, DECODE, FORWARD, SELECT
 from hsa_compile.comparison.contender import CLAIMS, DENSE, SAME, SPARSE
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.errors import InvalidArgument, SaveError
+from hsa_compile.markup import escaped, html_table
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.record import Measurement
 from hsa_compile.versions import require
@@ -81,6 +82,11 @@ class Comparison:
     def to_json(self) -> str:
         """Returns all of it as indented JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def _repr_html_(self) -> str:
+        """Returns the table that `hsa-compile bench` prints, for a notebook."""
+        notes = "".join(f"<p>{escaped(line)}</p>" for line in notes_of(self.results))
+        return html_table(rows_of(self), caption=f"{self.device}; {'; '.join(shapes_of(self.results))}") + notes
 
     @staticmethod
     def from_json(text: str) -> "Comparison":

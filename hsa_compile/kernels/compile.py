@@ -4,13 +4,12 @@ import ctypes
 import functools
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency
+from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency, warn_user
 from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
@@ -115,10 +114,9 @@ def _in_some_directory(use: Callable[[Path], R]) -> R:
         raise CacheError(f"no kernel can be kept in {directory}, nor in a temporary directory: {error}") from failed
     if directory not in _unusable:
         _unusable.add(directory)
-        warnings.warn(
+        warn_user(
             f"a kernel cannot be kept in {directory} ({failed.strerror or failed}); {spare} serves instead",
             CacheWarning,
-            stacklevel=2,
         )
     return result
 

@@ -160,7 +160,8 @@ def test_a_browser_shows_the_page_without_an_error(scheme: str, tmp_path: Path) 
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     done = subprocess.run(
         [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *dark,
-         "--window-size=1000,1600", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", path.as_uri()],
+         "--window-size=1000,1600",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", path.as_uri()],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

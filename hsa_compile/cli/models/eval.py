@@ -10,6 +10,7 @@ import click
 
 from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
 from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.tasks.retrieval import TASKS
 from hsa_compile.problem import DTYPES
@@ -192,8 +193,6 @@ def _run(
     *,
     quiet: bool,
 ) -> Results:
-    import tqdm
-
     from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
     from hsa_compile.model.evaluation.results import Results, retrieval_cells
     from hsa_compile.model.evaluation.retrieval import retrieval_jobs
@@ -202,8 +201,7 @@ def _run(
     jobs = retrieval_jobs(subject, settings, haystack, outcomes) if haystack is not None else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
-    # None shows it on a terminal only.
-    with tqdm.tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=(quiet or not jobs) or None) as bar:
+    with progress_bar(total, hidden=quiet or not jobs, unit="tok", unit_scale=True) as bar:
 
         def show(label: str, tokens: int) -> None:
             bar.set_description_str(label, refresh=False)

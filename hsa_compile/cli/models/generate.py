@@ -11,6 +11,7 @@ import click
 
 from hsa_compile.cli.options import DTYPE_ALIASES
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import MAX_SEED, PLACEMENTS, VARIANTS
 from hsa_compile.problem import DTYPES
 
@@ -157,19 +158,11 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
 @contextlib.contextmanager
 def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
     """Shows a bar on standard error while a long prompt runs through the first layer."""
-    import tqdm
-
     from hsa_compile.model.inference.inference import PIECE
 
     first = next(iter([*model.lower, *model.upper]))
-    with tqdm.tqdm(
-        total=num_tokens,
-        desc="read",
-        unit="tok",
-        unit_scale=True,
-        leave=False,  # the text follows
-        disable=num_tokens < _PROGRESS_FROM * PIECE,
-    ) as bar:
+    is_short = num_tokens < _PROGRESS_FROM * PIECE
+    with progress_bar(num_tokens, "read", hidden=is_short, unit="tok", unit_scale=True) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             # A model may put tokens of its own into the text.

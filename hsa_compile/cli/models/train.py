@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
 from hsa_compile.versions import install_command
@@ -212,12 +213,10 @@ class _Line:
 
     def begin(self, step: int, precision: str) -> None:
         """Starts the line at a step; the ones before were made by an earlier process."""
-        import tqdm
-
         if self._shown:
             click.echo(f"computing in {precision}")
-            self._bar = tqdm.tqdm(
-                total=self._steps, initial=step, desc="train", unit="step", disable=None, bar_format=BAR
+            self._bar = progress_bar(
+                self._steps, "train", initial=step, unit="step", bar_format=BAR, leave=True
             )  # fmt: skip
 
     def show(self, record: Mapping[str, Any]) -> None:

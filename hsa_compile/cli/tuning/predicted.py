@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import click
-import tqdm
 
 from hsa_compile.autotune.cost.predict_schedule import (
     MIN_SCHEDULES,
@@ -14,6 +13,7 @@ from hsa_compile.autotune.cost.predict_schedule import (
 )
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger, default_ledger
 from hsa_compile.cli.options import print_json, print_rows
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
@@ -85,13 +85,8 @@ def _stored(problem: Problem, target: Target) -> TuningRecord | None:
 
 
 def _predict_with_bar(problem: Problem, target: Target, budget_s: float) -> TuningRecord:
-    with tqdm.tqdm(
-        total=round(budget_s),
-        desc=f"{problem.op:12}",
-        bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} s{postfix}",
-        leave=False,
-        disable=None,
-    ) as bar:
+    style = {"bar_format": "{desc} {bar} {n_fmt}/{total_fmt} s{postfix}"}
+    with progress_bar(round(budget_s), f"{problem.op:12}", **style) as bar:
 
         def show(progress: PredictionProgress) -> None:
             best = f"best {progress.best_ms:.3g} ms" if progress.best_ms else "none without spills"

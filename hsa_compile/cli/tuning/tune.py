@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,7 @@ from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 if TYPE_CHECKING:
-    import tqdm
-
     from hsa_compile.autotune.options import TuneOptions
-    from hsa_compile.autotune.tune import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,45 +195,13 @@ def _devices(text: str) -> tuple[list[str], Target]:
 
 
 def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> Outcome:
-    import tqdm
+    from hsa_compile.autotune.tune import search_bar, tune_missing
 
-    from hsa_compile.autotune.tune import tune_missing
-
-    with (
-        stop_on_ctrl_c() as stopped,
-        tqdm.tqdm(
-            total=options.trials,
-            desc=f"{problem.op:12}",
-            unit="trial",
-            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
-            leave=False,  # the verdict takes its place
-            disable=None,  # shown on a terminal only
-        ) as bar,
-    ):
+    with stop_on_ctrl_c() as stopped, search_bar(problem, options) as show:
         record, cached = tune_missing(
-            problem, target, options, device=devices, on_progress=_shower(bar), should_stop=stopped.is_set
+            problem, target, options, device=devices, on_progress=show, should_stop=stopped.is_set
         )
     return Outcome(problem=problem, record=record, cached=cached)
-
-
-def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
-        failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
-        bar.set_postfix_str(
-            f"best {progress.best_ms:.3g} ms (default {progress.default_ms:.3g}){failed}, "
-            f"{_seconds_left(progress):.0f} s left",
-            refresh=False,
-        )
-        bar.total = progress.max_trials
-        bar.update(progress.tried - bar.n)
-
-    return show
-
-
-def _seconds_left(progress: Progress) -> float:
-    """Returns the seconds until the trials run out at the pace so far, or the time does."""
-    by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
-    return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
 
 
 def _verdict(outcome: Outcome) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +9,7 @@ from typing import Any
 
 import filelock
 
-from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import make_directory
 
 OUTCOMES_FILE = "samples.jsonl"
@@ -106,4 +105,4 @@ def _text(key: Key) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, HSACompileWarning, stacklevel=4)
+    warn_user(message, HSACompileWarning)

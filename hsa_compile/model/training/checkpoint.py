@@ -8,7 +8,6 @@ number of processes can load.
 import contextlib
 import os
 import shutil
-import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.checks import check_count
-from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import make_directory, read_json, sync_directory, write_json
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.training.processes import Processes
@@ -148,10 +147,9 @@ def load_newest(
         aside = path.with_name(f"damaged-{path.name}")
         _remove(aside)
         path.replace(aside)  # the next steps would take it for the newest, and keep it instead of whole ones
-        warnings.warn(
+        warn_user(
             f"a checkpoint was left out: {fault}; it is now {aside.name}, and the run goes on from step {state.step}",
             HSACompileWarning,
-            stacklevel=2,
         )
     return state
 
