@@ -300,13 +300,13 @@ def set_autotune(mode: str) -> None:
 @contextlib.contextmanager
 def search_bar(problem: Problem, options: TuneOptions) -> Iterator[Callable[[Progress], None]]:
     """Shows a search as a bar while the context is open, and yields what `tune` takes as `on_progress`."""
-    style = {"unit": "trial", "bar_format": "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"}
-    with progress_bar(options.trials, f"{problem.op:12}", **style) as bar:
+    text = "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"
+    with progress_bar(options.trials, f"{problem.op:12}", unit="trial", bar_format=text) as bar:
 
         def show(progress: Progress) -> None:
             failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
-            times = f"best {progress.best_ms:.3g} ms, default {progress.default_ms:.3g}"
-            bar.set_postfix_str(f"{times}{failed}, {_seconds_left(progress):.0f} s left", refresh=False)
+            best = f"best {progress.best_ms:.3g} ms ({progress.default_ms / progress.best_ms:.2f}x)"
+            bar.set_postfix_str(f"{best}{failed}, {_seconds_left(progress):.0f} s left", refresh=False)
             bar.total = progress.max_trials
             bar.update(progress.tried - bar.n)
 

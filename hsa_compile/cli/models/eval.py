@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, RestrictedOption, given_flags, json_option, print_json
 from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.log import progress_bar
 from hsa_compile.model.config import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
@@ -54,10 +54,15 @@ class Depths(click.ParamType):
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
               show_default="s-niah, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
 @click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
-@click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--harness-path", cls=RestrictedOption, needs="--harness",
+              because="it has tasks of the harness",
+              type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="A folder of more tasks for --harness, as YAML files.")  # fmt: skip
 @click.option(
     "--harness-limit",
+    cls=RestrictedOption,
+    needs="--harness",
+    because="it is for tasks of the harness",
     type=click.IntRange(min=1),
     metavar="N",
     help="How many samples each of these tasks takes; all if left out.",
@@ -104,12 +109,17 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
 
     \b
     Tasks (wording of our own; stock RULER with its 13 tasks is another thing):
-      s-niah    one needle             mk-niah   four needles, one asked for
-      mq-niah   six, two asked for     vt        two chains of three variables, one asked for
-      ppl       perplexity of the last 512 tokens of held-out text (or half the shortest context, if that is less)
+      s-niah    one needle
+      mk-niah   four needles, one asked for
+      mq-niah   six needles, two asked for
+      vt        two chains of three variables, one asked for
+      ppl       perplexity of the last 512 tokens of held-out text
+                (or half the shortest context, if that is less)
     Protocols:
-      teacher-forced   arg-max at each answer byte given the true ones before it, all must be right
-      greedy           generation byte by byte; the text up to the first full stop must be the answer
+      teacher-forced   arg-max at each answer byte given the true ones before
+                       it; all must be right
+      greedy           generation byte by byte; the text up to the first full
+                       stop must be the answer
 
     A haystack is read once for all its samples, which then cost only what they change; ramba and full read each
     sample as a whole. Perplexity is measured on documents of a validation split that are as long as the longest
@@ -123,9 +133,9 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     \b
     Examples:
       hsa-compile eval --lengths 4k,64k,1m
-      hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --haystack stdlib --out results
-      hsa-compile eval --model runs/tiny/model --lengths 16m --samples 4 --memory-dtype bf16
-      hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
+      hsa-compile eval --model runs/tiny/model --task all --haystack stdlib
+      hsa-compile eval --lengths 16m --samples 4 --memory-dtype bf16
+      hsa-compile eval --harness lambada_openai,wikitext --harness-limit 100
     """
     import torch
 
@@ -174,10 +184,10 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
 
 def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> HarnessRun | None:
     if words is None:
-        if path is not None or limit is not None:
-            given = "--harness-limit" if path is None else "--harness-path"
-            raise InvalidArgument(f"{given} is for tasks of --harness TASK[,TASK…], which is not given")
         return None
+    own = given_flags("--lengths", "--depths", "--samples", "--haystack", "--min-distance", "--protocol")
+    if own and not given_flags("--task"):
+        raise InvalidArgument(f"{own[0]} is for tasks of ours: beside --harness {words} it needs --task")
     from hsa_compile.model.evaluation.harness_tasks import open_harness  # it is an extra, and takes long to import
 
     names = [name.strip() for name in words.split(",")]

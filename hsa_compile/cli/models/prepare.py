@@ -42,15 +42,20 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
 
     \b
     What is skipped is named in the summary and in manifest.json:
-      the whole source   empty, vanished, unreadable or damaged; text that is binary or not UTF-8
-      the line or row    longer than 64 MiB, no JSON, no such field, not UTF-8, empty
-    Refused (exit 2):    a SOURCE that does not exist; a folder that holds another corpus
-    Failed (exit 1):     a full disk, no document at all; what was finished is kept
+      the whole source   empty, vanished, unreadable or damaged;
+                         text that is binary or not UTF-8
+      the line or row    longer than 64 MiB, no JSON, no such field,
+                         not UTF-8, empty
+    Refused (exit 2):    a SOURCE that does not exist;
+                         a folder that holds another corpus
+    Failed (exit 1):     a full disk, no document at all;
+                         what was finished is kept
 
     \b
     Examples:
       hsa-compile prepare --corpus stdlib --out corpus
-      hsa-compile prepare books/ pages.jsonl.zst --out corpus --tokenizer tokenizer.json
+      hsa-compile prepare books/ pages.jsonl.zst --out corpus
+      hsa-compile prepare books/ --out tokens --tokenizer tokenizer.json
     """
     from hsa_compile.model.data.documents import find_sources, stdlib_sources
     from hsa_compile.model.data.prepare import prepare as prepare_corpus

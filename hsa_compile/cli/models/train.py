@@ -60,9 +60,9 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     \b
     Examples:
       hsa-compile train --preset tiny --out runs/tiny
-      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4 stages.0.window=16
+      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4
       hsa-compile train --out runs/tiny --resume
-      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
+      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/s
     """
     from hsa_compile.model.training.pace import Pace
     from hsa_compile.model.training.processes import join_processes, leave_processes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import ExclusiveOption, counted
+from hsa_compile.cli.options import RestrictedOption, counted
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.target import Target
 
@@ -28,7 +28,7 @@ MIN_TIMED = 2  # with fewer candidates there is nothing to compare
 @click.option("--storage", "address", help="Where tune kept the trials; this device's journal if left out.")
 @click.option(
     "--device",
-    cls=ExclusiveOption,
+    cls=RestrictedOption,
     excludes=("--storage",),
     because="a storage is named, and --device only finds one",
     default="auto",
@@ -53,7 +53,8 @@ def report(names: tuple[str, ...], address: str | None, device: str, out: Path) 
     Examples:
       hsa-compile report
       hsa-compile report --device h100 --out h100.html
-      hsa-compile report --storage postgresql://user@host/tuning --study hsa_forward-0123456789abcdef.1
+      hsa-compile report --storage postgresql://user@host/tuning
+      hsa-compile report --study hsa_forward-0123456789abcdef.1
     """
     from hsa_compile.autotune.study.storage import answering, close_storage, default_storage, open_to_read
     from hsa_compile.cli.tuning.report_page import page
