@@ -16,7 +16,7 @@ SELECT_OPS = ("select_chunks", "select_chunks_backward")
 DECODE_OPS = ("hsa_decode",)
 ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
 # The families of ops, by the names that `hsa-compile tune --op` takes.
-FAMILIES = {"all": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
+FAMILIES = {"attention": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
 _TITLES = {
     "hsa_forward": "HSA attention, forward",
     "hsa_backward": "HSA attention, backward",
@@ -161,7 +161,8 @@ class Problem:
 
     def tune_flags(self) -> str:
         """Returns the flags with which `hsa-compile tune` tunes this shape."""
-        op = "" if self.family == "all" else f"--op {self.family} "
+        # Without --op, the selection of chunks is tuned with the attention, as a layer needs it.
+        op = "" if self.op in OPS and self.top_k <= MAX_SELECTED else f"--op {self.family} "
         seq_len = self.kv_len if self.decodes else self.seq_len
         return (
             f"{op}--batch {self.batch} --seq-len {seq_len} --heads {self.num_heads} --kv-heads {self.num_kv_heads} "

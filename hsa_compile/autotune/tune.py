@@ -282,19 +282,25 @@ def _target_of(devices: Sequence[str]) -> Target:
     return targets[0]
 
 
-def set_autotune(mode: str) -> None:
+def set_autotune(mode: str, **changes: Any) -> None:
     """Sets what a call of an op does if its problem was never tuned.
 
     Args:
-        mode: with `off`, the default, the call runs the nearest schedule or the default one. With `on-miss`, it tunes
-            its problem first, on the device that it is called on, and stores the winner, which every later call, in
-            this process or another, finds.
+        mode: with `off`, the default, the call runs the nearest schedule or the default one. With `on-miss`, it says
+            what it does, tunes its problem first, on the device that it is called on, and stores the winner, which
+            every later call, in this process or another, finds.
+        changes: fields of `TuneOptions` for those searches, such as `timeout=20` seconds for each.
 
     Raises:
-        InvalidArgument: the mode is neither of these.
+        InvalidArgument: the mode is neither of these, or an option is out of range.
     """
     check_choice("autotune", mode, MODES)
-    set_on_miss(_tune if mode == "on-miss" else None)
+    options = replace(TuneOptions(), **changes)
+
+    def tune_on_miss(problem: Problem, target: Target) -> None:
+        _tune(problem, target, options)
+
+    set_on_miss(tune_on_miss if mode == "on-miss" else None)
 
 
 @contextlib.contextmanager
@@ -319,9 +325,8 @@ def _seconds_left(progress: Progress) -> float:
     return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
 
 
-def _tune(problem: Problem, target: Target) -> None:
-    """Tunes with the defaults of `hsa-compile tune`, and says before that why the call will take long."""
-    options = TuneOptions()
+def _tune(problem: Problem, target: Target, options: TuneOptions) -> None:
+    """Tunes and stores, and says before that why the call will take long."""
     print(
         f"hsa-compile: tuning {problem.describe()} on {target.name}, once, for at most {options.timeout:.0f} s; "
         "hsa_compile.set_autotune('off') runs a default schedule at once",

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DIGITS = 18  # Python refuses to read thousands of digits
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-_OP_NAMES = {
+OP_NAMES = {
     "forward": OPS[:1],
     "backward": OPS[1:],
     "attention": OPS,
@@ -134,10 +134,10 @@ def op_option(default: str) -> Callable[[F], F]:
     return click.option(
         "--op",
         "ops",
-        type=click.Choice(list(_OP_NAMES)),
+        type=click.Choice(list(OP_NAMES)),
         default=default,
         show_default=True,
-        callback=lambda ctx, param, value: _OP_NAMES[value],
+        callback=lambda ctx, param, value: OP_NAMES[value],
         help="Which op: hsa_attention forward, backward or both (attention); select_chunks; all that a layer needs, "
         "which is both; hsa_decode, for one new token; or every one.",
     )
