@@ -146,6 +146,6 @@ def warn_user(message: str, category: type[HSACompileWarning]) -> None:
         category,
         frame.f_code.co_filename,
         frame.f_lineno,
-        module=frame.f_globals.get("__name__"),
+        module=frame.f_globals.get("__name__") or "__main__",  # without a name, Python says nothing at all
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )
