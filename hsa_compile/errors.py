@@ -27,6 +27,10 @@ HSACompileWarning (UserWarning)
     └── DistantWarning             … or one that was tuned too far away
 """
 
+import sys
+import warnings
+from pathlib import Path
+
 
 class HSACompileError(Exception):
     """The base of all errors that hsa-compile raises on purpose."""
@@ -122,3 +126,26 @@ class UntunedWarning(HSACompileWarning):
 
 class DistantWarning(UntunedWarning):
     """The schedule that runs was tuned for a shape so far away that nobody knows how much time it loses."""
+
+
+_OURS = str(Path(__file__).parent)
+
+
+def warn_user(message: str, category: type[HSACompileWarning]) -> None:
+    """Gives a warning that points at the user's line: the nearest one that is neither ours, PyTorch's nor Python's."""
+    torch = sys.modules.get("torch")
+    inside = (_OURS, "<frozen ", *([str(Path(torch.__file__).parent)] if torch and torch.__file__ else []))
+    frame = caller = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(inside):
+        if frame.f_back is None:  # a thread of PyTorch's, in which no line is the user's
+            frame = caller
+            break
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__") or "__main__",  # without a name, Python says nothing at all
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

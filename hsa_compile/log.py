@@ -1,9 +1,10 @@
-"""The logger of the package, which is silent unless `HSA_COMPILE_LOG` asks it to speak."""
+"""What the package says while it runs: a logger that is silent unless `HSA_COMPILE_LOG` asks, and progress bars."""
 
 import logging
-import warnings
+import sys
+from typing import Any
 
-from hsa_compile.errors import HSACompileWarning
+from hsa_compile.errors import HSACompileWarning, warn_user
 from hsa_compile.paths import log_level
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -21,10 +22,27 @@ def set_up_logging() -> None:
         return
     if level.lower() not in LEVELS:
         allowed = ", ".join(LEVELS)
-        warnings.warn(f"HSA_COMPILE_LOG = {level!r} is not one of {allowed}", HSACompileWarning, stacklevel=3)
+        warn_user(f"HSA_COMPILE_LOG = {level!r} is not one of {allowed}", HSACompileWarning)
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hsa-compile %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def progress_bar(total: float | None, description: str = "", *, hidden: bool = False, **style: Any) -> Any:
+    """Returns a bar of tqdm that fits the terminal. It is a widget in a notebook, and nothing in a pipe.
+
+    Args:
+        total: how much there is to do.
+        description: what is done, before the bar.
+        hidden: whether there is none in any case.
+        style: what else tqdm takes; unless it says so, a finished bar is removed.
+    """
+    from tqdm.auto import tqdm  # a program that shows no bar need not import it
+
+    # None shows it on a terminal only; a notebook without widgets is no terminal, but shows a bar as text.
+    disable = hidden or (False if "ipykernel" in sys.modules else None)
+    style = {"leave": False, **style}
+    return tqdm(total=total, desc=description, disable=disable, dynamic_ncols=True, **style)

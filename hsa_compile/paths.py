@@ -8,10 +8,9 @@ import os
 import shlex
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
-from hsa_compile.errors import CacheWarning
+from hsa_compile.errors import CacheWarning, warn_user
 
 PACKAGE_DIR = Path(__file__).parent
 TEMPLATE_DIR = PACKAGE_DIR / "kernels" / "templates"
@@ -49,11 +48,10 @@ def _user_cache_dir() -> str:
 @functools.cache
 def _without_home(chosen: str) -> Path:
     directory = temporary_dir()
-    warnings.warn(
+    warn_user(
         f"there is no home directory for the cache ({chosen}): kernels and schedules are kept in {directory}; "
         "HSA_COMPILE_CACHE_DIR chooses another place",
         CacheWarning,
-        stacklevel=3,
     )
     return directory
 

@@ -16,7 +16,14 @@ SELECT_OPS = ("select_chunks", "select_chunks_backward")
 DECODE_OPS = ("hsa_decode",)
 ALL_OPS = (*OPS, *SELECT_OPS, *DECODE_OPS)
 # The families of ops, by the names that `hsa-compile tune --op` takes.
-FAMILIES = {"all": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
+FAMILIES = {"attention": OPS, "select": SELECT_OPS, "decode": DECODE_OPS}
+_TITLES = {
+    "hsa_forward": "HSA attention, forward",
+    "hsa_backward": "HSA attention, backward",
+    "select_chunks": "Selection of chunks",
+    "select_chunks_backward": "Selection of chunks, backward",
+    "hsa_decode": "HSA decoding",
+}
 FUSIONS = ("softmax", "stick_breaking")
 # The flags of a problem that change the emitted source.
 OPTIONS = ("softmax_off_by_one", "per_head_weights", "mask_last_token", "packed", "noise", "paged")
@@ -155,7 +162,8 @@ class Problem:
 
     def tune_flags(self) -> str:
         """Returns the flags with which `hsa-compile tune` tunes this shape."""
-        op = "" if self.family == "all" else f"--op {self.family} "
+        # Without --op, the selection of chunks is tuned with the attention, as a layer needs it.
+        op = "" if self.op in OPS and self.top_k <= MAX_SELECTED else f"--op {self.family} "
         seq_len = self.kv_len if self.decodes else self.seq_len
         return (
             f"{op}--batch {self.batch} --seq-len {seq_len} --heads {self.num_heads} --kv-heads {self.num_kv_heads} "
@@ -169,6 +177,25 @@ class Problem:
         if self.selects:
             shape = f"Dr {self.head_dim}, C {self.chunk_size}, {self.fusion}"
         return ", ".join([self.dtype, shape, *options])
+
+    def in_words(self) -> str:
+        """Returns the problem as a title: what `describe` says, for those who do not know the letters."""
+        length = f"{self.seq_len:,} token{'s' * (self.seq_len > 1)}"
+        if self.batch > 1:
+            length = f"{self.batch:,} times {length}"
+        if self.kv_len != self.seq_len:
+            length += f" on {self.kv_len:,} keys"
+        heads = f"{self.num_kv_heads} {'' if self.selects else 'kv '}head{'s' * (self.num_kv_heads > 1)}"
+        if not self.selects:
+            heads = f"{self.num_heads} query heads on {heads}"
+        options = [name.replace("_", " ") for name in (*OPTIONS, "deterministic") if getattr(self, name)]
+        if self.fusion != FUSIONS[0]:
+            options.append(self.fusion.replace("_", " "))
+        parts = [
+            length, f"{heads} of width {self.head_dim}", f"chunks of {self.chunk_size}",
+            f"{self.top_k} picks a token", self.dtype, *options,
+        ]  # fmt: skip
+        return f"{_TITLES.get(self.op, self.op)}: {', '.join(parts)}"
 
     def describe(self) -> str:
         """Returns the problem in one line for people."""

@@ -22,9 +22,7 @@ EXTRAS = {
     "zstandard": "train",
     "tensorboard": "train",
     "wandb": "wandb",
-    "plotly": "plots",
     "matplotlib": "plots",
-    "sklearn": "plots",
 }
 
 

@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(hsa_compile.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"scikit-learn": "sklearn", "lm-eval": "lm_eval"}  # where that is not the name of the package
+IMPORTED_AS = {"lm-eval": "lm_eval"}  # where that is not the name of the package
 
 
 def names_of(requirements: list[str]) -> set[str]:

@@ -39,6 +39,7 @@ from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.ops import backend_for
+from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
@@ -196,9 +197,9 @@ class Session:
             finally:
                 failed.set()
 
-    def finish(self) -> None:
-        """Marks the study as done, so that the next search of the same problem begins anew."""
-        finish_study(self.study)
+    def finish(self, record: TuningRecord) -> None:
+        """Marks the study as done with a record, so that the next search of the same problem begins anew."""
+        finish_study(self.study, record.to_dict())
 
     def _search(
         self, bench: Bench, deadline: float, should_stop: Callable[[], bool], on_trial: Callable[[SearchResult], None]

@@ -1,8 +1,9 @@
 """The tuning of one problem, from its inputs to a stored record: `tune`, `tune_missing` and `set_autotune`."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -22,7 +23,7 @@ from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.resolve import set_on_miss
-from hsa_compile.log import logger
+from hsa_compile.log import logger, progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
@@ -140,7 +141,7 @@ def tune(
         if record.shortfall is None:
             on_record(record)
             if not stopped:
-                session.finish()
+                session.finish(record)
     return record
 
 
@@ -312,23 +313,58 @@ def _target_of(devices: Sequence[str]) -> Target:
     return targets[0]
 
 
-def set_autotune(mode: str) -> None:
+def set_autotune(mode: str, **changes: Any) -> None:
     """Sets what a call of an op does if its problem was never tuned.
 
     Args:
-        mode: with `off`, the default, the call runs the nearest schedule or the default one. With `on-miss`, it tunes
-            its problem first, on the device that it is called on, and stores the winner, which every later call, in
-            this process or another, finds.
+        mode: with `off`, the default, the call runs the nearest schedule or the default one. With `on-miss`, it says
+            what it does, tunes its problem first, on the device that it is called on, and stores the winner, which
+            every later call, in this process or another, finds.
+        changes: fields of `TuneOptions` for those searches, such as `timeout=20` seconds for each.
 
     Raises:
-        InvalidArgument: the mode is neither of these.
+        InvalidArgument: the mode is neither of these, or an option is out of range.
     """
     check_choice("autotune", mode, MODES)
-    set_on_miss(_tune if mode == "on-miss" else None)
+    options = replace(TuneOptions(), **changes)
+
+    def tune_on_miss(problem: Problem, target: Target) -> None:
+        _tune(problem, target, options)
+
+    set_on_miss(tune_on_miss if mode == "on-miss" else None)
 
 
-def _tune(problem: Problem, target: Target) -> None:
-    """Tunes with the defaults of `hsa-compile tune`; the log says so where nothing could be stored."""
-    record, _ = tune_missing(problem, target)
+@contextlib.contextmanager
+def search_bar(problem: Problem, options: TuneOptions) -> Iterator[Callable[[Progress], None]]:
+    """Shows a search as a bar while the context is open, and yields what `tune` takes as `on_progress`."""
+    text = "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"
+    with progress_bar(options.trials, f"{problem.op:12}", unit="trial", bar_format=text) as bar:
+
+        def show(progress: Progress) -> None:
+            failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
+            best = f"best {progress.best_ms:.3g} ms ({progress.default_ms / progress.best_ms:.2f}x)"
+            bar.set_postfix_str(f"{best}{failed}, {_seconds_left(progress):.0f} s left", refresh=False)
+            bar.total = progress.max_trials
+            bar.update(progress.tried - bar.n)
+
+        yield show
+
+
+def _seconds_left(progress: Progress) -> float:
+    """Returns the seconds until the trials run out at the pace so far, or the time does."""
+    by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
+    return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
+
+
+def _tune(problem: Problem, target: Target, options: TuneOptions) -> None:
+    """Tunes and stores, and says before that why the call will take long."""
+    print(
+        f"hsa-compile: tuning {problem.describe()} on {target.name}, once, for at most {options.timeout:.0f} s; "
+        "hsa_compile.set_autotune('off') runs a default schedule at once",
+        file=sys.stderr,
+        flush=True,
+    )
+    with search_bar(problem, options) as show:
+        record, _ = tune_missing(problem, target, options, on_progress=show)
     if record.shortfall:
         logger.info("%s: nothing is stored: %s", problem.describe(), record.shortfall)

@@ -16,6 +16,7 @@ from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
 from hsa_compile.comparison import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import DISTRIBUTIONS, OPS, Problem
 from hsa_compile.schedules.cache import tuned_for
 from hsa_compile.target import Target
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 ALL = "all"
 FAILURE, INTERRUPTED = 1, 130
 _LENGTHS = {"cpu": [1024, 4096, 16384], "cuda": [4096, 16384, 65536]}
+
+_RATE = "the rate reached, by the least that has to be computed and moved"
+_LEGEND = {
+    "op": "forward; both: forward and backward; select: the choice of chunks; decode: one new token",
+    "shape": "how many tokens the context has; the rest of the shape is above, unless there are several",
+    "contender": "what ran; ours is hsa-compile",
+    "computes": "same function; dense: attention to everything; same sparsity, another function",
+    "median": "the median time of a call, or why there is none",
+    "p20 – p80": "the 20th and 80th percentiles of the times, in ms",
+    "time / ours": "the median, over the rounds, of its time over ours: above 1 ours is faster",
+    "TFLOP/s": _RATE,
+    "GFLOP/s": _RATE,
+    "GB/s": _RATE,
+}
 
 Entry = tuple[str, Problem]
 
@@ -71,14 +86,15 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     \b
     A contender's function is called as one of
       hsa_attention(q, k, v, chunk_indices, chunk_weights, chunk_size=…) -> o
-      select_chunks(query, landmarks, chunk_size=…, top_k=…) -> chunk_indices, chunk_weights
-      hsa_decode(q, k_chunks, v_chunks, chunk_indices, chunk_weights, page_table=…) -> o
+      select_chunks(query, landmarks, chunk_size=…, top_k=…) -> indices, weights
+      hsa_decode(q, k_chunks, v_chunks, chunk_indices, chunk_weights,
+                 page_table=…) -> o
 
     \b
     Examples:
       hsa-compile bench
-      hsa-compile bench --op forward --seq-len 4k,64k --heads 16 --kv-heads 1,16 --against sdpa
-      hsa-compile bench --op both --contender mine.py:attention --json bench.json --plots pictures
+      hsa-compile bench --op forward --seq-len 4k,64k --against sdpa
+      hsa-compile bench --op both --contender mine.py:attention --plots pictures
     """
     from hsa_compile.autotune.bench.device import check_memory
     from hsa_compile.cli.models.argument import device_of
@@ -131,14 +147,10 @@ def _run(
 
     Peaks that are measured are measured again after each shape, and the best is kept.
     """
-    import tqdm
-
     from hsa_compile.comparison.peaks import peaks_of
 
     results: list[Result] = []
-    with tqdm.tqdm(
-        total=len(entries), bar_format="{desc:36} {bar:20} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None
-    ) as bar:
+    with progress_bar(len(entries), bar_format="{desc:36} {bar} {n_fmt}/{total_fmt} {elapsed}") as bar:
         try:
             for found in race.run(entries, on_progress=bar.set_description_str):
                 results += found
@@ -204,7 +216,7 @@ def _show(comparison: Comparison, file: Path | None, plots: Path | None) -> None
 
     results = comparison.results
     click.echo("\n".join(["", *shapes_of(results), ""]))
-    print_rows(rows_of(comparison), as_json=False, empty="nothing was timed")
+    print_rows(rows_of(comparison), as_json=False, legend=_LEGEND, empty="nothing was timed")
     notes = notes_of(results)
     if notes:
         click.echo("\n" + "\n".join(notes))

@@ -10,15 +10,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.autotune.cost.roofline import occupancy, predict
-from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
+from hsa_compile.cli.options import (
+    SHAPE_FIELDS,
+    SHAPE_NAMES,
+    RestrictedOption,
+    expand,
+    json_option,
+    op_option,
+    print_rows,
+    shape_options,
+)
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.kernels.emit import emit as emit_source
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import default_schedule
-from hsa_compile.target import NAMED_TARGETS, Target
+from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 if TYPE_CHECKING:
     from hsa_compile.kernels.ahead_of_time import KernelResources
@@ -27,6 +37,19 @@ if TYPE_CHECKING:
 # At none of these points may a default schedule spill registers.
 _MATRIX_DTYPES, _MATRIX_HEAD_DIMS = ("bfloat16", "float16"), (64, 128)
 _MATRIX_GROUPS, _MATRIX_CHUNKS = (1, 4, 16), (32, 64, 128)
+_LEGEND = {
+    "kernel": "the kernel's name; an op may launch several",
+    "shape": "dtype, group G, head dim D, chunk size C",
+    "schedule": "the schedule that it was emitted for",
+    "registers": "how many registers a thread has",
+    "spills": "bytes of a thread's registers that lie in memory; 0 is good",
+    "shared KB": "shared memory of a program, in KiB",
+    "occupancy": "share of a multiprocessor's threads that are resident",
+    "matrix": "the matrix instruction that the machine code uses",
+    "GFLOP": "work of all matrix products, in 10⁹ FLOPs",
+    "MB": "what the programs read and write, in 10⁶ bytes",
+    "bound": "the part of the GPU that bounds the time, and the time that it needs at its peak",
+}
 _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 
 
@@ -34,7 +57,7 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 @click.option(
     "--target",
     "target_name",
-    type=click.Choice(list(NAMED_TARGETS)),
+    type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
     default="sm_90",
     show_default=True,
     help="Which GPU.",
@@ -45,7 +68,12 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
     "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
 )
 @click.option(
-    "--matrix", is_flag=True, help="Inspect the default schedules over dtype x head dim x group x chunk size."
+    "--matrix",
+    cls=RestrictedOption,
+    excludes=("--schedule", *SHAPE_NAMES),
+    because="the matrix has its own shapes and schedules",
+    is_flag=True,
+    help="Inspect the default schedules over dtype x head dim x group x chunk size.",
 )
 @click.option("--ptx", is_flag=True, help="Write the PTX of each kernel.")
 @click.option("--sass", is_flag=True, help="Write the machine code of each kernel (NVIDIA).")
@@ -62,30 +90,28 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
 
     \b
     Examples:
-      hsa-compile inspect --target sm_90
-      hsa-compile inspect --target gfx942 --op backward --head-dim 128 --chunk-size 64
-      hsa-compile inspect --target sm_80 --op forward --schedule 'token num_warps=4 num_stages=2' --sass
+      hsa-compile inspect --target h100
+      hsa-compile inspect --target gfx942 --op backward --head-dim 128
+      hsa-compile inspect --op forward --schedule 'token num_warps=4 num_stages=2'
       hsa-compile inspect --target sm_100 --matrix
     """
-    import tqdm
-
     from hsa_compile.kernels.ahead_of_time import compile_launches
     from hsa_compile.kernels.compile import compile_kernel
 
     target = Target.parse(target_name)
     chosen = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     texts = [name for name in _TEXTS if flags[name]]
-    if matrix and (chosen or schedule_text):
-        raise InvalidArgument("--matrix has its own shapes and schedules; leave the shape flags and --schedule out")
     problems = list(_matrix_problems(target, ops)) if matrix else expand(target, chosen, ops)
-    rows = []
-    for problem in tqdm.tqdm(problems, desc="compile", disable=not matrix, leave=False):
+    rows, bar = [], progress_bar(len(problems), "compile", hidden=not matrix)
+    for problem in problems:
         schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
         kernel = compile_kernel(emit_source(problem, schedule, target))
         for resources in compile_launches(kernel.module, target, sass="sass" in texts):
             rows.append(_row(problem, schedule, target, resources))
             _write_texts(resources, texts, out / f"{resources.name}_{target.arch}_{kernel.source.fingerprint}")
-    print_rows(rows, as_json=as_json)
+        bar.update()
+    bar.close()
+    print_rows(rows, as_json=as_json, legend=_LEGEND)
 
 
 def _matrix_problems(target: Target, ops: Sequence[str]) -> Iterator[Problem]:
@@ -142,7 +168,7 @@ def _write_texts(resources: KernelResources, texts: Sequence[str], stem: Path) -
     "target_name",
     default="auto",
     show_default=True,
-    help="The device to emit for: auto, cpu, cuda:0, sm_80, sm_90, …",
+    help="The device to emit for: auto, cpu, cuda:0, h100, sm_90, …",
 )
 @op_option("forward")
 @shape_options

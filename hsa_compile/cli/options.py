@@ -6,12 +6,14 @@ import json
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from hsa_compile.problem import DECODE_OPS, DTYPES, OPS, SELECT_OPS, Problem
 from hsa_compile.target import Target
@@ -20,16 +22,56 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DIGITS = 18  # Python refuses to read thousands of digits
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-_OP_NAMES = {
+OP_NAMES = {
     "forward": OPS[:1],
     "backward": OPS[1:],
-    "all": OPS,
+    "attention": OPS,
     "select": SELECT_OPS[:1],
+    "all": (*OPS, *SELECT_OPS[:1]),
     "decode": DECODE_OPS,
     "every": (*OPS, *SELECT_OPS, *DECODE_OPS),
 }
+_WIDEST_TEXT = 100  # the most letters of a line of text
 _NARROWEST = 16  # the least width of a table's column on a narrow terminal
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+class RestrictedOption(click.Option):
+    """A flag that some others make meaningless, or that means nothing without another: both are refused in one line.
+
+    Args:
+        excludes: the flags that it cannot stand beside.
+        needs: the flag that it cannot stand without.
+        because: the rest of the message, which says why.
+    """
+
+    def __init__(
+        self, *args: Any, excludes: Sequence[str] = (), needs: str | None = None, because: str, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.excludes, self.needs, self.because = tuple(excludes), needs, because
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
+        """Looks at what the command line has, before defaults are filled in."""
+        if self.name in opts and not ctx.resilient_parsing:
+            given = [flag for other in ctx.command.params if other.name in opts for flag in other.opts]
+            for flag in given:
+                if flag in self.excludes:
+                    raise click.UsageError(f"{self.opts[0]} and {flag} exclude each other: {self.because}")
+            if self.needs is not None and self.needs not in given:
+                raise click.UsageError(f"{self.opts[0]} needs {self.needs}: {self.because}")
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def given_flags(*flags: str) -> list[str]:
+    """Returns those of the flags that the command line has."""
+    context = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+    ]
+    return [flag for flag in flags if flag in given]
 
 
 class Counts(click.ParamType):
@@ -76,6 +118,8 @@ _SHAPE_FLAGS = (
     ("--dtype", "dtype", Dtypes(), "Dtype of q, k and v."),
 )
 SHAPE_FIELDS = tuple(field for _, field, _, _ in _SHAPE_FLAGS)
+SHAPE_NAMES = tuple(flag for flag, _, _, _ in _SHAPE_FLAGS)
+GAIN = "the default schedule's time over that of this one"  # what a column says that shows a gain
 
 
 def shape_options(command: F) -> F:
@@ -90,25 +134,44 @@ def op_option(default: str) -> Callable[[F], F]:
     return click.option(
         "--op",
         "ops",
-        type=click.Choice(list(_OP_NAMES)),
+        type=click.Choice(list(OP_NAMES)),
         default=default,
         show_default=True,
-        callback=lambda ctx, param, value: _OP_NAMES[value],
-        help="Which op: hsa_attention forward, backward or both (all); select_chunks; hsa_decode (a token); every one.",
+        callback=lambda ctx, param, value: OP_NAMES[value],
+        help="Which op: hsa_attention forward, backward or both (attention); select_chunks; all that a layer needs, "
+        "which is both; hsa_decode, for one new token; or every one.",
     )
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, empty: str = "nothing to show") -> None:
-    """Prints rows with equal keys as a table, or as a JSON list."""
+def print_rows(
+    rows: Sequence[dict[str, Any]], *, as_json: bool, legend: Mapping[str, str], empty: str = "nothing to show"
+) -> None:
+    """Prints rows with equal keys as a table that explains itself, or as a JSON list.
+
+    Args:
+        rows: the rows; their keys name the columns.
+        as_json: whether to print a JSON list.
+        legend: what each column means, by its name.
+        empty: what is said if there is no row.
+    """
     if as_json:
         print_json(list(rows))
     elif rows:
-        click.echo(fitted_table([list(row.values()) for row in rows], list(rows[0])))
+        click.echo(fitted_table([list(row.values()) for row in rows], list(rows[0])) + "\n")
+        print_legend({name: legend[name] for name in rows[0]})
     else:
         click.echo(empty)
+
+
+def print_legend(legend: Mapping[str, str]) -> None:
+    """Prints a line for each column of a table that says what it means, no wider than the terminal."""
+    indent = max(map(len, legend)) + 2
+    width = min(_WIDEST_TEXT, shutil.get_terminal_size().columns)
+    for name, meaning in legend.items():
+        click.echo(textwrap.fill(f"{name:{indent}}{meaning}", width, subsequent_indent=" " * indent))
 
 
 def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numbers: bool = True) -> str:

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_json, print_rows, shape_options
+from hsa_compile.cli.options import (
+    GAIN,
+    SHAPE_FIELDS,
+    expand,
+    json_option,
+    op_option,
+    print_json,
+    print_rows,
+    shape_options,
+)
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -55,10 +64,21 @@ def diff(one: str, other: str, as_json: bool) -> None:
     """
     if one.isdecimal() and other.isdecimal():
         rows = list(_entry_rows(entry_number(int(one))[1], entry_number(int(other))[1]))
-        print_rows(rows, as_json=as_json, empty="the entries are equal")
+        print_rows(rows, as_json=as_json, legend=_ENTRY_LEGEND, empty="the entries are equal")
         return
     rows = list(_problem_rows(_records(one), _records(other)))
-    print_rows(rows, as_json=as_json, empty="neither holds an entry")
+    print_rows(rows, as_json=as_json, legend=_PROBLEM_LEGEND, empty="neither holds an entry")
+
+
+_ENTRY_LEGEND = {
+    "field": "a field in which the entries differ; schedules show says all of an entry",
+    **dict.fromkeys(("one", "other"), "its value there"),
+}
+_PROBLEM_LEGEND = {
+    "problem": "the op, and its shape in the letters of docs/hsa.md",
+    **dict.fromkeys(("one", "other"), "schedule, median time and kind of the entry there"),
+    "verdict": "whether both have the problem, the schedule, the whole entry",
+}
 
 
 def _entry_rows(one: TuningRecord, other: TuningRecord) -> Iterator[dict[str, str]]:
@@ -139,7 +159,7 @@ _MAX_RIVALS = 5
 
 
 @click.command(short_help="Show which schedule a problem would run on, and why.")
-@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, sm_90, …")
+@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, h100, sm_90, …")
 @op_option("all")
 @shape_options
 @click.option("--all", "show_all", is_flag=True, help=f"Show all entries, not only the nearest {_MAX_RIVALS}.")
@@ -236,7 +256,7 @@ def _difference_values(differences: tuple[Difference, ...]) -> dict[str, dict[st
 
 @click.command(short_help="Write the user's tuned schedules to FILE.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--device", help="Take only this device's: auto, cpu, cuda:0, sm_90, …; all if left out.")
+@click.option("--device", help="Take only this device's: auto, cpu, cuda:0, h100, sm_90, …; all if left out.")
 def export(file: Path, device: str | None) -> None:
     """Write the user's tuned schedules to FILE, for `import` on another machine.
 
@@ -275,6 +295,22 @@ def import_(file: Path) -> None:
     click.echo(f"{merged.added} new, {merged.replaced} replaced, {merged.kept} kept as they were{left_out}")
 
 
+_LIST_LEGEND = {
+    "#": "the number that show and diff take",
+    "from": "user: tuned or imported here; pretuned: shipped with the package",
+    "kind": "measured on its device, or predicted for one that was not there",
+    "device": "the device that it was tuned for",
+    "problem": "the op, and its shape in the letters of docs/hsa.md",
+    "schedule": "the winner: the dataflow, then its knobs",
+    "time": "the median time of the winner",
+    "gain": GAIN,
+    "tried": "how many candidates the search tried",
+    "tuned": "the day on which the search ended",
+    "timed under": "this compiler, or the versions of another one; tune --verify times again",
+    "kernels": "these, or others: then the templates have changed since, and the entry is not used",
+}
+
+
 @click.group()
 def schedules() -> None:
     """List, show, explain, compare, move or remove tuned schedules.
@@ -310,7 +346,7 @@ def list_(as_json: bool) -> None:
             "device": record.target.name,
             "problem": record.problem.describe(),
             "schedule": str(record.schedule),
-            "ms": f"{record.measurement.median_ms:.3g}",
+            "time": f"{record.measurement.median_ms:.3g} ms",
             "gain": f"{record.speedup:.2f}x",
             "tried": record.trials,
             "tuned": record.date[:10] + ("" if record.complete else ", interrupted"),
@@ -319,7 +355,7 @@ def list_(as_json: bool) -> None:
         }
         for number, (origin, record) in enumerate(entries, start=1)
     ]
-    print_rows(rows, as_json=False, empty="nothing has been tuned yet: hsa-compile tune")
+    print_rows(rows, as_json=False, legend=_LIST_LEGEND, empty="nothing has been tuned yet: hsa-compile tune")
 
 
 @schedules.command()
@@ -336,7 +372,7 @@ def show(number: int) -> None:
 
 
 @schedules.command()
-@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, sm_90, …")
+@click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, h100, sm_90, …")
 def path(device: str) -> None:
     """Show the file that holds a device's schedules.
 
@@ -350,7 +386,7 @@ def path(device: str) -> None:
 
 
 @schedules.command()
-@click.option("--device", help="Remove only this device's: auto, cpu, cuda:0, …; all if left out.")
+@click.option("--device", help="Remove only this device's: auto, cpu, cuda:0, h100, …; all if left out.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clear(device: str | None, yes: bool) -> None:
     """Remove the user's tuned schedules.

@@ -14,6 +14,7 @@ from hsa_compile.comparison.contender import CLAIMS, DENSE, SAME, SPARSE
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.files import parse_json, read_regular
+from hsa_compile.markup import escaped, html_table
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.record import MAX_MS, Measurement
 from hsa_compile.versions import require
@@ -82,6 +83,11 @@ class Comparison:
     def to_json(self) -> str:
         """Returns all of it as indented JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def _repr_html_(self) -> str:
+        """Returns the table that `hsa-compile bench` prints, for a notebook."""
+        notes = "".join(f"<p>{escaped(line)}</p>" for line in notes_of(self.results))
+        return html_table(rows_of(self), caption=f"{self.device}; {'; '.join(shapes_of(self.results))}") + notes
 
     @staticmethod
     def read(path: Path) -> "Comparison":

@@ -7,13 +7,12 @@ import importlib.util
 import linecache
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency
+from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency, warn_user
 from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
@@ -124,10 +123,9 @@ def _in_some_directory(use: Callable[[Path], R]) -> R:
         ) from failed
     if directory not in _unusable:
         _unusable.add(directory)
-        warnings.warn(
+        warn_user(
             f"a kernel cannot be kept in {directory} ({failed.strerror or failed}); {spare} serves instead",
             CacheWarning,
-            stacklevel=2,
         )
     return result
 
@@ -169,7 +167,7 @@ def _written(source: KernelSource) -> Path:
         directory = kernel_dir()
         if directory not in _unusable:
             _unusable.add(directory)
-            warnings.warn(f"{error}; kernels run from memory", CacheWarning, stacklevel=3)
+            warn_user(f"{error}; kernels run from memory", CacheWarning)
         return _path(source, directory)
 
 

@@ -1,7 +1,6 @@
 """Finds the kernel that a problem runs on: looks the schedule up, emits the source, imports it. It never tunes."""
 
 import logging
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from hsa_compile.errors import (
     HSACompileError,
     HSACompileWarning,
     UntunedWarning,
+    warn_user,
 )
 from hsa_compile.kernels.compile import Kernel, compile_kernel
 from hsa_compile.kernels.emit import emit
@@ -82,7 +82,7 @@ def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel
             raise
         if (text := f"{error}; the slower PyTorch kernel runs instead") not in _warned:
             _warned.add(text)
-            warnings.warn(text, HSACompileWarning, stacklevel=5)
+            warn_user(text, HSACompileWarning)
         # The callback for a miss would tune for the device as it is, not as it would be without its compiler.
         return _resolve(problem, replace(target, has_compiler=False), None)
 
@@ -118,7 +118,7 @@ def _lookup(problem: Problem, target: Target, on_miss: OnMiss | None) -> Lookup 
     try:
         on_miss(problem, target)
     except HSACompileError as error:  # a run that could go on must not end here
-        warnings.warn(f"{problem.describe()} could not be tuned: {error}", HSACompileWarning, stacklevel=6)
+        warn_user(f"{problem.describe()} could not be tuned: {error}", HSACompileWarning)
     return default_cache().lookup(problem, target)
 
 
@@ -132,8 +132,7 @@ def _warn_once(problem: Problem, target: Target, what: str, category: type[Untun
         return
     _warned.add(kind)
     device = "cpu" if target.kind == "cpu" else "cuda"
-    warnings.warn(
+    warn_user(
         f"{what}; tune it with: hsa-compile tune --device {device} {problem.tune_flags()}",
         category,
-        stacklevel=7,
     )

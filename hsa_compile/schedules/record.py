@@ -15,6 +15,7 @@ from hsa_compile.checks import (
     shown,
 )
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.markup import facts_table
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.schedule import Schedule
@@ -169,6 +170,19 @@ class TuningRecord:
             for name, version in before.items()
             if version.split(".")[: parts[name]] != now[name].split(".")[: parts[name]]
         )
+
+    def _repr_html_(self) -> str:
+        """Returns a table of what a person asks first, for a notebook."""
+        facts = {
+            "device": self.target.name,
+            "schedule": str(self.schedule),
+            "time": f"{self.measurement.median_ms:.3g} ms ({self.kind})",
+            "default": f"{self.default_measurement.median_ms:.3g} ms",
+            "gain": f"{self.speedup:.2f}x",
+            "candidates": f"{self.trials} tried, {sum(self.failures.values())} failed",
+            "verdict": self.verdict or "none",
+        }
+        return facts_table(facts, caption=self.problem.in_words())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for JSON."""

@@ -12,14 +12,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hsa_compile.checks import MAX_TEXT, shown
-from hsa_compile.errors import CacheWarning
+from hsa_compile.errors import CacheWarning, warn_user
 from hsa_compile.files import append_line, parse_json, read_regular, write_whole
 from hsa_compile.schedules.key import ScheduleKey
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
@@ -159,7 +158,7 @@ def put_record(path: Path, record: TuningRecord) -> None:
 def warn_of_damage(path: Path, damages: list[str]) -> None:
     """Gives one warning for a file, however much is wrong with it."""
     more = f" and {len(damages) - 1} more" if len(damages) > 1 else ""
-    warnings.warn(f"schedule cache {path}: {damages[0]}{more}; what is damaged is ignored", CacheWarning, stacklevel=3)
+    warn_user(f"schedule cache {path}: {damages[0]}{more}; what is damaged is ignored", CacheWarning)
 
 
 def write_records(path: Path, records: Iterable[TuningRecord]) -> None:

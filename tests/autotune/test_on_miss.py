@@ -31,13 +31,21 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TuningRecord]]:
 
 
 @pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
-def test_a_miss_is_tuned_once_if_that_was_asked_for(tuned: list[TuningRecord]) -> None:
+def test_a_miss_is_tuned_once_if_that_was_asked_for(
+    tuned: list[TuningRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
     target = Target.parse("cpu")
     hsa_compile.resolve(PROBLEM, target)
     assert tuned == []
     hsa_compile.set_autotune("on-miss")
     kernel = hsa_compile.resolve(PROBLEM, target)
     assert [record.problem for record in tuned] == [PROBLEM]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"hsa-compile: tuning {PROBLEM.describe()} on {target.name}, once, for at most 55 s; "
+        "hsa_compile.set_autotune('off') runs a default schedule at once\n"
+    )
     assert kernel.source.schedule == tuned[0].schedule
     hsa_compile.resolve(PROBLEM, target)
     assert len(tuned) == 1
@@ -49,3 +57,5 @@ def test_a_miss_is_tuned_once_if_that_was_asked_for(tuned: list[TuningRecord]) -
 def test_an_unknown_mode_is_refused_with_those_that_exist() -> None:
     with pytest.raises(InvalidArgument, match="autotune = 'always' is not one of off, on-miss"):
         set_autotune("always")
+    with pytest.raises(InvalidArgument, match="timeout = -1 must be more than 0 seconds"):
+        set_autotune("on-miss", timeout=-1)

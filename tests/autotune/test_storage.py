@@ -1,5 +1,6 @@
 """Where studies are kept, and which study a search belongs to."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ import pytest
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.trial import TrialState
 
-from hsa_compile.autotune.study.storage import default_storage, finish_study, open_storage, open_study, question
+from hsa_compile.autotune.study.storage import (
+    default_storage,
+    finish_study,
+    open_storage,
+    open_study,
+    open_to_read,
+    question,
+)
 from hsa_compile.autotune.study.trials import is_gone, this_process
 from hsa_compile.errors import InvalidArgument, MissingDependency, StorageError
 from hsa_compile.problem import Problem
@@ -86,7 +94,7 @@ def test_a_search_that_did_not_end_goes_on_and_one_that_did_begins_anew() -> Non
     storage = InMemoryStorage()
     first = open_study(storage, asked(), anew=False)
     assert open_study(storage, asked(), anew=False).study_name == first.study_name
-    finish_study(first)
+    finish_study(first, {})
     second = open_study(storage, asked(), anew=False)
     assert second.study_name != first.study_name
     assert open_study(storage, asked(), anew=False).study_name == second.study_name
@@ -106,8 +114,38 @@ def test_another_question_has_another_study(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(names) == len(questions)
 
 
+def test_a_storage_that_is_opened_to_read_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    study = optuna.create_study(storage=open_storage(str(path)), study_name="s")
+    study.add_trial(optuna.create_trial(value=1.0))
+    study.add_trial(optuna.create_trial(value=2.0))
+    torn = path.read_bytes()[:-7]
+    path.write_bytes(torn)
+    (found,) = open_to_read(str(path)).get_all_studies()
+    assert [trial.value for trial in open_to_read(str(path)).get_all_trials(found._study_id)] == [1.0]
+    assert path.read_bytes() == torn
+
+
+@pytest.mark.parametrize("address", ["sqlite:///{folder}/nothing.db", "{folder}/nothing.journal"])
+def test_to_read_what_is_not_there_names_what_is_and_makes_nothing(address: str, tmp_path: Path) -> None:
+    there = Path(default_storage(Target.parse("cpu")))
+    optuna.create_study(storage=open_storage(str(there)), study_name="s")
+    with pytest.raises(InvalidArgument, match=rf"nothing\.\w+ does not exist; .* there are: {re.escape(str(there))}"):
+        open_to_read(address.format(folder=tmp_path))
+    assert not list(tmp_path.glob("nothing*"))
+
+
+def test_an_empty_database_that_is_read_gets_no_tables(tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    path.touch()
+    with pytest.raises(StorageError, match=r"holds no studies: .*no such table"):
+        open_to_read(f"sqlite:///{path}")
+    assert path.read_bytes() == b""
+
+
 def test_a_study_says_what_it_is_of() -> None:
     study = open_study(InMemoryStorage(), asked(), anew=False)
+    assert study.metric_names == ["time / default"]
     assert study.user_attrs["problem"] == PROBLEM.to_dict()
     assert study.user_attrs["target"] == Target.parse("cpu").to_dict()
     assert study.study_name.startswith("hsa_forward-")

@@ -211,7 +211,7 @@ def test_an_unknown_task_is_one_line_with_those_near_it(
     [
         (["--harness", ","], "--harness names no task"),
         (["--harness", "our_text", "--harness-limit", "0"], "0 is not in the range"),
-        (["--harness-limit", "5"], "--harness-path is for tasks of --harness"),
+        (["--harness-limit", "5"], "needs --harness: it"),
         (["--harness", "our_text", "--harness-path", "/nowhere"], "/nowhere"),
         (["--harness", "broken"], "--harness broken cannot be loaded: "),
         (["--harness", "unsafe"], "--harness unsafe runs code that a model wrote"),

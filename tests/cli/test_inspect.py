@@ -56,7 +56,7 @@ def test_kernels_of_both_vendors_are_compiled_and_what_they_use_is_shown(tmp_pat
     ("arguments", "message"),
     [
         (["--target", "sm_70"], "'sm_70' is not one of"),
-        (["--matrix", "--head-dim", "64"], "leave the shape flags"),
+        (["--matrix", "--head-dim", "64"], "--matrix and --head-dim exclude each other"),
         (["--schedule", "token num_warps=3 num_stages=2", "--op", "forward"], "num_warps = 3 is not one of"),
         (["--dtype", "fp64"], "float64"),
     ],

@@ -3,19 +3,8 @@
 import sys
 from pathlib import Path
 
-import optuna
 import pytest
 from shell import Shell
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> str:
-    """The address of a storage with a study that a report can be made of."""
-    path = tmp_path / "study.journal"
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
-    made = optuna.create_study(study_name="made", storage=optuna.storages.JournalStorage(backend))
-    made.optimize(lambda trial: trial.suggest_int("block", 1, 8), n_trials=3)
-    return str(path)
 
 
 def assert_names(run: Shell, hidden: str, extra: str, *words: str) -> None:
@@ -25,13 +14,6 @@ def assert_names(run: Shell, hidden: str, extra: str, *words: str) -> None:
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: ")
     assert line.endswith(f"needs {hidden}: pip install 'hsa-compile[{extra}]'")
-
-
-@pytest.mark.parametrize("hidden", ["plotly", "matplotlib", "sklearn"])
-def test_a_report_needs_plots_and_leaves_nothing_behind(hidden: str, run: Shell, study: str, tmp_path: Path) -> None:
-    out = tmp_path / "report"
-    assert_names(run, hidden, "plots", "report", "--storage", study, "--out", str(out))
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ def test_an_empty_list_says_how_to_fill_it(run: Shell) -> None:
 def test_the_list_is_a_table_of_problems_and_schedules(run: Shell) -> None:
     table = run("schedules", "list")
     assert table.code == 0
-    assert len(table.out.splitlines()) == 2 + 2
+    rows, _, legend = table.out.partition("\n\n")
+    assert len(rows.splitlines()) == 2 + 2
+    assert "gain         the default schedule's time over that of this one" in legend
     for op in OPS:
         assert f"{op} B1 T128 HQ4 H1 D16 C16 K2 float32" in table.out
 
@@ -79,7 +81,7 @@ def test_the_list_tells_predicted_from_measured_and_kernels_of_another_text(run:
     default_cache().put(record_of(OPS[0]))
     default_cache().put(replace(record_of(OPS[1]), kind="predicted", measurement=time, default_measurement=time))
     default_cache().put(replace(record_of(OPS[1]), kernel_source="0123456789ab"))
-    rows = [line.split() for line in run("schedules", "list").out.splitlines()[2:]]
+    rows = [line.split() for line in run("schedules", "list").out.partition("\n\n")[0].splitlines()[2:]]
     assert [row[2] for row in rows] == ["measured", "predicted", "measured"]
     assert [row[-1] for row in rows] == ["these", "these", "others"]
 

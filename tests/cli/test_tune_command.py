@@ -147,25 +147,6 @@ def test_a_plan_counts_what_is_left_to_do(run: Shell) -> None:
 
 
 @pytest.mark.slow
-def test_a_report_is_one_page_without_a_network_and_pictures(run: Shell, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    pytest.importorskip("matplotlib")
-    run(*TUNE)
-    outcome = run("report", "--device", "cpu", "--out", str(tmp_path / "report"))
-    assert outcome.code == 0
-    page, *pictures = map(Path, outcome.out.split())
-    text = page.read_text()
-    assert text.count("plotly-graph-div") >= 2
-    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
-    assert "hsa_forward" in text
-    assert {path.suffix for path in pictures} == {".png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    unknown = run("report", "--device", "cpu", "--study", "banana")
-    assert unknown.code == 2
-    assert page.stem in unknown.err
-
-
-@pytest.mark.slow
 def test_a_whole_process_that_gets_ctrl_c_stops_cleanly_with_its_workers() -> None:
     command = [sys.executable, "-m", "hsa_compile", *TUNE]
     command.remove("--in-process")

@@ -26,7 +26,7 @@ from optuna.storages.journal._storage import JournalStorageReplayResult
 from hsa_compile.autotune.options import DATABASES, PROXY, check_address
 from hsa_compile.autotune.study.trials import check_attributes
 from hsa_compile.checks import shown
-from hsa_compile.errors import CacheWarning, InvalidArgument, MissingDependency, StorageError
+from hsa_compile.errors import CacheWarning, InvalidArgument, MissingDependency, StorageError, warn_user
 from hsa_compile.files import MOST_LINE_BYTES, append_line, open_regular, parse_json, read_lines
 from hsa_compile.paths import make_cache_dir, schedule_dir
 from hsa_compile.problem import Problem
@@ -35,7 +35,9 @@ from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
 
-FINISHED = "finished"  # the attribute of a study that says when its search ended
+# The attributes of a study that say when its search ended, and what the record is that it ended with.
+FINISHED, RECORD = "finished", "record"
+METRIC = "time / default"  # the name that Optuna's own plots and dashboard have for a trial's value
 HEARTBEAT_S = 10
 GRACE_S = 60  # after so long without a heartbeat, a trial's process is taken for dead
 MAX_RETRIES = 2  # how often a trial whose process died is tried again
@@ -84,6 +86,38 @@ def open_storage(address: str | None) -> BaseStorage:
     if address.startswith(f"{PROXY}://"):
         return _open_proxy(address)
     return _open_database(address) if "://" in address else _open_journal(Path(address))
+
+
+def open_to_read(address: str) -> BaseStorage:
+    """Opens a storage that is there already, and changes nothing in it: no file, no table, no line that was torn.
+
+    Args:
+        address: as for `open_storage`.
+
+    Raises:
+        InvalidArgument: the address is of no known kind, or there is no such file; the message names those that are.
+        MissingDependency, StorageError: as for `open_storage`.
+    """
+    check_address(address)
+    if address.startswith(f"{PROXY}://"):
+        return _open_proxy(address)
+    path = _file_of(address)
+    if path is not None and not path.is_file():
+        found = (
+            ", ".join(map(str, sorted((schedule_dir() / "studies").glob("*.journal")))) or "none on this machine yet"
+        )
+        raise InvalidArgument(f"storage {address} does not exist; hsa-compile tune makes one; there are: {found}")
+    if "://" in address:
+        return _open_database(address, to_read=True)
+    return JournalStorage(_Journal(Path(address)))
+
+
+def _file_of(address: str) -> Path | None:
+    """Returns the file that a storage is in; None for a server."""
+    if "://" not in address:
+        return Path(address)
+    url = sqlalchemy.engine.make_url(address)
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -164,7 +198,7 @@ class _Journal(BaseJournalBackend):
             )
         if damages:
             more = f", and so are {len(damages) - 1} more" if len(damages) > 1 else ""
-            warnings.warn(f"journal {self._path}: {damages[0]} and left out{more}", CacheWarning, stacklevel=2)
+            warn_user(f"journal {self._path}: {damages[0]} and left out{more}", CacheWarning)
 
     def _rehearsed(self, line: bytes, damages: list[str]) -> dict[str, Any]:
         """Returns the operation on a line, once it was replayed; if it cannot be, adds why to the damages."""
@@ -208,7 +242,7 @@ def _open_journal(path: Path) -> JournalStorage:
     return JournalStorage(journal)
 
 
-def _open_database(address: str) -> RDBStorage:
+def _open_database(address: str, *, to_read: bool = False) -> RDBStorage:
     try:
         url = sqlalchemy.engine.make_url(address)
     except sqlalchemy.exc.ArgumentError as error:
@@ -216,11 +250,14 @@ def _open_database(address: str) -> RDBStorage:
     shown = _shown(address)
     for attempt in range(_ATTEMPTS):
         try:
-            return _connect(address, sqlite=url.get_backend_name() == "sqlite")
+            return _connect(address, sqlite=url.get_backend_name() == "sqlite", to_read=to_read)
         except ImportError as error:
             missing = getattr(error.__cause__, "name", None) or error.name or ""
             package = _DRIVERS.get(missing, missing or "the database's driver")
             raise MissingDependency(f"storage {shown} needs a driver: pip install {package}") from error
+        except optuna.exceptions.StorageInternalError as error:  # it was opened to read, and has not Optuna's tables
+            cause = str(error.__cause__ or error).partition("\n")[0]
+            raise StorageError(f"storage {shown} holds no studies: {cause}") from error
         except sqlalchemy.exc.SQLAlchemyError as error:
             # If several come first to an empty database, all but one find its tables half made.
             if not _is_being_made(error) or attempt == _ATTEMPTS - 1:
@@ -257,12 +294,13 @@ def _shown(address: str) -> str:
     return address
 
 
-def _connect(address: str, *, sqlite: bool) -> RDBStorage:
+def _connect(address: str, *, sqlite: bool, to_read: bool) -> RDBStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return RDBStorage(
             address,
             engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if sqlite else {},
+            skip_table_creation=to_read,
             heartbeat_interval=HEARTBEAT_S,
             grace_period=GRACE_S,
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
@@ -314,11 +352,20 @@ def open_study(storage: BaseStorage, asked: Mapping[str, Any], *, anew: bool) ->
     )
     for name, value in asked.items():
         study.set_user_attr(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([METRIC])
     return study
 
 
-def finish_study(study: optuna.Study) -> None:
-    """Marks a study's search as ended, so that the next one with the same question begins anew."""
+def finish_study(study: optuna.Study, record: Mapping[str, Any]) -> None:
+    """Marks a study's search as ended, so that the next one with the same question begins anew.
+
+    Args:
+        study: the study.
+        record: what the search ended with, as `TuningRecord.to_dict` gives it; a report shows it.
+    """
+    study.set_user_attr(RECORD, dict(record))
     study.set_user_attr(FINISHED, datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES, Counts, json_option, print_json
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, RestrictedOption, given_flags, json_option, print_json
 from hsa_compile.errors import InvalidArgument, MissingDependency
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import PERPLEXITY, PLACEMENTS, PROTOCOLS, TEACHER_FORCED
 from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.model.tasks.haystack import TEXT
@@ -55,10 +56,15 @@ class Depths(click.ParamType):
 @click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
               show_default="all but ppl, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
 @click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
-@click.option("--harness-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--harness-path", cls=RestrictedOption, needs="--harness",
+              because="it has tasks of the harness",
+              type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="A folder of more tasks for --harness, as YAML files.")  # fmt: skip
 @click.option(
     "--harness-limit",
+    cls=RestrictedOption,
+    needs="--harness",
+    because="it is for tasks of the harness",
     type=click.IntRange(min=1),
     metavar="N",
     help="How many samples each of these tasks takes; all if left out.",
@@ -112,7 +118,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
       qa-1, qa-2                                  where somebody works; where somebody's boss works
       facts-1, facts-2, facts-3                   who and what is where, from one, two or three facts
       mrcr                                        which of eight needles of one name
-      ppl       perplexity of the last 512 tokens of held-out text (or half the shortest context, if that is less)
+      ppl                                         perplexity of the last 512 tokens of held-out text
     Protocols:
       teacher-forced   arg-max at each answer token given the true ones before it, all must be right
       greedy           generation token by token; the text up to the first full stop must be the answer
@@ -187,10 +193,10 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
 
 def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> HarnessRun | None:
     if words is None:
-        if path is not None or limit is not None:
-            given = "--harness-limit" if path is None else "--harness-path"
-            raise InvalidArgument(f"{given} is for tasks of --harness TASK[,TASK…], which is not given")
         return None
+    own = given_flags("--lengths", "--depths", "--samples", "--haystack", "--min-distance", "--protocol")
+    if own and not given_flags("--task"):
+        raise InvalidArgument(f"{own[0]} is for tasks of ours: beside --harness {words} it needs --task")
     from hsa_compile.model.evaluation.harness_tasks import open_harness  # it is an extra, and takes long to import
 
     names = [name.strip() for name in words.split(",")]
@@ -206,8 +212,6 @@ def _run(
     *,
     quiet: bool,
 ) -> Results:
-    import tqdm
-
     from hsa_compile.model.evaluation.cells import retrieval_cells
     from hsa_compile.model.evaluation.perplexity import perplexities, perplexity_jobs
     from hsa_compile.model.evaluation.results import Results
@@ -217,8 +221,7 @@ def _run(
     jobs = retrieval_jobs(subject, settings, haystack, outcomes) if settings.tasks else []
     jobs += perplexity_jobs(subject, texts, outcomes) if texts is not None else []
     total = sum(job.tokens for job in jobs)
-    # None shows it on a terminal only.
-    with tqdm.tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=(quiet or not jobs) or None) as bar:
+    with progress_bar(total, hidden=quiet or not jobs, unit="tok", unit_scale=True) as bar:
 
         def show(label: str, tokens: int) -> None:
             bar.set_description_str(label, refresh=False)

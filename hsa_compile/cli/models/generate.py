@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES
+from hsa_compile.cli.options import DTYPE_ALIASES, RestrictedOption
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import MAX_SEED, PLACEMENTS, VARIANTS
+from hsa_compile.model.presets import PRESETS
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
@@ -32,7 +34,14 @@ _PROGRESS_FROM = 4  # from so many pieces on there is a progress bar
 @click.option("--random-weights", is_flag=True, help="Draw a preset's weights with --seed; it writes noise.")
 @click.option("--variant", type=click.Choice(VARIANTS), help="Which variant of the preset.")
 @click.option("--prompt", help="The text to continue.")
-@click.option("--prompt-file", type=click.File("rb"), help="A file that holds the text; - is standard input.")
+@click.option(
+    "--prompt-file",
+    cls=RestrictedOption,
+    excludes=("--prompt",),
+    because="one text is continued",
+    type=click.File("rb"),
+    help="A file that holds the text; - is standard input.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=0),
@@ -47,14 +56,22 @@ _PROGRESS_FROM = 4  # from so many pieces on there is a progress bar
     show_default=True,
     help="What logits are divided by; 0 is greedy.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+@click.option("--top-p", cls=RestrictedOption, needs="--temperature",
+              because="without it the most likely token is taken",
+              type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
               help="Draw only from the most likely tokens that sum to this probability.")  # fmt: skip
 @click.option("--stop", multiple=True, help="A text to end before; may be repeated.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Seed of what is drawn.")
 @click.option("--memory", type=click.Choice(PLACEMENTS), default="device", show_default=True,
               help="Where chunk keys and values lie.")  # fmt: skip
 @click.option(
-    "--memory-dir", type=click.Path(file_okay=False, path_type=Path), help="The folder for the file of --memory disk."
+    "--memory-dir",
+    cls=RestrictedOption,
+    needs="--memory",
+    excludes=("--load-memory",),
+    because="the file of --memory disk is made there, where nothing was saved before",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder for the file of --memory disk.",
 )
 @click.option("--save-memory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Save what was read there, once the prompt is read.")  # fmt: skip
@@ -74,14 +91,17 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
     the tokenizer's end of a document, or after --max-new-tokens. A book can be read once and asked many times:
 
     \b
-      hsa-compile generate --model DIR --prompt-file book.txt --max-new-tokens 0 --save-memory book
-      hsa-compile generate --model DIR --load-memory book --prompt 'Who was the Captain?'
+      hsa-compile generate --model DIR --prompt-file book.txt \\
+          --max-new-tokens 0 --save-memory book
+      hsa-compile generate --model DIR --load-memory book --prompt 'Who was it?'
 
     \b
     Examples:
-      hsa-compile generate --model DIR --prompt 'def main(' --temperature 0.8 --top-p 0.95 --seed 1
-      cat notes.txt | hsa-compile generate --model DIR --prompt-file - --memory disk --memory-dir /tmp/memory
-      hsa-compile generate --model tiny --prompt 'The grass is green. abc=1234. The sky is blue. ?abc='
+      hsa-compile generate --model DIR --prompt 'def main(' --temperature 0.8
+      cat notes.txt | hsa-compile generate --model DIR --prompt-file -
+      hsa-compile generate --model DIR --prompt-file notes.txt \\
+          --memory disk --memory-dir /tmp/memory
+      hsa-compile generate --model tiny --prompt 'abc=1234. Grass is green. ?abc='
       hsa-compile generate --model small --random-weights --prompt hello
     """
     from hsa_compile.cli.models.argument import device_of, load_model
@@ -92,6 +112,10 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
     drawn = Sampling(**sampling)
     if (prompt is None) == (prompt_file is None):
         raise InvalidArgument("one of --prompt and --prompt-file is needed")
+    if random_weights and name not in PRESETS:
+        raise InvalidArgument(f"--random-weights is for presets; {name} is a saved model with weights of its own")
+    if memory != "disk" and memory_dir is not None:
+        raise InvalidArgument(f"--memory-dir is for --memory disk, not {memory}")
     if memory == "disk" and memory_dir is None and load_memory is None:
         raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
     raw = prompt_file.read() if prompt_file is not None else (prompt or "").encode(errors="surrogateescape")
@@ -157,19 +181,11 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
 @contextlib.contextmanager
 def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
     """Shows a bar on standard error while a long prompt runs through the first layer."""
-    import tqdm
-
     from hsa_compile.model.inference.inference import PIECE
 
     first = next(iter([*model.lower, *model.upper]))
-    with tqdm.tqdm(
-        total=num_tokens,
-        desc="read",
-        unit="tok",
-        unit_scale=True,
-        leave=False,  # the text follows
-        disable=num_tokens < _PROGRESS_FROM * PIECE,
-    ) as bar:
+    is_short = num_tokens < _PROGRESS_FROM * PIECE
+    with progress_bar(num_tokens, "read", hidden=is_short, unit="tok", unit_scale=True) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             # A model may put tokens of its own into the text.

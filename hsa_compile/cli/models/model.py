@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES, Counts, fitted_table, json_option, print_json
+from hsa_compile.cli.options import DTYPE_ALIASES, Counts, RestrictedOption, fitted_table, json_option, print_json
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import DEFAULT_MFU, VARIANTS
 from hsa_compile.problem import DTYPES
@@ -106,10 +106,24 @@ def model() -> None:
     "--devices", metavar="[Nx]DEVICE", help="Also show training and serving on such devices, on paper: 64xh100."
 )
 @click.option(
-    "--mfu", type=float, default=DEFAULT_MFU, show_default=True, help="Share of the devices' peak that is assumed."
+    "--mfu",
+    cls=RestrictedOption,
+    needs="--devices",
+    because="it is assumed of them",
+    type=float,
+    default=DEFAULT_MFU,
+    show_default=True,
+    help="Share of the devices' peak that is assumed.",
 )
 @click.option(
-    "--batch-tokens", type=Counts(), default="4m", show_default=True, help="How many tokens a training step takes."
+    "--batch-tokens",
+    cls=RestrictedOption,
+    needs="--devices",
+    because="they take the step",
+    type=Counts(),
+    default="4m",
+    show_default=True,
+    help="How many tokens a training step takes.",
 )
 @json_option
 def info(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hsa_compile.cli.options import json_option
+from hsa_compile.log import progress_bar
 from hsa_compile.model.data.manifest import SPLITS, Manifest
 
 _MAX_NAMED = 10
@@ -41,29 +42,27 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
 
     \b
     What is skipped is named in the summary and in manifest.json:
-      the whole source   empty, vanished, unreadable or damaged; text that is binary or not UTF-8
-      the line or row    longer than 64 MiB, no JSON, no such field, not UTF-8, empty
-    Refused (exit 2):    a SOURCE that does not exist; a folder that holds another corpus
-    Failed (exit 1):     a full disk, no document at all; what was finished is kept
+      the whole source   empty, vanished, unreadable or damaged;
+                         text that is binary or not UTF-8
+      the line or row    longer than 64 MiB, no JSON, no such field,
+                         not UTF-8, empty
+    Refused (exit 2):    a SOURCE that does not exist;
+                         a folder that holds another corpus
+    Failed (exit 1):     a full disk, no document at all;
+                         what was finished is kept
 
     \b
     Examples:
       hsa-compile prepare --corpus stdlib --out corpus
-      hsa-compile prepare books/ pages.jsonl.zst --out corpus --tokenizer tokenizer.json
+      hsa-compile prepare books/ pages.jsonl.zst --out corpus
+      hsa-compile prepare books/ --out tokens --tokenizer tokenizer.json
     """
-    import tqdm
-
     from hsa_compile.model.data.documents import find_sources, stdlib_sources
     from hsa_compile.model.data.prepare import prepare as prepare_corpus
 
     found = find_sources(sources, without=out) + (stdlib_sources() if corpus else [])
-    with tqdm.tqdm(
-        total=sum(source.size for source in found),
-        desc="prepare",
-        unit="B",
-        unit_scale=True,
-        disable=as_json or None,  # None shows it on a terminal only
-    ) as bar:
+    total = sum(source.size for source in found)
+    with progress_bar(total, "prepare", hidden=as_json, unit="B", unit_scale=True, leave=True) as bar:
         manifest = prepare_corpus(
             found,
             out,

@@ -50,9 +50,9 @@ def profile(name: str, variant: str | None, kind: str, seq_len: list[int], batch
     \b
     Examples:
       hsa-compile profile
-      hsa-compile profile --model small --step prefill --seq-len 16k --trace step.json.gz
-      hsa-compile profile --model runs/tiny/model --step decode --seq-len 64k --top 30
-      hsa-compile profile --record-picks picks.safetensors --seq-len 8k --batch 2
+      hsa-compile profile --model small --step prefill --trace step.json.gz
+      hsa-compile profile --model runs/tiny/model --step decode --seq-len 64k
+      hsa-compile profile --record-picks picks.safetensors --seq-len 8k
     """
     import tabulate
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.log import progress_bar
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.presets import PRESETS
 from hsa_compile.versions import install_command
@@ -62,9 +63,9 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     \b
     Examples:
       hsa-compile train --preset tiny --out runs/tiny
-      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4 stages.0.window=16
+      hsa-compile train --preset tiny --out runs/k4 train.lr=3e-4 model.top_k=4
       hsa-compile train --out runs/tiny --resume
-      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/small
+      torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/s
     """
     from hsa_compile.model.training.pace import Pace
     from hsa_compile.model.training.processes import join_processes, leave_processes
@@ -218,12 +219,10 @@ class _Line:
 
     def begin(self, step: int, precision: str) -> None:
         """Starts the line at a step; the ones before were made by an earlier process."""
-        import tqdm
-
         if self._shown:
             click.echo(f"computing in {precision}")
-            self._bar = tqdm.tqdm(
-                total=self._steps, initial=step, desc="train", unit="step", disable=None, bar_format=BAR
+            self._bar = progress_bar(
+                self._steps, "train", initial=step, unit="step", bar_format=BAR, leave=True
             )  # fmt: skip
 
     def show(self, record: Mapping[str, Any]) -> None:

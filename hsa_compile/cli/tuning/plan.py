@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from hsa_compile.autotune.evaluate import Outcome
     from hsa_compile.autotune.options import TuneOptions
 
+_LEGEND = {
+    "problem": "the op, and its shape in the letters of docs/hsa.md",
+    "candidates": "how many schedules there are",
+    "trials": "how many of them would be tried at most",
+    "timed before": "how many the ledger has times of, which cost nothing again",
+    "minutes": "how long that would take, by what candidates took before; at most the timeout",
+    "cached": "whether a finished search is stored, so that nothing would be done",
+}
 _START_S, _TRIAL_S = 4.0, 2.0  # seconds that a search takes to start, and a candidate where none was timed yet
 
 
@@ -28,7 +36,7 @@ _START_S, _TRIAL_S = 4.0, 2.0  # seconds that a search takes to start, and a can
     "--device",
     default="auto",
     show_default=True,
-    help="The device to plan for: auto, cpu, cuda, cuda:1, or an architecture.",
+    help="The device to plan for: auto, cpu, cuda, cuda:1, h100, sm_90, …",
 )
 @op_option("all")
 @shape_options
@@ -52,7 +60,7 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
     problems = expand(target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]}, ops)
     past = [(key["problem"], outcome) for key, outcome in Ledger(default_ledger(target)).lines()]
     rows = [_row(problem, target, options, past) for problem in problems]
-    print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json, legend=_LEGEND)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
         if any(0 < row["trials"] < min(MIN_TIMED, row["candidates"]) for row in rows):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import click
-import tqdm
 
 from hsa_compile.autotune.cost.predict_schedule import (
     MIN_SCHEDULES,
@@ -14,12 +13,22 @@ from hsa_compile.autotune.cost.predict_schedule import (
 )
 from hsa_compile.autotune.options import default_inputs, inputs_label
 from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger, default_ledger
-from hsa_compile.cli.options import print_json, print_rows
+from hsa_compile.cli.options import GAIN, print_json, print_rows
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
 from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
+
+_LEGEND = {
+    "problem": "the op, and its shape in the letters of docs/hsa.md",
+    "schedule": "the schedule that the model likes best",
+    "kind": "predicted, or measured where such a device was there before",
+    "time": "what the model expects, which is good for ranking; or the median that was measured",
+    "gain": GAIN,
+    "how": "how many candidates were compiled, and how many of them are out, by the error; or that it was stored",
+}
 
 
 def tune_for_absent_target(
@@ -47,7 +56,7 @@ def tune_for_absent_target(
                 "problem": problem.describe(),
                 "schedule": str(record.schedule),
                 "kind": record.kind,
-                "ms": f"{record.measurement.median_ms:.3g}",
+                "time": f"{record.measurement.median_ms:.3g} ms",
                 "gain": f"{record.speedup:.2f}x",
                 "how": how,
             }
@@ -55,7 +64,7 @@ def tune_for_absent_target(
     if as_json:
         print_json([{**record.to_dict(), "speedup": record.speedup} for record in records])
         return
-    print_rows(rows, as_json=False)
+    print_rows(rows, as_json=False, legend=_LEGEND)
     click.echo(f"\nstored in {cache.path(target)}; times are a model's until the device is there: hsa-compile tune")
 
 
@@ -86,13 +95,8 @@ def _stored(problem: Problem, target: Target) -> TuningRecord | None:
 
 
 def _predict_with_bar(problem: Problem, target: Target, budget_s: float) -> TuningRecord:
-    with tqdm.tqdm(
-        total=round(budget_s),
-        desc=f"{problem.op:12}",
-        bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} s{postfix}",
-        leave=False,
-        disable=None,
-    ) as bar:
+    text = "{desc} {bar} {n_fmt}/{total_fmt} s{postfix}"
+    with progress_bar(round(budget_s), f"{problem.op:12}", bar_format=text) as bar:
 
         def show(progress: PredictionProgress) -> None:
             best = f"best {progress.best_ms:.3g} ms" if progress.best_ms else "none without spills"

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import tqdm
 
 from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.options import TuneOptions
@@ -14,6 +13,7 @@ from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.sweeps import RecordedSweep, sweep
 from hsa_compile.cli.options import stop_on_ctrl_c
 from hsa_compile.errors import CacheError
+from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -47,7 +47,7 @@ def _sweep(problem: Problem, target: Target, devices: Sequence[str], options: Tu
     with (
         stop_on_ctrl_c() as stopped,
         Session(problem, target, devices[:1], options) as session,
-        tqdm.tqdm(desc=f"{problem.op:12}", unit="candidate", leave=False, disable=None) as bar,
+        progress_bar(None, f"{problem.op:12}", unit="candidate") as bar,
     ):
 
         def show(done: int, total: int) -> None:

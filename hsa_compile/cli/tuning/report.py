@@ -1,176 +1,127 @@
-"""`hsa-compile report`: a study as one page that needs nothing but itself, and as pictures."""
+"""`hsa-compile report`: what searches found, as one page that needs nothing but itself."""
 
 from __future__ import annotations
 
-import contextlib
-import html
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.checks import shown
-from hsa_compile.errors import CacheError, InvalidArgument
+from hsa_compile.cli.options import RestrictedOption, counted
+from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.target import Target
-from hsa_compile.versions import require
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.storages import BaseStorage
+    from optuna.study._frozen import FrozenStudy
 
-LATEST = "latest"
+    from hsa_compile.cli.tuning.report_page import Search
+    from hsa_compile.comparison.peaks import Peaks
+
+MIN_TIMED = 2  # with fewer candidates there is nothing to compare
 
 
 @click.command()
-@click.option("--study", "name", default=LATEST, show_default=True, help="Name of the study; a wrong one lists all.")
+@click.option("--study", "names", multiple=True, help="Show this study; may be repeated. A wrong name lists all.")
 @click.option("--storage", "address", help="Where tune kept the trials; this device's journal if left out.")
 @click.option(
-    "--device", default="auto", show_default=True, help="The device whose journal is read: auto, cpu, cuda:0, …"
+    "--device",
+    cls=RestrictedOption,
+    excludes=("--storage",),
+    because="a storage is named, and --device only finds one",
+    default="auto",
+    show_default=True,
+    help="The device whose journal is read: auto, cpu, cuda:0, h100, …",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default="report", show_default=True, help="Folder."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="The file to write.",
 )
-def report(name: str, address: str | None, device: str, out: Path) -> None:
-    """Write a search (a study of Optuna) as HTML and PNG: its history, which knobs mattered, and times along each.
+def report(names: tuple[str, ...], address: str | None, device: str, out: Path) -> None:
+    """Write what searches found as one HTML page of at most 1 MB, to be read without a network.
 
-    `optuna-dashboard` opens the same storage, live while a search runs.
+    The page has the latest search of each problem in the storage: its verdict, its candidates over time, a roofline
+    with the winner, what each value of a knob costs, a table of all candidates, and the machine. `optuna-dashboard`
+    opens the same storage, live while a search runs.
 
     \b
     Examples:
-      hsa-compile report --out report
-      hsa-compile report --study hsa_forward-0123456789abcdef.1 --storage postgresql://user@host/tuning
+      hsa-compile report
+      hsa-compile report --device h100 --out h100.html
+      hsa-compile report --storage postgresql://user@host/tuning
+      hsa-compile report --study hsa_forward-0123456789abcdef.1
     """
-    import optuna
+    from hsa_compile.autotune.study.storage import answering, close_storage, default_storage, open_to_read
+    from hsa_compile.cli.tuning.report_page import page
 
-    from hsa_compile.autotune.study.storage import default_storage, open_storage
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     address = address or default_storage(Target.parse(device))
-    if address.endswith(".journal") and not Path(address).exists():
-        raise InvalidArgument(f"storage {address} does not exist; hsa-compile tune makes it")
-    study = _timed_only(_load(open_storage(address), name))
-    for package in ("plotly", "matplotlib", "sklearn"):  # this is asked before anything is written
-        require(package, "a report")
+    storage = open_to_read(address)
+    with answering(address):
+        searches, short = _chosen(storage, names, address)
+        close_storage(storage)
+    text, left_out = page(searches, [_peaks(search.target, search.problem.dtype) for search in searches])
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        page = out / f"{study.study_name}.html"
-        page.write_text(_page(study), encoding="utf-8", errors="replace")
-        pictures = list(_pictures(study, out))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CacheError(f"cannot write to {out}: {error.strerror}") from error
-    for path in [page, *pictures]:
-        click.echo(path)
+        raise SaveError(f"{out} cannot be written: {error.strerror or error}") from error
+    click.echo(f"{out}: {_counted(len(searches) - left_out)}, {len(text.encode()) / 1e3:.0f} kB")
+    if left_out:
+        click.echo(f"not shown for lack of room: {_counted(left_out)}, the oldest; --study NAME shows one", err=True)
+    if short:
+        click.echo(f"not shown, with fewer than {MIN_TIMED} timed candidates: {_counted(short)}", err=True)
 
 
-def _load(storage: BaseStorage, name: str) -> optuna.Study:
-    import optuna
-
-    names = [study.study_name for study in storage.get_all_studies()]
-    if name == LATEST and names:
-        name = names[-1]
-    if name not in names:
-        raise InvalidArgument(f"study {name!r} does not exist; there are {', '.join(names) or 'none'}")
-    if not re.fullmatch(r"[\w-][\w.-]{0,200}", name):  # files are named after it
-        raise InvalidArgument(f"study {shown(name)} is none of hsa-compile's, whose names have no spaces or slashes")
-    return optuna.load_study(study_name=name, storage=storage)
+def _counted(count: int) -> str:
+    return f"{count} search{'es' * (count != 1)}"
 
 
-def _timed_only(study: optuna.Study) -> optuna.Study:
-    """Makes a copy in memory without the points that went straight back to the sampler."""
-    import optuna
-    from optuna.trial import TrialState
+def _chosen(storage: BaseStorage, names: Sequence[str], address: str) -> tuple[list[Search], int]:
+    """Returns the searches to show, the oldest first, and how many of those asked for have too little to show.
 
-    from hsa_compile.autotune.study.trials import SKIPPED
+    Raises:
+        InvalidArgument: a name is unknown, or nothing is left to show.
+    """
+    from hsa_compile.cli.tuning.report_page import Search
 
-    copy = optuna.create_study(study_name=study.study_name, direction="minimize")
-    for key, value in study.user_attrs.items():
-        copy.set_user_attr(key, value)
-    for trial in study.trials:
-        if trial.state.is_finished() and SKIPPED not in trial.user_attrs:
-            with contextlib.suppress(ValueError):  # damaged lines of a journal leave trials that contradict themselves
-                copy.add_trial(trial)
-    if sum(trial.state == TrialState.COMPLETE for trial in copy.trials) < 2:
-        raise InvalidArgument(f"study {study.study_name!r} has fewer than 2 timed candidates; nothing can be plotted")
-    return copy
-
-
-def _plots(study: optuna.Study, module: Any) -> list[tuple[str, Callable[[], Any]]]:
-    """Returns what is drawn, each with a call of the module of Optuna's that draws it."""
-    best = study.best_trial.params
-    knobs = [name for name in best if len({trial.params.get(name) for trial in study.trials} - {None}) > 1]
-    label = "time / default"
-    plots: list[tuple[str, Callable[[], Any]]] = [
-        ("history", lambda: module.plot_optimization_history(study, target_name=label))
-    ]
-    if knobs:
-        plots.append(("importances", lambda: module.plot_param_importances(study, params=knobs, target_name=label)))
-        plots.append(("slices", lambda: module.plot_slice(study, params=knobs, target_name=label)))
-    return plots
+    ours = [study for study in storage.get_all_studies() if {"problem", "target"} <= study.user_attrs.keys()]
+    known = ", ".join(study.study_name for study in ours) or "none"
+    for name in names:
+        if name not in [study.study_name for study in ours]:
+            raise InvalidArgument(f"study {name!r} does not exist in {address}; there are: {known}")
+    chosen = [study for study in ours if study.study_name in names] if names else _latest(ours)
+    read = [Search.read(study, storage.get_all_trials(study._study_id)) for study in chosen]
+    found = [search for search in read if search is not None and len(search.timed) >= MIN_TIMED]
+    if not found:
+        raise InvalidArgument(
+            f"no study in {address} has {counted(MIN_TIMED, 'timed candidate')}; there are: {known}; "
+            "hsa-compile tune makes one"
+        )
+    return found, len(read) - len(found)
 
 
-def _page(study: optuna.Study) -> str:
-    import optuna
-
-    to_html = require("plotly.io", "a report").to_html
-    script: bool = True  # the first figure brings plotly along, so that the page needs no network
-    figures = []
-    for _, draw in _plots(study, optuna.visualization):
-        figures.append(to_html(_quietly(draw), include_plotlyjs=script, full_html=False))
-        script = False
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f"<title>{html.escape(study.study_name)}</title></head><body>\n"
-        f"<h1>{html.escape(study.study_name)}</h1>\n{_facts(study)}\n" + "\n".join(figures) + "\n</body></html>\n"
-    )
+def _latest(studies: Sequence[FrozenStudy]) -> list[FrozenStudy]:
+    """Returns the last study of each problem on each device, in the order in which they were begun."""
+    latest: dict[str, Any] = {}
+    for study in studies:
+        key = repr((study.user_attrs["problem"], study.user_attrs["target"]))
+        latest.pop(key, None)
+        latest[key] = study
+    return list(latest.values())
 
 
-def _facts(study: optuna.Study) -> str:
-    from optuna.trial import TrialState
+@functools.cache
+def _peaks(target: Target, dtype: str) -> Peaks | None:
+    """Returns the roofs of a device; a CPU's are measured, so they are known only on the CPU itself."""
+    from hsa_compile.comparison.peaks import peaks_of
 
-    problem, target = (_mapping(study.user_attrs.get(name)) for name in ("problem", "target"))
-    timed = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    rows = [
-        ("problem", " ".join(f"{name}={value}" for name, value in problem.items())),
-        ("device", str(target.get("name", ""))),
-        ("candidates", f"{len(timed)} timed, {len(study.trials) - len(timed)} failed"),
-        ("best", f"{study.best_value:.3f} of the default's time: {_best(study)}"),
-    ]
-    cells = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _best(study: optuna.Study) -> str:
-    """Returns the knobs of the best candidate, without the dataflow before the name of each."""
-    return " ".join(
-        str(value) if name == "dataflow" else f"{name.rpartition('.')[2]}={value}"
-        for name, value in study.best_params.items()
-    )
-
-
-def _pictures(study: optuna.Study, out: Path) -> Sequence[Path]:
-    import optuna
-
-    require("matplotlib", "a report").use("Agg")
-    from matplotlib import pyplot
-
-    paths = []
-    for name, draw in _plots(study, optuna.visualization.matplotlib):
-        _quietly(draw)
-        paths.append(out / f"{study.study_name}.{name}.png")
-        pyplot.gcf().set_size_inches(max(8, 3 * len(pyplot.gcf().axes)), 5)
-        pyplot.savefig(paths[-1], dpi=120, bbox_inches="tight")
-        pyplot.close("all")
-    return paths
-
-
-def _quietly(draw: Callable[[], Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these plots are experimental in Optuna, and say so each time
-        return draw()
+    if target.kind == "cpu":
+        here = Target.parse("cpu")
+        if (here.name, here.arch, here.num_cores) != (target.name, target.arch, target.num_cores):
+            return None
+    return peaks_of(target, dtype)

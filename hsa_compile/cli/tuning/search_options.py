@@ -93,7 +93,11 @@ _OPTIONS = (
         help="Seed of the sampler and the inputs.",
     ),
     click.option(
-        "--sampler", type=click.Choice(SAMPLERS), default=DEFAULT_SAMPLER, show_default=True, help="What proposes."
+        "--sampler",
+        type=click.Choice(SAMPLERS),
+        default=DEFAULT_SAMPLER,
+        show_default=True,
+        help="What chooses the candidates.",
     ),
     click.option(
         "--until-within",
@@ -116,6 +120,11 @@ _OPTIONS = (
     ),
 )
 
+
+SEARCH_NAMES = (
+    "--inputs", "--trials", "--timeout", "--seed", "--sampler", "--until-within", "--storage", "--workers",
+    "--in-process",
+)  # fmt: skip
 
 # Texts in a batch and tokens of a text, in a step that keeps the device busy.
 _CPU_STEP, _GPU_STEP = (4, 2048), (1, 16384)

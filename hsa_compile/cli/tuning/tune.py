@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.cli.options import (
+    GAIN,
     SHAPE_FIELDS,
+    SHAPE_NAMES,
+    RestrictedOption,
     counted,
     expand,
     json_option,
@@ -20,19 +23,21 @@ from hsa_compile.cli.options import (
     shape_options,
     stop_on_ctrl_c,
 )
-from hsa_compile.cli.tuning.search_options import search_options, tune_options
-from hsa_compile.errors import InvalidTarget
-from hsa_compile.problem import Problem
+from hsa_compile.cli.tuning.search_options import SEARCH_NAMES, search_options, tune_options
+from hsa_compile.errors import InvalidArgument, InvalidTarget
+from hsa_compile.problem import ALL_OPS, Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.record import MEASURED, TuningRecord
 from hsa_compile.target import NAMED_TARGETS, PRODUCTS, Target
 
 if TYPE_CHECKING:
-    import tqdm
-
     from hsa_compile.autotune.options import TuneOptions
-    from hsa_compile.autotune.tune import Progress
+
+
+# What a prediction, and a sweep of all candidates, do not ask about.
+NOT_PREDICTED = tuple(name for name in SEARCH_NAMES if name != "--timeout")
+NOT_SWEPT = ("--trials", "--timeout", "--sampler", "--until-within", "--storage", "--workers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +62,36 @@ class Outcome:
 @click.option(
     "--target",
     "absent",
+    cls=RestrictedOption,
+    excludes=("--device", *NOT_PREDICTED, "--report-prediction", "--record", "--verify"),
+    because="for a GPU that is not here, schedules are predicted within --timeout, and nothing is run",
     type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
     help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
 )
-@click.option("--preset", metavar="NAME|DIR", help="Tune what a bundled or saved model asks for, instead of --op.")
+@click.option(
+    "--preset",
+    cls=RestrictedOption,
+    excludes=("--op",),
+    because="a model decides on its ops",
+    metavar="NAME|DIR",
+    help="Tune what a bundled or saved model asks for, instead of --op.",
+)
 @click.option("--report-prediction", is_flag=True, help="Show how well that model orders what was timed on this GPU.")
 @click.option(
     "--record",
+    cls=RestrictedOption,
+    excludes=("--verify", "--report-prediction", "--force", "--json", *NOT_SWEPT),
+    because="every candidate is timed once, in one process, and only FILE is written",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Time every candidate instead and keep all times in FILE (.json or .json.gz); no schedule is stored.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Time this device's stored winners against the default again, and drop the losers."
+    "--verify",
+    cls=RestrictedOption,
+    excludes=("--op", *SHAPE_NAMES, *SEARCH_NAMES, "--preset", "--report-prediction", "--force", "--json"),
+    because="what is stored for the device is timed again as it is",
+    is_flag=True,
+    help="Time this device's stored winners against the default again, and drop the losers.",
 )
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
@@ -76,8 +99,9 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
          record: Path | None, verify: bool, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
-    Without flags it tunes a default problem for the device that is found, forward and backward, in about two minutes.
-    A flag with several values makes several problems, and the table shows what each choice costs.
+    Without flags it tunes what an attention layer of a default shape needs on the device that is found: attention
+    forward and backward, and the selection of chunks, in about three minutes. A flag with several values makes several
+    problems, and the table shows what each choice costs.
 
     Every trial is in the study's storage the moment it ends, so that the same command goes on with a search that was
     interrupted or killed. Ctrl-C stores the best so far. Several processes, GPUs and hosts that name the same
@@ -88,11 +112,11 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
       hsa-compile tune
       hsa-compile tune --seq-len 16k --heads 16 --kv-heads 1 --head-dim 64
       hsa-compile tune --chunk-size 32,64,128 --top-k 8,16 --op forward
-      hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100 --timeout 300
-      hsa-compile tune --storage postgresql://user@host/tuning   # on each host
-      hsa-compile tune --target h100                             # without one
+      hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100
       hsa-compile tune --preset tiny --seq-len 2k --batch 4
-      hsa-compile tune --verify                                  # after an upgrade of PyTorch, Triton or the driver
+      hsa-compile tune --storage postgresql://user@host/tuning   # on each host
+      hsa-compile tune --target h100         # without one
+      hsa-compile tune --verify              # after an upgrade of PyTorch
     """
     import torch
 
@@ -112,6 +136,9 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if verify:
         _verify(target, devices[0])
         return
+    if len(devices) > 1 and (record or flags["in_process"]):
+        flag = "--record" if record else "--in-process"
+        raise InvalidArgument(f"{flag} uses one device, --device names {len(devices)}: {device}")
     if report_prediction:
         check_predictable(target)
     options = replace(tune_options(flags), storage=flags["storage"], anew=force)
@@ -138,11 +165,9 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         print_json([_values(outcome) for outcome in outcomes])
         return
     click.echo()
-    one_shape = len(outcomes) == len(ops)
-    # Two ops fit side by side, and one shape has nothing to be compared with.
-    in_rows = preset or (one_shape and len(ops) > 2)
-    rows = _problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops))
-    print_rows(list(rows), as_json=False)
+    in_rows = preset or len(outcomes) == len(ops)  # one shape has nothing to be compared with
+    rows = list(_problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops)))
+    print_rows(rows, as_json=False, legend=dict.fromkeys(ALL_OPS, f"{_TIME}, and {GAIN}") | _LEGEND)
     if any(outcome.record.shortfall is None for outcome in outcomes):
         click.echo(f"\nstored in {default_cache().path(target)}")
 
@@ -198,45 +223,13 @@ def _devices(text: str) -> tuple[list[str], Target]:
 
 
 def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: TuneOptions) -> Outcome:
-    import tqdm
+    from hsa_compile.autotune.tune import search_bar, tune_missing
 
-    from hsa_compile.autotune.tune import tune_missing
-
-    with (
-        stop_on_ctrl_c() as stopped,
-        tqdm.tqdm(
-            total=options.trials,
-            desc=f"{problem.op:12}",
-            unit="trial",
-            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}",
-            leave=False,  # the verdict takes its place
-            disable=None,  # shown on a terminal only
-        ) as bar,
-    ):
+    with stop_on_ctrl_c() as stopped, search_bar(problem, options) as show:
         record, cached = tune_missing(
-            problem, target, options, device=devices, on_progress=_shower(bar), should_stop=stopped.is_set
+            problem, target, options, device=devices, on_progress=show, should_stop=stopped.is_set
         )
     return Outcome(problem=problem, record=record, cached=cached)
-
-
-def _shower(bar: tqdm.tqdm[Any]) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
-        failed = f", {sum(progress.failures.values())} failed" if progress.failures else ""
-        bar.set_postfix_str(
-            f"best {progress.best_ms:.3g} ms (default {progress.default_ms:.3g}){failed}, "
-            f"{_seconds_left(progress):.0f} s left",
-            refresh=False,
-        )
-        bar.total = progress.max_trials
-        bar.update(progress.tried - bar.n)
-
-    return show
-
-
-def _seconds_left(progress: Progress) -> float:
-    """Returns the seconds until the trials run out at the pace so far, or the time does."""
-    by_trials = progress.elapsed_s / progress.tried * (progress.max_trials - progress.tried)
-    return max(0.0, min(by_trials, progress.timeout_s - progress.elapsed_s))
 
 
 def _verdict(outcome: Outcome) -> str:
@@ -281,6 +274,17 @@ def _values(outcome: Outcome) -> dict[str, Any]:
     return {**record.to_dict(), "speedup": record.speedup, "cached": outcome.cached, "stored": stored}
 
 
+_TIME = "the median time of the winner"
+_LEGEND = {
+    "problem": "the op, and its shape in the letters of docs/hsa.md",
+    "shape": "the shape in the letters of docs/hsa.md",
+    "time": _TIME,
+    "gain": GAIN,
+    "sum": "the times of the ops together",
+    "cost": "the sum over the least sum of this table: what the choice of a shape costs",
+}
+
+
 def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:
     """Yields one row a problem, since the ops of a model have shapes of their own."""
     for outcome in outcomes:
@@ -300,9 +304,8 @@ def _shape_rows(outcomes: list[Outcome], ops_a_shape: int) -> Iterator[dict[str,
         problem = shape[0].problem
         row = {"shape": problem.describe().removeprefix(f"{problem.op} ")}
         for outcome in shape:
-            op = outcome.problem.op.removeprefix("hsa_")
-            row[op] = f"{outcome.record.measurement.median_ms:.3g} ms"
-            row[f"{op} gain"] = f"{outcome.record.speedup:.2f}x"
+            record = outcome.record
+            row[outcome.problem.op] = f"{record.measurement.median_ms:.3g} ms {record.speedup:.2f}x"
         row["sum"] = f"{total:.3g} ms"
         row["cost"] = f"{total / min(totals):.2f}"
         yield row

@@ -62,6 +62,8 @@ def _check_picks(
         raise WrongResult(f"chunk_indices name chunks that are not visible, or too few, on {where}")
     if not ((indices[..., 1:] < indices[..., :-1]) | (indices[..., 1:] < 0)).all():
         raise WrongResult(f"chunk_indices do not fall on {where}")
+    if num_chunks == 0:  # all slots are empty, as was just checked
+        return
     scores = torch.einsum("bthd,bnhd->bthn", query, landmarks) * problem.head_dim**-0.5
     chunks = torch.arange(num_chunks, device=indices.device)
     if inputs.noise_keys is not None:

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import tqdm
 
-from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, warn_user
+from hsa_compile.log import progress_bar
 from hsa_compile.model.data.tokenizer import TokenArray, token_dtype
 from hsa_compile.model.evaluation.continuations import Score, batches, branches_of, generations, scores
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
@@ -56,11 +55,10 @@ class Generation:
             temperature = 1.0 if do_sample else 0.0
         is_greedy = do_sample is False or temperature == 0
         if unused := [name for name, value in rest.items() if value is not None]:
-            warnings.warn(
+            warn_user(
                 f"generation ignores {', '.join(unused)}; what counts is until, {_LIMITS[0]}, do_sample, temperature "
                 "and top_p",
                 HSACompileWarning,
-                stacklevel=2,
             )
         return cls(
             until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
@@ -136,7 +134,7 @@ class HarnessModel(LM):
         return [str(self._answer(digest)["text"]) for digest in digests]
 
     def _generate(
-        self, group: dict[str, int], prompts: Sequence[TokenArray], wanted: Sequence[Generation], bar: tqdm.tqdm
+        self, group: dict[str, int], prompts: Sequence[TokenArray], wanted: Sequence[Generation], bar: Any
     ) -> None:
         digests, numbers = list(group), list(group.values())
         how = wanted[numbers[0]]
@@ -195,8 +193,8 @@ class HarnessModel(LM):
             )
         return np.array([tokenizer.separator], token_dtype(tokenizer.vocab_size))
 
-    def _bar(self, what: str, total: int) -> tqdm.tqdm:
-        return tqdm.tqdm(total=total, desc=what, disable=self._hidden or (None if total else True))
+    def _bar(self, what: str, total: int) -> Any:
+        return progress_bar(total, what, hidden=self._hidden or not total, leave=True)
 
     def _key(self, digest: str) -> dict[str, str]:
         return self._subject.key() | {"task": HARNESS, "request": digest}

@@ -11,6 +11,7 @@ from typing import Any
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import write_json
+from hsa_compile.markup import escaped
 from hsa_compile.model.evaluation.harness import HarnessModel
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
@@ -152,6 +153,10 @@ class HarnessResults:
     def tables(self) -> list[str]:
         """The harness's own tables of tasks and of groups."""
         return [make_table(self.found, column).strip() for column in ("results", "groups") if column in self.found]
+
+    def _repr_html_(self) -> str:
+        """Returns the same tables, for a notebook."""
+        return "".join(f"<pre>{escaped(table)}</pre>\n" for table in self.tables())
 
     def write(self, directory: Path) -> Path:
         """Writes `harness.json`, as a whole or not at all, and returns its path.

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import Any
 
 import filelock
 
-from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import make_directory, parse_json, read_regular
 
 OUTCOMES_FILE = "samples.jsonl"
@@ -122,4 +121,4 @@ def _checked(values: Any) -> Values:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, HSACompileWarning, stacklevel=4)
+    warn_user(message, HSACompileWarning)

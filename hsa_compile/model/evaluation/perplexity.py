@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa_compile.errors import HSACompileWarning, InvalidArgument, NotFinite
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, NotFinite, warn_user
 from hsa_compile.model.config import PERPLEXITY
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
@@ -123,11 +122,10 @@ def open_texts(subject: Subject, source: str, lengths: Sequence[int], num_texts:
         )
     if too_long := sorted({length for length in lengths if length > len(corpus)}):
         left_out = ", ".join(map(length_label, too_long))
-        warnings.warn(
+        warn_user(
             f"{PERPLEXITY} is left out at {left_out}: the validation split of {corpus.directory} has {len(corpus)} "
             "tokens",
             HSACompileWarning,
-            stacklevel=2,
         )
     longest, num_scored = fitting[-1], min(SCORED, fitting[0] // 2)
     enough = np.flatnonzero(corpus.documents.lengths >= longest)

@@ -12,6 +12,7 @@ from typing import Any
 import tabulate
 
 from hsa_compile.files import replace_file, write_json
+from hsa_compile.markup import escaped
 from hsa_compile.model.config import PERPLEXITY, PROTOCOLS
 from hsa_compile.model.evaluation.cells import Cell, Mean, mean_of
 from hsa_compile.model.evaluation.perplexity import Perplexity
@@ -101,6 +102,10 @@ class Results:
         if self.perplexities:
             tables.append(_perplexity_table(self.perplexities))
         return tables
+
+    def _repr_html_(self) -> str:
+        """Returns the same tables, for a notebook."""
+        return "".join(f"<pre>{escaped(table)}</pre>\n" for table in self.tables())
 
     def _write_csv(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:

@@ -8,7 +8,6 @@ number of processes can load. `state.json` also has the checksums of these files
 import contextlib
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.checks import check_count, shown
-from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
 from hsa_compile.model.layers.moe import saved_name
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
@@ -160,10 +159,9 @@ def load_newest(
         aside = path.with_name(f"damaged-{path.name}")
         _remove(aside)
         path.replace(aside)  # the next steps would take it for the newest, and keep it instead of whole ones
-        warnings.warn(
+        warn_user(
             f"a checkpoint was left out: {fault}; it is now {aside.name}, and the run goes on from step {state.step}",
             HSACompileWarning,
-            stacklevel=2,
         )
     return state
 

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hsa_compile.errors import HSACompileWarning, InvalidArgument
+from hsa_compile.errors import HSACompileWarning, InvalidArgument, warn_user
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
@@ -282,11 +281,10 @@ def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
     stage = run.stages[-1]
     validation = TokenCorpus(corpus.directory, split=VALIDATION) if corpus is not None else None
     if validation is not None and lacks_text(stage, validation):
-        warnings.warn(
+        warn_user(
             f"held_out_loss is not measured: the validation split of {validation.directory} has {len(validation)} "
             f"tokens, and a row has {stage.seq_len}; prepare more text, or with a larger --validation",
             HSACompileWarning,
-            stacklevel=2,
         )
         stage = replace(stage, haystacks={NOISE: 1.0})
     return _mixture(run, stage, validation)

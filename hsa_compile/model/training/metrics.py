@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hsa_compile.errors import HSACompileWarning, SaveError
+from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import end_of_last_line, open_regular
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.hs_attention import Selection
@@ -72,11 +71,10 @@ class MetricsLog:
             os.ftruncate(self._file, min(size, there))
             whole = end_of_last_line(self._file)
         if whole < size:
-            warnings.warn(
+            warn_user(
                 f"{self._path} has lost records: it holds {whole} bytes of whole lines, and had {size} when the "
                 "checkpoint was written",
                 HSACompileWarning,
-                stacklevel=2,
             )
 
     @property
