@@ -1,6 +1,6 @@
 """`hsa-compile schedules`: look at what was tuned, move it to another machine, or remove it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,143 +16,21 @@ from hsa_compile.cli.options import (
     print_rows,
     shape_options,
 )
+from hsa_compile.cli.schedule_diff import diff, entry_number
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.exchange import FORMAT, export_records, import_records
+from hsa_compile.schedules.exchange import export_records, import_records
 from hsa_compile.schedules.explain import Difference, Explanation, Rival
 from hsa_compile.schedules.explain import explain as explain_problem
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.record import PREDICTED, TuningRecord
-from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
-
-
-def entry_number(number: int) -> tuple[str, TuningRecord]:
-    """Returns origin and record of an entry of the list.
-
-    Raises:
-        InvalidArgument: no entry has that number.
-    """
-    entries = list(default_cache().entries())
-    if not 1 <= number <= len(entries):
-        raise InvalidArgument(f"entry {number} does not exist; there are {len(entries)}")
-    return entries[number - 1]
 
 
 def entry_values(number: int, origin: str, record: TuningRecord) -> dict[str, Any]:
     """Returns everything about an entry, ready for JSON."""
     return {"number": number, "origin": origin, "speedup": record.speedup, **record.to_dict()}
-
-
-@click.command(short_help="Compare two entries, files or devices.")
-@click.argument("one")
-@click.argument("other")
-@json_option
-def diff(one: str, other: str, as_json: bool) -> None:
-    """Show what differs between ONE and OTHER: numbers of the list, files, or names of devices.
-
-    Two entries are compared field by field; two files or devices, problem by problem.
-
-    \b
-    Examples:
-      hsa-compile schedules diff 1 2
-      hsa-compile schedules diff before.json after.json
-      hsa-compile schedules diff cpu sm_90
-    """
-    if one.isdecimal() and other.isdecimal():
-        rows = list(_entry_rows(entry_number(int(one))[1], entry_number(int(other))[1]))
-        print_rows(rows, as_json=as_json, legend=_ENTRY_LEGEND, empty="the entries are equal")
-        return
-    rows = list(_problem_rows(_records(one), _records(other)))
-    print_rows(rows, as_json=as_json, legend=_PROBLEM_LEGEND, empty="neither holds an entry")
-
-
-_ENTRY_LEGEND = {
-    "field": "a field in which the entries differ; schedules show says all of an entry",
-    **dict.fromkeys(("one", "other"), "its value there"),
-}
-_PROBLEM_LEGEND = {
-    "problem": "the op, and its shape in the letters of docs/hsa.md",
-    **dict.fromkeys(("one", "other"), "schedule, median time and kind of the entry there"),
-    "verdict": "whether both have the problem, the schedule, the whole entry",
-}
-
-
-def _entry_rows(one: TuningRecord, other: TuningRecord) -> Iterator[dict[str, str]]:
-    left, right = dict(_flat(one.to_dict())), dict(_flat(other.to_dict()))
-    for name in {**left, **right}:
-        if left.get(name) != right.get(name):
-            yield {"field": name, "one": _shown(left.get(name, "")), "other": _shown(right.get(name, ""))}
-
-
-def _shown(value: Any) -> str:
-    """Writes times with four digits, and schedules as everywhere else."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(str(Schedule.from_dict(item)) if isinstance(item, Mapping) else str(item) for item in value)
-    return str(value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _problem_rows(
-    one: Mapping[Problem, TuningRecord], other: Mapping[Problem, TuningRecord]
-) -> Iterator[dict[str, str]]:
-    for problem in {**one, **other}:
-        left, right = one.get(problem), other.get(problem)
-        yield {
-            "problem": problem.describe(),
-            "one": _text(left),
-            "other": _text(right),
-            "verdict": _verdict(left, right),
-        }
-
-
-def _text(record: TuningRecord | None) -> str:
-    return f"{record.schedule}: {record.measurement.median_ms:.3g} ms, {record.kind}" if record else ""
-
-
-def _verdict(left: TuningRecord | None, right: TuningRecord | None) -> str:
-    if left is None or right is None:
-        return "only in the other" if left is None else "only in the one"
-    if left.schedule != right.schedule:
-        return "another schedule"
-    return "same entry" if left == right else "same schedule"
-
-
-def _records(name: str) -> dict[Problem, TuningRecord]:
-    """Returns the entries of a file or a device by their problem, with lengths rounded as in the cache."""
-    path = Path(name)
-    if path.is_file():
-        records = _records_in(path)
-    elif name.isdecimal():
-        raise InvalidArgument(f"{name} is the number of an entry; compare it with another number")
-    elif path.suffix:
-        raise InvalidArgument(f"file {name!r} does not exist")
-    else:
-        slug = Target.parse(name).slug
-        records = [record for _, record in default_cache().entries() if record.target.slug == slug]
-    return {record.problem.bucketed(): record for record in records}
-
-
-def _records_in(path: Path) -> list[TuningRecord]:
-    """Reads the entries of an exported file, or of a file of the cache."""
-    if FORMAT in path.read_text(encoding="utf-8", errors="replace")[:200]:
-        return list(import_records(path).records)
-    records, damages = read_records(path)
-    if damages:
-        raise InvalidArgument(f"{path}: {damages[0]}")
-    return list(records.values())
 
 
 _MAX_RIVALS = 5
