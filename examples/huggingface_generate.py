@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hsa_compile.model.hf import HSACompileForCausalLM
+from hsa_compile.model.tasks.facts import draw_keys, lookup_facts
 from hsa_compile.model.tasks.haystack import NoiseHaystack
-from hsa_compile.model.tasks.sample import draw_keys, lookup_facts
 from hsa_compile.paths import CHECKPOINT_DIR
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsa_compile import target as target_module
+from hsa_compile.checks import shown
 from hsa_compile.errors import InvalidTarget
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import KINDS, NAMED_TARGETS, Target, cpu_multiplies_bfloat16
@@ -27,7 +28,7 @@ def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(field: str, val
     with pytest.raises(InvalidTarget) as caught:
         Target(**{**FIELDS, field: value})
     message = str(caught.value)
-    assert f"{field} = {value!r}" in message
+    assert f"{field} = {shown(value)}" in message
     assert message.endswith(allowed)
 
 

@@ -83,8 +83,8 @@ def test_compressed_files_of_kernel_tuner_are_read_whatever_their_name(tmp_path:
         (b"\xff\xfe", "cannot be read"),
         (b'{"a": 1}', "neither"),
         (b'{"format": "hsa-compile sweep", "version": 99, "points": []}', "version 99"),
-        (b'{"format": "hsa-compile sweep", "version": 1, "about": {}}', "damaged: KeyError: 'points'"),
-        (b'{"tune_params_keys": ["a"], "cache": {"1": {"time": 1}}}', "damaged: KeyError: 'a'"),
+        (b'{"format": "hsa-compile sweep", "version": 1, "about": {}}', "damaged: KeyError: .*points"),
+        (b'{"tune_params_keys": ["a"], "cache": {"1": {"time": 1}}}', "damaged: KeyError: .*a"),
         (b'{"tune_params_keys": ["a"], "cache": {"1": {"a": 1, "time": "Failed"}}}', "none of 1 points has a time"),
     ],
     ids=["text", "gzip", "encoding", "foreign", "version", "no points", "no value", "all failed"],
@@ -99,7 +99,7 @@ def test_what_is_no_sweep_is_refused_with_the_reason(tmp_path: Path, data: bytes
     ("times", "reasons", "message"),
     [
         ([1.0], ["", ""], "as many of each"),
-        ([-1.0, 1.0], ["", ""], "positive"),
+        ([-1.0, 1.0], ["", ""], "time = -1.0 must be a number in"),
         ([None, 1.0], ["", ""], "one of the two"),
     ],
 )

@@ -260,7 +260,7 @@ BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["tune", "--top-k", "none"], "'none'", "positive integer"),
     (["tune", "--dtype", "int8"], "'int8'", "float32, bfloat16, float16, float64"),
     (["tune", "--dtype", "fp32,"], "''", "float32, bfloat16, float16, float64"),
-    (["tune", "--inputs", "odd"], "'odd'", "'random', 'local', 'hot'"),
+    (["tune", "--inputs", "odd"], "'odd'", "random, local, hot, trained"),
     (["tune", "--trials", "0"], "0", "x>=1"),
     (["tune", "--trials", "many"], "'many'", "integer"),
     (["tune", "--timeout", "0"], "0.0", "x>0"),

@@ -122,7 +122,7 @@ main()
 def test_killed_and_called_again_it_gives_the_same_results(
     number: int, run: Shell, directory: Path, tmp_path: Path
 ) -> None:
-    flags = ["--lengths", "128,200", "--protocol", "both"]
+    flags = [*NEEDLE, "--lengths", "128,200", "--protocol", "both"]
     assert run(*command(directory, tmp_path / "whole", *flags)).code == 0
     arguments = command(directory, tmp_path / "killed", *flags)
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", ENDED, str(int(number)), *arguments])

@@ -138,7 +138,7 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str, run: Shell,
     assert message in refused.err
 
 
-@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("eval", "--lengths", "1k")])
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("eval", "--task", "s-niah", "--lengths", "1k")])
 def test_weights_that_are_not_finite_are_named(
     command: tuple[str, ...], run: Shell, directory: Path, tmp_path: Path
 ) -> None:

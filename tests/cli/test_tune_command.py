@@ -182,9 +182,10 @@ def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped
         return evaluate(schedule, *rest, **options)
 
     monkeypatch.setattr("hsa_compile.autotune.sweeps.evaluate", spy)
-    assert run(*TUNE, "--record", str(file)).code == 130
+    record = ["tune", *SHAPE, "--record", str(file)]
+    assert run(*record).code == 130
     assert not file.exists()
-    done = run(*TUNE, "--record", str(file))
+    done = run(*record)
     assert done.code == 0
     sweep = RecordedSweep.load(file)
     assert f"{len(sweep.points)} candidates in {file}" in done.out

@@ -66,7 +66,7 @@ def test_what_tune_tunes_unasked_is_all_that_the_layer_needs(tmp_path: Path) -> 
 
 
 def test_where_no_line_is_the_users_the_caller_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsa_compile.errors._OURS", "/")  # every file is ours
+    monkeypatch.setattr("hsa_compile.errors._OURS", "")  # every file is ours
     with pytest.warns(HSACompileWarning) as caught:
         warn_user("text", HSACompileWarning)
     assert caught[0].filename == __file__

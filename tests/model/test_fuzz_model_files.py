@@ -26,9 +26,9 @@ from hsa_compile.model.data.documents import find_sources, read_documents
 from hsa_compile.model.data.journal import Settings
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.data.tokenizer import BytesTokenizer, load_tokenizer
+from hsa_compile.model.evaluation.cells import retrieval_cells
 from hsa_compile.model.evaluation.outcomes import OUTCOMES_FILE, OutcomeFile
 from hsa_compile.model.evaluation.perplexity import Texts, perplexities, perplexity_jobs
-from hsa_compile.model.evaluation.results import retrieval_cells
 from hsa_compile.model.evaluation.retrieval import retrieval_jobs
 from hsa_compile.model.evaluation.settings import RetrievalSettings
 from hsa_compile.model.evaluation.subject import Subject, run_jobs
@@ -51,6 +51,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 ALONE = Processes(device=torch.device("cpu"))
 TOKENS = torch.arange(40)[None] % 256
 

@@ -128,7 +128,11 @@ def test_a_kill_between_the_two_files_keeps_the_new_model(tmp_path: Path, monkey
     assert from_pretrained(tmp_path).config.variant == "drt"
     save_pretrained(build(small_config("full")), tmp_path)
     assert from_pretrained(tmp_path).config.variant == "full"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "modeling_hsa_compile.py",
+    ]
 
 
 SAVER = """
@@ -173,7 +177,11 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     again = from_pretrained(tmp_path)
     assert again.config == old.config
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "modeling_hsa_compile.py",
+    ]
 
 
 def test_an_integer_dtype_is_refused(tmp_path: Path) -> None:

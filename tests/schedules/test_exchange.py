@@ -40,7 +40,7 @@ def test_what_was_exported_comes_back(exported: Path, make_record: MakeRecord) -
     ("changes", "message"),
     [
         ({"version": VERSION + 1}, f"format version {VERSION + 1}; this one reads {VERSION}"),
-        ({"hsa-compile": "99.0"}, "comes from hsa-compile 99.0, this is "),
+        ({"hsa-compile": "99.0"}, "comes from hsa-compile '99.0', this is "),
         ({"format": "somebody's settings"}, "is not a file that `hsa-compile schedules export` wrote"),
         ({"entries": 3}, "has no list of entries"),
         ({"entries": [{"key": {}}]}, "holds an entry that this hsa-compile cannot read"),

@@ -17,6 +17,7 @@ OUTCOMES_FILE = "samples.jsonl"
 _LOCK = ".samples.lock"
 _KINDS: tuple[dict[str, type], ...] = (  # retrieval, perplexity, and the two kinds of request of the harness
     {"correct": bool},
+    {"correct": bool, "start": int, "end": int},
     {"loss": float, "bytes": int},
     {"log_probability": float, "is_greedy": bool},
     {"text": str},
