@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from small_runs import small_run
@@ -12,7 +13,6 @@ from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.feed import stage_at
 from hsa_compile.model.training.pace import LEFT_OUT, Pace
-from hsa_compile.paths import CHECKPOINT_DIR
 
 STAGES = [
     {"share": 1, "seq_len": 64, "batch_tokens": 256, "top_k": 1},
@@ -91,10 +91,10 @@ def test_rows_that_see_the_chunks_of_others_cost_more() -> None:
     assert together._count_flops(0, 64) > alone._count_flops(0, 64)
 
 
-def test_the_time_of_the_shipped_model_is_foretold_from_its_first_steps() -> None:
-    """Within a tenth: the log of its training has a record every 25 steps."""
+def test_the_time_of_a_training_on_a_quiet_machine_is_foretold_from_its_first_steps() -> None:
+    """Within a tenth: the log of a `tiny` on two cores with nothing beside it has a record every 25 steps."""
     run = resolve(preset_name="tiny")
-    log = (CHECKPOINT_DIR / "tiny" / "log.jsonl").read_text().splitlines()
+    log = (Path(__file__).parent / "quiet_run.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, log) if "probe" not in record]
     first, second, last = steps[0], steps[1], steps[-1]
     each = (second["seconds"] - first["seconds"]) / (second["step"] - first["step"])
