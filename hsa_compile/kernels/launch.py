@@ -23,9 +23,9 @@ Grid = tuple[int, ...]
 def quicken(module: ModuleType) -> None:
     """Replaces the kernels of an emitted Triton module that it launches by those that are launched quickly."""
     for launch in module.LAUNCHES:
-        kernel = launch["kernel"]
-        if vars(module).get(kernel.__name__) is kernel:  # the others belong to modules that quicken their own
-            setattr(module, kernel.__name__, quick(kernel))
+        kernel, name = launch["kernel"], launch["kernel"].__name__
+        if vars(module).get(name) is kernel:  # the others belong to modules that quicken their own
+            setattr(module, name, quick(kernel))
 
 
 def quick(kernel: Any) -> Any:
