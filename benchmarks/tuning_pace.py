@@ -98,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compilers", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--inputs", help="distributions, ` and ` between them; by default those of a GPU, which are two")
+    parser.add_argument(
+        "--inputs", help="distributions, ` and ` between them; by default those of a GPU, which are two"
+    )
     given = parser.parse_args()
     SimulatedSession.num_compilers = given.compilers
     problem = Problem(seq_len=65536, num_heads=16, num_kv_heads=1, head_dim=128, top_k=16, dtype="bfloat16")

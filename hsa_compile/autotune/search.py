@@ -166,8 +166,8 @@ def _has_settled(study: TuningStudy, result: SearchResult, within: float) -> boo
 class _Window:
     """The proposals that are being compiled or timed.
 
-    What is compiled first is timed first, so that a slow compilation keeps no device waiting; where compiling pauses for
-    each timing, proposals are timed in their order, which a search that was killed then repeats.
+    What is compiled first is timed first, so that a slow compilation keeps no device waiting. Where compiling pauses
+    for each timing, proposals are timed in their order, which a search that was killed repeats.
     """
 
     def __init__(self, study: TuningStudy, pool: CompilePool | None, pause_to_time: bool) -> None:
