@@ -12,7 +12,7 @@ from typing import Any
 from hsa_compile.autotune.bench.bench import FAILURES, Bench, quantile
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.checks import check_choice, check_number, check_text, from_mapping, shown
-from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources, TimedOut
+from hsa_compile.errors import CompileTimedOut, HSACompileError, InvalidArgument, OutOfResources, TimedOut
 from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
@@ -167,7 +167,8 @@ def failure_of_default(error: HSACompileError, default: Schedule) -> HSACompileE
     """Returns an error that says of the default schedule what a bench said of a candidate."""
     advice = ""
     if isinstance(error, TimedOut):
-        advice = "; the fields of `TuneOptions.limits` allow more, and a machine with less to do needs less"
+        limit = "compile_s" if isinstance(error, CompileTimedOut) else "first_s"
+        advice = f"; `{limit}` of `TuneOptions.limits` allows more, and a machine with less to do needs less"
     return type(error)(
         f"the default schedule, {default}, failed, and without it nothing can be compared: {error}{advice}"
     )

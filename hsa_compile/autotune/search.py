@@ -1,5 +1,6 @@
 """The search loop of one worker: propose, compile ahead, evaluate and tell, until trials, time or space run out."""
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -137,22 +138,21 @@ def search(
         settled = until_within is not None and _has_settled(study, result, until_within)
         return settled or time.monotonic() >= deadline or should_stop()
 
-    with study.heartbeat, ThreadPoolExecutor(1, thread_name_prefix="propose") as proposing:
-        try:
-            # The default, the first trial of all, is tried whatever the clock says.
-            while (not result.num_tried or not is_over()) and (proposal := window.next(only_one=not result.num_tried)):
-                ahead = proposing.submit(window.fill_ahead) if result.num_tried else None
-                outcome = _outcome(proposal, window, bench, baseline, result)
-                if ahead is not None:
-                    ahead.result()
-                if ledger is not None:
-                    ledger.add(proposal.schedule, outcome)
-                study.tell(proposal, outcome)
-                window.done()
-                result = SearchResult.of(study.finished())
-                on_trial(result)
-        finally:
-            window.release()
+    with study.heartbeat, contextlib.ExitStack() as ending:
+        ending.callback(window.release)  # once nobody proposes any more
+        proposing = ending.enter_context(ThreadPoolExecutor(1, thread_name_prefix="propose"))
+        # The default, the first trial of all, is tried whatever the clock says.
+        while (not result.num_tried or not is_over()) and (proposal := window.next(only_one=not result.num_tried)):
+            ahead = proposing.submit(window.fill_ahead) if result.num_tried else None
+            outcome = _outcome(proposal, window, bench, baseline, result)
+            if ahead is not None:
+                ahead.result()
+            if ledger is not None:
+                ledger.add(proposal.schedule, outcome)
+            study.tell(proposal, outcome)
+            window.done()
+            result = SearchResult.of(study.finished())
+            on_trial(result)
     return result
 
 

@@ -168,4 +168,4 @@ def test_a_default_that_cannot_be_timed_any_more_is_named_with_what_to_raise(kin
         play_off(ENTRANTS[0], ENTRANTS[1:], bench.time_all, max_rounds=ROUNDS, deadline=float("inf"))
     text = f"the default schedule, {ENTRANTS[0]}, failed, and without it nothing can be compared: killed after 600 s"
     assert str(raised.value).startswith(text)
-    assert ("`TuneOptions.limits` allow more" in str(raised.value)) == issubclass(kind, TimedOut)
+    assert ("`first_s` of `TuneOptions.limits` allows more" in str(raised.value)) == issubclass(kind, TimedOut)
