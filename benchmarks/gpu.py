@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --out DIR --device cpu --minutes 3    # a smaller run, with a CPU in the GPU's place
     python benchmarks/gpu.py --repeat '<case>'              # a failure once more, as the run printed it
 
-Four parts, the most useful first, each in a process of its own with a share of the time: whether every kernel is right
-(correctness), the schedules of a list of problems (tune), the ops against PyTorch's attention (race), the command line
-(smoke). Every result is in DIR the moment it is known, and the same command goes on where an earlier one ended.
+Five parts, the most useful first, each in a process of its own with a share of the time: the tests that need a GPU
+(tests; where pytest is installed), whether every kernel is right (correctness), the schedules of a list of problems
+(tune), the ops against PyTorch's attention (race), the command line (smoke). Every result is in DIR the moment it is
+known, and the same command goes on where an earlier one ended.
 `DIR/pretuned.json` holds the winners as a file for `hsa_compile/schedules/pretuned/`.
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]  # a checkout need not be installed
 
+from gpu_parts import tests  # noqa: E402
 from gpu_parts.lines import Lines  # noqa: E402
 
 GRACE_S = 20.0  # after its share of the time, before a part is killed
@@ -54,16 +56,17 @@ class Part:
 
 
 PARTS = (
-    Part("correctness", 0.25, "every op, dataflow, dtype and option against the float64 reference, then random cases"),
-    Part("tune", 0.40, "compiles on all cores, then times alone; winners in pretuned.json"),
+    Part("tests", 0.10, "the tests that only a GPU can run"),
+    Part("correctness", 0.20, "every op, dataflow, dtype and option against the float64 reference, then random cases"),
+    Part("tune", 0.35, "compiles on all cores, then times alone; winners in pretuned.json"),
     Part("race", 0.25, "forward, and forward with backward, against PyTorch's flash, cuDNN and FlexAttention"),
     Part("smoke", 0.10, "doctor, tune, train, eval and generate of the command line"),
 )
 
 
 def plan(minutes: float, names: list[str]) -> list[tuple[Part, float]]:
-    """The parts that run, with their seconds."""
-    chosen = [part for part in PARTS if part.name in names]
+    """The parts that can run, with their seconds."""
+    chosen = [part for part in PARTS if part.name in names and not (part.name == "tests" and tests.why_not())]
     total = sum(part.share for part in chosen)
     return [(part, 60 * minutes * part.share / total) for part in chosen]
 
@@ -102,13 +105,14 @@ def write_summary(out: Path, ended: dict[str, Any]) -> None:
     rows = {part.name: Lines(out / f"{part.name}.jsonl").read() for part in PARTS}
     about = next((row for row in reversed(runs.read()) if row["kind"] == "device"), {"slug": "unknown"})
     merged = {**about, "date": now(), "parts": [row for row in runs.read() if row["kind"] == "part"]}
+    # Of what was run twice, the last.
+    merged["tests"] = list({row["test"]: row for row in rows["tests"]}.values())
     merged["correctness"] = {
         "statuses": dict(Counter(row["status"] for row in rows["correctness"])),
         "failed": [row for row in rows["correctness"] if row["failed"]],
     }
     merged["tune"] = [row for row in rows["tune"] if row["kind"] in ("winner", "final")]
     results = [row for row in rows["race"] if row["kind"] == "result"]
-    # Of what was run twice, the last.
     merged["race"] = list({(row["heat"], row["kind_of_case"], row["contender"]): row for row in results}.values())
     merged["smoke"] = rows["smoke"]
     text = json.dumps(merged, indent=1, ensure_ascii=False)
@@ -120,8 +124,19 @@ def markdown(merged: dict[str, Any]) -> str:
     """The run as tables for people."""
     found = [f"# {merged.get('device', 'no device')}, {merged['date']}", ""]
     found += table(["part", "exit", "seconds"], [[p["part"], p["exit"], p["seconds"]] for p in merged["parts"]])
+    statuses = Counter(row["status"] for row in merged["tests"])
+    found += ["## Tests", "", ", ".join(f"{count} {name}" for name, count in statuses.items()) or "none", ""]
+    for row in merged["tests"]:
+        if row["error"]:
+            found += [f"- {row['status']}: {row['error']}", f"  `{row['repeat']}`"]
     statuses = merged["correctness"]["statuses"]
-    found += ["## Correctness", "", ", ".join(f"{count} {name}" for name, count in statuses.items()) or "no cases", ""]
+    found += [
+        "",
+        "## Correctness",
+        "",
+        ", ".join(f"{count} {name}" for name, count in statuses.items()) or "no cases",
+        "",
+    ]
     for row in merged["correctness"]["failed"]:
         found += [f"- {row['status']}: {row['error']}", f"  `{row['repeat']}`"]
     winners = [row for row in merged["tune"] if row["kind"] == "winner"]
@@ -187,7 +202,9 @@ def run_here(given: argparse.Namespace) -> None:
     about = {"slug": target.slug, "device": f"{target.name} ({target.arch}, {target.num_cores} cores)"}
     Lines(given.out / "run.jsonl").append({"kind": "device", **about, "versions": installed_versions()})
     seconds = given.until - time.time()
-    if given.part == "correctness":
+    if given.part == "tests":
+        tests.run(given.out, seconds)
+    elif given.part == "correctness":
         from gpu_parts.correctness import run as run_correctness
 
         run_correctness(given.out, target, device, seconds)
@@ -236,6 +253,8 @@ def main() -> None:
     words = sys.argv[1:]
     given = parse(words)
     if given.dry_run:
+        if "tests" in given.parts and (why := tests.why_not()):
+            print(f"  0.0 minutes  tests: left out, since {why}")
         for part, seconds in plan(given.minutes, given.parts):
             print(f"{seconds / 60:5.1f} minutes  {part.name}: {part.what}")
         return

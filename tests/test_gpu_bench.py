@@ -40,9 +40,9 @@ def _load() -> ModuleType:
 
 
 gpu = _load()
-benches, correctness, lines, pool, race, smoke, tuning = (
+benches, correctness, lines, pool, race, smoke, tests, tuning = (
     importlib.import_module(f"gpu_parts.{name}")
-    for name in ("benches", "correctness", "lines", "pool", "race", "smoke", "tuning")
+    for name in ("benches", "correctness", "lines", "pool", "race", "smoke", "tests", "tuning")
 )
 
 
@@ -69,8 +69,8 @@ class InProcess:
 
 
 def test_the_parts_share_the_minutes() -> None:
-    planned = gpu.plan(12, ["correctness", "tune", "race", "smoke"])
-    assert [part.name for part, _ in planned] == ["correctness", "tune", "race", "smoke"]
+    planned = gpu.plan(12, ["correctness", "tests", "tune", "race", "smoke"])
+    assert [part.name for part, _ in planned] == ["tests", "correctness", "tune", "race", "smoke"]
     assert sum(seconds for _, seconds in planned) == pytest.approx(12 * 60)
     assert [seconds for _, seconds in gpu.plan(3, ["race"])] == [180]
 
@@ -81,10 +81,53 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / "out"), "--parts", "tune,race"])
     gpu.main()
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
-        ["7.4", "minutes", "tune:"],
-        ["4.6", "minutes", "race:"],
+        ["7.0", "minutes", "tune:"],
+        ["5.0", "minutes", "race:"],
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_without_pytest_its_part_is_left_out_and_the_plan_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tests, "why_not", lambda: "pytest is not installed")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--parts", "tests,smoke"])
+    gpu.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "  0.0 minutes  tests: left out, since pytest is not installed",
+        " 12.0 minutes  smoke: doctor, tune, train, eval and generate of the command line",
+    ]
+
+
+def test_tests_are_noted_as_they_end_and_only_those_that_passed_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """import os, pytest
+pytestmark = pytest.mark.gpu
+def test_right(): assert os.environ["TRITON_INTERPRET"] == "0"
+@pytest.mark.parametrize("dtype", ["two words"])
+def test_wrong(dtype): assert dtype == "one"
+@pytest.mark.skip(reason="needs a GPU")
+def test_skipped(): ...
+"""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = --no-such-option")
+    (tmp_path / "test_here.py").write_text(text)
+    monkeypatch.setattr(tests, "_ROOT", tmp_path)
+    monkeypatch.setattr(tests, "TESTS", "test_here.py")
+    for _ in range(2):
+        tests.run(tmp_path, 600)
+    rows = lines.Lines(tmp_path / "tests.jsonl").read()
+    right, wrong, skipped = (
+        f"test_here.py::{name}" for name in ("test_right", "test_wrong[two words]", "test_skipped")
+    )
+    first = [(right, "passed"), (wrong, "failed"), (skipped, "skipped"), (wrong, "failed")]
+    assert [(row["test"], row["status"]) for row in rows] == [*first, *first[1:]]
+    assert rows[3]["repeat"] == f"TRITON_INTERPRET=0 pytest -m gpu -n 0 '{wrong}'"
+    assert rows[3]["repeat"] in capsys.readouterr().out
+    gpu.write_summary(tmp_path, {"part": "tests", "exit": 0, "seconds": 9.5})
+    summary = (tmp_path / "summary.md").read_text()
+    assert "1 passed, 1 failed, 1 skipped" in summary
+    assert f"- failed: {rows[3]['error']}\n  `{rows[3]['repeat']}`" in summary
 
 
 def test_half_a_line_is_passed_over_and_the_next_begins_anew(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from hsa_compile.autotune.bench.bench import FAILURES, Bench, quantile
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.checks import check_choice, check_number, check_text, from_mapping, shown
-from hsa_compile.errors import HSACompileError, InvalidArgument, OutOfResources
+from hsa_compile.errors import CompileTimedOut, HSACompileError, InvalidArgument, OutOfResources, TimedOut
 from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
@@ -163,6 +163,17 @@ class Baseline:
         return self.outcome.median_ms
 
 
+def failure_of_default(error: HSACompileError, default: Schedule) -> HSACompileError:
+    """Returns an error that says of the default schedule what a bench said of a candidate."""
+    advice = ""
+    if isinstance(error, TimedOut):
+        limit = "compile_s" if isinstance(error, CompileTimedOut) else "first_s"
+        advice = f"; `{limit}` of `TuneOptions.limits` allows more, and a machine with less to do needs less"
+    return type(error)(
+        f"the default schedule, {default}, failed, and without it nothing can be compared: {error}{advice}"
+    )
+
+
 def measure_default(
     schedule: Schedule,
     bench: Bench,
@@ -182,9 +193,12 @@ def measure_default(
         HSACompileError: the default fails; without it there is nothing to compare with.
     """
     start = time.monotonic()
-    resources = compiled() if compiled else bench.compile(schedule)
-    fingerprint = bench.prepare(schedule)
-    first, second = time_on_all(bench, [schedule, schedule], QUICK_ROUNDS, inputs)
+    try:
+        resources = compiled() if compiled else bench.compile(schedule)
+        fingerprint = bench.prepare(schedule)
+        first, second = time_on_all(bench, [schedule, schedule], QUICK_ROUNDS, inputs)
+    except FAILURES as error:
+        raise failure_of_default(error, schedule) from error
     times = (*together(first), *together(second))
     outcome = Outcome(
         stage="full",

@@ -32,7 +32,7 @@ class Limits:
         compile_s: the seconds that compiling it may take.
         run_s: the seconds that checking it, and each set of timings, may take; more where the default needs more than
             a tenth of that.
-        first_s: the seconds that the first candidate, the default, may take, since nothing can be compared with it yet.
+        first_s: the seconds that the first candidate, the default, may take alone: nothing is known before it is timed.
         memory_bytes: the bytes that it may take beyond what a worker has when it starts; None for no limit, as a GPU's
             driver needs.
     """

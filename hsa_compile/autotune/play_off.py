@@ -6,7 +6,7 @@ clock. A stored winner can be put to the same test again, where the compiler has
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
@@ -14,8 +14,9 @@ from hsa_compile.autotune.bench.bench import FAILURES, Bench, summarize
 from hsa_compile.autotune.bench.device import device_lock
 from hsa_compile.autotune.bench.isolation import IsolatedBench
 from hsa_compile.autotune.cost.roofline import Resources
-from hsa_compile.autotune.evaluate import Times, median_ratio, time_on_all, together
+from hsa_compile.autotune.evaluate import Times, failure_of_default, median_ratio, time_on_all, together
 from hsa_compile.autotune.options import OPEN_BENCH, default_inputs, input_names
+from hsa_compile.errors import HSACompileError
 from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
@@ -28,6 +29,7 @@ MIN_ROUNDS = 9  # with eight challengers, all of nine rounds must be won to be t
 _ROUNDS_AT_ONCE = 3
 
 TimeAll = Callable[[Sequence[Schedule], int], list[list[float]]]
+Dropped = Mapping[Schedule, HSACompileError]  # the schedules that failed in a play-off, and why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Verdict:
         winner: the schedule that is picked from the tie-set.
         measurement, default_measurement: the winner's and the default's times, from the same rounds.
         tie_set: the best and all that cannot be told from it, in the order of preference; the winner is the first.
-        text: what was decided and how sure it is.
+        text: what was decided, how sure it is, and which challengers failed on the way.
     """
 
     winner: Schedule
@@ -62,8 +64,8 @@ def play_off(
     Two entrants are compared by a sign test on their rounds: it assumes nothing about how noise is distributed. A
     challenger beats the default if it is faster by `MIN_GAIN` at the median and the test says so at `CONFIDENCE`,
     shared out among the challengers, so that the default loses to any of its equals in one search of twenty at most.
-    The fastest of those ties with every challenger that it does not beat in the same way, and the winner is picked from
-    those of them that beat the default themselves.
+    A challenger that fails on the way is out. The fastest of those that beat the default ties with each challenger that
+    it does not beat in the same way, and the winner is picked from those of them that beat the default themselves.
 
     Args:
         default: the default schedule.
@@ -72,10 +74,14 @@ def play_off(
         max_rounds: the most rounds; at least `MIN_ROUNDS` are run.
         deadline: `time.monotonic()` after which no rounds begin beyond the first `MIN_ROUNDS`.
         resources: gives what a candidate uses, where that is known.
+
+    Raises:
+        HSACompileError: the default itself fails.
     """
-    entrants = [default, *challengers]
-    times = _rounds(entrants, time_all, max_rounds, deadline)
-    level = (1 - CONFIDENCE) / max(1, len(challengers))
+    times, dropped = _rounds(default, challengers, time_all, max_rounds, deadline)
+    entrants = [default, *(schedule for schedule in challengers if schedule not in dropped)]
+    num_challengers = len(entrants) - 1
+    level = (1 - CONFIDENCE) / max(1, num_challengers)
     beaters = [i for i in range(1, len(entrants)) if _is_faster(times[i], times[0], level)]
     best = min(beaters, key=lambda i: median_ratio(times[i], times[0]), default=0)
     may_win = beaters or [0]
@@ -95,7 +101,7 @@ def play_off(
         measurement=summarize(times[winner]),
         default_measurement=summarize(times[0]),
         tie_set=tuple(entrants[i] for i in ties),
-        text=_text(winner != 0, len(challengers), len(ties), len(times[0])),
+        text=_text(winner != 0, num_challengers, len(ties), len(times[0])) + dropped_text(dropped),
     )
 
 
@@ -151,7 +157,10 @@ def verify(record: TuningRecord, device: str) -> TuningRecord | None:
         except FAILURES:
             return None
         timer = TimesByInputs(bench, input_names(distribution))
-        times, others = _rounds([record.schedule, default], timer.time, MIN_ROUNDS, deadline=0.0)
+        (others, *rest), _ = _rounds(default, [record.schedule], timer.time, MIN_ROUNDS, deadline=0.0)
+    if not rest:
+        return None
+    (times,) = rest
     if record.schedule != default and _is_faster(others, times, 1 - CONFIDENCE):
         return None
     return replace(
@@ -170,14 +179,55 @@ def num_changes(schedule: Schedule, default: Schedule) -> int:
     return sum(schedule.get(name) != default.get(name) for name in {*schedule, *default})
 
 
-def _rounds(entrants: Sequence[Schedule], time_all: TimeAll, max_rounds: int, deadline: float) -> list[list[float]]:
+def dropped_text(dropped: Dropped) -> str:
+    """Returns what a verdict says of schedules that failed in the play-off; nothing where none did."""
+    if not dropped:
+        return ""
+    named = ", ".join(f"{schedule} ({type(error).__name__}: {error})" for schedule, error in dropped.items())
+    return f"; dropped from the play-off: {named}"
+
+
+def _rounds(
+    default: Schedule, challengers: Sequence[Schedule], time_all: TimeAll, max_rounds: int, deadline: float
+) -> tuple[list[list[float]], Dropped]:
+    """Returns the times of the default and of the challengers that did not fail, and those that did.
+
+    All are timed in one call until one fails; from then on each has calls of its own, which tell who does.
+    """
+    entrants, dropped = [default, *challengers], dict[Schedule, HSACompileError]()
     times: list[list[float]] = [[] for _ in entrants]
+    alone = False
     while len(times[0]) < max_rounds:
-        for collected, new in zip(times, time_all(entrants, _ROUNDS_AT_ONCE), strict=True):
-            collected.extend(new)
+        try:
+            new = _one_round(entrants, time_all, dropped) if alone else time_all(entrants, _ROUNDS_AT_ONCE)
+        except FAILURES as error:
+            if alone:
+                raise failure_of_default(error, default) from error
+            alone = True
+            continue
+        left = [i for i, own in enumerate(new) if own]
+        entrants, times = [entrants[i] for i in left], [[*times[i], *new[i]] for i in left]
         if len(times[0]) >= MIN_ROUNDS and time.monotonic() >= deadline:
             break
-    return times
+    return times, dropped
+
+
+def _one_round(
+    entrants: Sequence[Schedule], time_all: TimeAll, dropped: dict[Schedule, HSACompileError]
+) -> list[list[float]]:
+    """Times the first, which is the default, and each of the others alone.
+
+    Those that fail have no times, and are added to `dropped`.
+    """
+    default, *others = entrants
+    new = time_all([default], 1)
+    for schedule in others:
+        try:
+            new += time_all([schedule], 1)
+        except FAILURES as error:
+            dropped[schedule] = error
+            new.append([])
+    return new
 
 
 def _is_faster(times: Sequence[float], others: Sequence[float], level: float) -> bool:

@@ -1,9 +1,10 @@
 """The search loop of one worker: propose, compile ahead, evaluate and tell, until trials, time or space run out."""
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from hsa_compile.autotune.bench.bench import Bench
@@ -137,19 +138,21 @@ def search(
         settled = until_within is not None and _has_settled(study, result, until_within)
         return settled or time.monotonic() >= deadline or should_stop()
 
-    with study.heartbeat:
-        try:
-            # The default, the first trial of all, is tried whatever the clock says.
-            while (not result.num_tried or not is_over()) and (proposal := window.next(only_one=not result.num_tried)):
-                outcome = _outcome(proposal, window, bench, baseline, result)
-                if ledger is not None:
-                    ledger.add(proposal.schedule, outcome)
-                study.tell(proposal, outcome)
-                window.done()
-                result = SearchResult.of(study.finished())
-                on_trial(result)
-        finally:
-            window.release()
+    with study.heartbeat, contextlib.ExitStack() as ending:
+        ending.callback(window.release)  # once nobody proposes any more
+        proposing = ending.enter_context(ThreadPoolExecutor(1, thread_name_prefix="propose"))
+        # The default, the first trial of all, is tried whatever the clock says.
+        while (not result.num_tried or not is_over()) and (proposal := window.next(only_one=not result.num_tried)):
+            ahead = proposing.submit(window.fill_ahead) if result.num_tried else None
+            outcome = _outcome(proposal, window, bench, baseline, result)
+            if ahead is not None:
+                ahead.result()
+            if ledger is not None:
+                ledger.add(proposal.schedule, outcome)
+            study.tell(proposal, outcome)
+            window.done()
+            result = SearchResult.of(study.finished())
+            on_trial(result)
     return result
 
 
@@ -161,7 +164,11 @@ def _has_settled(study: TuningStudy, result: SearchResult, within: float) -> boo
 
 
 class _Window:
-    """The proposals that are being compiled or timed; their outcomes are told in order, whichever compiles first."""
+    """The proposals that are being compiled or timed.
+
+    What is compiled first is timed first, so that a slow compilation keeps no device waiting. Where compiling pauses
+    for each timing, proposals are timed in their order, which a search that was killed repeats.
+    """
 
     def __init__(self, study: TuningStudy, pool: CompilePool | None, pause_to_time: bool) -> None:
         self._study, self._pool, self._pause = study, pool, pause_to_time
@@ -176,11 +183,18 @@ class _Window:
         self._timing = len(self._waiting) > 1
         if not self._waiting:
             return None
-        if self._pause:
-            wait([future for _, future in self._waiting if future is not None])
-        self._current, future = self._waiting.popleft()
+        futures = [future for _, future in self._waiting if future is not None]
+        wait(futures, return_when=ALL_COMPLETED if self._pause else FIRST_COMPLETED)
+        ready = next(i for i, (_, future) in enumerate(self._waiting) if future is None or future.done())
+        self._current, future = self._waiting[ready]
+        del self._waiting[ready]
         self.compiled = future.result if future is not None else None
         return self._current
+
+    def fill_ahead(self) -> None:
+        """Proposes what is to be compiled next, while a candidate is timed on a device that has none of these cores."""
+        if not self._pause and self._pool is not None:
+            self._refill(only_one=False)
 
     def done(self) -> None:
         """Drops the current proposal, whose outcome is told."""

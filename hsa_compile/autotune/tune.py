@@ -14,13 +14,21 @@ from hsa_compile.autotune.bench.bench import FAILURES, Bench
 from hsa_compile.autotune.bench.device import check_memory, clocks_mhz
 from hsa_compile.autotune.evaluate import CLEARLY_SLOWER
 from hsa_compile.autotune.options import TuneOptions
-from hsa_compile.autotune.play_off import CONFIDENCE, MIN_ROUNDS, TimesByInputs, Verdict, play_off
+from hsa_compile.autotune.play_off import (
+    CONFIDENCE,
+    MIN_ROUNDS,
+    Dropped,
+    TimesByInputs,
+    Verdict,
+    dropped_text,
+    play_off,
+)
 from hsa_compile.autotune.search import SearchResult, Trial
 from hsa_compile.autotune.session import Session
 from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.study.storage import answering, default_storage
 from hsa_compile.checks import check_choice
-from hsa_compile.errors import InvalidTarget
+from hsa_compile.errors import HSACompileError, InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.resolve import set_on_miss
 from hsa_compile.log import logger, progress_bar
@@ -249,11 +257,11 @@ def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadli
     )
     bench = session.main_bench
     typical_ms *= len(session.inputs)
-    finalists = _ready(bench, (trial.schedule for trial in others), _num_finalists(typical_ms, deadline))
+    finalists, dropped = _ready(bench, (trial.schedule for trial in others), _num_finalists(typical_ms, deadline))
     space = SearchSpace.of(session.problem, session.target)
     ordered = [schedule for schedule in space.schedules() if schedule in finalists]
     known = {trial.schedule: trial.resources for trial in result.trials}
-    return play_off(
+    verdict = play_off(
         default,
         ordered,
         timer.time,
@@ -261,18 +269,23 @@ def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadli
         deadline=deadline,
         resources=known.get,
     )
+    return replace(verdict, text=verdict.text + dropped_text(dropped))
 
 
-def _ready(bench: Bench, schedules: Iterable[Schedule], count: int) -> set[Schedule]:
-    """Prepares the first `count` that can be timed on a bench; another process may have found that they are right."""
-    ready: set[Schedule] = set()
+def _ready(bench: Bench, schedules: Iterable[Schedule], count: int) -> tuple[set[Schedule], Dropped]:
+    """Returns the first `count` that can be timed on a bench, where another process may have prepared them before,
+    and those that failed.
+    """
+    ready, dropped = set[Schedule](), dict[Schedule, HSACompileError]()
     for schedule in schedules:
         if len(ready) == count:
             break
-        with contextlib.suppress(*FAILURES):
+        try:
             bench.prepare(schedule)
             ready.add(schedule)
-    return ready
+        except FAILURES as error:
+            dropped[schedule] = error
+    return ready, dropped
 
 
 def _num_finalists(typical_ms: float, deadline: float) -> int:

@@ -21,18 +21,23 @@ Grid = tuple[int, ...]
 
 
 def quicken(module: ModuleType) -> None:
-    """Replaces the kernels that an emitted Triton module launches by those that are launched quickly.
+    """Replaces the kernels of an emitted Triton module that it launches by those that are launched quickly."""
+    for launch in module.LAUNCHES:
+        kernel, name = launch["kernel"], launch["kernel"].__name__
+        if vars(module).get(name) is kernel:  # the others belong to modules that quicken their own
+            setattr(module, name, quick(kernel))
+
+
+def quick(kernel: Any) -> Any:
+    """Returns a Triton kernel in the form that is launched quickly.
 
     Kernels of Triton's interpreter, and those of a version of Triton that is not known, stay as they are.
     """
     import triton
 
-    if not triton.__version__.startswith(KNOWN_VERSIONS):
-        return
-    for launch in module.LAUNCHES:
-        kernel = launch["kernel"]
-        if isinstance(kernel, triton.JITFunction):
-            setattr(module, kernel.__name__, QuickKernel(kernel))
+    if isinstance(kernel, triton.JITFunction) and triton.__version__.startswith(KNOWN_VERSIONS):
+        return QuickKernel(kernel)
+    return kernel
 
 
 class QuickKernel:

@@ -75,6 +75,19 @@ def meet_the_others(place: str) -> None:
         time.sleep(0.01)
 
 
+class FatalInPlayOff(FakeBench):
+    """A fake bench whose process dies when the fastest candidate is timed, except in a pair, as a search does."""
+
+    def __init__(self, problem: Problem, target: Target, *rest: Any) -> None:
+        super().__init__(problem, target, *rest)
+        self.fatal = min(SearchSpace.of(problem, target).schedules(), key=self.time_of)
+
+    def time(self, schedules: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        if self.fatal in schedules and len(schedules) != 2:
+            ctypes.string_at(0)
+        return super().time(schedules, rounds)
+
+
 HARM = ("segfault", "loop", "compile", "memory", "wrong", "nan", "exception")
 
 

@@ -60,6 +60,18 @@ def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_count
     assert record.schedule == min(good, key=lambda schedule: fake_time(schedule, default))
 
 
+@pytest.mark.slow
+def test_a_search_outlives_a_worker_that_dies_in_the_play_off_and_keeps_the_best_of_the_others() -> None:
+    target = Target.parse("cpu")
+    default = default_schedule(PROBLEM, target)
+    *_, second, fatal = sorted(
+        SearchSpace.of(PROBLEM, target).schedules(), key=lambda schedule: -fake_time(schedule, default)
+    )
+    record = tune(PROBLEM, device="cpu", trials=1000, timeout=600.0, bench="fake_benches:FatalInPlayOff")
+    assert (record.schedule, record.failures) == (second, {})
+    assert f"dropped from the play-off: {fatal} (CandidateCrashed: its process died of SIGSEGV)" in record.verdict
+
+
 @pytest.mark.exhaustive
 def test_a_search_outlives_every_error_that_a_gpu_gives_and_counts_them_by_kind() -> None:
     pytest.importorskip("triton")

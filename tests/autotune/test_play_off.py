@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +7,9 @@ from typing import Any
 import pytest
 
 from hsa_compile.autotune import play_off as play_off_module
+from hsa_compile.autotune.bench.bench import FAILURES
 from hsa_compile.autotune.play_off import MIN_ROUNDS, Verdict, play_off
+from hsa_compile.errors import CandidateCrashed, HSACompileError, TimedOut
 from hsa_compile.schedules.schedule import Schedule
 
 ROUNDS = 15
@@ -99,3 +102,70 @@ def test_no_round_begins_after_the_deadline_but_those_that_are_needed(
     late = play_off(default, [other], time_all, max_rounds=ROUNDS, deadline=clock.now - 1)
     assert late.measurement.repeats == MIN_ROUNDS
     assert late.winner is other
+
+
+class Failing:
+    """Times of 1, 2, 3 … ms backwards: later entrants are faster. Each of some fails from one of its calls on."""
+
+    def __init__(self, failing: dict[Schedule, tuple[int, HSACompileError]]) -> None:
+        self.failing = failing
+        self.calls: Counter[Schedule] = Counter()
+
+    def time_all(self, candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        for schedule in candidates:
+            self.calls[schedule] += 1
+            begin, error = self.failing.get(schedule, (len(ENTRANTS) * ROUNDS, None))
+            if error is not None and self.calls[schedule] > begin:
+                raise error
+        return [[10.0 - schedule.number("block_tokens")] * rounds for schedule in candidates]
+
+
+ENTRANTS = [Schedule.of("token", block_tokens=i) for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("begin", range(6))
+def test_a_challenger_that_fails_in_any_round_is_dropped_by_name_and_the_best_of_the_others_wins(
+    kind: type[HSACompileError], begin: int
+) -> None:
+    bench = Failing({ENTRANTS[3]: (begin, kind("killed after 20 s")), ENTRANTS[1]: (begin, kind("no room"))})
+    verdict = play_off(ENTRANTS[0], ENTRANTS[1:], bench.time_all, max_rounds=ROUNDS, deadline=float("inf"))
+    never_failed = begin >= ROUNDS // 3
+    assert verdict.winner == ENTRANTS[3 if never_failed else 2]
+    assert verdict.measurement.repeats == verdict.default_measurement.repeats == ROUNDS
+    name = kind.__name__
+    assert never_failed or verdict.text.endswith(
+        "beats the default at 95% confidence in 15 rounds; dropped from the play-off: "
+        f"{ENTRANTS[1]} ({name}: no room), {ENTRANTS[3]} ({name}: killed after 20 s)"
+    )
+
+
+def test_the_default_stays_where_all_challengers_fail() -> None:
+    errors = {schedule: (0, CandidateCrashed("it died")) for schedule in ENTRANTS[1:]}
+    verdict = play_off(ENTRANTS[0], ENTRANTS[1:], Failing(errors).time_all, max_rounds=ROUNDS, deadline=float("inf"))
+    assert verdict.winner == ENTRANTS[0]
+    assert verdict.text.startswith("the default stays: nothing else came near it; dropped from the play-off: ")
+
+
+def test_a_default_that_fails_once_is_timed_again_and_nobody_is_dropped() -> None:
+    failed: list[int] = []
+
+    def time_all(candidates: Sequence[Schedule], rounds: int) -> list[list[float]]:
+        if not failed:
+            failed.append(rounds)
+            raise TimedOut("killed after 20 s")
+        return Failing({}).time_all(candidates, rounds)
+
+    verdict = play_off(ENTRANTS[0], ENTRANTS[1:], time_all, max_rounds=ROUNDS, deadline=float("inf"))
+    assert verdict.winner == ENTRANTS[3]
+    assert "dropped" not in verdict.text
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_default_that_cannot_be_timed_any_more_is_named_with_what_to_raise(kind: type[HSACompileError]) -> None:
+    bench = Failing({ENTRANTS[0]: (1, kind("killed after 600 s"))})
+    with pytest.raises(kind) as raised:
+        play_off(ENTRANTS[0], ENTRANTS[1:], bench.time_all, max_rounds=ROUNDS, deadline=float("inf"))
+    text = f"the default schedule, {ENTRANTS[0]}, failed, and without it nothing can be compared: killed after 600 s"
+    assert str(raised.value).startswith(text)
+    assert ("`first_s` of `TuneOptions.limits` allows more" in str(raised.value)) == issubclass(kind, TimedOut)

@@ -1,5 +1,6 @@
 import contextlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from fake_benches import FakeBench, fake_time
 from optuna.storages import InMemoryStorage
 
 from hsa_compile.autotune import search as search_module
+from hsa_compile.autotune.bench.isolation import CompilePool
 from hsa_compile.autotune.evaluate import CLEARLY_SLOWER, FAR_SLOWER, QUICK_ROUNDS
 from hsa_compile.autotune.samplers import make_sampler
 from hsa_compile.autotune.samplers.point import parameters_of
@@ -164,6 +166,40 @@ def test_no_candidate_begins_after_the_deadline(bench: Bench, clock: Any, monkey
     assert result.num_tried == 5
     late = bench.run(max_trials=1000, deadline=clock.now - 1)
     assert [trial.schedule for trial in late.trials] == [bench.default]
+
+
+class Compilers:
+    """Two compilers in threads, one schedule for which they wait until `enough` is set."""
+
+    def __init__(self, slow: Schedule) -> None:
+        self.slow, self.enough = slow, threading.Event()
+
+    def compile(self, schedule: Schedule) -> None:
+        if schedule == self.slow:
+            assert self.enough.wait(60), "the device waits for a slow compilation"
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("pause_to_time", [False, True])
+def test_a_device_with_cores_of_its_own_gets_what_is_compiled_first(bench: Bench, pause_to_time: bool) -> None:
+    first = [bench.default, *(schedule for schedule in bench.valid if schedule != bench.default)][:8]
+    compilers = Compilers(first[1])
+
+    def after_prepare() -> None:
+        if len(bench.prepared) == (1 if pause_to_time else 5):
+            compilers.enough.set()
+
+    bench.after_prepare = after_prepare
+    with CompilePool([compilers, compilers]) as pool:
+        study = bench.study(first=first, max_trials=8)
+        result = search(study, bench, deadline=FOREVER, pool=pool, pause_to_time=pause_to_time)
+    assert {trial.schedule for trial in result.trials} == set(first)
+    assert set(bench.prepared) == set(first)
+    if pause_to_time:
+        assert bench.prepared == first  # in their order, which a search that was killed repeats
+    else:
+        assert bench.prepared.index(first[1]) >= 5
 
 
 def test_the_same_seed_makes_the_same_trials_and_another_seed_others(cpu: Target) -> None:

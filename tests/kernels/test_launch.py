@@ -162,9 +162,10 @@ def test_a_setting_that_changes_what_is_compiled_is_heeded(launches: Launches, m
 def test_kernels_of_an_unknown_version_and_interpreted_ones_stay_as_they_are(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interpreted = SimpleNamespace(__name__="interpreted")
+    interpreted, foreign = SimpleNamespace(__name__="interpreted"), SimpleNamespace(__name__="of_another_module")
+    kernels = (launches.plain, interpreted, foreign)
     module = SimpleNamespace(
-        add=launches.plain, interpreted=interpreted, LAUNCHES=({"kernel": launches.plain}, {"kernel": interpreted})
+        add=launches.plain, interpreted=interpreted, LAUNCHES=tuple({"kernel": kernel} for kernel in kernels)
     )
     with monkeypatch.context() as later:
         later.setattr(triton, "__version__", "4.0.0")
@@ -173,3 +174,4 @@ def test_kernels_of_an_unknown_version_and_interpreted_ones_stay_as_they_are(
     quicken(module)
     assert isinstance(module.add, QuickKernel)
     assert module.interpreted is interpreted
+    assert not hasattr(module, "of_another_module")

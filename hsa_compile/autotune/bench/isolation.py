@@ -181,7 +181,9 @@ class IsolatedBench:
         self._limits, self._lock = limits or Limits(), lock or contextlib.nullcontext()
         self._worker: WorkerProcess | None = None
         self._ready: set[Schedule] = set()
-        self._prepare_s = self._time_s = 0.0  # how long the first candidate took to prepare, and a call of it to time
+        # How long the first candidate, the default, took to prepare, and a call of it to time. It is trusted with more.
+        self._first: Schedule | None = None
+        self._prepare_s = self._time_s = 0.0
 
     def __enter__(self) -> "IsolatedBench":
         self.start()
@@ -214,7 +216,8 @@ class IsolatedBench:
 
     def prepare(self, schedule: Schedule) -> str:
         """Checks a candidate in the worker, while nobody else is on the device; returns its source's fingerprint."""
-        limit = max(self._limits.run_s, 10 * self._prepare_s) if self._prepare_s else self._limits.first_s
+        self._first = self._first or schedule
+        limit = self._limit([schedule], 10 * self._prepare_s)
         with self._lock:
             start = time.monotonic()
             fingerprint: str = self._call("prepare", schedule, timeout_s=limit)
@@ -225,7 +228,7 @@ class IsolatedBench:
     def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
         """Times candidates in the worker, alone on the device; what a dead worker had ready is prepared again."""
         calls = max(1, len(schedules) * rounds)
-        limit = max(self._limits.run_s, 10 * calls * self._time_s) if self._time_s else self._limits.first_s
+        limit = self._limit(schedules, 10 * calls * self._time_s)
         with self._lock:
             self.start()
             for schedule in schedules:
@@ -236,6 +239,11 @@ class IsolatedBench:
             times: list[list[float]] = self._call("time", list(schedules), rounds, *named, timeout_s=limit)
             self._time_s = self._time_s or (time.monotonic() - start) / calls
         return times
+
+    def _limit(self, schedules: Sequence[Schedule], usual_s: float) -> float:
+        """Returns how long a call for these may take, if it usually takes so long at most, or 0 if nobody knows."""
+        is_known = usual_s > 0 and any(schedule != self._first for schedule in schedules)
+        return max(self._limits.run_s if is_known else self._limits.first_s, usual_s)
 
     def _call(self, verb: str, *arguments: Any, timeout_s: float) -> Any:
         self.start()

@@ -23,6 +23,7 @@ from hsa_compile.kernels.inverse_index import (
     split_lists,
     super_tile_lists,
 )
+from hsa_compile.kernels.launch import quick
 
 MOST_SORTED = 4096  # picks that one program sorts by chunk
 MOST_VISITED = 2048  # picks that one program sorts into visits
@@ -66,9 +67,12 @@ def _load_picks(chunk_indices, token, i, inside, bh, T, H, N, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
 def _sort_picks(
-    chunk_indices, chunks, order, counts, T, H, N, blocks, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr
+    chunk_indices, ordered, counts, T, H, N, blocks, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr
 ):
-    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk."""
+    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk.
+
+    All chunks stand in ``ordered`` before all places where they were picked.
+    """
     block, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
     chunk = _load_picks(chunk_indices, block * TOKENS + i // K, i, i < TOKENS * K, bh, T, H, N, K)
@@ -76,8 +80,9 @@ def _sort_picks(
     key = tl.sort(chunk * PICKS + i)
     chunk = key // PICKS
     start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
-    tl.store(chunks + start + i, chunk, mask=i < TOKENS * K)
-    tl.store(order + start + i, block * (TOKENS * K) + key % PICKS, mask=i < TOKENS * K)
+    tl.store(ordered + start + i, chunk, mask=i < TOKENS * K)
+    ordered += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (TOKENS * K)
+    tl.store(ordered + start + i, block * (TOKENS * K) + key % PICKS, mask=i < TOKENS * K)
     # counts is [B * H, super-tiles, N, blocks of a super-tile].
     super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
     place = (super_tile * N + chunk) * blocks + block % blocks
@@ -87,7 +92,7 @@ def _sort_picks(
 
 @triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
 def _spread_picks(
-    chunks, order, until, entries, picks, T, H, N, blocks,
+    ordered, until, entries, picks, T, H, N, blocks,
     K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, ADDRESSES: tl.constexpr,
 ):  # fmt: skip
     """Move the sorted picks of TOKENS tokens to their places among those of the whole super-tile, or of all tokens.
@@ -97,14 +102,15 @@ def _spread_picks(
     block, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
     start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
-    chunk = tl.load(chunks + start + i, mask=i < TOKENS * K, other=N)
+    chunk = tl.load(ordered + start + i, mask=i < TOKENS * K, other=N)
     listed = chunk < N
     super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
     # ``until`` counts the picks of all chunks and blocks up to and with this one.
     place = chunk * blocks + block % blocks
     before = tl.load(until + super_tile * N * blocks + place - 1, mask=listed & (place > 0), other=0)
     position = before + i - _run_starts(_begins(chunk, i, 0), i, 0)
-    entry = tl.load(order + start + i, mask=listed, other=0)
+    ordered += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (TOKENS * K)
+    entry = tl.load(ordered + start + i, mask=listed, other=0)
     if ADDRESSES:
         position += bh.to(tl.int64) * T * K
         token_head = (bh // H) * T * H + bh % H + entry // K * H
@@ -168,6 +174,9 @@ def _list_visits(
     tl.store(num_visits + program, tl.sum(begins.to(tl.int32), 1)[:, None], mask=block < num_blocks)
 
 
+_sorting, _spreading, _cutting, _visiting = map(quick, (_sort_picks, _spread_picks, _cut_tiles, _list_visits))
+
+
 def lists_by_super_tile(
     chunk_indices: Tensor, num_chunks: int, *, super_tile: int, segment: int
 ) -> tuple[Tensor, Tensor]:
@@ -183,14 +192,13 @@ def lists_by_super_tile(
         entries `[B·H, …]`, `t·K + slot`, and the tiles `[B·H, M, 3]` that they are cut into, (chunk, start, stop);
         superfluous ones have start = stop.
     """
-    B, T, H, _ = chunk_indices.shape
+    _, T, _, K = chunk_indices.shape
     if num_chunks > MOST_COUNTED:
         return super_tile_lists(chunk_indices, num_chunks, super_tile=super_tile, segment=segment)
-    blocks = super_tile // _tokens(chunk_indices.shape[3], super_tile)
-    num_super_tiles = -(-T // super_tile)
-    entries, _, until = _sort(chunk_indices, num_chunks, blocks, num_super_tiles, super_tile)
-    picks = super_tile * chunk_indices.shape[3]
-    return entries, _cut(until, num_chunks, blocks, (B * H, num_super_tiles), picks, segment)
+    blocks, num_super_tiles = super_tile // _tokens(K, super_tile), -(-T // super_tile)
+    with torch.cuda.device_of(chunk_indices):
+        entries, _, until = _sort(chunk_indices, num_chunks, blocks, num_super_tiles, super_tile)
+        return entries, _cut(until, num_chunks, blocks, super_tile * K, segment)
 
 
 def lists_of_chunks(
@@ -207,22 +215,23 @@ def lists_of_chunks(
         token_heads and picks `[B·H, T·K]`, as `list_addresses` returns them; and tiles as `split_lists` does, or
         without a segment the offsets `[B·H, N + 1]` of `inverse_index`.
     """
-    B, T, H, K = chunk_indices.shape
+    _, T, _, K = chunk_indices.shape
     if not 0 < num_chunks <= MOST_COUNTED or not 0 < chunk_indices.numel() <= INT32_MAX:
         listed, offsets = inverse_index(chunk_indices, num_chunks)
         addresses = list_addresses(listed, chunk_indices.shape)
         return *addresses, offsets if segment is None else split_lists(offsets, segment=segment, num_entries=T * K)
     blocks = -(-T // _tokens(K))
-    token_heads, picks, until = _sort(chunk_indices, num_chunks, blocks, 1, None)
-    if segment is None:
-        return token_heads, picks, torch.nn.functional.pad(until[:, blocks - 1 :: blocks], (1, 0))
-    return token_heads, picks, _cut(until, num_chunks, blocks, (B * H, 1), T * K, segment)
+    with torch.cuda.device_of(chunk_indices):
+        token_heads, picks, until = _sort(chunk_indices, num_chunks, blocks, 1, None)
+        if segment is None:
+            return token_heads, picks, torch.nn.functional.pad(until[:, 0, blocks - 1 :: blocks], (1, 0))
+        return token_heads, picks, _cut(until, num_chunks, blocks, T * K, segment)
 
 
 def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `block_visits` does, in one launch; superfluous visits hold anything."""
     B, T, H, K = chunk_indices.shape
-    picks = triton.next_power_of_2(block_m * K)
+    picks = _power_of_2(block_m * K)
     if not 0 < picks <= MOST_VISITED or num_chunks * picks > INT32_MAX:
         return block_visits(chunk_indices, num_chunks, block_m=block_m)
     num_blocks, blocks = -(-T // block_m), MOST_VISITED // picks
@@ -232,7 +241,7 @@ def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) ->
     num_visits = torch.empty(B * H * num_blocks, **options)
     sizes, block = (T, H, num_chunks, num_blocks), (K, block_m, picks, blocks)
     with torch.cuda.device_of(chunk_indices):
-        _list_visits[(-(-num_blocks // blocks), B * H)](
+        _visiting[(-(-num_blocks // blocks), B * H)](
             chunk_indices, visits, entries, num_visits, *sizes, *block, **VISIT_OPTIONS
         )
     return visits, entries, num_visits
@@ -243,48 +252,52 @@ def _tokens(top_k: int, most: int = MOST_SORTED) -> int:
     return min(most, 1 << (max(1, MOST_SORTED // top_k).bit_length() - 1))
 
 
+def _power_of_2(number: int) -> int:
+    """Returns the least power of two that is no less, or 0 for 0; Triton's own takes longer than a launch's grid."""
+    return 1 << (number - 1).bit_length() if number else 0
+
+
 def _sort(
     chunk_indices: Tensor, num_chunks: int, blocks: int, num_super_tiles: int, super_tile: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns entries, or without super-tiles addresses, and how many picks come before the end of each count."""
+    """Returns entries, or without super-tiles addresses, and how many picks come before the end of each count.
+
+    The counts [B·H, super-tiles, N · blocks] are those of each chunk in each block of tokens.
+    """
     B, T, H, K = chunk_indices.shape
     tokens = _tokens(K, super_tile or MOST_SORTED)
-    block, grid = (K, tokens, triton.next_power_of_2(tokens * K)), (num_super_tiles * blocks, B * H)
+    grid, num_picks = (num_super_tiles * blocks, B * H), num_super_tiles * blocks * tokens * K
     options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
-    chunks, order = torch.empty(2, B * H, grid[0] * tokens * K, **options)
-    entries = torch.empty(B * H, T * K if super_tile is None else grid[0] * tokens * K, **options)
+    ordered = torch.empty(2, B * H, num_picks, **options)
+    entries = torch.empty(B * H, T * K if super_tile is None else num_picks, **options)
     picks = torch.empty_like(entries) if super_tile is None else entries
-    until = torch.zeros(B * H, num_super_tiles * num_chunks * blocks, **options)
-    sizes = (T, H, num_chunks, blocks)
-    with torch.cuda.device_of(chunk_indices):
-        _sort_picks[grid](chunk_indices, chunks, order, until, *sizes, *block, **OPTIONS)
-        until.view(B * H, num_super_tiles, num_chunks * blocks).cumsum_(2)
-        _spread_picks[grid](chunks, order, until, entries, picks, *sizes, *block, super_tile is None, **OPTIONS)
+    until = torch.zeros(B * H, num_super_tiles, num_chunks * blocks, **options)
+    sizes = (T, H, num_chunks, blocks, K, tokens, _power_of_2(tokens * K))
+    _sorting[grid](chunk_indices, ordered, until, *sizes, **OPTIONS)
+    until.cumsum_(2)
+    _spreading[grid](ordered, until, entries, picks, *sizes, super_tile is None, **OPTIONS)
     return entries, picks, until
 
 
-def _cut(until: Tensor, num_chunks: int, blocks: int, lists: tuple[int, int], num_picks: int, segment: int) -> Tensor:
-    """Returns the tiles [B·H, M, 3] of all super-tiles; `lists` is B·H and the number of super-tiles."""
-    num_lists, num_super_tiles = lists
+def _cut(until: Tensor, num_chunks: int, blocks: int, num_picks: int, segment: int) -> Tensor:
+    """Returns the tiles [B·H, M, 3] of all super-tiles from the counts of `_sort`."""
+    num_lists, num_super_tiles, _ = until.shape
     num_tiles = min(num_chunks, num_picks) + num_picks // segment  # the most that a super-tile can have
     tiles = until.new_empty(num_lists, num_super_tiles * num_tiles, 3)
-    with torch.cuda.device_of(until):
-        _cut_tiles[(num_super_tiles, num_lists)](
-            until, tiles, num_chunks, blocks, num_tiles, num_picks, segment, CUT_CHUNKS, **OPTIONS
-        )
+    sizes = (num_chunks, blocks, num_tiles, num_picks, segment, CUT_CHUNKS)
+    _cutting[(num_super_tiles, num_lists)](until, tiles, *sizes, **OPTIONS)
     return tiles
 
 
 def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | None = None) -> tuple[dict, ...]:
     """Returns what an emitted module says of the kernels behind `lists_by_super_tile` or `lists_of_chunks`."""
     tokens = _tokens(top_k, super_tile or MOST_SORTED)
-    block = {"K": top_k, "TOKENS": tokens, "PICKS": triton.next_power_of_2(tokens * top_k)}
+    block = {"K": top_k, "TOKENS": tokens, "PICKS": _power_of_2(tokens * top_k)}
     sizes = dict.fromkeys(("T", "H", "N", "blocks"), "i32")
     launches = [
-        _launch(_sort_picks, ("chunk_indices", "chunks", "order", "counts"), sizes, block),
+        _launch(_sort_picks, ("chunk_indices", "ordered", "counts"), sizes, block),
         _launch(
-            _spread_picks, ("chunks", "order", "until", "entries", "picks"), sizes,
-            {**block, "ADDRESSES": super_tile is None},
+            _spread_picks, ("ordered", "until", "entries", "picks"), sizes, {**block, "ADDRESSES": super_tile is None}
         ),
     ]  # fmt: skip
     if segment is not None:
@@ -295,7 +308,7 @@ def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | N
 
 def visit_launches(top_k: int, block_m: int) -> tuple[dict, ...]:
     """Returns what an emitted module says of the kernel behind `visits_of_blocks`."""
-    picks = triton.next_power_of_2(block_m * top_k)
+    picks = _power_of_2(block_m * top_k)
     if not 0 < picks <= MOST_VISITED:
         return ()
     tensors = ("chunk_indices", "visits", "entries", "num_visits")
