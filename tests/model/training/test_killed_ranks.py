@@ -13,9 +13,9 @@ import torch.distributed as dist
 from processes import TIME_LIMIT, finish, in_group, losses, num_lines, rank_pid, start, wait_until
 from small_runs import small_run, write_toml
 
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import SaveError, TrainingError
 from hsa_compile.model.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
-from hsa_compile.model.training.processes import Processes, shard
+from hsa_compile.model.training.processes import Processes, saying_who_is_gone, shard
 from hsa_compile.model.training.run import CHECKPOINTS
 from hsa_compile.model.training.step import LossModel, make_optimizer
 from hsa_compile.model.transformer import HSATransformer
@@ -64,6 +64,24 @@ def test_torchrun_starts_again_where_the_killed_run_was_saved(config: str, tmp_p
     kill(process, out, draw)
     finish(process)
     assert losses(out) == losses(whole)
+
+
+def lose_the_first(processes: int) -> None:
+    """The first process ends without a word; each other one says so, in one line."""
+    own = Processes(rank=dist.get_rank(), world_size=processes, device=torch.device("cpu"))
+    own.wait()
+    if own.is_first:
+        os._exit(0)
+    with (
+        pytest.raises(TrainingError, match=f"^process {own.rank} of {processes} lost another one; .* --resume goes on"),
+        saying_who_is_gone(own),
+    ):
+        own.sum(torch.ones(1))
+    os._exit(0)  # the group can no longer be left in order
+
+
+def test_a_process_says_that_another_one_is_gone(tmp_path: Path) -> None:
+    in_group(lose_the_first, 3, tmp_path, 3)
 
 
 def save_without_room(directory: Path, rank: int) -> None:
