@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
-from hsa_compile.model.layers.basic import RMSNorm, rope_angles
+from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
@@ -224,7 +224,8 @@ class HSATransformer(nn.Module):
         if shared is None:
             return own
         chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients
-        return EncodedChunks(k=chunks.gather(own.k), v=chunks.gather(own.v), landmarks=chunks.gather(own.landmarks))
+        k = own.k.to(kernel_dtype(own.k))  # normalised in float32, which would send twice as much
+        return EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=chunks.gather(own.landmarks))
 
 
 def empty_model(config: ModelConfig) -> HSATransformer:

@@ -14,6 +14,7 @@ from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.cost.phases import serving_figures, training_figures
 from hsa_compile.model.cost.scale import Cluster, Figure, Paper
+from hsa_compile.model.cost.traffic import Split, messages
 from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.training.config import TrainConfig
@@ -132,14 +133,34 @@ def test_a_step_is_cut_into_parts_until_it_fits() -> None:
     assert hopeless["memory a device"].formula.startswith("DOES NOT FIT")
 
 
-def test_all_to_all_is_counted_by_hand() -> None:
-    found = by_name(training_figures(paper("8b-a1b", "8xh100", 8192), 2**20))
+@pytest.mark.parametrize(("devices", "nodes"), [("8xh100", 1), ("32xh100", 4)])
+def test_what_is_sent_is_counted_by_hand(devices: str, nodes: int) -> None:
+    """Each device of a node has an eighth of the experts, and shares them with one device of each other node."""
+    found = by_name(training_figures(paper("8b-a1b", devices, 8192), 2**20 * nodes))
     config, info = preset("8b-a1b"), model_info(preset("8b-a1b"))
-    experts = 19 * 64 * 3 * config.dim * config.expert_dim
-    sent = 6 * 2 * (2**20 / 8) * 4 * config.dim * 19 * 7 / 8
-    gathered = 8 * (info.parameters - experts + experts / 8) * found["parts of a step"].value * 7 / 8
-    assert found["links in a node"].value == pytest.approx((sent + gathered) / 450e9)
-    assert found["network"].value == 0
+    experts, parts = 19 * 64 * 3 * config.dim * config.expert_dim, found["parts of a step"].value
+    layers = sum(layer.parameters for layer in info.layers) - experts
+    travelling = 6 * 2 * (2**20 / 8) * 4 * config.dim * 19 + 2 * 8 * 64 * 19 * parts
+    weights = 4 * (2 * layers + 2 * (info.parameters - experts - layers) + layers) * parts
+    sums = 2 * (8 * (6 + 64 * 19) + 4)
+    in_node = (travelling + weights + sums) * 7 / 8
+    assert found["links in a node"].value == pytest.approx((in_node) / 450e9)
+    from_nodes = (weights + sums + 12 * experts * parts) * (1 - 1 / nodes)
+    assert found["network"].value == pytest.approx(from_nodes / (8 * 50e9))
+    assert found["sent: all-to-all"].value == pytest.approx(travelling * 7 / 8)
+
+
+def test_windows_come_from_as_many_parts_as_they_reach() -> None:
+    """Of rows of 8,192 tokens cut into 64 parts of 128, the first parts have fewer than 4,095 places before them."""
+    one = paper("8b-a1b", "64xh100", 8192)
+    config, info = one.config, one.info
+    split = Split(rows=1, data_parallel=1, context_parallel=64, expert_parallel=8)
+    before = sum(min(128 * part, config.window - 1) for part in range(64))
+    layers = sum(spec.mixer == "window" for spec in config.layers)
+    windows, memory, *_ = [message for message in messages(one, split) if message.group == 64][2:]
+    numbers = 3 * layers * before * 2 * config.num_kv_heads * config.head_dim
+    assert windows.sent == pytest.approx(2 * numbers / 64)
+    assert memory.bytes == info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
 
 
 def test_the_longest_names_itself() -> None:

@@ -68,7 +68,7 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
       torchrun --nproc-per-node 2 -m hsa_compile train --preset small --out runs/s
     """
     from hsa_compile.model.training.pace import Pace
-    from hsa_compile.model.training.processes import join_processes, leave_processes
+    from hsa_compile.model.training.processes import join_processes, leave_processes, saying_who_is_gone
 
     flags = {"model.variant": variant, "data.corpus": corpus, "train.steps": steps, "train.seed": seed}
     settings = {name: value for name, value in flags.items() if value is not None}
@@ -79,9 +79,9 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
         if tune:
             _tune(config, processes)
         pace = Pace(config, max(1, processes.world_size // config.train.context_parallel), time.monotonic)
-        with _stop_signals(minutes, pace) as stop:
+        with saying_who_is_gone(processes), _stop_signals(minutes, pace) as stop:
             _run(config, out, processes, resume, stop, pace)
-        processes.wait()
+            processes.wait()
     finally:
         leave_processes()
 

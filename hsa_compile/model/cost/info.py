@@ -191,13 +191,13 @@ def _idle(module: nn.Module) -> int:
     )
 
 
-def _positions(config: ModelConfig, context: int) -> int:
-    """Counts the tokens that run through the layers, with those that DRT puts in."""
+def num_positions(config: ModelConfig, context: int) -> int:
+    """Counts the tokens of a text that run through the layers, with those that DRT puts in."""
     return context + (context // (config.chunk_size - 1) if config.has_landmark_tokens else 0)
 
 
 def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -> MemoryUse:
-    positions = _positions(config, context)
+    positions = num_positions(config, context)
     pair = 2 * config.num_kv_heads * config.head_dim * itemsize
     inner = config.mamba_expand * config.dim
     mixers = {
@@ -225,7 +225,7 @@ def _flops(
     Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out.
     """
     config = model.config
-    T = _positions(config, context)
+    T = num_positions(config, context)
     parts = dict.fromkeys(("lower layers", "chunk encoder", "retrieval", "chunk attention", "upper layers"), 0.0)
     kernels = dict.fromkeys(("retrieval", "chunk attention"), 0.0)
     if model.chunk_encoder is not None:

@@ -1,7 +1,7 @@
 """Training and serving on many devices, on paper: how work is spread, what is kept in memory, computed and sent."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
@@ -17,6 +17,7 @@ from hsa_compile.model.cost.scale import (
     longest,
     memory_seconds,
 )
+from hsa_compile.model.cost.traffic import WEIGHT_BYTES, Split, sent_figures, wires
 from hsa_compile.model.inference.inference import upper_reach
 from hsa_compile.model.transformer import empty_model
 
@@ -24,33 +25,9 @@ _DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x ret
 
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 STATE_BYTES = 16  # bytes that a parameter takes: float32 weight and gradient, AdamW's two moments
-WIRE_BYTES = 8  # bytes it sends: gathered in bfloat16 forward and backward, its gradient summed in float32
 LOGITS = 4096  # how many tokens have logits at a time, as train.loss_chunk
 _DAY = 86400.0
 _TRILLION = 1e12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How the rows of a step lie on the devices.
-
-    Attributes:
-        rows: how many texts a step has.
-        data_parallel: how many groups of devices have rows of their own.
-        context_parallel: how many devices share each row.
-        expert_parallel: how many devices of a node share the experts of a layer; FSDP spreads what each holds.
-        parts: into how many parts a group's rows are cut, which run one after the other.
-    """
-
-    rows: int
-    data_parallel: int
-    context_parallel: int
-    expert_parallel: int
-    parts: int = 1
-
-    def tokens_at_once(self, context: int) -> int:
-        """Returns how many tokens are on one device at a time."""
-        return -(-self.rows // (self.data_parallel * self.parts)) * -(-context // self.context_parallel)
 
 
 def split_rows(paper: Paper, batch_tokens: int) -> Split:
@@ -129,8 +106,8 @@ def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
     return [
         ("weights, gradients, AdamW", STATE_BYTES * info.parameters / paper.cluster.count,
          f"{STATE_BYTES} B x parameters / devices"),
-        ("gathered weights", 3 * ITEMSIZE * of_a_layer + (ITEMSIZE + 4) * root,
-         "2 B x 3 x largest layer (experts / expert parallel) + 6 B x (embedding + encoder)"),
+        ("gathered weights", 3 * WEIGHT_BYTES * of_a_layer + 2 * WEIGHT_BYTES * root,
+         f"{WEIGHT_BYTES} B x (3 x largest layer (experts / expert parallel) + 2 x (embedding + encoder))"),
         ("inputs of the layers", ITEMSIZE * tokens * config.dim * config.num_layers, "2 B x tokens x dim x layers"),
         ("activations of a layer", ITEMSIZE * tokens * max(_kept(paper, layer) for layer in info.layers),
          "2 B x tokens x widths of all that the largest layer keeps"),
@@ -196,24 +173,23 @@ def _time_figures(paper: Paper, split: Split) -> list[Figure]:
             f"({paper.dataflow('hsa_backward', training=True)}), x layers that read x rows / devices",
         ),
     }
-    wires = _wires(paper, split)
+    on_wires = wires(paper, split)
     compute = Times(peak=0.0, assumed=0.0)
     for times, _ in parts.values():
         compute = compute + times
-    step, bound = longest({"compute": compute, **wires})
+    step, bound = longest({"compute": compute, **on_wires})
     wire_formulas = (
-        f"(all-to-all: 6 x 2 B x tokens x experts a token x dim x MoE layers, + FSDP's and the memory's share) / "
-        f"{paper.limits.scale_up_gb_s:g} GB/s",
-        f"({WIRE_BYTES} B x parameters x parts + gathered chunk memory + windows) x (1 - 1 / nodes) / "
-        f"({NODE_DEVICES} x {NETWORK_GB_S} GB/s)",
+        f"what a device gets from its node, of all that is sent / {paper.limits.scale_up_gb_s:g} GB/s",
+        f"what a node gets from others, of all that is sent / ({NODE_DEVICES} x {NETWORK_GB_S} GB/s)",
     )
     return [
         Figure(name="FLOPs a token", value=paper.info.training_flops, unit="FLOPs", formula="3 x forward"),
         compute.figure("compute", "the sum of:"),
         *(times.figure(f"compute: {name}", formula) for name, (times, formula) in parts.items()),
+        *sent_figures(paper, split),
         *(
             times.figure(name, formula)
-            for (name, times), formula in zip(wires.items(), wire_formulas, strict=True)
+            for (name, times), formula in zip(on_wires.items(), wire_formulas, strict=True)
         ),
         step.figure("time a step", "the longest of compute, links, network: they overlap", bound),
         *_rates(tokens, step),
@@ -228,28 +204,6 @@ def _rates(tokens: int, step: Times) -> list[Figure]:
         Figure(name="days for 1T tokens", value=_TRILLION / a_day.peak, assumed=_TRILLION / a_day.assumed, unit="days",
                formula="10^12 / tokens a day"),
     ]  # fmt: skip
-
-
-def _wires(paper: Paper, split: Split) -> dict[str, Times]:
-    """Returns all that a step sends; a device's rank in its node does not matter, since all send at once."""
-    info, config, cluster = paper.info, paper.config, paper.cluster
-    tokens = split.rows * info.context / cluster.count
-    dispatched = 6 * ITEMSIZE * tokens * config.experts_per_token * config.dim * paper.num_moe
-    all_to_all = dispatched * (1 - 1 / split.expert_parallel)
-    experts = paper.expert_parameters
-    # A device gathers its experts; in a node all experts come together, whatever the expert parallelism.
-    device_bytes = WIRE_BYTES * (info.parameters - experts + experts / split.expert_parallel) * split.parts
-    node_bytes = float(WIRE_BYTES * info.parameters * split.parts)
-    memory = info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
-    if split.context_parallel > 1:  # the memory is gathered and its gradient scattered; windows come from a neighbour
-        texts = split.rows / split.data_parallel
-        window = 2 * 3 * config.num_layers * config.window * config.num_kv_heads * config.head_dim * 2 * ITEMSIZE
-        device_bytes += texts * (2 * memory + window)
-        node_bytes += texts * (2 * memory + window)
-    return paper.wires(
-        all_to_all + device_bytes * (1 - 1 / cluster.node_devices),
-        node_bytes * (1 - 1 / cluster.num_nodes),
-    )
 
 
 def serving_figures(paper: Paper) -> list[Figure]:

@@ -77,9 +77,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if _is_on(device) else nullcontext()
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype that autocast would multiply `x` in, or that of `x` where autocast is off."""
-    return torch.get_autocast_dtype(x.device.type) if _is_on(x.device) else x.dtype
+def kernel_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype that kernels want `x` in: autocast's where it is on, but on a CPU that of `x`."""
+    is_cast = x.device.type != "cpu" and _is_on(x.device)
+    return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
 
 
 def without_cpu_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[Any], tuple[Tensor, ...]]:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
-from hsa_compile.model.layers.basic import rotate
+from hsa_compile.model.layers.basic import kernel_dtype, rotate
 from hsa_compile.model.layers.exchange import SharedRows
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
@@ -220,6 +220,7 @@ class WindowAttention(GroupedQueryAttention):
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
         elif shared is not None:
             before = self.window - 1
+            k = k.to(kernel_dtype(k))  # normalised in float32, which would send twice as much
             k, v = (torch.cat((shared.before(x, before), x), dim=1) for x in (k, v))
             if shared.start < before:
                 num_past = torch.full((x.shape[0],), shared.start, device=x.device)

@@ -82,11 +82,19 @@ def save_checkpoint(
     """
     path = checkpoint_path(root, state.step)
     temporary = root / f".{path.name}{_NEW}"
+
+    def begin() -> None:
+        _remove(temporary)
+        make_directory(temporary)
+
+    def put(files: dict[str, str]) -> None:
+        write_summed_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state), _FILES: files})
+        _remove(path)
+        temporary.replace(path)
+        sync_directory(root)
+
     try:
-        if processes.is_first:
-            _remove(temporary)
-            make_directory(temporary)
-        processes.wait()
+        _first_acts(processes, begin)
         if processes.world_size == 1:
             write_tensors(temporary / TENSORS_FILE, {**_tensors(model, optimizer), **_random_states()}, {})
         else:
@@ -94,22 +102,15 @@ def save_checkpoint(
                 _tensors(model, optimizer),
                 storage_writer=HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True),
             )
-            if processes.is_first:
-                _sync_files(temporary / SHARDS)
-            processes.wait()
+            _first_acts(processes, lambda: _sync_files(temporary / SHARDS))
         files = _checksums(temporary, processes)
-        if processes.is_first:
-            content = {"format_version": FORMAT_VERSION, **asdict(state), _FILES: files}
-            write_summed_json(temporary / STATE_FILE, content)
-            _remove(path)
-            temporary.replace(path)
-            sync_directory(root)
-    except (OSError, CheckpointException) as error:
-        raise SaveError(f"{path} cannot be written ({error}); earlier checkpoints are untouched") from error
+        _first_acts(processes, lambda: put(files))
+    except (OSError, CheckpointException, SaveError) as error:
+        raise SaveError(f"{path} cannot be written ({_reason(error)}); earlier checkpoints are untouched") from error
     finally:
         if processes.is_first:
-            _remove(temporary)
-    processes.wait()
+            with contextlib.suppress(OSError):  # `remove_leftovers` tries again when the run goes on
+                _remove(temporary)
     return path
 
 
@@ -279,12 +280,17 @@ def _agreed(processes: Processes, act: Callable[[], _Result]) -> list[_Result]:
     result, fault = None, None
     try:
         result = act()
-    except SaveError as error:
+    except (OSError, SaveError) as error:
         fault = str(error)
     results, faults = zip(*processes.gather((result, fault)), strict=True)
     if first := next((each for each in faults if each is not None), None):
         raise SaveError(first)
     return list(results)
+
+
+def _first_acts(processes: Processes, act: Callable[[], object]) -> None:
+    """Acts in the first process, while the others wait; an error of it is raised in all, as `_agreed` does."""
+    _agreed(processes, act if processes.is_first else lambda: None)
 
 
 def _load_whole(path: Path, wanted: dict[str, Tensor]) -> None:
@@ -316,7 +322,14 @@ def _load_shards(path: Path, wanted: dict[str, Tensor]) -> None:
     try:
         load(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-        raise SaveError(f"{path} cannot be loaded: {error}") from error
+        raise SaveError(f"{path} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what went wrong, and in which process; DCP's exception has a traceback for each as its text."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"process {rank}: {fault}" for rank, (fault, _) in sorted(error.failures.items()))
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """The processes of a run: which one this is, what it runs on, and how the model is spread over all of them."""
 
+import contextlib
 import gc
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, TrainingError
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.transformer import HSATransformer
@@ -99,6 +101,24 @@ def leave_processes() -> None:
         # tensors while the interpreter shuts down, which would abort the process.
         gc.collect()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def saying_who_is_gone(processes: Processes) -> Iterator[None]:
+    """Turns the error of a collective, whose message is for experts, into one line.
+
+    Raises:
+        TrainingError: another process ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(
+            f"process {processes.rank} of {processes.world_size} lost another one; the first line of an error, or "
+            f"torchrun's report, names that and its reason; --resume goes on from the last checkpoint ({error})"
+        ) from error
 
 
 def with_meshes(processes: Processes, run: RunConfig) -> Processes:

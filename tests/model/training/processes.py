@@ -1,5 +1,6 @@
 """Training in processes of their own, as a person or `torchrun` starts them, and functions in a group of processes."""
 
+import contextlib
 import json
 import os
 import socket
@@ -17,12 +18,12 @@ import torch
 TIME_LIMIT = 3600
 
 
-def start(out: Path, *arguments: str, num_processes: int = 1) -> "subprocess.Popen[str]":
+def start(out: Path, *arguments: str, num_processes: int = 1, restarts: int = 0) -> "subprocess.Popen[str]":
     """`hsa-compile train` on one thread a process, with the cache of the test."""
     command = [sys.executable, "-W", "ignore"]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
-        command += ["--master-port", str(_free_port())]
+        command += ["--master-port", str(_free_port()), "--max-restarts", str(restarts)]
     return subprocess.Popen(
         [*command, "-m", "hsa_compile", "train", "--out", str(out), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -74,6 +75,16 @@ def losses(directory: Path) -> dict[int, float]:
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
     assert len(found) == sum("loss" in record for record in records)  # no step twice
     return found
+
+
+def rank_pid(torchrun: "subprocess.Popen[str]", rank: int) -> int | None:
+    """The process that has a rank; None if it is not there (yet)."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    for pid in children:
+        with contextlib.suppress(OSError):  # it just ended
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    return None
 
 
 def num_lines(directory: Path) -> int:

@@ -42,13 +42,18 @@ def test_a_feed_that_begins_later_gives_the_same_batches() -> None:
     later.close()
 
 
-def test_processes_together_take_the_rows_of_one() -> None:
-    run = small_run()
-    mixture, plan = mixtures(run, None)[0], StepPlan(step=3, stage=0, length=60, num_rows=5)
+def test_processes_together_take_the_rows_of_one(tmp_path: Path) -> None:
+    """However many groups of processes have rows of their own; a row's text and needles follow from its number."""
+    (tmp_path / "text.txt").write_text("".join(f"line {number}\n" for number in range(400)))
+    prepare(find_sources([tmp_path / "text.txt"]), tmp_path / "corpus", validation=0.0)
+    stage = {"seq_len": 60, "batch_tokens": 300, "synthetic_share": 0.5, "min_distance": 0}
+    run = from_dict({**small_run().to_dict(), "stages": [stage], "data": {"corpus": str(tmp_path / "corpus")}})
+    mixture, plan = mixtures(run, open_corpus(run))[0], StepPlan(step=3, stage=0, length=60, num_rows=7)
     whole = make_batch(mixture, plan, seed=0)
-    parts = [make_batch(mixture, plan, seed=0, rank=rank, world_size=2) for rank in range(2)]
-    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
-    assert torch.equal(torch.cat([part.is_answer for part in parts]), whole.is_answer)
+    for groups in (2, 3, 4, 7):
+        parts = [make_batch(mixture, plan, seed=0, rank=rank, world_size=groups) for rank in range(groups)]
+        for name in ("tokens", "weights", "is_answer"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
 def test_answers_are_marked_and_carry_their_weight() -> None:
