@@ -53,8 +53,8 @@ class Depths(click.ParamType):
 @click.command("eval")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="The model to evaluate, saved by train; tiny is shipped trained.")  # fmt: skip
-@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True,
-              show_default="all but ppl, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
+@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True, metavar="TASK|all",
+              show_default="all but ppl, or none with --harness", help="A task above; may be repeated.")  # fmt: skip
 @click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
 @click.option("--harness-path", cls=RestrictedOption, needs="--harness",
               because="it has tasks of the harness",
@@ -110,18 +110,26 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     computes nothing twice. OUT also gets results.json, results.csv and pictures (with the extra `plots`).
 
     \b
-    Tasks (wording of our own; docs/tasks.md sets each beside the public one it stands for):
-      s-niah, s-niah-words, s-niah-text           one needle in repeated sentences, random words, real text
-      mk-niah, mk-niah-needles, mk-niah-similar   one of four needles; one among needles; among names like it
-      mv-niah, mq-niah, vt                        four values of a name; two of six names; chains of variables
-      cwe, fwe                                    words that come again and again; the most frequent words
-      qa-1, qa-2                                  where somebody works; where somebody's boss works
-      facts-1, facts-2, facts-3                   who and what is where, from one, two or three facts
-      mrcr                                        which of eight needles of one name
-      ppl                                         perplexity of the last 512 tokens of held-out text
+    Tasks (our own wording; docs/tasks.md sets each beside the public one):
+      s-niah            one needle in repeated sentences
+      s-niah-words      one needle in random words
+      s-niah-text       one needle in real text
+      mk-niah           one of four needles
+      mk-niah-needles   one among needles
+      mk-niah-similar   one among needles whose names are like its own
+      mv-niah, mq-niah  four values of a name; two of six names
+      vt                chains of variables
+      cwe, fwe          words that come again and again; the most frequent words
+      qa-1, qa-2        where somebody works; where somebody's boss works
+      facts-1, facts-2, facts-3
+                        who and what is where, from one, two or three facts
+      mrcr              which of eight needles of one name
+      ppl               perplexity of the last 512 tokens of held-out text
     Protocols:
-      teacher-forced   arg-max at each answer token given the true ones before it, all must be right
-      greedy           generation token by token; the text up to the first full stop must be the answer
+      teacher-forced    arg-max at each answer token given the true ones before
+                        it; all must be right
+      greedy            generation token by token; the text up to the first full
+                        stop must be the answer
 
     Real text is that of installed packages (numpy, sympy, networkx, mpmath, torch), less every file that equals or
     resembles one that the model was trained on; with --haystack, the validation split of a corpus, or other files.
@@ -138,9 +146,9 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     \b
     Examples:
       hsa-compile eval --lengths 4k,64k,1m
-      hsa-compile eval --model runs/tiny/model --task all --lengths 4k,64k,1m --protocol both --out results
-      hsa-compile eval --model runs/tiny/model --task vt --lengths 16m --samples 4 --memory-dtype bf16
-      hsa-compile eval --model runs/tiny/model --harness lambada_openai,wikitext --harness-limit 100
+      hsa-compile eval --model runs/tiny/model --task all --protocol both
+      hsa-compile eval --task vt --lengths 16m --samples 4 --memory-dtype bf16
+      hsa-compile eval --harness lambada_openai,wikitext --harness-limit 100
     """
     import torch
 
