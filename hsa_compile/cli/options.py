@@ -172,10 +172,13 @@ def print_legend(legend: Mapping[str, str]) -> None:
 
 
 def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numbers: bool = True) -> str:
-    """Makes a table with a line for each row. On a terminal that is narrower, the widest columns are broken between
-    words; where that is not enough, each row becomes lines of its own, one for each column.
+    """Makes a table with a line for each row, and fits it into the terminal if there is one.
+
+    On a narrow terminal the widest columns are broken between words; where that is not enough, each row becomes a
+    paragraph with a line for each column.
 
     Args:
+        cells, headers: the rows, and the names of the columns.
         numbers: whether to align what looks like a number to the right.
     """
     import tabulate

@@ -150,10 +150,13 @@ def test_a_gpu_that_shows_no_kernel_is_an_error() -> None:
 
 def test_on_a_gpu_ops_have_the_time_of_their_kernels_and_the_rest_is_named() -> None:
     step = Event("hsa-compile profile: one step", 0, 100)
-    attention = Event("hsa_compile::hsa_forward", 1, 9, step, [40.0])
+    layer = Event("layer 0", 1, 20, step, is_user_annotation=True)
+    attention = Event("hsa_compile::hsa_forward", 1, 9, layer)
     events = [
         step,
+        layer,
         attention,
+        Event("hsa_forward B1 T9 | chunk", 1, 9, attention, [40.0], is_user_annotation=True),
         Event("aten::fill_", 2, 3, attention, [5.0]),
         Event("cudaLaunchKernel", 2, 3, attention),
         Event("aten::mm", 10, 12, step, [20.0, 10.0]),

@@ -279,7 +279,7 @@ def test_a_directory_that_may_not_be_written_is_a_cache_error(make_record: MakeR
 
 
 # The calls of a put that touch the disk. Python 3.10 has a replacement of its own for os.replace in Path.replace.
-DISK_CALLS = pytest.mark.parametrize("owner, step", [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
+DISK_CALLS = pytest.mark.parametrize(("owner", "step"), [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
 
 
 @DISK_CALLS
