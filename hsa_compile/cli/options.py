@@ -8,7 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -168,16 +168,17 @@ def print_rows(
 
 def print_legend(legend: Mapping[str, str]) -> None:
     """Prints a line for each column of a table that says what it means, no wider than the terminal."""
-    indent = max(map(len, legend)) + 2
-    width = min(_WIDEST_TEXT, shutil.get_terminal_size().columns)
-    for name, meaning in legend.items():
-        click.echo(textwrap.fill(f"{name:{indent}}{meaning}", width, subsequent_indent=" " * indent))
+    click.echo(_named_lines(legend.items(), min(_WIDEST_TEXT, shutil.get_terminal_size().columns)))
 
 
 def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numbers: bool = True) -> str:
-    """Makes a table as wide as its words; on a narrower terminal it breaks the widest columns between words.
+    """Makes a table with a line for each row, and fits it into the terminal if there is one.
+
+    On a narrow terminal the widest columns are broken between words; where that is not enough, each row becomes a
+    paragraph with a line for each column.
 
     Args:
+        cells, headers: the rows, and the names of the columns.
         numbers: whether to align what looks like a number to the right.
     """
     import tabulate
@@ -186,11 +187,27 @@ def fitted_table(cells: Sequence[Sequence[Any]], headers: Sequence[str], *, numb
     table = tabulate.tabulate(cells, **options)
     terminal = shutil.get_terminal_size().columns
     limits = [max(len(str(cell)) for cell in column) for column in zip(*cells, strict=True)]
-    while sys.stdout.isatty() and _width(table) > terminal and max(limits) > _NARROWEST:
+    while sys.stdout.isatty() and _width(table) > terminal:
+        if max(limits) <= _NARROWEST:
+            return "\n\n".join(_named_lines(zip(headers, row, strict=True), terminal) for row in cells)
         widest = limits.index(max(limits))
         limits[widest] = max(_NARROWEST, limits[widest] - (_width(table) - terminal + 1) // 2)
-        table = tabulate.tabulate(cells, **options, maxcolwidths=[limit or None for limit in limits])
+        broken = [[_broken(cell, limit) for cell, limit in zip(row, limits, strict=True)] for row in cells]
+        table = tabulate.tabulate(broken, **options)
     return table
+
+
+def _broken(cell: Any, limit: int) -> Any:
+    return textwrap.fill(str(cell), limit, break_on_hyphens=False) if len(str(cell)) > limit else cell
+
+
+def _named_lines(pairs: Iterable[tuple[str, Any]], width: int) -> str:
+    """Writes a line for each name and what belongs to it, broken at a width."""
+    named = list(pairs)
+    indent = max(len(name) for name, _ in named) + 2
+    return "\n".join(
+        textwrap.fill(f"{name:{indent}}{text}", width, subsequent_indent=" " * indent) for name, text in named
+    )
 
 
 def _width(text: str) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch.autograd import profiler
+
 from hsa_compile.errors import CacheError, CacheWarning, CompileError, MissingDependency, warn_user
 from hsa_compile.files import read_regular, write_whole
 from hsa_compile.kernels.emit import KernelSource
@@ -54,6 +56,13 @@ class Kernel:
     path: Path
     entry: Callable[..., Any]
     module: Any
+
+    def run(self, *tensors: Any, **options: Any) -> Any:
+        """Calls `entry`; a trace shows the call under its problem and schedule, also by NVTX (`emit_nvtx`)."""
+        if not profiler._is_profiler_enabled:  # the name of a range takes as long as a small kernel
+            return self.entry(*tensors, **options)
+        with profiler.record_function(f"{self.source.problem.describe()} | {self.source.schedule}"):
+            return self.entry(*tensors, **options)
 
 
 def compile_kernel(source: KernelSource) -> Kernel:

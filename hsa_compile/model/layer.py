@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layers.attention import FullAttention, FullCache
-from hsa_compile.model.layers.basic import RMSNorm, SwiGLU
+from hsa_compile.model.layers.basic import RMSNorm, SwiGLU, traced
 from hsa_compile.model.layers.exchange import SharedRows
 from hsa_compile.model.layers.hs_attention import HSAttention, Memory, Retrieval, Selection
 from hsa_compile.model.layers.mamba2 import Mamba2, Mamba2State
@@ -55,7 +55,7 @@ class Layer(nn.Module):
         self.index, self.bypass = index, config.bypass
         self.has_landmark_tokens = config.has_landmark_tokens
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps) if spec.mixer != "none" else None
-        self.mixer = _mixer(config, spec)
+        self.mixer, self.mixer_name = _mixer(config, spec), f"{spec.mixer} mixer"
         self.retrieval = Retrieval(config) if spec.retrieves else None
         self.memory_attention = HSAttention(config) if spec.reads_memory else None
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps) if spec.mlp != "none" else None
@@ -76,19 +76,23 @@ class Layer(nn.Module):
             `[B, T, dim]`, the selection for the layers above, and the cache after this piece.
         """
         if self.mixer_norm is not None:
-            y, cache = self._mix(self.mixer_norm(x), piece, cache)
+            with traced(self.mixer_name):
+                y, cache = self._mix(self.mixer_norm(x), piece, cache)
             x = x + y
         if self.retrieval is not None:
-            selection = self._retrieve(self.retrieval, x, piece)
+            with traced("retrieval"):
+                selection = self._retrieve(self.retrieval, x, piece)
         read = None
         if self.memory_attention is not None:
             assert piece.memory is not None
             assert selection is not None
-            read = self.memory_attention(x, piece.memory, selection)
+            with traced("memory attention"):
+                read = self.memory_attention(x, piece.memory, selection)
             if not self.bypass:
                 x, read = x + read, None
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x if read is None else x + read))
+            with traced("MLP"):
+                x = x + self.mlp(self.mlp_norm(x if read is None else x + read))
         return x, selection, cache
 
     def empty_cache(self, batch: int, like: Tensor) -> Cache | None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
-from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles
+from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles, traced
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
@@ -125,9 +125,10 @@ class HSATransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turns `hidden [..., dim]` into logits `[..., V]`."""
-        if self.output is not None:
-            return self.output(hidden)
-        return nn.functional.linear(hidden, self.embedding.weight)
+        with traced("output"):
+            if self.output is not None:
+                return self.output(hidden)
+            return nn.functional.linear(hidden, self.embedding.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Looks up the embeddings `[B, T, dim]` of `tokens [B, T]`; what is embedded already is returned.
@@ -199,12 +200,13 @@ class HSATransformer(nn.Module):
         selection: Selection | None = None
         after: list[Cache | None] = []
         for i, layer in enumerate(layers):
-            if self.checkpoint_activations and self.training:
-                x, selection, _ = checkpoint(layer, x, piece, selection, use_reentrant=False)
-            else:
-                x, selection, cache = layer(x, piece, selection, caches[i] if caches is not None else None)
-                if caches is not None:
-                    after.append(cache)
+            with traced(f"layer {layer.index}"):
+                if self.checkpoint_activations and self.training:
+                    x, selection, _ = checkpoint(layer, x, piece, selection, use_reentrant=False)
+                else:
+                    x, selection, cache = layer(x, piece, selection, caches[i] if caches is not None else None)
+                    if caches is not None:
+                        after.append(cache)
             if selections is not None and layer.retrieval is not None and selection is not None:
                 selections.append(selection)
             if outputs is not None:
@@ -220,7 +222,8 @@ class HSATransformer(nn.Module):
         assert self.chunk_encoder is not None
         C = self.config.chunk_size
         num_chunks = x.shape[1] // C
-        own: EncodedChunks = self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
+        with traced("chunk encoder"):
+            own: EncodedChunks = self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
         if shared is None:
             return own
         chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients

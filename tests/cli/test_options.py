@@ -44,6 +44,20 @@ def test_a_table_fits_the_terminal_and_is_whole_elsewhere(
     assert words.count("eight") == 3
 
 
+@pytest.mark.parametrize("more", [1, 6])
+def test_a_table_of_numbers_and_of_many_columns_fits_a_terminal(
+    more: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    row = {"problem": "hsa_forward B1 T128 HQ4 H1 D16", "schedule": "chunk rows=24 super_tile=128", "bytes": "25,351"}
+    row |= {f"column{number}": "x" * 12 for number in range(more)}
+    print_rows([row] * 2, as_json=False, legend=dict.fromkeys(row, "seven"))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(out.split().count(word) >= 2 for cell in row.values() for word in cell.split())
+
+
 def test_a_table_of_long_words_ends_even_if_it_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

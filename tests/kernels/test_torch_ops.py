@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsa_compile import hsa_attention, hsa_decode, select_chunks
+from hsa_compile import Problem, Schedule, hsa_attention, hsa_decode, select_chunks
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
 from hsa_compile.kernels.select_chunks import dispatch as select_ops
@@ -163,3 +163,22 @@ def test_selection_exports() -> None:
     exported = torch.export.export(Selection(), given)
     for one, other in zip(exported.module()(*given), selected(*given), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("call", "op"), [(attend, "hsa_forward"), (picked, "select_chunks"), (decoded, "hsa_decode")])
+def test_a_trace_names_the_problem_and_the_schedule_of_a_call(call: Callable[..., Tensor], op: str) -> None:
+    given = tensors(requires_grad=False)
+    expected = call(*given)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        assert torch.equal(call(*given), expected)
+    (name,) = (event.name for event in trace.events() if event.name.startswith(f"{op} "))
+    problem, schedule = name.split(" | ")
+    assert f" B2 T{9 if call is decoded else 21} " in problem
+    assert str(Schedule.parse(schedule)) == schedule
+
+
+def test_without_a_profiler_a_call_makes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors(requires_grad=False)
+    expected = attend(*given)
+    monkeypatch.setattr(Problem, "describe", None)
+    assert torch.equal(attend(*given), expected)

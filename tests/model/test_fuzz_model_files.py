@@ -6,6 +6,7 @@ The damage and the limits are those of `fuzz.py`, which also says what a `Format
 import functools
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,7 +23,7 @@ from hsa_compile.files import file_sha256, json_sha256
 from hsa_compile.model.config import PROTOCOLS
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.corpus_writer import CorpusWriter
-from hsa_compile.model.data.documents import find_sources, read_documents
+from hsa_compile.model.data.documents import Skipped, find_sources, read_documents
 from hsa_compile.model.data.journal import Settings
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.data.tokenizer import BytesTokenizer, load_tokenizer
@@ -297,13 +298,50 @@ def make_texts(folder: Path) -> None:
 def read_texts(folder: Path) -> None:
     for source in find_sources([folder]):
         for document in read_documents(source, max_bytes=2**20):
-            assert document
+            assert isinstance(document, Skipped) or len(document)
 
 
 def make_parquet(folder: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"text": [f"text {number}" for number in range(20)]}), folder / "a.parquet")
+
+
+def make_arrow(folder: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": [f"text {number}" for number in range(20)]})
+    with arrow.ipc.new_stream(str(folder / "a.arrow"), table.schema) as stream:
+        stream.write_table(table, max_chunksize=8)
+
+
+HEADER = struct.Struct("<9sQBQQ")
+LISTS = {"lengths": "<i4", "begins": "<i8", "ends": "<i8"}
+
+
+def make_megatron(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(np.arange(30, dtype="<u2").tobytes())
+    lists = {"lengths": [10, 5, 15], "begins": [0, 20, 30], "ends": [0, 2, 3]}
+    (folder / "a.idx").write_bytes(render_index({"magic": b"MMIDIDX\0\0", "version": 1, "code": 8} | lists))
+
+
+def parse_index(data: bytes) -> Any:
+    magic, version, code, num_sequences, num_ends = HEADER.unpack_from(data)
+    document = {"magic": magic, "version": version, "code": code}
+    place = HEADER.size
+    for (name, dtype), count in zip(LISTS.items(), (num_sequences, num_sequences, num_ends), strict=True):
+        document[name] = np.frombuffer(data, dtype, count, place).tolist()
+        place += count * np.dtype(dtype).itemsize
+    return document
+
+
+def render_index(document: Any) -> bytes:
+    lists = [np.array(document[name], dtype).tobytes() for name, dtype in LISTS.items()]
+    counts = [len(document[name]) for name in ("lengths", "ends")]
+    try:
+        head = HEADER.pack(document["magic"], document["version"], document["code"], *counts)
+    except struct.error as error:
+        raise TypeError("another type than the header has") from error
+    return head + b"".join(lists)
 
 
 def render_toml(document: Any) -> bytes:
@@ -366,6 +404,8 @@ FORMATS = (
     in_folder("recipe", "run.toml", make_toml, lambda folder: use_config(resolve(file=folder / "run.toml")), **TOML),
     in_folder("lines of text", "*.jsonl", make_texts, read_texts, **LINES),
     in_folder("columns of text", "*.parquet", make_parquet, read_texts, **BYTES),
+    in_folder("saved data set", "*.arrow", make_arrow, read_texts, **BYTES),
+    in_folder("index of Megatron", "*.idx", make_megatron, read_texts, parse=parse_index, render=render_index),
 )
 
 

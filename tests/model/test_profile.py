@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,12 @@ def test_tuned_kernels_are_counted_with_all_that_they_call(kind: str, names: set
     assert found.tuned_share == pytest.approx(sum(op.self_ms for op in ours.values()) / found.step_ms)
 
 
+def test_the_parts_of_a_model_are_no_ops_of_the_table() -> None:
+    found = profile_step(make_step(PREFILL, build(small_config("hsa-ultralong")), batch=1, seq_len=40), CPU)
+    assert not {"layer 0", "MLP", "retrieval", "chunk encoder"} & {op.name for op in found.ops}
+    assert not [op for op in found.ops if "|" in op.name]
+
+
 def test_a_baseline_has_no_tuned_kernel() -> None:
     found = profile_step(make_step(PREFILL, build(small_config("swa")), batch=1, seq_len=20), CPU)
     assert found.tuned_share == 0
@@ -79,7 +86,11 @@ def test_a_trace_is_written_that_a_browser_reads(name: str, tmp_path: Path) -> N
     )
     raw = (tmp_path / name).read_bytes()
     events = json.loads(gzip.decompress(raw) if name.endswith(".gz") else raw)["traceEvents"]
-    assert any(event.get("name", "").startswith("hsa_compile::") for event in events)
+    names = {event.get("name", "") for event in events}
+    assert "hsa_compile::hsa_forward" in names
+    assert {"layer 0", "layer 1", "window mixer", "chunk encoder", "retrieval", "memory attention", "MLP"} <= names
+    problem = r"hsa_forward B1 T\d+ HQ\d+ H\d+ D\d+ C\d+ K\d+ float32.*"
+    assert any(re.fullmatch(rf"{problem} \| \w+( \w+=\S+)*", name) for name in names), sorted(names)
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -139,10 +150,13 @@ def test_a_gpu_that_shows_no_kernel_is_an_error() -> None:
 
 def test_on_a_gpu_ops_have_the_time_of_their_kernels_and_the_rest_is_named() -> None:
     step = Event("hsa-compile profile: one step", 0, 100)
-    attention = Event("hsa_compile::hsa_forward", 1, 9, step, [40.0])
+    layer = Event("layer 0", 1, 20, step, is_user_annotation=True)
+    attention = Event("hsa_compile::hsa_forward", 1, 9, layer)
     events = [
         step,
+        layer,
         attention,
+        Event("hsa_forward B1 T9 | chunk", 1, 9, attention, [40.0], is_user_annotation=True),
         Event("aten::fill_", 2, 3, attention, [5.0]),
         Event("cudaLaunchKernel", 2, 3, attention),
         Event("aten::mm", 10, 12, step, [20.0, 10.0]),

@@ -53,8 +53,8 @@ class Depths(click.ParamType):
 @click.command("eval")
 @click.option("--model", "name", default="tiny", show_default=True, metavar="DIR|PRESET",
               help="The model to evaluate, saved by train; tiny is shipped trained.")  # fmt: skip
-@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True, metavar="TASK",
-              show_default="all but ppl, or none with --harness", help="What to ask; may be repeated.")  # fmt: skip
+@click.option("--task", "tasks", type=click.Choice([*TASKS, PERPLEXITY, ALL]), multiple=True, metavar="TASK|all",
+              show_default="all but ppl, or none with --harness", help="A task above; may be repeated.")  # fmt: skip
 @click.option("--harness", metavar="TASK[,TASK…]", help="Run tasks of lm-evaluation-harness; needs the extra harness.")
 @click.option("--harness-path", cls=RestrictedOption, needs="--harness",
               because="it has tasks of the harness",

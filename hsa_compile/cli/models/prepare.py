@@ -29,7 +29,9 @@ _MAX_NAMED = 10
     show_default=True,
     help="Share of documents held out, chosen by their hash.",
 )
-@click.option("--field", default="text", show_default=True, help="The field of JSONL and Parquet that holds the text.")
+@click.option(
+    "--field", default="text", show_default=True, help="The field of JSONL, Parquet and Arrow that holds the text."
+)
 @click.option("--overwrite", is_flag=True, help="Start anew, whatever corpus the folder holds.")
 @json_option
 def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | None, validation: float,
@@ -37,13 +39,16 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
     """Turn text into a corpus that training reads.
 
     A SOURCE is a file, a folder, or hf:NAME[@SPLIT], a data set of Hugging Face. The name of a file tells what it is:
-    JSONL (.jsonl, .ndjson), Parquet (.parquet) or text, one document each; .gz and .zst are unpacked. Equal documents
-    are kept once. After an interruption or a kill the same command goes on after the last finished source.
+    JSONL (.jsonl, .ndjson), Parquet (.parquet), Arrow (.arrow, which save_to_disk of Hugging Face's datasets writes),
+    token ids of Megatron (.idx with .bin, made with the same --tokenizer) or text, one document a file; .gz and .zst
+    are unpacked. Equal documents are kept once. After an interruption or a kill the same command goes on after the last
+    finished source.
 
     \b
     What is skipped is named in the summary and in manifest.json:
       the whole source   empty, vanished, unreadable or damaged;
-                         text that is binary or not UTF-8
+                         text that is binary or not UTF-8;
+                         ids that the tokenizer does not have
       the line or row    longer than 64 MiB, no JSON, no such field,
                          not UTF-8, empty
     Refused (exit 2):    a SOURCE that does not exist;
@@ -56,6 +61,7 @@ def prepare(sources: tuple[str, ...], out: Path, tokenizer: str, corpus: str | N
       hsa-compile prepare --corpus stdlib --out corpus
       hsa-compile prepare books/ pages.jsonl.zst --out corpus
       hsa-compile prepare books/ --out tokens --tokenizer tokenizer.json
+      hsa-compile prepare a.idx --out tokens --tokenizer tokenizer.json
     """
     from hsa_compile.model.data.documents import find_sources, stdlib_sources
     from hsa_compile.model.data.prepare import prepare as prepare_corpus

@@ -65,8 +65,8 @@ def _run(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, opti
     elif chunk_starts is not None:
         chunk_starts = chunk_starts.clamp(0, kv_len - chunk_size)  # a check would wait for the device
     if chunk_starts is None:
-        return kernel.entry(*tensors, scale=options[1])
-    return kernel.entry(*tensors, scale=options[1], chunk_starts=chunk_starts.contiguous())
+        return kernel.run(*tensors, scale=options[1])
+    return kernel.run(*tensors, scale=options[1], chunk_starts=chunk_starts.contiguous())
 
 
 def _kernel(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, options: tuple[Any, ...]) -> Kernel:

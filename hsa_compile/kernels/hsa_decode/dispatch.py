@@ -39,8 +39,8 @@ def _run(
             _check_pinned(name, x, q.device)
     tensors = (q.contiguous(), k_chunks, v_chunks, indices.contiguous(), weights.contiguous())
     if page_table is None:
-        return kernel.entry(*tensors, scale=scale)
-    return kernel.entry(*tensors, page_table=page_table.contiguous(), scale=scale)
+        return kernel.run(*tensors, scale=scale)
+    return kernel.run(*tensors, page_table=page_table.contiguous(), scale=scale)
 
 
 def _check_pinned(name: str, x: Tensor, device: torch.device) -> None:

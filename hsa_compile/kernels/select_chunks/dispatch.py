@@ -51,7 +51,7 @@ def _run_forward(
         batch, seq_len, num_heads, _ = query.shape
         positions = torch.arange(offset, offset + seq_len, device=query.device)
         keys = noise_keys(noise_seed % 2**64, batch, num_heads, positions)
-    chunk_indices, chunk_weights = kernel.entry(query, landmarks, keys, top_k=top_k, offset=offset)
+    chunk_indices, chunk_weights = kernel.run(query, landmarks, keys, top_k=top_k, offset=offset)
     return chunk_weights, chunk_indices
 
 
@@ -70,7 +70,7 @@ def _run_backward(
     kernel = _kernel("select_chunks_backward", tensors, chunk_size, top_k, fusion, False, deterministic)
     if chunk_indices.device.type == "cpu":
         _check_values(chunk_indices, landmarks.shape[1])
-    dquery, dlandmarks = kernel.entry(*tensors)
+    dquery, dlandmarks = kernel.run(*tensors)
     return dquery, dlandmarks
 
 

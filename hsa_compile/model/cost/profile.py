@@ -157,6 +157,8 @@ def _table(events: Sequence[Any], *, on_gpu: bool) -> tuple[tuple[OpTime, ...], 
         if event.device_type != DeviceType.CPU or not (on_gpu or event is step or _is_below(event, step)):
             continue
         owner = _owner(event)
+        if owner.is_user_annotation:  # a part of the model, which is no op
+            owner = step
         spent = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
         name = BETWEEN if owner is step else owner.name
         times[name] = times.get(name, 0.0) + spent

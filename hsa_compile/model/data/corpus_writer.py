@@ -22,7 +22,7 @@ from hsa_compile.model.data.manifest import (
     tokens_name,
     write_manifest,
 )
-from hsa_compile.model.data.tokenizer import FileTokenizer, Tokenizer, token_dtype
+from hsa_compile.model.data.tokenizer import FileTokenizer, TokenArray, Tokenizer, token_dtype
 
 JOURNAL, HASHES = "journal.jsonl", "hashes"
 FILES = (*(name(split) for split in SPLITS for name in (tokens_name, ends_name)), HASHES)
@@ -78,7 +78,7 @@ class CorpusWriter:
             for batch in _batches(self._documents(source, skipped, examples, tell)):
                 kept = []
                 for document in batch:
-                    digest = hashlib.sha256(document).digest()[:_HASH_BYTES]
+                    digest = hashlib.sha256(bytes(document)).digest()[:_HASH_BYTES]
                     if digest in self._seen or digest in fresh:
                         duplicates += 1
                     else:
@@ -97,9 +97,11 @@ class CorpusWriter:
 
     def _documents(
         self, source: Source, skipped: Counter[str], examples: list[tuple[str, str]], tell: Callable[[int], None]
-    ) -> Iterator[bytes]:
+    ) -> Iterator[bytes | TokenArray]:
         limit = self._settings.max_document_bytes
         for item in read_documents(source, field=self._settings.field, max_bytes=limit, on_progress=tell):
+            if not isinstance(item, bytes | Skipped):
+                item = self._own_ids(item)
             if isinstance(item, Skipped):
                 skipped[item.reason] += 1
                 if len(examples) < _MAX_EXAMPLES:
@@ -107,10 +109,20 @@ class CorpusWriter:
             else:
                 yield item
 
-    def _write(self, documents: list[tuple[bytes, bytes]]) -> None:
-        for (digest, _), tokens in zip(
-            documents, self._tokenizer.encode_batch([text for _, text in documents]), strict=True
-        ):
+    def _own_ids(self, ids: TokenArray) -> TokenArray | Skipped:
+        """Returns ids that were made elsewhere, as this corpus holds them: without the separator behind them."""
+        if (most := int(ids.max())) >= self._tokenizer.vocab_size:
+            name = self._tokenizer.name
+            raise UnreadableSource(f"token {most}; the tokenizer {name} has {self._tokenizer.vocab_size} ids")
+        text = ids[:-1] if ids[-1] == self._tokenizer.separator else ids
+        if not text.size:
+            return Skipped(reason="empty document")
+        return text.astype(self._dtype.newbyteorder("<"), copy=False)
+
+    def _write(self, documents: list[tuple[bytes, bytes | TokenArray]]) -> None:
+        found = iter(self._tokenizer.encode_batch([text for _, text in documents if isinstance(text, bytes)]))
+        for digest, document in documents:
+            tokens = next(found) if isinstance(document, bytes) else document
             split = split_of(digest, self._settings.validation)
             file = self._files[tokens_name(split)]
             file.append(tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes())
@@ -181,9 +193,9 @@ def split_of(digest: bytes, validation: float) -> str:
     return VALIDATION if int.from_bytes(digest[:8], "big") < validation * 2**64 else TRAIN
 
 
-def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _batches(documents: Iterator[bytes | TokenArray]) -> Iterator[list[bytes | TokenArray]]:
     """Yields documents in groups that a tokenizer can work on with all cores."""
-    batch: list[bytes] = []
+    batch: list[bytes | TokenArray] = []
     size = 0
     for document in documents:
         batch.append(document)

@@ -2,7 +2,8 @@
 
 A text file is one document; above the limit it is cut at line ends, and a single line above it is skipped. A text
 file with a NUL byte (binary) or with invalid UTF-8 is not used at all. In JSONL, a bad line is skipped and the rest is
-read. A source that breaks off (vanished, damaged archive, no permission) is not used at all.
+read. A source that breaks off (vanished, damaged archive, no permission) is not used at all. A folder in which
+Hugging Face's `save_to_disk` put a data set stands for the Arrow files in it.
 """
 
 import gzip
@@ -18,12 +19,16 @@ from typing import IO, Any, cast
 
 from hsa_compile.checks import check_choice, check_count, one_line, shown
 from hsa_compile.errors import InvalidArgument, UnreadableSource
+from hsa_compile.model.data.megatron import IDS, INDEX, megatron_documents
+from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.versions import require
 
-TEXT, JSONL, PARQUET, HUB = "text", "jsonl", "parquet", "hub"
-KINDS = (TEXT, JSONL, PARQUET, HUB)
+TEXT, JSONL, PARQUET, ARROW, MEGATRON, HUB = "text", "jsonl", "parquet", "arrow", "megatron", "hub"
+KINDS = (TEXT, JSONL, PARQUET, ARROW, MEGATRON, HUB)
 HUB_PREFIX = "hf:"
 COMPRESSIONS = (".gz", ".zst")
+_SAVED = {"dataset_info.json", "state.json"}  # what `save_to_disk` puts beside the Arrow files of a data set
+_SPLITS = "dataset_dict.json"  # and above the folders of its splits
 _NO_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -33,8 +38,9 @@ class Source:
 
     Attributes:
         path: the absolute path; for kind `hub` the name of a data set, with `@split` where one was named.
-        kind: `text`, one document a file; `jsonl`, one a line; `parquet`, one a row; `hub`, one a row.
-        size: how many bytes it has on disk, 0 for `hub`.
+        kind: `text`, one document a file; `jsonl`, one a line; `parquet`, `arrow` and `hub`, one a row; `megatron`, the
+            index of a pair of files, whose documents are token ids.
+        size: how many bytes it has on disk, both files of a pair together; 0 for `hub`.
         modified_ns: when it was last changed, 0 for `hub`.
     """
 
@@ -89,25 +95,30 @@ def stdlib_sources() -> list[Source]:
 def kind_of(path: Path) -> str:
     """Says how a file is read, by its name without `.gz` or `.zst`; what is not known is text."""
     stem = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}.get(stem.suffix, TEXT)
+    kinds = {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET, ".arrow": ARROW, INDEX: MEGATRON}
+    return kinds.get(stem.suffix, TEXT)
 
 
 def _files_under(root: Path, left_out: Path | None) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != left_out)
+        left = _SAVED if set(files) >= _SAVED else {_SPLITS}  # what describes a data set is no document of it
         if here != left_out:
-            yield from (here / name for name in sorted(files) if not name.startswith("."))
+            yield from (here / name for name in sorted(files) if not name.startswith(".") and name not in left)
 
 
 def _add(found: dict[str, Source], paths: Iterable[Path]) -> None:
     for path in paths:
+        if path.suffix == IDS and path.with_suffix(INDEX).is_file():
+            path = path.with_suffix(INDEX)
+        parts = [path, path.with_suffix(IDS)] if kind_of(path) == MEGATRON else [path]
         try:
-            status = path.stat()
+            status = [part.stat() for part in parts]
         except OSError:
-            status = None  # a dangling link, or vanished just now: listed, and named as skipped when it is read
-        if status is None or path.is_file():  # pipes and devices in a folder are no documents
-            size, modified = (status.st_size, status.st_mtime_ns) if status else (0, 0)
+            status = []  # a dangling link, or vanished just now: listed, and named as skipped when it is read
+        if not status or path.is_file():  # pipes and devices in a folder are no documents
+            size, modified = sum(part.st_size for part in status), max((part.st_mtime_ns for part in status), default=0)
             found.setdefault(str(path), Source(path=str(path), kind=kind_of(path), size=size, modified_ns=modified))
 
 
@@ -136,12 +147,12 @@ def read_documents(
     field: str = "text",
     max_bytes: int = MAX_DOCUMENT_BYTES,
     on_progress: Progress = lambda count: None,
-) -> Iterator[bytes | Skipped]:
-    """Yields documents in UTF-8, without NUL, none of them empty, and what was skipped among them.
+) -> Iterator[bytes | TokenArray | Skipped]:
+    """Yields documents in UTF-8, without NUL, or as token ids; none of them is empty. Also yields what was skipped.
 
     Args:
         source: what to read.
-        field: the field that holds the text in JSONL, Parquet and data sets.
+        field: the field that holds the text in JSONL, Parquet, Arrow and data sets.
         max_bytes: size of the longest document, which bounds the memory.
         on_progress: is told how many bytes were read from disk since the last call.
 
@@ -152,6 +163,10 @@ def read_documents(
     try:
         if source.kind == PARQUET:
             yield from _checked_rows(_parquet_rows(Path(source.path), field), max_bytes)
+        elif source.kind == ARROW:
+            yield from _checked_rows(_arrow_rows(Path(source.path), field), max_bytes)
+        elif source.kind == MEGATRON:
+            yield from _token_documents(Path(source.path), max_bytes)
         elif source.kind == HUB:
             yield from _checked_rows(_hub_rows(source.path, field), max_bytes)
         else:
@@ -301,18 +316,52 @@ def _checked_rows(rows: Iterator[bytes | Skipped], max_bytes: int) -> Iterator[b
         raise UnreadableSource("empty")
 
 
+def _token_documents(path: Path, max_bytes: int) -> Iterator[TokenArray | Skipped]:
+    number = 0
+    for number, ids in enumerate(megatron_documents(path, max_bytes), 1):
+        if ids is None:
+            yield Skipped(reason=f"longer than {max_bytes} bytes", where=f"document {number}")
+        else:
+            yield ids if ids.size else Skipped(reason="empty document", where=f"document {number}")
+    if not number:
+        raise UnreadableSource("empty")
+
+
 def _parquet_rows(path: Path, field: str) -> Iterator[bytes | Skipped]:
     pyarrow, parquet = require("pyarrow", str(path)), require("pyarrow.parquet", str(path))
     try:
         with parquet.ParquetFile(path) as table:
-            if field not in table.schema_arrow.names:
-                there = one_line(", ".join(table.schema_arrow.names))
-                raise UnreadableSource(f"no column {field!r}; there are {there}")
+            _check_column(field, table.schema_arrow.names)
             rows = (row for batch in table.iter_batches(_ROWS, columns=[field]) for row in batch.column(0).to_pylist())
             for number, text in enumerate(rows, 1):
                 yield _checked(text, field, f"row {number}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: a name or a text is no UTF-8
         raise UnreadableSource(f"damaged Parquet: {one_line(error)}") from error
+
+
+def _arrow_rows(path: Path, field: str) -> Iterator[bytes | Skipped]:
+    """Reads the stream of Arrow that `save_to_disk` writes."""
+    pyarrow = require("pyarrow", str(path))
+    try:
+        # A map of a file that is cut meanwhile would end the process.
+        with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as table:
+            _check_column(field, table.schema.names)
+            place = table.schema.names.index(field)
+            for number, text in enumerate(_texts(batch.column(place) for batch in table), 1):
+                yield _checked(text, field, f"row {number}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UnreadableSource(f"damaged Arrow: {one_line(error)}") from error
+
+
+def _texts(columns: Iterable[Any]) -> Iterator[object]:
+    for column in columns:
+        column.validate(full=True)  # offsets of a damaged file may lead anywhere
+        yield from column.to_pylist()
+
+
+def _check_column(field: str, names: Sequence[str]) -> None:
+    if field not in names:
+        raise UnreadableSource(f"no column {field!r}; there are {one_line(', '.join(names))}")
 
 
 def _hub_rows(name: str, field: str) -> Iterator[bytes | Skipped]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layer import Cache, Piece
+from hsa_compile.model.layers.basic import traced
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.window_attention import appended
 from hsa_compile.model.memory.memory import ChunkMemory
@@ -278,7 +279,8 @@ def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[i
         first = C - 1 - _tensor(waiting, x)
         index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
         chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])).unflatten(1, (most, C))
-        encoded = model.chunk_encoder(chunks)
+        with traced("chunk encoder"):
+            encoded = model.chunk_encoder(chunks)
         state.memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
     state.pending = appended(state.pending, x, _count(valid, x))
 

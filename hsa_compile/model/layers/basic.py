@@ -1,4 +1,4 @@
-"""The small parts that every layer is built from: RMSNorm, SwiGLU, RoPE, and the switches around autocast."""
+"""The small parts that every layer is built from: RMSNorm, SwiGLU, RoPE, autocast's switches, names in traces."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import profiler
 
 
 class RMSNorm(nn.Module):
@@ -89,6 +90,14 @@ def without_cpu_autocast(*tensors: Tensor) -> tuple[AbstractContextManager[Any],
     if device.type == "cpu" and _is_on(device):
         return no_autocast(device), tuple(x.float() for x in tensors)
     return nullcontext(), tensors
+
+
+def traced(part: str) -> AbstractContextManager[Any]:
+    """Returns a context that a trace of PyTorch's profiler shows under a name; without a profiler it does nothing."""
+    # Compiled code must not depend on whether a profiler runs: it would be compiled again when one starts.
+    if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+        return nullcontext()
+    return profiler.record_function(part)
 
 
 def _is_on(device: torch.device) -> bool:

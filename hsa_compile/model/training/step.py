@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.errors import TrainingError
+from hsa_compile.model.layers.basic import traced
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import TrainConfig
@@ -172,13 +173,14 @@ class LossModel(nn.Module):
         )
         own = self.model.own_text(tokens.shape[1] - 1)
         output = self.model.embedding if self.model.output is None else self.model.output
-        total, losses = weighted_cross_entropy(
-            hidden.flatten(0, 1),
-            output.weight,
-            tokens[:, 1:][:, own].flatten(),
-            weights[:, 1:][:, own].flatten(),
-            chunk=self.loss_chunk,
-        )
+        with traced("output and loss"):
+            total, losses = weighted_cross_entropy(
+                hidden.flatten(0, 1),
+                output.weight,
+                tokens[:, 1:][:, own].flatten(),
+                weights[:, 1:][:, own].flatten(),
+                chunk=self.loss_chunk,
+            )
         losses = losses.view(tokens.shape[0], -1)
         return total, F.pad(losses, (own.start, tokens.shape[1] - 1 - own.stop))
 
