@@ -59,7 +59,7 @@ def _compiler() -> Finding:
             name="c++", ok=True, text=f"{' '.join(compiler)}: CPU kernels are emitted as C++ (float32, bfloat16)"
         )
     return Finding(
-        name="c++", ok=False, text="no C++ compiler: CPU kernels are emitted as PyTorch, 2 to 3 times slower"
+        name="c++", ok=False, text="no C++ compiler: CPU kernels are emitted as PyTorch, about twice as slow"
     )
 
 
@@ -82,8 +82,9 @@ def _cache() -> Iterator[Finding]:
     root = cache_dir()
     existing = next(path for path in (root, *root.parents) if path.exists())
     writable = os.access(existing, os.W_OK) and existing.is_dir()
-    count = sum(1 for _ in default_cache().entries())
-    text = f"{root}, {count} tuned schedules" if writable else f"{root} cannot be written: tuning is not kept"
+    origins = [origin for origin, _ in default_cache().entries()]
+    counts = f"{counted(origins.count('user'), 'tuned schedule')}, {origins.count('pretuned')} from the package"
+    text = f"{root}, {counts}" if writable else f"{root} cannot be written: tuning is not kept"
     yield Finding(name="cache", ok=writable, text=text)
     for path in sorted(default_cache().directory.glob("*.json")):
         for damage in read_records(path)[1]:

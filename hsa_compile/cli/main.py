@@ -60,7 +60,7 @@ _LONGEST = 500  # characters of an error that is not ours
 _COMMANDS = {
     "tune": ("hsa_compile.cli.tuning.tune:tune", "Find the fastest schedule on this machine, and store it."),
     "plan": ("hsa_compile.cli.tuning.plan:plan", "Show what `tune` with the same flags would do."),
-    "report": ("hsa_compile.cli.tuning.report:report", "Write a search as HTML and PNG."),
+    "report": ("hsa_compile.cli.tuning.report:report", "Write what searches found as one HTML page."),
     "schedules": ("hsa_compile.cli.schedules:schedules", "List, show, explain, compare, move or remove schedules."),
     "emit": ("hsa_compile.cli.kernels:emit", "Print the kernel that would run, here or on a named GPU."),
     "inspect": ("hsa_compile.cli.kernels:inspect", "Compile kernels for a named GPU: registers, spills, bounds."),

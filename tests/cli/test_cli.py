@@ -9,11 +9,12 @@ from typing import Any
 import click
 import pytest
 import torch
-from shell import SHAPE, Shell
+from shell import SHAPE, Shell, record_of
 
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.main import cli
 from hsa_compile.problem import OPS, Problem
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.target import NAMED_TARGETS, Target
 
@@ -197,6 +198,14 @@ def test_doctor_says_what_works_one_line_each(run: Shell) -> None:
     findings = run("doctor", "--json").json
     assert [finding["name"] for finding in findings] == [line[4:].split()[0] for line in outcome.out.splitlines()]
     assert all(set(finding) == {"name", "ok", "text"} for finding in findings)
+
+
+def test_doctor_counts_ones_own_schedules_apart_from_those_of_the_package(run: Shell, tmp_path: Path) -> None:
+    package = ScheduleCache(tmp_path / "pretuned")
+    for op in ("hsa_forward", "hsa_backward"):
+        package.put(record_of(op))
+    default_cache().put(record_of("hsa_forward"))
+    assert "1 tuned schedule, 2 from the package" in run("doctor").out
 
 
 @pytest.mark.usefixtures("stored")
