@@ -223,3 +223,10 @@ def test_the_recipe_of_small_takes_a_first_step_of_each_stage_at_reduced_lengths
     asked = run("eval", "--model", model, "--task", "vt", "--lengths", "200", "--samples", "1",
                 "--depths", "0.5", "--out", str(tmp_path / "evaluation"))  # fmt: skip
     assert asked.code == 0, asked.err
+
+
+def test_resuming_where_there_is_no_run_says_that_one_begins(run: Shell, tmp_path: Path) -> None:
+    config = str(write_toml(tmp_path / "run.toml", small_run(steps=1)))
+    outcome = run("train", "--config", config, "--out", str(tmp_path / "out"), "--resume")
+    assert outcome.code == 0
+    assert f"{tmp_path / 'out'} holds no run; one begins there" in outcome.err

@@ -69,6 +69,7 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     """
     from hsa_compile.model.training.pace import Pace
     from hsa_compile.model.training.processes import join_processes, leave_processes, saying_who_is_gone
+    from hsa_compile.model.training.run import CONFIG_FILE
 
     flags = {"model.variant": variant, "data.corpus": corpus, "train.steps": steps, "train.seed": seed}
     settings = {name: value for name, value in flags.items() if value is not None}
@@ -76,6 +77,8 @@ def train(overrides: tuple[str, ...], preset: str | None, variant: str | None, o
     config = _config(out, resume, is_told, preset, file, overrides, settings)
     processes = join_processes()
     try:
+        if resume and processes.is_first and not (out / CONFIG_FILE).exists():
+            click.echo(f"{out} holds no run; one begins there", err=True)
         if tune:
             _tune(config, processes)
         pace = Pace(config, max(1, processes.world_size // config.train.context_parallel), time.monotonic)
