@@ -225,8 +225,7 @@ def test_the_recipe_of_small_takes_a_first_step_of_each_stage_at_reduced_lengths
     assert asked.code == 0, asked.err
 
 
-def test_resuming_where_there_is_no_run_says_that_one_begins(run: Shell, tmp_path: Path) -> None:
-    config = str(write_toml(tmp_path / "run.toml", small_run(steps=1)))
-    outcome = run("train", "--config", config, "--out", str(tmp_path / "out"), "--resume")
-    assert outcome.code == 0
-    assert f"{tmp_path / 'out'} holds no run; one begins there" in outcome.err
+def test_resuming_where_there_is_no_run_says_that_one_begins(run: Shell, config: str, tmp_path: Path) -> None:
+    begun = run("train", "--config", config, "--out", str(tmp_path / "run"), "--resume", "--steps", "1")
+    assert begun.code == 0
+    assert f"{tmp_path / 'run'} holds no run; one begins there" in begun.err
