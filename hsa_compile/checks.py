@@ -22,10 +22,11 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def one_line(error: object) -> str:
-    """Writes a library's message in one line of at most 300 characters that any terminal can take."""
-    text = " ".join(str(error).split())[:300]
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+def one_line(text: object, most: int = 300) -> str:
+    """Writes a text that may hold anything in one line that any terminal can take; one longer than `most` is cut."""
+    words = " ".join(str(text).split())
+    words = words if len(words) <= most else f"{words[:most]}…"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
 
 
 def check_count(
