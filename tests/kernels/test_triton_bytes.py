@@ -145,15 +145,15 @@ SECOND = "dk_dv={} block_entries=16 chunk_warps=4 chunk_stages=1"
 def test_attention_moves_the_bytes_that_the_model_says(op: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = replace(PROBLEM, op=op, dtype="bfloat16" if "slots16" in schedule else "float32")
     if schedule.startswith("union"):
-        problem = replace(problem, top_k=6, kv_len=32 * 18)
+        problem = replace(problem, top_k=6, kv_len=64 * 18)
     indices = overlapping(problem) if schedule.startswith("union") else uniform(problem)
     assert 0.9 <= ratio(problem, schedule, monkeypatch, indices) <= 1.1
 
 
 SELECT = Problem(
     op="select_chunks",
-    seq_len=45,
-    kv_len=45,
+    seq_len=93,
+    kv_len=93,
     num_heads=2,
     num_kv_heads=2,
     head_dim=40,
@@ -167,7 +167,7 @@ SELECT = Problem(
     ("change", "schedule"),
     [
         ({}, "stream block_tokens=16 block_n=16 selection=insert num_warps=4 num_stages=2"),
-        ({"head_dim": 136}, "stream block_tokens=16 block_n=32 selection=merge num_warps=4 num_stages=2"),
+        ({"head_dim": 200}, "stream block_tokens=16 block_n=32 selection=merge num_warps=4 num_stages=2"),
         ({}, "split block_tokens=16 block_n=16 selection=insert num_warps=4 num_stages=2 num_splits=4"),
         ({"op": "select_chunks_backward"}, "token block_tokens=4 num_warps=4"),
         ({"op": "select_chunks_backward"}, "chunk block_tokens=4 num_warps=4 chunk_t=8 chunk_warps=4"),
