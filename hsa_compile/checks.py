@@ -66,13 +66,13 @@ def check_choice(
         raise error(f"{name} = {shown(value)} is not one of {', '.join(allowed)}")
 
 
-def check_texts(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
-    """Raises the error unless the value is a mapping of texts to texts (`check_text`)."""
+def check_texts(name: str, value: object) -> None:
+    """Raises InvalidArgument unless the value is a mapping of texts to texts (`check_text`)."""
     if not isinstance(value, Mapping):
-        raise error(f"{name} = {shown(value)} must be a mapping of texts to texts")
+        raise InvalidArgument(f"{name} = {shown(value)} must be a mapping of texts to texts")
     for key, text in value.items():
-        check_text(f"a name in {name}", key, error=error)
-        check_text(f"{name} of {key}", text, error=error)
+        check_text(f"a name in {name}", key)
+        check_text(f"{name} of {key}", text)
 
 
 def from_mapping(cls: type[T], values: object) -> T:
