@@ -235,3 +235,13 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: object, source: str, *, error: type[HSACompileError] = SaveError) -> None:
+    """Raises the error unless a file can be read and has the SHA-256 that `source` names."""
+    try:
+        found = file_sha256(path)
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
+    if found != expected:
+        raise error(f"{path} is damaged: its SHA-256 is not the one in {source}")
