@@ -170,7 +170,7 @@ FOREIGN_ERRORS = (
 )  # fmt: skip
 
 
-def named(error: BaseException) -> str:
+def name_and_message(error: BaseException) -> str:
     """Returns name and message of an error in one line."""
     text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

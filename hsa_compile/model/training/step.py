@@ -301,7 +301,7 @@ def run_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     sums = _add_gradients(loss_model, batch, weights, config, processes, selections)
-    sums[3] = stopping
+    sums[3] = stopping  # over all processes, how many want to stop
     loss_sum, text, answer, stops = processes.sum(sums).tolist()
     if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
         raise TrainingError(
@@ -340,7 +340,7 @@ def _add_gradients(
     """Adds the gradients of this process's rows, part by part.
 
     Returns:
-        `[4]` in float64: the loss, the cross entropy of text and of answers, and 0 for the caller.
+        `[4]` in float64: the loss, the cross entropy of text and of answers, and a place for the caller's.
     """
     step, device = batch.plan.step, processes.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
