@@ -22,10 +22,11 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def one_line(error: object) -> str:
-    """Writes a library's message in one line of at most 300 characters that any terminal can take."""
-    text = " ".join(str(error).split())[:300]
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+def one_line(text: object, most: int = 300) -> str:
+    """Writes a text that may hold anything in one line that any terminal can take; one longer than `most` is cut."""
+    words = " ".join(str(text).split())
+    words = words if len(words) <= most else f"{words[:most]}…"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
 
 
 def check_count(
@@ -65,13 +66,13 @@ def check_choice(
         raise error(f"{name} = {shown(value)} is not one of {', '.join(allowed)}")
 
 
-def check_texts(name: str, value: object, *, error: type[HSACompileError] = InvalidArgument) -> None:
-    """Raises the error unless the value is a mapping of texts to texts (`check_text`)."""
+def check_texts(name: str, value: object) -> None:
+    """Raises InvalidArgument unless the value is a mapping of texts to texts (`check_text`)."""
     if not isinstance(value, Mapping):
-        raise error(f"{name} = {shown(value)} must be a mapping of texts to texts")
+        raise InvalidArgument(f"{name} = {shown(value)} must be a mapping of texts to texts")
     for key, text in value.items():
-        check_text(f"a name in {name}", key, error=error)
-        check_text(f"{name} of {key}", text, error=error)
+        check_text(f"a name in {name}", key)
+        check_text(f"{name} of {key}", text)
 
 
 def from_mapping(cls: type[T], values: object) -> T:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import HSACompileError, SaveError
 
 MOST_BYTES = 1 << 28  # how much `read_regular` reads: far more than any file of ours holds
 MOST_LINE_BYTES = 1 << 20
@@ -87,12 +87,14 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; what was there is untouched.
     """
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -148,16 +150,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         SaveError: the file cannot be written; the old one is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
+        _replace(path, write)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SaveError(f"{path} cannot be written ({error}); what was there is untouched") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file by a text in UTF-8, as a whole or not at all (`replace_file`)."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sync_directory(directory: Path) -> None:
@@ -183,24 +184,19 @@ def make_directory(directory: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as an indented JSON file, as a whole or not at all (`replace_file`)."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
-
-    Raises:
-        SaveError: there is no such file, or it holds something else.
-    """
+def read_json(path: Path, *, error: type[HSACompileError] = SaveError) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; raises the error if there is no such file, or it holds another."""
     try:
         value = parse_json(read_regular(path))
-    except OSError as error:
-        raise SaveError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SaveError(f"{path} is damaged or no JSON: {error}") from error
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
+    except ValueError as reason:
+        raise error(f"{path} is damaged or no JSON: {reason}") from reason
     if not isinstance(value, dict):
-        raise SaveError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
+        raise error(f"{path} holds a JSON {type(value).__name__}; an object is needed")
     return value
 
 
@@ -239,3 +235,13 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: object, source: str, *, error: type[HSACompileError] = SaveError) -> None:
+    """Raises the error unless a file can be read and has the SHA-256 that `source` names."""
+    try:
+        found = file_sha256(path)
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
+    if found != expected:
+        raise error(f"{path} is damaged: its SHA-256 is not the one in {source}")

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import sys
 import warnings
@@ -17,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hsa_compile.errors import HSACompileError, HSACompileWarning
 
+# How many damages a test makes of each format.
+COUNTS = (30, pytest.param(2000, marks=pytest.mark.exhaustive))
 HANG_S = 60  # far more than any reader takes, even on a busy machine
 MORE_BYTES = 1 << 30
 LONGEST_LINE = 3000
@@ -188,6 +193,25 @@ def _with_other_bytes(text: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 8))):
         flipped[chance.randrange(len(text))] ^= 1 << chance.randrange(8)
     return bytes(flipped)
+
+
+def check_damaged(form: Format, count: int, directory: Path) -> None:
+    """Reads a file with each of so many damages; a reading may change the folder, which is as before then."""
+    whole, folder = directory / "whole", directory / "folder"
+    folder.mkdir()
+    path = form.make(folder)
+    content = path.read_bytes()
+    shutil.copytree(folder, whole)
+    assert why_wrong(form, path) is None, "the file as the product wrote it"
+    wrong = {}
+    for number in range(count):
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        path.write_bytes(damaged(form, content, number))
+        form.settle(path)
+        if reason := why_wrong(form, path):
+            wrong[number] = reason
+    assert not wrong, f"{len(wrong)} of {count}, such as {dict(list(wrong.items())[:8])}"
 
 
 def why_wrong(form: Format, path: Path) -> str | None:

@@ -273,9 +273,7 @@ def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadli
 
 
 def _ready(bench: Bench, schedules: Iterable[Schedule], count: int) -> tuple[set[Schedule], Dropped]:
-    """Returns the first `count` that can be timed on a bench, where another process may have prepared them before,
-    and those that failed.
-    """
+    """Prepares schedules on a bench; returns the first `count` that can be timed, and why others cannot."""
     ready, dropped = set[Schedule](), dict[Schedule, HSACompileError]()
     for schedule in schedules:
         if len(ready) == count:

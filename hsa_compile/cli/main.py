@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import click
 
 from hsa_compile import __version__
+from hsa_compile.checks import one_line
 from hsa_compile.errors import DistantWarning, HSACompileError, InvalidArgument, MissingDependency, UntunedWarning
 from hsa_compile.log import logger
 
@@ -34,7 +35,7 @@ def show_warning(message: Warning | str, category: type[Warning], *_: object, **
         text = f"{text.partition(';')[0]}; {advice}"
     import tqdm
 
-    tqdm.tqdm.write(f"warning: {_one_line(text)}", file=sys.stderr)
+    tqdm.tqdm.write(f"warning: {one_line(text, _MOST)}", file=sys.stderr)
 
 
 def _advice() -> str | None:
@@ -54,6 +55,7 @@ FAILURE = 1
 INTERRUPTED = 130
 TERMINATED = 143
 _LONGEST = 500  # characters of an error that is not ours
+_MOST = 20_000  # characters of a line of ours, which names all that is allowed
 
 
 # Each command's name, where it is defined, and the line that `hsa-compile --help` shows for it.
@@ -181,9 +183,8 @@ def _fail_unforeseen(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror:
         files = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return _fail(": ".join([*files, error.strerror]), FAILURE)
-    text = _one_line(str(error))
     return _fail(
-        f"{type(error).__name__}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}; hsa-compile does not foresee "
+        f"{type(error).__name__}: {one_line(error, _LONGEST)}; hsa-compile does not foresee "
         "this, please report it with what HSA_COMPILE_LOG=debug shows",
         FAILURE,
     )
@@ -201,11 +202,5 @@ def _with_allowed(error: click.UsageError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {_one_line(message)}", err=True)
+    click.echo(f"error: {one_line(message, _MOST)}", err=True)
     return code
-
-
-def _one_line(text: str) -> str:
-    """Returns a text for a terminal: names in it may hold what moves the cursor or is no character at all."""
-    words = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

@@ -214,9 +214,9 @@ def _width(text: str) -> int:
     return max(len(line) for line in text.splitlines())
 
 
-def counted(count: int, noun: str) -> str:
-    """Writes `1 core`, `2 cores`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """Writes `1 core`, `2 cores`; `ending` is what makes the noun plural."""
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import check_choice, one_line
 from hsa_compile.comparison import BOTH, KINDS
 from hsa_compile.errors import InvalidArgument, InvalidProblem
 from hsa_compile.kernels.hsa_attention.inputs import Inputs
@@ -169,11 +169,8 @@ FOREIGN_ERRORS = (
     OSError, RuntimeError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 
-_LONGEST = 300
 
-
-def one_line(error: BaseException) -> str:
-    """Returns name and message of an error; of a long one, only the first lines."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+def name_and_message(error: BaseException) -> str:
+    """Returns name and message of an error in one line."""
+    text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

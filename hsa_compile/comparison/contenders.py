@@ -11,7 +11,7 @@ import torch
 
 from hsa_compile.comparison import BOTH, DECODE, FAMILIES, FORWARD, SELECT
 from hsa_compile.comparison.baselines import dense_contenders, flex_contenders, nsa_contenders
-from hsa_compile.comparison.contender import FOREIGN_ERRORS, Case, Contender, one_line
+from hsa_compile.comparison.contender import FOREIGN_ERRORS, Case, Contender, name_and_message
 from hsa_compile.comparison.same_function import Function, gather_contenders, same_function
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention.op import hsa_attention
@@ -105,7 +105,7 @@ def _function(path: Path, name: str) -> Function:
         spec.loader.exec_module(module)
     except FOREIGN_ERRORS as error:
         del sys.modules[module_name]
-        raise InvalidArgument(f"{path} cannot be imported: {one_line(error)}") from error
+        raise InvalidArgument(f"{path} cannot be imported: {name_and_message(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]

@@ -10,7 +10,7 @@ import torch
 
 from hsa_compile.autotune.bench.bench import measure, quantile, summarize
 from hsa_compile.comparison import BOTH, DECODE, FORWARD, SELECT
-from hsa_compile.comparison.contender import FOREIGN_ERRORS, SAME, Call, Case, Contender, one_line
+from hsa_compile.comparison.contender import FOREIGN_ERRORS, SAME, Call, Case, Contender, name_and_message
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import FAILED, LEFT_OUT, TIMED, WRONG, Result
 from hsa_compile.errors import WrongResult
@@ -118,11 +118,11 @@ class Race:
         except WrongResult as error:
             return _untimed(contender, case, WRONG, str(error))
         except torch.OutOfMemoryError as error:
-            return _untimed(contender, case, LEFT_OUT, one_line(error))
+            return _untimed(contender, case, LEFT_OUT, name_and_message(error))
         except FOREIGN_ERRORS as error:
             # A library that does not run here disproves nothing; one that claims to be the op must run all of it.
             status = FAILED if contender.computes == SAME else LEFT_OUT
-            return _untimed(contender, case, status, one_line(error))
+            return _untimed(contender, case, status, name_and_message(error))
         overhead_s = max(0.0, time.monotonic() - begun - _CALLS_BEFORE * seconds)
         self._paces[contender.name, case.kind] = Pace(overhead_s=overhead_s, flop_s=seconds / contender.effort_of(case))
         return Ready(contender=contender, call=call, seconds=seconds)

@@ -13,7 +13,7 @@ from hsa_compile.comparison import BOTH, DECODE, FORWARD, KINDS, SELECT
 from hsa_compile.comparison.contender import CLAIMS, DENSE, SAME, SPARSE
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.files import parse_json, read_regular
+from hsa_compile.files import read_json
 from hsa_compile.markup import escaped, html_table
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.record import MAX_MS, Measurement
@@ -96,17 +96,11 @@ class Comparison:
         Raises:
             InvalidArgument: the file cannot be read, or holds something else.
         """
+        values = read_json(path, error=InvalidArgument)
         try:
-            values = parse_json(read_regular(path))
-        except OSError as error:
-            raise InvalidArgument(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise InvalidArgument(f"{path} is no JSON: {error}") from error
-        try:
-            if isinstance(values, dict):
-                peaks = values["peaks"].items()
-                values["peaks"] = {name: from_mapping(Peaks, one) if one else None for name, one in peaks}
-                values["results"] = [_result(row) for row in values["results"]]
+            peaks = values["peaks"].items()
+            values["peaks"] = {name: from_mapping(Peaks, one) if one else None for name, one in peaks}
+            values["results"] = [_result(row) for row in values["results"]]
             return from_mapping(Comparison, values)
         except InvalidArgument as error:
             raise InvalidArgument(f"{path} holds no comparison: {error}") from error

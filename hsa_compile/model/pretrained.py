@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hsa_compile.checks import check_text, shown
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.files import make_directory, read_json, replace_file, sync_directory, write_json
+from hsa_compile.files import make_directory, read_json, replace_text, sync_directory, write_json
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.tensor_files import read_metadata, read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer, empty_model
@@ -67,7 +67,7 @@ def save_pretrained(
     }
     # Two files cannot be renamed at once. The new config waits under the name of its save until the weights that
     # carry the same name are in place; from there on `_current_config` finds it, even if the last rename never comes.
-    replace_file(directory / f"{MODULE}.py", lambda temporary: temporary.write_text(_MODULE_TEXT, encoding="utf-8"))
+    replace_text(directory / f"{MODULE}.py", _MODULE_TEXT)
     waiting = _waiting_config(directory, save_id)
     write_json(waiting, config)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hsa_compile.checks import shown
 from hsa_compile.errors import CacheError, InvalidArgument
-from hsa_compile.files import parse_json, read_regular, write_whole
+from hsa_compile.files import read_json, write_whole
 from hsa_compile.schedules.ops import source_version
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.store import DAMAGES, checksum, decode, encode, why
@@ -66,13 +66,8 @@ def import_records(path: Path) -> Imported:
 
 
 def _entries(path: Path) -> list[Any]:
-    try:
-        content = parse_json(read_regular(path))
-    except OSError as error:
-        raise InvalidArgument(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InvalidArgument(f"{path} is no whole JSON file ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json(path, error=InvalidArgument)
+    if content.get("format") != FORMAT:
         raise InvalidArgument(f"{path} is not a file that `hsa-compile schedules export` wrote")
     if content.get("version") != VERSION:
         raise InvalidArgument(f"{path} has format version {shown(content.get('version'))}; this one reads {VERSION}")

@@ -73,7 +73,9 @@ def test_a_name_that_moves_the_cursor_is_shown_as_plain_characters(name: str, ru
         assert outcome.err.strip().isprintable()
 
 
-@pytest.mark.parametrize("whole", [0, 1, 4, 9])
+@pytest.mark.parametrize(
+    "whole", [0, pytest.param(1, marks=pytest.mark.exhaustive), 4, pytest.param(9, marks=pytest.mark.exhaustive)]
+)
 def test_a_disk_that_fills_up_ends_a_search_in_one_line_and_the_next_goes_on(
     whole: int, run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

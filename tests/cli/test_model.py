@@ -87,7 +87,7 @@ def test_what_a_preset_decides_cannot_be_chosen() -> None:
     with pytest.raises(InvalidArgument, match="decides on --heads"):
         preset_problems("tiny", Target.parse("cpu"), {"num_heads": [4]})
     with pytest.raises(InvalidArgument, match="no kernel of ours"):
-        preset_problems("tiny", Target.parse("cpu"), variant="swa")
+        preset_problems("tiny", Target.parse("cpu"), {"seq_len": [8]})
 
 
 def test_tune_preset_begins_with_the_first_of_those(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

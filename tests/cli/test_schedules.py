@@ -158,7 +158,7 @@ def test_an_import_of_kernels_of_another_text_is_refused(run: Shell, tmp_path: P
     [
         (["export", "all.json"], "there is nothing to export"),
         (["import", "none.json"], "'none.json' does not exist"),
-        (["import", __file__], "is no whole JSON file"),
+        (["import", __file__], "is damaged or no JSON"),
         (["diff", "1", "2"], "entry 1 does not exist; there are 0"),
         (["diff", "1", "cpu"], "1 is the number of an entry"),
         (["diff", "none.json", "cpu"], "file 'none.json' does not exist"),

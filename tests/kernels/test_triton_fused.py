@@ -31,9 +31,6 @@ SHAPES = [
     Shape(packed=(20, 15, 40, 16), S=91, K=4, HQ=2),
     Shape(D=20, Dv=40, C=19, mask_last=True, off_by_one=True),
 ]
-PIPELINE: dict[str, Knob] = {"num_warps": 4, "num_stages": 2}
-
-
 KNOBS: dict[str, Knob] = {"super_tile": 128, "unroll": 8, "discard": 0, "num_warps": 4, "num_stages": 2}
 FORWARD: dict[str, Knob] = {"reduce": "fused", "window": 0}
 

@@ -17,7 +17,7 @@ from hsa_compile.target import PRODUCTS
 )
 def test_a_count_and_a_name(text: str, count: int, arch: str, nodes: int) -> None:
     cluster = Cluster.parse(text)
-    assert (cluster.count, cluster.target.arch, cluster.num_nodes) == (count, arch, nodes)
+    assert (cluster.count, cluster.target.arch, cluster.count // cluster.node_devices) == (count, arch, nodes)
 
 
 def test_products_of_one_architecture_have_memories_of_their_own() -> None:

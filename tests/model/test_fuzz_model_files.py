@@ -5,10 +5,9 @@ The damage and the limits are those of `fuzz.py`, which also says what a `Format
 
 import functools
 import json
-import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import Format, damaged, parse_lines, parse_tensors, render_lines, render_tensors, why_wrong
+from fuzz import COUNTS, Format, check_damaged, parse_lines, parse_tensors, render_lines, render_tensors
 from small_models import build, small_config
 
 from hsa_compile.files import file_sha256, json_sha256
@@ -390,6 +389,7 @@ FORMATS = (
     in_folder("index of a reading", "reading.json", make_reading, read_reading, fix_reading),
     in_folder("caches of a reading", "*/row0/caches.safetensors", make_reading, read_reading, fix_reading, **TENSORS),
     in_folder("manifest of a memory", "manifest.json", make_memory, read_memory, fix_memory),
+    in_folder("shard of a memory", "chunks-*/*.safetensors", make_memory, read_memory, fix_memory, **TENSORS),
     in_folder("state of a checkpoint", "*/state.json", make_checkpoint, read_checkpoint, fix_checkpoint),
     in_folder(
         "tensors of a checkpoint", "*/*.safetensors", make_checkpoint, read_checkpoint, fix_checkpoint, **TENSORS
@@ -409,24 +409,7 @@ FORMATS = (
 )
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name.replace(" ", "-"))
 def test_a_damaged_file_gives_a_whole_answer_or_one_line(form: Format, count: int, tmp_path: Path) -> None:
-    wrong = {number: reason for number, reason in reasons(form, count, tmp_path) if reason}
-    assert not wrong, f"{len(wrong)} of {count}, such as {dict(list(wrong.items())[:8])}"
-
-
-def reasons(form: Format, count: int, directory: Path) -> Iterator[tuple[int, str | None]]:
-    """Says for each damage what is wrong with the reading; a reading may change the folder, which is as before then."""
-    whole, folder = directory / "whole", directory / "folder"
-    folder.mkdir()
-    path = form.make(folder)
-    content = path.read_bytes()
-    shutil.copytree(folder, whole)
-    assert why_wrong(form, path) is None, "the file as the product wrote it"
-    for number in range(count):
-        shutil.rmtree(folder)
-        shutil.copytree(whole, folder)
-        path.write_bytes(damaged(form, content, number))
-        form.settle(path)
-        yield number, why_wrong(form, path)
+    check_damaged(form, count, tmp_path)

@@ -1,7 +1,6 @@
 """MoE: every path equals the loop, tokens are counted once, the bias balances, and nothing is lost on odd shapes."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -298,20 +297,6 @@ def test_compiled_module_gives_the_same() -> None:
 def test_impossible_sizes_are_refused(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         make_moe(**wrong)
-
-
-def _two_process_update(rank: int, rendezvous: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    moe = MoE(8, num_experts=2, experts_per_token=1, expert_dim=8)
-    moe.load.copy_(torch.tensor([5, 0] if rank == 0 else [0, 7]))
-    moe.update_bias(1.0)
-    assert moe.balance_bias.tolist() == [1, -1]
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_processes_share_the_load(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_process_update, args=(str(tmp_path / "rendezvous"),), nprocs=2)
 
 
 @pytest.mark.parametrize("biased", [False, True])

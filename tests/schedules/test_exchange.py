@@ -63,10 +63,10 @@ def test_a_damaged_file_is_refused(exported: Path) -> None:
     with pytest.raises(InvalidArgument, match="its checksum does not fit"):
         import_records(exported)
     exported.write_text(text[: len(text) // 2])
-    with pytest.raises(InvalidArgument, match="is no whole JSON file"):
+    with pytest.raises(InvalidArgument, match="is damaged or no JSON"):
         import_records(exported)
     exported.unlink()
-    with pytest.raises(InvalidArgument, match=r"cannot read .*No such file"):
+    with pytest.raises(InvalidArgument, match="cannot be read: No such file"):
         import_records(exported)
 
 

@@ -245,18 +245,12 @@ def _judge(
             found.times[schedule] = estimate(problem, schedule, target, kernels)
 
 
-def prediction_correlation(
-    problem: Problem,
-    target: Target,
-    times: Mapping[Schedule, float],
-    kernels: Mapping[Schedule, Sequence[KernelResources]] | None = None,
-) -> float:
+def prediction_correlation(problem: Problem, target: Target, times: Mapping[Schedule, float]) -> float:
     """Returns Spearman's rank correlation of predicted with measured times, −1 … 1; NaN where all are equal.
 
     Args:
         problem, target: what the schedules are for.
         times: the measured time of each schedule.
-        kernels: what the kernels of each schedule use, where that is known.
 
     Raises:
         InvalidTarget: there is no model for the target; there is none for CPUs.
@@ -265,8 +259,7 @@ def prediction_correlation(
     check_predictable(target)
     if len(times) < MIN_SCHEDULES:
         raise InvalidArgument(f"{len(times)} measured schedules are too few to correlate; {MIN_SCHEDULES} are needed")
-    known = kernels or {}
-    predicted = [estimate(problem, schedule, target, known.get(schedule, ())) for schedule in times]
+    predicted = [estimate(problem, schedule, target, ()) for schedule in times]
     return spearman(predicted, list(times.values()))
 
 

@@ -18,6 +18,7 @@ from hsa_compile.model.tasks.unseen import PACKAGES
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
+    from hsa_compile.model.data.tokenizer import Tokenizer
     from hsa_compile.model.evaluation.harness_tasks import HarnessResults, HarnessRun
     from hsa_compile.model.evaluation.outcomes import OutcomeFile
     from hsa_compile.model.evaluation.perplexity import Texts
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
     from hsa_compile.model.tasks.haystack import TextHaystack
+    from hsa_compile.model.transformer import HSATransformer
 
 ALL, BOTH = "all", "both"
 
@@ -153,7 +155,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     """
     import torch
 
-    from hsa_compile.cli.models.argument import device_of, load_model, trained_on
+    from hsa_compile.cli.models.argument import trained_on
     from hsa_compile.model.data.manifest import VALIDATION
     from hsa_compile.model.evaluation.outcomes import OutcomeFile
     from hsa_compile.model.evaluation.perplexity import open_texts
@@ -161,7 +163,6 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     from hsa_compile.model.evaluation.subject import Subject
     from hsa_compile.model.tasks.haystack import load_haystack
     from hsa_compile.model.tasks.unseen import packages_haystack
-    from hsa_compile.model.training.feed import apply_stage
 
     run = _open_harness(harness, harness_path, harness_limit, seed)
     tasks = tasks or (() if run is not None else tuple(TASKS))
@@ -175,12 +176,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
         seed=seed or 0,
         min_distance=min_distance,
     )
-    model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
-    if top_k is not None:
-        if not model.config.has_memory:
-            raise InvalidArgument(f"--top-k {top_k}: {name} is of variant {model.config.variant}, which has no memory")
-        model.config = replace(model.config, top_k=top_k)
-        apply_stage(model, model.config)
+    model, tokenizer = _load(name, device, dtype, top_k)
     subject = Subject(
         name=_title(name),
         model=model,
@@ -198,6 +194,19 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
         answers = run(subject, outcomes, quiet=as_json) if run is not None else None
         results = _run(subject, settings, found, texts, outcomes, quiet=as_json) if chosen else None
     _show(results, answers, out, as_json)
+
+
+def _load(name: str, device: str, dtype: str | None, top_k: int | None) -> tuple[HSATransformer, Tokenizer]:
+    from hsa_compile.cli.models.argument import device_of, load_model
+    from hsa_compile.model.training.feed import apply_stage
+
+    model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
+    if top_k is not None:
+        if not model.config.has_memory:
+            raise InvalidArgument(f"--top-k {top_k}: {name} is of variant {model.config.variant}, which has no memory")
+        model.config = replace(model.config, top_k=top_k)
+        apply_stage(model, model.config)
+    return model, tokenizer
 
 
 def _open_harness(words: str | None, path: Path | None, limit: int | None, seed: int | None) -> HarnessRun | None:

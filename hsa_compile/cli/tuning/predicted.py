@@ -49,7 +49,7 @@ def tune_for_absent_target(
         if record is None:
             record = _predict_with_bar(problem, target, budget_s)
             cache.put(record)
-            how = f"{record.trials} compiled" + _counted(record)
+            how = f"{record.trials} compiled" + _failures(record)
         records.append(record)
         rows.append(
             {
@@ -106,5 +106,5 @@ def _predict_with_bar(problem: Problem, target: Target, budget_s: float) -> Tuni
         return predict_schedule(problem, target, budget_s=budget_s, on_progress=show)
 
 
-def _counted(record: TuningRecord) -> str:
+def _failures(record: TuningRecord) -> str:
     return "".join(f", {count} out: {name}" for name, count in record.failures.items())

@@ -70,15 +70,12 @@ def report(names: tuple[str, ...], address: str | None, device: str, out: Path) 
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SaveError(f"{out} cannot be written: {error.strerror or error}") from error
-    click.echo(f"{out}: {_counted(len(searches) - left_out)}, {len(text.encode()) / 1e3:.0f} kB")
+    shown, hidden, few = (counted(n, "search", "es") for n in (len(searches) - left_out, left_out, short))
+    click.echo(f"{out}: {shown}, {len(text.encode()) / 1e3:.0f} kB")
     if left_out:
-        click.echo(f"not shown for lack of room: {_counted(left_out)}, the oldest; --study NAME shows one", err=True)
+        click.echo(f"not shown for lack of room: {hidden}, the oldest; --study NAME shows one", err=True)
     if short:
-        click.echo(f"not shown, with fewer than {MIN_TIMED} timed candidates: {_counted(short)}", err=True)
-
-
-def _counted(count: int) -> str:
-    return f"{count} search{'es' * (count != 1)}"
+        click.echo(f"not shown, with fewer than {MIN_TIMED} timed candidates: {few}", err=True)
 
 
 def _chosen(storage: BaseStorage, names: Sequence[str], address: str) -> tuple[list[Search], int]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,7 +238,7 @@ def _history(search: Search) -> str:
         best += [(number, before), (number, min(before, ms))]
     last = len(search.candidates)
     x = Axis(label="trial", low=0, high=last + 1)
-    y = Axis.over("time, ms", [ms for _, ms in timed], is_log=_spread(ms for _, ms in timed))
+    y = Axis.over("time, ms", [ms for _, ms in timed], is_log=_is_spread(ms for _, ms in timed))
     won = next((number, search.ms(one)) for number, one in numbered if one is search.winner)
     marks = [
         line(x, y, [(0, search.default_ms), (last + 1, search.default_ms)], "base"),
@@ -295,7 +295,7 @@ def _bytes_a_second(search: Search, candidate: Candidate) -> float:
 def _knobs(search: Search) -> Iterator[str]:
     """Yields a picture for the dataflow and for each knob of the winner's dataflow that had several values."""
     best = min(map(search.ms, search.timed))
-    is_log = _spread(map(search.ms, search.timed))
+    is_log = _is_spread(map(search.ms, search.timed))
     for knob in search.winner.schedule:
         among = [one for one in search.timed if knob == "dataflow" or
                  one.schedule.dataflow == search.winner.schedule.dataflow]  # fmt: skip
@@ -314,7 +314,7 @@ def _knobs(search: Search) -> Iterator[str]:
         yield _figure(chart(x, y, marks, f"Times along the knob {knob}", width=_KNOB_WIDTH), caption)
 
 
-def _spread(times: Any) -> bool:
+def _is_spread(times: Iterable[float]) -> bool:
     """Returns whether times differ so much that only a logarithmic axis shows the fast ones apart."""
     found = list(times)
     return max(found) > 5 * min(found)

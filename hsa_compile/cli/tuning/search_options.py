@@ -130,9 +130,7 @@ SEARCH_NAMES = (
 _CPU_STEP, _GPU_STEP = (4, 2048), (1, 16384)
 
 
-def preset_problems(
-    name: str, target: Target, chosen: Mapping[str, Sequence[Any]] | None = None, *, variant: str | None = None
-) -> list[Problem]:
+def preset_problems(name: str, target: Target, chosen: Mapping[str, Sequence[Any]]) -> list[Problem]:
     """Returns what a model asks for in training and in reading, each problem once.
 
     Args:
@@ -140,7 +138,6 @@ def preset_problems(
         target: the device, which decides what is not chosen: float32 on a CPU, bfloat16 on a GPU, and the size of a
             step.
         chosen: values of `batch`, `seq_len` and `dtype`; several make several steps.
-        variant: which variant of the preset is meant.
 
     Raises:
         InvalidArgument: the model is not known, has no memory, or something else is chosen.
@@ -148,7 +145,7 @@ def preset_problems(
     from hsa_compile.cli.models.argument import config_of
     from hsa_compile.model.cost.workload import problems
 
-    chosen = dict(chosen or {})
+    chosen = dict(chosen)
     on_cpu = target.kind == "cpu"
     batch, seq_len = _CPU_STEP if on_cpu else _GPU_STEP
     batches, lengths = chosen.pop("batch", [batch]), chosen.pop("seq_len", [seq_len])
@@ -156,7 +153,7 @@ def preset_problems(
     if chosen:
         flags = ", ".join(f"--{field.removeprefix('num_').replace('_', '-')}" for field in chosen)
         raise InvalidArgument(f"--preset {name} decides on {flags}; with it --batch, --seq-len and --dtype are allowed")
-    config = config_of(name, variant)
+    config = config_of(name, None)
     found: dict[Problem, None] = {}
     for b in batches:
         for length in lengths:

@@ -164,10 +164,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if as_json:
         print_json([_values(outcome) for outcome in outcomes])
         return
-    click.echo()
-    in_rows = preset or len(outcomes) == len(ops)  # one shape has nothing to be compared with
-    rows = list(_problem_rows(outcomes) if in_rows else _shape_rows(outcomes, len(ops)))
-    print_rows(rows, as_json=False, legend=dict.fromkeys(ALL_OPS, f"{_TIME}, and {GAIN}") | _LEGEND)
+    _print_outcomes(outcomes, len(outcomes) if preset else len(ops))
     if any(outcome.record.shortfall is None for outcome in outcomes):
         click.echo(f"\nstored in {default_cache().path(target)}")
 
@@ -283,6 +280,14 @@ _LEGEND = {
     "sum": "the times of the ops together",
     "cost": "the sum over the least sum of this table: what the choice of a shape costs",
 }
+
+
+def _print_outcomes(outcomes: list[Outcome], ops_a_shape: int) -> None:
+    """Prints a row a shape if there are several, which can be compared, and otherwise a row a problem."""
+    in_rows = len(outcomes) == ops_a_shape
+    rows = list(_problem_rows(outcomes) if in_rows else _shape_rows(outcomes, ops_a_shape))
+    click.echo()
+    print_rows(rows, as_json=False, legend=dict.fromkeys(ALL_OPS, f"{_TIME}, and {GAIN}") | _LEGEND)
 
 
 def _problem_rows(outcomes: list[Outcome]) -> Iterator[dict[str, str]]:

@@ -201,7 +201,7 @@ class RecordedPicks:
                 f"picks {self.path} have chunk_size {self.chunk_size}; allowed is 1 … {MAX_CHUNK_SIZE}"
             )
         visible = (torch.arange(self.indices.shape[1]) // self.chunk_size).view(1, -1, 1, 1)
-        if ((self.indices < -1) | (self.indices >= visible)).logical_and(self.indices != -1).any():
+        if ((self.indices < -1) | (self.indices >= visible)).any():
             raise InvalidArgument(f"picks {self.path} name a chunk that is not complete at its token")
         if not self.weights.isfinite().all():
             raise InvalidArgument(f"picks {self.path} have weights that are not finite")

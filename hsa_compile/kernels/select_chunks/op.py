@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import check_choice, check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
 from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
@@ -81,16 +81,9 @@ def _nothing_to_select(query: Tensor, landmarks: Tensor, top_k: int) -> tuple[Te
 
 
 def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_seed: int | None) -> None:
-    ranges = (
-        ("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE),
-        ("top_k", top_k, 1, MAX_SELECTED),
-        ("offset", offset, 0, select_ops.MAX_OFFSET),
-        ("noise_seed", noise_seed, 0, MAX_SEED),
-    )
-    for name, value, low, high in ranges:
-        if name == "noise_seed" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            ending = ", or None for no noise" if name == "noise_seed" else ""
-            raise InvalidArgument(f"{name} = {value!r} must be an integer in {low} … {high}{ending}")
+    check_count("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE)
+    check_count("top_k", top_k, 1, MAX_SELECTED)
+    check_count("offset", offset, 0, select_ops.MAX_OFFSET)
+    if noise_seed is not None and (type(noise_seed) is not int or not 0 <= noise_seed <= MAX_SEED):
+        raise InvalidArgument(f"noise_seed = {noise_seed!r} must be an integer in 0 … {MAX_SEED}, or None for no noise")
     check_choice("fusion", fusion, FUSIONS)

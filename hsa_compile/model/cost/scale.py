@@ -57,11 +57,6 @@ class Cluster:
         """How many devices a node has."""
         return min(self.count, NODE_DEVICES)
 
-    @property
-    def num_nodes(self) -> int:
-        """How many nodes there are."""
-        return self.count // self.node_devices
-
     @staticmethod
     def parse(text: str) -> "Cluster":
         """Reads `64xH100`, `h200` or `16xsm_90`: a count, and a product or an architecture.

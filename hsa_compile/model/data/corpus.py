@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import CorpusError, InvalidArgument
-from hsa_compile.files import file_sha256, open_regular
+from hsa_compile.files import check_sha256, open_regular
 from hsa_compile.model.data.manifest import (
+    MANIFEST,
     SPLITS,
     TOKENIZER_FILE,
     TRAIN,
@@ -114,8 +115,9 @@ class TokenCorpus:
         self._ends = NumberFile(ends, np.dtype("<i8"), summary.documents)
         _check_ends(self._ends, summary.tokens, int(self.manifest.separator is not None))
         if checksum:
-            _check(tokens, summary.tokens_sha256)
-            _check(ends, summary.ends_sha256)
+            source = f"{MANIFEST}; prepare the corpus again"
+            check_sha256(tokens, summary.tokens_sha256, source, error=CorpusError)
+            check_sha256(ends, summary.ends_sha256, source, error=CorpusError)
         if read_manifest(self.directory) != self.manifest:
             raise CorpusError(f"{self.directory} was prepared anew while it was opened; open it again")
 
@@ -197,15 +199,6 @@ def _check_ends(ends: NumberFile, num_tokens: int, separators: int) -> None:
         raise CorpusError(
             f"{ends.path} is damaged: the last document does not end with the tokens; prepare the corpus again"
         )
-
-
-def _check(path: Path, sha256: str) -> None:
-    try:
-        found = file_sha256(path)
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    if found != sha256:
-        raise CorpusError(f"{path} is not what its manifest describes (SHA-256); prepare it again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -98,14 +98,14 @@ class OutcomeFile:
         data = read_regular(self.path) if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
-            _warn(f"{self.path} ended in the middle of a line; that sample is computed again")
+            warn_user(f"{self.path} ended in the middle of a line; that sample is computed again", HSACompileWarning)
             os.truncate(self.path, whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 record = parse_json(line)
                 self._values[_text(record["key"])] = _checked(record["values"])
             except (ValueError, TypeError, KeyError):
-                _warn(f"{self.path} is damaged in line {number}; that sample is computed again")
+                warn_user(f"{self.path} is damaged in line {number}; that sample is computed again", HSACompileWarning)
 
 
 def _text(key: Key) -> str:
@@ -119,7 +119,3 @@ def _checked(values: Any) -> Values:
     if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
         raise ValueError("a number that is not finite")
     return values
-
-
-def _warn(message: str) -> None:
-    warn_user(message, HSACompileWarning)

@@ -123,10 +123,10 @@ class Results:
                         "length": each.length,
                         "samples": each.num_texts,
                         "perplexity": each.perplexity,
-                        "standard_error": "" if each.standard_error is None else each.standard_error,
+                        "standard_error": each.standard_error,
                         "bits_per_byte": each.bits_per_byte,
                         "change": each.change,
-                        "change_error": "" if each.change_error is None else each.change_error,
+                        "change_error": each.change_error,
                     }
                 )
 

@@ -8,7 +8,7 @@ import huggingface_hub
 import transformers
 
 from hsa_compile.errors import SaveError
-from hsa_compile.files import make_directory, read_json, read_regular, replace_file, write_json
+from hsa_compile.files import make_directory, read_json, read_regular, replace_file, replace_text, write_json
 from hsa_compile.model.config import PERPLEXITY
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.data.tokenizer import BYTES
@@ -86,7 +86,7 @@ def write_folder(
     save_pretrained(model, directory, tokenizer=BYTES if name == BYTES else _TOKENIZER_FILE)
     if not (directory / CARD_FILE).exists():
         text = _card(model, directory.resolve().name, [place for place in (source, directory) if place is not None])
-        replace_file(directory / CARD_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_text(directory / CARD_FILE, text)
 
 
 def upload(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_count
 from hsa_compile.errors import InvalidArgument, NotFinite
 from hsa_compile.model.config import MAX_SEED
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
@@ -45,8 +46,7 @@ class Sampling:
             raise InvalidArgument(f"temperature = {self.temperature} must be a finite number of at least 0")
         if not 0 < self.top_p <= 1:
             raise InvalidArgument(f"top_p = {self.top_p} must be more than 0 and at most 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise InvalidArgument(f"seed = {self.seed!r} must be an integer in 0 … {MAX_SEED}")
+        check_count("seed", self.seed, 0, MAX_SEED)
 
 
 class Sampler:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import SaveError
-from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
+from hsa_compile.files import (
+    check_sha256,
+    file_sha256,
+    make_directory,
+    read_summed_json,
+    sync_directory,
+    write_summed_json,
+)
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.inference.inference import ModelState
 from hsa_compile.model.layer import Cache
@@ -98,7 +105,7 @@ def load_state(model: HSATransformer, directory: str | Path, *, memory: str = "d
         raise SaveError(f"{path} was read by another model: the same config, but other weights or another dtype")
     place = directory / index["place"]
     for row, digest in index["caches_sha256"].items():
-        _check_caches(place / row / CACHES_FILE, digest)
+        check_sha256(place / row / CACHES_FILE, digest, INDEX_FILE)
     states = [_load_row(model, values, place / f"row{i}", memory) for i, values in enumerate(index["rows"])]
     return replace(states[0], rows=states) if index["by_rows"] else states[0]
 
@@ -137,15 +144,6 @@ def _read_index(path: Path) -> dict[str, Any]:
         if batch != len(row["num_upper_past"]) or batch == 0 or (batch > 1 if by_rows else len(rows) > 1):
             raise SaveError(f"{path} contradicts itself: {len(rows)} rows, by_rows = {by_rows}, {shown(row)}")
     return index
-
-
-def _check_caches(path: Path, digest: object) -> None:
-    try:
-        found = file_sha256(path)
-    except OSError as error:
-        raise SaveError(f"{path} cannot be read: {error.strerror or error}") from error
-    if found != digest:
-        raise SaveError(f"{path} is damaged: its checksum is not the one in {INDEX_FILE}")
 
 
 def fingerprint(model: HSATransformer) -> str:

@@ -63,7 +63,7 @@ class SharedRows:
         sent = [self._overlap(first, last, self.part) for first, last in wanted]
         received = [self._overlap(*wanted[self.part], part) for part in range(len(self.bounds) - 1)]
         rows = torch.cat([x[:, first - self.start : last - self.start] for first, last in sent], dim=1)
-        found = to_all(rows.movedim(1, 0), [last - first for first, last in sent],
+        found = all_to_all(rows.movedim(1, 0), [last - first for first, last in sent],
                        [last - first for first, last in received], self.mesh.get_group()).movedim(0, 1)  # fmt: skip
         return F.pad(found, (0, 0) * (x.dim() - 2) + (count - found.shape[1], 0))
 
@@ -101,13 +101,13 @@ def share_rows(mesh: DeviceMesh, length: int, unit: int) -> SharedRows:
     return SharedRows(mesh=mesh, bounds=tuple(bounds))
 
 
-def to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends `sent[i]` of the rows to process i and returns those that come, `received[i]` from process i, in order."""
     return all_to_all_single_autograd(rows.contiguous(), received, sent, group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Travellers:
+class DispatchedTokens:
     """Tokens at the process that holds their experts.
 
     Attributes:
@@ -140,24 +140,24 @@ class LocalExperts(nn.Module):
             local = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(local))
 
-    def send(self, tokens: Tensor, pairs: ExpertOrder, experts_per_token: int) -> Travellers:
+    def dispatch(self, tokens: Tensor, pairs: ExpertOrder, experts_per_token: int) -> DispatchedTokens:
         """Sends `tokens [T, dim]` to their experts. The sizes of what is sent are read on the host."""
         size = self.group.size()
         counts = pairs.counts.view(size, -1)  # [process, expert there]
         theirs = torch.empty_like(counts)  # [process, expert here]
         dist.all_to_all_single(theirs, counts, group=self.group)
         went, came = torch.stack((counts.sum(dim=1), theirs.sum(dim=1))).tolist()
-        rows = to_all(tokens.index_select(0, pairs.order // experts_per_token), went, came, self.group)
+        rows = all_to_all(tokens.index_select(0, pairs.order // experts_per_token), went, came, self.group)
         here = torch.arange(counts.shape[1], device=tokens.device).repeat(size)
-        return Travellers(rows=rows, experts=here.repeat_interleave(theirs.flatten()), came=came, went=went)
+        return DispatchedTokens(rows=rows, experts=here.repeat_interleave(theirs.flatten()), came=came, went=went)
 
-    def forward(self, travellers: Travellers) -> Tensor:
+    def forward(self, tokens: DispatchedTokens) -> Tensor:
         """Runs the tokens through their experts and sends them back, `[P, dim]` in the order in which they went."""
-        rows = travellers.rows
+        rows = tokens.rows
         gate_up, down = (self._weight(weight).to(rows.dtype) for weight in (self.gate_up, self.down))
-        pairs = sort_by_expert(travellers.experts.unsqueeze(1), gate_up.shape[0])
+        pairs = sort_by_expert(tokens.experts.unsqueeze(1), gate_up.shape[0])
         out = grouped_swiglu(rows, rows.new_ones(rows.shape[0], 1), pairs, gate_up, down, sliced)
-        return to_all(out, travellers.came, travellers.went, self.group)
+        return all_to_all(out, tokens.came, tokens.went, self.group)
 
     def _weight(self, weight: Tensor | nn.Module) -> Tensor:
         """Returns the own part of a weight. Its gradient comes from the tokens of all owners of the layer's experts.

@@ -112,10 +112,10 @@ class MoE(nn.Module):
     def _travel(self, local: LocalExperts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         dtype = kernel_dtype(x)
         pairs = sort_by_expert(chosen, self.num_experts)
-        travellers = local.send(x.reshape(-1, x.shape[-1]).to(dtype), pairs, self.experts_per_token)
+        dispatched = local.dispatch(x.reshape(-1, x.shape[-1]).to(dtype), pairs, self.experts_per_token)
         shared = self.shared(x) if self.shared is not None else None  # while the tokens are on their way
         with no_autocast(x.device):
-            out = sum_pairs(local(travellers), pairs.inverse, weights.to(dtype)).view(x.shape)
+            out = sum_pairs(local(dispatched), pairs.inverse, weights.to(dtype)).view(x.shape)
         if self.training and out.requires_grad:
             count_in_backward(self.load, out, pairs)
         return out if shared is None else out + shared

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import one_line, shown
+from hsa_compile.checks import check_count, one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM
@@ -44,9 +44,7 @@ class MemoryShape:
             ("chunk_size", MAX_CHUNK_SIZE),
             ("retrieval_dim", MAX_RETRIEVAL_DIM),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-                raise InvalidArgument(f"{name} = {value!r} must be an integer in 1 … {high}")
+            check_count(name, getattr(self, name), 1, high)
         for name in ("dtype", "landmark_dtype"):
             if getattr(self, name) not in DTYPE_NAMES:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r} is not one of {', '.join(DTYPES)}")

@@ -243,25 +243,20 @@ def chains(rng: random.Random, text: Text, *, num_chains: int) -> Facts:
 def several_values(rng: random.Random, text: Text, *, num_needles: int) -> Facts:
     """Draws one name with several values, which are all asked for in the order of the text."""
     (key,), values = draw_keys(rng, 1, text), draw_fresh(rng, num_needles, _value, text)
-    return Facts(
-        needles=tuple(b" %b=%b." % (key, value) for value in values),
-        num_chains=1,
-        asked=tuple(range(num_needles)),
-        questions=(Question(queries=((b" ?%b=" % key, b",".join(values)),)),),
-    )
+    return _facts_in_order(key, values, Question(queries=((b" ?%b=" % key, b",".join(values)),)))
 
 
 def which_of_alike(rng: random.Random, text: Text, *, num_needles: int) -> Facts:
     """Draws one name with several values, one of which is asked for by its number in the order of the text."""
     (key,), values = draw_keys(rng, 1, text), draw_fresh(rng, num_needles, _value, text)
-    return Facts(
-        needles=tuple(b" %b=%b." % (key, value) for value in values),
-        num_chains=1,
-        asked=tuple(range(num_needles)),
-        questions=tuple(
-            Question(queries=((b" ?%b#%d=" % (key, number), value),)) for number, value in enumerate(values, 1)
-        ),
-    )
+    questions = [Question(queries=((b" ?%b#%d=" % (key, n), value),)) for n, value in enumerate(values, 1)]
+    return _facts_in_order(key, values, *questions)
+
+
+def _facts_in_order(key: bytes, values: list[bytes], *questions: Question) -> Facts:
+    """Makes needles that give one name several values, which keep their order in the text."""
+    needles = tuple(b" %b=%b." % (key, value) for value in values)
+    return Facts(needles=needles, num_chains=1, asked=tuple(range(len(values))), questions=questions)
 
 
 def common_words(rng: random.Random, text: Text) -> Facts:
@@ -333,13 +328,12 @@ def moves(rng: random.Random, text: Text, *, num_facts: int, num_people: int) ->
             story.insert(3 - num_facts, b" %b took the %b." % (name, thing))
         needles += story
         later = rng.randrange(1, len(places))
-        queries.append(
-            (b" Where is %b? " % name, places[-1])
-            if num_facts == 1
-            else (b" Where is the %b? " % thing, places[-1])
-            if num_facts == 2
-            else (b" Where was the %b before the %b? " % (thing, places[later]), places[later - 1])
-        )
+        if num_facts == 1:
+            queries.append((b" Where is %b? " % name, places[-1]))
+        elif num_facts == 2:
+            queries.append((b" Where is the %b? " % thing, places[-1]))
+        else:
+            queries.append((b" Where was the %b before the %b? " % (thing, places[later]), places[later - 1]))
     size = len(needles) // num_people
     return Facts(
         needles=tuple(needles),

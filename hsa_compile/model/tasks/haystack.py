@@ -67,9 +67,7 @@ class WordHaystack:
     def fill(self, length: int, rng: random.Random) -> bytearray:
         """Returns words, cut off at both ends."""
         count = length // (WORD_BYTES + 1) + 2
-        rows = np.full((count, WORD_BYTES + 1), ord(" "), np.uint8)
-        rows[:, :-1] = _letters(rng, count)
-        return _cut(rows, length, rng)
+        return _cut(_words(rng, count), length, rng)
 
 
 class FrequencyHaystack:
@@ -83,8 +81,7 @@ class FrequencyHaystack:
     def fill(self, length: int, rng: random.Random) -> bytearray:
         """Returns words in random order, cut off at both ends."""
         count = length // (WORD_BYTES + 1) + 2
-        words = np.full((_VOCABULARY, WORD_BYTES + 1), ord(" "), np.uint8)
-        words[:, :-1] = _letters(rng, _VOCABULARY)
+        words = _words(rng, _VOCABULARY)
         weights = 1 / np.arange(1, _VOCABULARY + 1) ** 2
         ends = np.ceil(count * np.cumsum(weights) / weights.sum())
         ranks = np.searchsorted(ends, np.arange(count), side="right").astype(np.uint8)
@@ -118,10 +115,12 @@ class NeedleHaystack:
         return _cut(rows, length, rng)
 
 
-def _letters(rng: random.Random, count: int) -> npt.NDArray[np.uint8]:
-    """Draws letters for `count` words; two bytes for each make all letters equally likely, but for 0.04 %."""
+def _words(rng: random.Random, count: int) -> npt.NDArray[np.uint8]:
+    """Draws `count` words with a blank behind each; two bytes a letter make all equally likely, but for 0.04 %."""
     drawn = np.frombuffer(rng.randbytes(2 * count * WORD_BYTES), "<u2") % len(LETTERS)
-    return np.frombuffer(LETTERS, np.uint8)[drawn].reshape(count, WORD_BYTES)
+    rows = np.full((count, WORD_BYTES + 1), ord(" "), np.uint8)
+    rows[:, :-1] = np.frombuffer(LETTERS, np.uint8)[drawn].reshape(count, WORD_BYTES)
+    return rows
 
 
 def _shuffled(rng: random.Random, count: int) -> npt.NDArray[np.int64]:

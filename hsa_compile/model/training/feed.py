@@ -190,7 +190,7 @@ class Feed:
         )
 
 
-def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
+def open_corpus(run: RunConfig) -> TokenCorpus | None:
     """Opens the corpus of a run, None if it has none; that of the standard library is prepared if it is not there.
 
     Raises:
@@ -199,8 +199,8 @@ def open_corpus(run: RunConfig, split: str = TRAIN) -> TokenCorpus | None:
     if not run.data.corpus:
         return None
     if run.data.corpus != STDLIB:
-        return TokenCorpus(Path(run.data.corpus).expanduser(), split=split)
-    return stdlib_corpus(split)
+        return TokenCorpus(Path(run.data.corpus).expanduser())
+    return stdlib_corpus()
 
 
 def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:

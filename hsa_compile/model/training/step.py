@@ -295,30 +295,13 @@ def run_step(
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are not moved then.
     """
-    step, device = batch.plan.step, processes.device
+    step = batch.plan.step
     weights, counts = normalized_weights(batch, processes)
     lr = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # The numbers are the loss, the cross entropy of text and of answers, and how many processes want to stop.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    sums[3] = stopping
-    parts = min(
-        config.accumulation, batch.plan.num_rows // processes.num_row_groups
-    )  # there are as many in each process
-    for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
-        tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
-        noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
-        with autocast(config.precision, device):
-            loss, losses = loss_model(
-                tokens, part, noise, selections if number == 0 else None, batch.plan.in_batch_memory
-            )
-        # FSDP takes the mean over processes; the loss is already divided by the counts of all.
-        (loss * processes.world_size).backward()
-        is_answer = (batch.is_answer[rows, 1:]).to(device)
-        sums[0] += loss.detach()
-        sums[1] += losses[(part[:, 1:] > 0) & ~is_answer].double().sum()
-        sums[2] += losses[(part[:, 1:] > 0) & is_answer].double().sum()
+    sums = _add_gradients(loss_model, batch, weights, config, processes, selections)
+    sums[3] = stopping  # over all processes, how many want to stop
     loss_sum, text, answer, stops = processes.sum(sums).tolist()
     if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
         raise TrainingError(
@@ -344,6 +327,38 @@ def run_step(
         router_load=load,
         stopping=stops > 0,
     )
+
+
+def _add_gradients(
+    loss_model: nn.Module,
+    batch: StepBatch,
+    weights: Tensor,
+    config: TrainConfig,
+    processes: Processes,
+    selections: list[Selection] | None,
+) -> Tensor:
+    """Adds the gradients of this process's rows, part by part.
+
+    Returns:
+        `[4]` in float64: the loss, the cross entropy of text and of answers, and a place for the caller's.
+    """
+    step, device = batch.plan.step, processes.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    parts = min(config.accumulation, batch.plan.num_rows // processes.num_row_groups)  # as many in each process
+    for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
+        tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
+        noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
+        with autocast(config.precision, device):
+            loss, losses = loss_model(
+                tokens, part, noise, selections if number == 0 else None, batch.plan.in_batch_memory
+            )
+        # FSDP takes the mean over processes; the loss is already divided by the counts of all.
+        (loss * processes.world_size).backward()
+        is_answer = (batch.is_answer[rows, 1:]).to(device)
+        sums[0] += loss.detach()
+        sums[1] += losses[(part[:, 1:] > 0) & ~is_answer].double().sum()
+        sums[2] += losses[(part[:, 1:] > 0) & is_answer].double().sum()
+    return sums
 
 
 def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float | None:

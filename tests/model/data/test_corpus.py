@@ -114,7 +114,7 @@ def test_a_changed_byte_is_found_by_the_checksum(copy: Path, name: str) -> None:
     content[16] ^= 1
     (copy / name).write_bytes(content)
     TokenCorpus(copy)
-    with pytest.raises(CorpusError, match=f"{name} is not what its manifest describes"):
+    with pytest.raises(CorpusError, match=f"{name} is damaged: its SHA-256 is not the one in manifest.json"):
         TokenCorpus(copy, checksum=True)
 
 

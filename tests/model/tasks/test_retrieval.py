@@ -33,10 +33,6 @@ numbers = st.integers(0, 2**32)
 depths = st.none() | st.floats(0, 1)
 
 
-def answers_of(sample: TaskSample) -> list[bytes]:
-    return [sample.tokens[start:end].tobytes() for start, end in sample.answer_spans]
-
-
 def sample_of(task: str, length: int, seed: int = 0, index: int = 0, **options: object) -> TaskSample:
     return make_sample(
         task, length=max(length, sizes(task).least + 40), seed=seed, index=index, haystack=haystack_of(task, TEXT),

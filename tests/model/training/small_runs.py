@@ -7,6 +7,10 @@ from small_models import SMALL
 
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
+from hsa_compile.model.training.feed import apply_stage, keep_own, make_batch, mixtures, plan_step
+from hsa_compile.model.training.processes import Processes, shard, with_meshes
+from hsa_compile.model.training.step import LossModel, StepResult, make_optimizer, run_step
+from hsa_compile.model.transformer import HSATransformer
 
 SECTIONS: dict[str, Any] = {
     "model": {
@@ -45,6 +49,27 @@ def small_run(
             "stages": stages or SECTIONS["stages"],
         }
     )
+
+
+class Trainer:
+    """What a process needs for the steps of a run: the model, sharded, and its optimizer."""
+
+    def __init__(self, run: RunConfig, processes: Processes) -> None:
+        self.run, self.processes = run, with_meshes(processes, run)
+        self.model = HSATransformer(run.model).train()
+        self.model.checkpoint_activations = run.train.checkpoint_activations
+        self.loss_model = LossModel(self.model, run.train.loss_chunk)
+        shard(self.loss_model, self.model, self.processes)
+        self.optimizer = make_optimizer(self.model, run.train)
+
+    def step(self, number: int) -> StepResult:
+        """Moves the weights by the process's rows of a step."""
+        plan, run = plan_step(self.run, number), self.run
+        groups = {"rank": self.processes.row_group, "world_size": self.processes.num_row_groups}
+        batch = make_batch(mixtures(run, None)[plan.stage], plan, seed=0, **groups)
+        apply_stage(self.model, run.model_in(run.stages[plan.stage]))
+        batch = keep_own(batch, self.model.own_text(plan.length - 1))
+        return run_step(self.loss_model, self.optimizer, batch, run.train, self.processes)
 
 
 def write_toml(path: Path, run: RunConfig) -> Path:

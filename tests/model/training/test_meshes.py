@@ -9,17 +9,16 @@ import torch
 import torch.distributed as dist
 from processes import finish, in_group, losses, start
 from small_models import build, small_config
-from small_runs import small_run, write_toml
+from small_runs import Trainer, small_run, write_toml
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
+from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
-from hsa_compile.model.training.feed import apply_stage, keep_own, make_batch, mixtures, plan_step
-from hsa_compile.model.training.processes import Processes, shard, with_meshes
-from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
+from hsa_compile.model.training.processes import Processes, with_meshes
 from hsa_compile.model.transformer import HSATransformer
 
 PROCESSES = 4
@@ -71,21 +70,9 @@ def test_shared_rows_equal_whole_ones(tmp_path: Path) -> None:
 def steps(run: RunConfig, processes: Processes) -> list[tuple[float, float]]:
     """Loss and norm of the gradient of each step of a run."""
     torch.manual_seed(0)
-    processes = with_meshes(processes, run)
-    model = HSATransformer(run.model).train()
-    loss_model = LossModel(model, run.train.loss_chunk)
-    shard(loss_model, model, processes)
-    optimizer = make_optimizer(model, run.train)
-    found = []
-    for step in range(run.train.steps):
-        plan = plan_step(run, step)
-        groups = {"rank": processes.row_group, "world_size": processes.num_row_groups}
-        batch = make_batch(mixtures(run, None)[plan.stage], plan, seed=0, **groups)
-        apply_stage(model, run.model_in(run.stages[plan.stage]))
-        batch = keep_own(batch, model.own_text(plan.length - 1))
-        result = run_step(loss_model, optimizer, batch, run.train, processes)
-        found.append((result.loss, result.grad_norm))
-    return found
+    trainer = Trainer(run, processes)
+    results = [trainer.step(number) for number in range(run.train.steps)]
+    return [(result.loss, result.grad_norm) for result in results]
 
 
 def compare_steps(number: int, variants: dict[str, tuple[tuple[int, int], ...]]) -> None:
@@ -99,9 +86,22 @@ def compare_steps(number: int, variants: dict[str, tuple[tuple[int, int], ...]])
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text: f"{run.train}: {text}")  # noqa: B023
 
 
+def check_load() -> None:
+    """An expert's bias follows the load in all processes together."""
+    moe = MoE(8, num_experts=2, experts_per_token=1, expert_dim=8)
+    moe.load.copy_(torch.tensor([5, 0] if dist.get_rank() == 0 else [0, 7]))
+    moe.update_bias(1.0)
+    assert moe.balance_bias.tolist() == [1, -1]
+
+
+def check_load_and_steps() -> None:
+    check_load()
+    compare_steps(2, {"hsa-ultralong": ((2, 2),)})
+
+
 @pytest.mark.slow
-def test_four_processes_make_the_steps_of_one(tmp_path: Path) -> None:
-    in_group(compare_steps, PROCESSES, tmp_path, 3, {"hsa-ultralong": ((2, 2),), "drt": ((4, 1),)})
+def test_four_processes_share_the_load_and_make_the_steps_of_one(tmp_path: Path) -> None:
+    in_group(check_load_and_steps, PROCESSES, tmp_path)
 
 
 @pytest.mark.exhaustive

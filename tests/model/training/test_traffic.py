@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import in_group
-from small_runs import small_run
+from small_runs import Trainer, small_run
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,10 +17,7 @@ from hsa_compile.model.cost.scale import Cluster, Paper
 from hsa_compile.model.cost.traffic import ALL_REDUCE, ALL_TO_ALL, GATHER, KINDS, REDUCE_SCATTER, Split, messages
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
-from hsa_compile.model.training.feed import keep_own, make_batch, mixtures, plan_step
-from hsa_compile.model.training.processes import Processes, shard, with_meshes
-from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.training.processes import Processes
 
 PROCESSES, ROWS = 4, 8
 # Sizes that four processes divide: FSDP fills up what they do not.
@@ -65,17 +62,9 @@ class Sent(TorchDispatchMode):
 
 def counted(run: RunConfig) -> dict[str, float]:
     """What a process sends in the run's first step, on average."""
-    processes = Processes(rank=dist.get_rank(), world_size=PROCESSES, device=torch.device("cpu"))
-    processes = with_meshes(processes, run)
-    model = HSATransformer(run.model).train()
-    model.checkpoint_activations = run.train.checkpoint_activations
-    loss_model = LossModel(model, run.train.loss_chunk)
-    shard(loss_model, model, processes)
-    optimizer, plan = make_optimizer(model, run.train), plan_step(run, 0)
-    groups = {"rank": processes.row_group, "world_size": processes.num_row_groups}
-    batch = keep_own(make_batch(mixtures(run, None)[0], plan, seed=0, **groups), model.own_text(plan.length - 1))
+    trainer = Trainer(run, Processes(rank=dist.get_rank(), world_size=PROCESSES, device=torch.device("cpu")))
     with Sent() as sent:
-        run_step(loss_model, optimizer, batch, run.train, processes)
+        trainer.step(0)
     found = torch.tensor([sent.bytes[kind] for kind in KINDS], dtype=torch.float64)
     dist.all_reduce(found)
     return dict(zip(KINDS, (found / PROCESSES).tolist(), strict=True))
