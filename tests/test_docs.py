@@ -153,8 +153,9 @@ def test_the_way_from_tuning_to_answers_runs_as_printed(
         if small and "--preset" in words:
             words += ["--seq-len", "256"] if words[1] == "tune" else ["--steps", "1"]
         if small and "--lengths" in words:
-            words[words.index("--lengths") + 1] = "2k"
+            words[words.index("--lengths") + 1] = "256"
             words[words.index("--samples") + 1] = "1"
+            words += ["--task", "s-niah"]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             main()
