@@ -16,10 +16,16 @@ from hsa_compile.model.hf.folder import HSABytesTokenizer
 from hsa_compile.model.hf.model import HSACompileConfig, HSACompileForCausalLM
 from hsa_compile.model.pretrained import MODEL_TYPE
 
-__all__ = ["HSABytesTokenizer", "HSACache", "HSACompileConfig", "HSACompileForCausalLM"]
+__all__ = ["HSABytesTokenizer", "HSACache", "HSACompileConfig", "HSACompileForCausalLM", "register"]
 
-transformers.AutoConfig.register(MODEL_TYPE, HSACompileConfig, exist_ok=True)
-transformers.AutoModelForCausalLM.register(HSACompileConfig, HSACompileForCausalLM, exist_ok=True)
-transformers.AutoTokenizer.register(HSACompileConfig, slow_tokenizer_class=HSABytesTokenizer, exist_ok=True)
-transformers.AttentionInterface.register(NAME, hsa_attention_forward)
-transformers.AttentionMaskInterface.register(NAME, hsa_mask)
+
+def register() -> None:
+    """Makes our classes known to `transformers`; importing this package does so, and once more does no harm."""
+    transformers.AutoConfig.register(MODEL_TYPE, HSACompileConfig, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(HSACompileConfig, HSACompileForCausalLM, exist_ok=True)
+    transformers.AutoTokenizer.register(HSACompileConfig, slow_tokenizer_class=HSABytesTokenizer, exist_ok=True)
+    transformers.AttentionInterface.register(NAME, hsa_attention_forward)
+    transformers.AttentionMaskInterface.register(NAME, hsa_mask)
+
+
+register()

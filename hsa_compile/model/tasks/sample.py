@@ -51,6 +51,11 @@ class TaskPlan:
         """All that distinguishes the sample from its haystack, in the order of the text."""
         return (*sorted(self.needles, key=lambda edit: edit.start), self.question)
 
+    @property
+    def asked_starts(self) -> tuple[int, ...]:
+        """Where the needles begin that a model must find."""
+        return tuple(self.needles[index].start for index in self.asked)
+
     def apply(self, haystack: TokenArray) -> "TaskSample":
         """Makes the sample: a copy of the haystack with the edits in place.
 
