@@ -93,7 +93,7 @@ def use_cache(cache: ScheduleCache) -> None:
         explain(cache, problem, target)
     for number, (origin, record) in enumerate(cache.entries()):
         text = json.dumps(entry_values(number, origin, record), ensure_ascii=False, allow_nan=False)
-        assert text.encode()
+        assert text.encode(errors="replace")
         assert f"{record.problem.describe()} {record.schedule} {record.target.name} {record.date}".isprintable()
         assert isinstance(record.outdated(installed_versions()), str)
         assert record.shortfall is None or record.trials >= 0

@@ -167,7 +167,9 @@ def _current_config(directory: Path) -> dict[str, Any]:
     path = waiting if waiting.exists() else path
     config = read_json(path)
     if config.get("model_type") != MODEL_TYPE:
-        raise SaveError(f"{path} is of another program: model_type = {config.get('model_type')!r}, not {MODEL_TYPE!r}")
+        raise SaveError(
+            f"{path} is of another program: model_type = {shown(config.get('model_type'))}, not {MODEL_TYPE!r}"
+        )
     if config.get("format_version") != FORMAT_VERSION:
         raise SaveError(
             f"{path} has format_version = {config.get('format_version')!r}; this hsa-compile reads {FORMAT_VERSION}"

@@ -15,7 +15,8 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from hsa_compile.autotune.evaluate import Outcome
-from hsa_compile.checks import check_count, check_number, check_text
+from hsa_compile.checks import check_count, check_number, check_text, shown
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.schedules.record import MAX_MS
 
 # The attributes that our trials carry beside their parameters.
@@ -37,6 +38,8 @@ def check_attributes(operation: Mapping[str, Any]) -> None:
     for value in (operation.get("value"), *(operation.get("values") or ())):
         if value is not None:
             check_number("a value", value, -MAX_MS, MAX_MS)
+    if "directions" in operation and len(operation["directions"]) != 1:
+        raise InvalidArgument(f"directions = {shown(operation['directions'])} must be one direction")
     attributes = {**operation.get("user_attrs", {}), **operation.get("user_attr", {})}
     system_attributes = {**operation.get("system_attrs", {}), **operation.get("system_attr", {})}
     for name in (*attributes, *system_attributes):

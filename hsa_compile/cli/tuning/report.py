@@ -67,11 +67,12 @@ def report(names: tuple[str, ...], address: str | None, device: str, out: Path) 
     text, left_out = page(searches, [_peaks(search.target, search.problem.dtype) for search in searches])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise SaveError(f"{out} cannot be written: {error.strerror or error}") from error
     shown, hidden, few = (counted(n, "search", "es") for n in (len(searches) - left_out, left_out, short))
-    click.echo(f"{out}: {shown}, {len(text.encode()) / 1e3:.0f} kB")
+    size = len(text.encode(errors="replace")) / 1e3
+    click.echo(f"{out}: {shown}, {size:.0f} kB")
     if left_out:
         click.echo(f"not shown for lack of room: {hidden}, the oldest; --study NAME shows one", err=True)
     if short:
@@ -84,15 +85,13 @@ def _chosen(storage: BaseStorage, names: Sequence[str], address: str) -> tuple[l
     Raises:
         InvalidArgument: a name is unknown, or nothing is left to show.
     """
-    from hsa_compile.cli.tuning.report_page import Search
-
     ours = [study for study in storage.get_all_studies() if {"problem", "target"} <= study.user_attrs.keys()]
     known = ", ".join(study.study_name for study in ours) or "none"
     for name in names:
         if name not in [study.study_name for study in ours]:
             raise InvalidArgument(f"study {name!r} does not exist in {address}; there are: {known}")
     chosen = [study for study in ours if study.study_name in names] if names else _latest(ours)
-    read = [Search.read(study, storage.get_all_trials(study._study_id)) for study in chosen]
+    read = [_read(study, storage) for study in chosen]
     found = [search for search in read if search is not None and len(search.timed) >= MIN_TIMED]
     if not found:
         raise InvalidArgument(
@@ -100,6 +99,16 @@ def _chosen(storage: BaseStorage, names: Sequence[str], address: str) -> tuple[l
             "hsa-compile tune makes one"
         )
     return found, len(read) - len(found)
+
+
+def _read(study: FrozenStudy, storage: BaseStorage) -> Search | None:
+    """Returns a search; None if its study is of another version, or damaged so that its trials contradict it."""
+    from hsa_compile.cli.tuning.report_page import Search
+
+    try:
+        return Search.read(study, storage.get_all_trials(study._study_id))
+    except ValueError:
+        return None
 
 
 def _latest(studies: Sequence[FrozenStudy]) -> list[FrozenStudy]:

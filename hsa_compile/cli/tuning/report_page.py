@@ -13,6 +13,7 @@ from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.samplers.point import schedule_of
 from hsa_compile.autotune.study.storage import RECORD
 from hsa_compile.autotune.study.trials import LEDGER, OUTCOME
+from hsa_compile.checks import check_text, check_texts
 from hsa_compile.cli.options import counted
 from hsa_compile.comparison.peaks import Peaks
 from hsa_compile.comparison.result import digits
@@ -108,6 +109,8 @@ class Search:
                 if OUTCOME in trial.user_attrs and (schedule := schedule_of(trial.params, space)) is not None
             ]
             record = TuningRecord.from_dict(facts[RECORD]) if RECORD in facts else None
+            check_text("inputs", facts["inputs"])
+            check_texts("versions", facts["versions"])
             return Search(
                 name=study.study_name,
                 problem=problem,
@@ -118,7 +121,7 @@ class Search:
                 seed=facts["seed"],
                 versions=facts["versions"],
             )
-        except (InvalidArgument, KeyError, TypeError):
+        except (InvalidArgument, LookupError, TypeError, ValueError, AttributeError):
             return None
 
     @property
@@ -148,10 +151,10 @@ def page(searches: Sequence[Search], peaks: Sequence[Peaks | None]) -> tuple[str
     names = dict.fromkeys(search.target.name for search in searches)
     title = f"Kernels of Hierarchical Sparse Attention, tuned for {', '.join(names)}"
     sections: list[str] = []
-    size = len(_frame(title, _overview(searches), []).encode())
+    size = len(_frame(title, _overview(searches), []).encode(errors="replace"))
     for search, roofs in zip(reversed(searches), reversed(peaks), strict=True):
         section = _section(search, roofs)
-        size += len(section.encode())
+        size += len(section.encode(errors="replace"))
         if size > MOST_BYTES:
             break
         sections.insert(0, section)

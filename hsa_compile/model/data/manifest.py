@@ -1,7 +1,7 @@
 """What a prepared corpus says about itself. It is written last: a folder without it holds no corpus."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,10 @@ def _check_source(values: object) -> None:
         raise InvalidArgument(f"a source is {shown(values)}, not an object")
     found = {name: values.get(name) for name in _FOUND}
     check_found(**found)
-    from_mapping(Source, {name: value for name, value in values.items() if name not in _FOUND})
+    source = {name: value for name, value in values.items() if name not in _FOUND}
+    if missing := [field.name for field in fields(Source) if field.name not in source]:
+        raise InvalidArgument(f"a source lacks {', '.join(missing)}")
+    from_mapping(Source, source)
 
 
 def tokens_name(split: str) -> str:

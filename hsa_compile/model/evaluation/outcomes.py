@@ -23,6 +23,8 @@ _KINDS: tuple[dict[str, type], ...] = (  # retrieval, perplexity, and the two ki
     {"text": str},
 )
 
+_MOST_LOSS = 700.0  # a byte; e to the power of more is no float
+
 Key = Mapping[str, Any]
 Values = dict[str, Any]
 
@@ -118,4 +120,6 @@ def _checked(values: Any) -> Values:
         raise ValueError("values of another kind")
     if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
         raise ValueError("a number that is not finite")
+    if "loss" in values and not 0 <= values["loss"] <= _MOST_LOSS * min(max(1, values["bytes"]), 2**53):
+        raise ValueError("a loss that no text has")
     return values

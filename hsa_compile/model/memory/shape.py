@@ -47,7 +47,7 @@ class MemoryShape:
             check_count(name, getattr(self, name), 1, high)
         for name in ("dtype", "landmark_dtype"):
             if getattr(self, name) not in DTYPE_NAMES:
-                raise InvalidArgument(f"{name} = {getattr(self, name)!r} is not one of {', '.join(DTYPES)}")
+                raise InvalidArgument(f"{name} = {shown(getattr(self, name))} is not one of {', '.join(DTYPES)}")
 
     @classmethod
     def of_names(cls, values: dict[str, Any]) -> "MemoryShape":

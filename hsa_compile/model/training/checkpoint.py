@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.checks import check_count, shown
+from hsa_compile.checks import check_count, one_line, shown
 from hsa_compile.errors import HSACompileWarning, SaveError, warn_user
 from hsa_compile.files import file_sha256, make_directory, read_summed_json, sync_directory, write_summed_json
 from hsa_compile.model.layers.moe import saved_name
@@ -125,7 +125,9 @@ def load_checkpoint(
     state, files = _agreed(processes, lambda: _read(path))[0]
     found = _checksums(path, processes)
     if damaged := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
-        raise SaveError(f"{path} is damaged: {', '.join(damaged[:3])} is not what {STATE_FILE} describes (SHA-256)")
+        raise SaveError(
+            f"{path} is damaged: {one_line(', '.join(damaged[:3]))} is not what {STATE_FILE} describes (SHA-256)"
+        )
     wanted = _tensors(model, optimizer)
     if (path / SHARDS).is_dir():
         _agreed(processes, lambda: _load_shards(path / SHARDS, wanted))

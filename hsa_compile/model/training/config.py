@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hsa_compile.checks import check_choice, check_count, check_number, pair
+from hsa_compile.checks import check_choice, check_count, check_number, pair, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.tasks.family import TASKS
@@ -123,7 +123,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.corpus, str):
-            raise InvalidArgument(f"data.corpus = {self.corpus!r} must be 'stdlib' or a folder")
+            raise InvalidArgument(f"data.corpus = {shown(self.corpus)} must be 'stdlib' or a folder")
         for name in ("text_weight", "answer_weight", "corpus_weight"):
             check_number(f"data.{name}", getattr(self, name), 0, 1e6)
 
@@ -193,7 +193,7 @@ class Stage:
     def _check_weights(self, name: str, allowed: tuple[str, ...]) -> None:
         weights = getattr(self, name)
         if not isinstance(weights, Mapping):
-            raise InvalidArgument(f"stages.{name} = {weights!r} must be a table such as {{{allowed[0]} = 1.0}}")
+            raise InvalidArgument(f"stages.{name} = {shown(weights)} must be a table such as {{{allowed[0]} = 1.0}}")
         for each, weight in weights.items():
             check_choice(name.removesuffix("s"), each, allowed)
             check_number(f"stages.{name}.{each}", weight, 0, 1e9)
@@ -230,8 +230,8 @@ class RunConfig:
             raise InvalidArgument("stages = [] must name at least one stage")
         if self.data.corpus and not any(stage.needs_corpus for stage in self.stages):
             raise InvalidArgument(
-                f"data.corpus = {self.data.corpus!r} is used by no stage; allowed are a synthetic_share below 1, a "
-                "weight of haystacks.corpus or haystacks.assignments, or no corpus"
+                f"data.corpus = {shown(self.data.corpus)} is used by no stage; allowed are a synthetic_share below 1, "
+                "a weight of haystacks.corpus or haystacks.assignments, or no corpus"
             )
         for number, stage in enumerate(self.stages):
             if stage.needs_corpus and not self.data.corpus:
