@@ -38,8 +38,10 @@ def check_attributes(operation: Mapping[str, Any]) -> None:
     for value in (operation.get("value"), *(operation.get("values") or ())):
         if value is not None:
             check_number("a value", value, -MAX_MS, MAX_MS)
-    if "directions" in operation and len(operation["directions"]) != 1:
-        raise InvalidArgument(f"directions = {shown(operation['directions'])} must be one direction")
+    for name in ("directions", "values"):
+        found = operation.get(name)
+        if found is not None and (not isinstance(found, list) or len(found) != 1):
+            raise InvalidArgument(f"{name} = {shown(found)} must be a list of one: a study has one objective")
     attributes = {**operation.get("user_attrs", {}), **operation.get("user_attr", {})}
     system_attributes = {**operation.get("system_attrs", {}), **operation.get("system_attr", {})}
     for name in (*attributes, *system_attributes):
