@@ -58,9 +58,9 @@ class Outcome:
             check_text(name, getattr(self, name))
         for name, kind in (("reason", str), ("times_ms", tuple), ("default_times_ms", tuple)):
             if not isinstance(getattr(self, name), kind):
-                raise InvalidArgument(f"{name} = {shown(getattr(self, name))} is no {kind.__name__}")
+                raise InvalidArgument(f"{name} = {shown(getattr(self, name))} must be a {kind.__name__}")
         if not isinstance(self.resources, Resources | None):
-            raise InvalidArgument(f"resources = {shown(self.resources)} are none")
+            raise InvalidArgument(f"resources = {shown(self.resources)} must be Resources or None")
         check_number("seconds", self.seconds, 0, MAX_MS)
         if bool(self.failure) == bool(self.times_ms) or len(self.times_ms) != len(self.default_times_ms):
             raise InvalidArgument(

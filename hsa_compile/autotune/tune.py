@@ -222,7 +222,7 @@ def _progress(problem: Problem, options: TuneOptions, result: SearchResult, elap
 def conflict(trials: Sequence[Trial], winner: Schedule) -> str:
     """Says so if no schedule that was timed is near the best one on each of several distributions.
 
-    The ratios of a schedule that was dropped early come from few rounds, which are enough to tell a tenth.
+    The ratios of a schedule that was dropped early come from few rounds.
     """
     own = next((trial for trial in trials if trial.schedule == winner), None)
     if own is None or not own.ratios:

@@ -149,6 +149,30 @@ def test_a_push_uploads_the_folder_and_keeps_a_card(has_card: bool, monkeypatch:
         wrapped().push_to_hub("small", tags=["a"])
 
 
+def test_a_model_of_the_hub_is_fetched_into_its_cache_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped().save_pretrained(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model = hf.HSACompileForCausalLM.from_pretrained("me/small", revision="v1", trust_remote_code=True)
+    assert asked == {"name": "me/small", "revision": "v1"}
+    assert torch.equal(model.model.embedding.weight, wrapped().model.embedding.weight)
+
+
+def test_what_is_neither_a_directory_nor_on_the_hub_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match=r"runs/none is no directory, and the Hub does not give it: "):
+        hf.HSACompileForCausalLM.from_pretrained("runs/none", local_files_only=True, cache_dir=tmp_path)
+    with pytest.raises(SaveError, match=r"runs/a/b is no directory, and the Hub does not give it: "):
+        hf.HSACompileForCausalLM.from_pretrained("runs/a/b")
+
+
 def test_checkpointing_changes_no_gradient_and_its_options_are_refused() -> None:
     tokens = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
     model = wrapped(selection_noise=False).train()

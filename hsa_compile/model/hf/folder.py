@@ -1,12 +1,14 @@
 """A directory as the Hugging Face Hub expects it: the model with its tokenizer, generation config and model card."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import transformers
 
+from hsa_compile.checks import one_line
 from hsa_compile.errors import SaveError
 from hsa_compile.files import make_directory, read_json, read_regular, replace_file, replace_text, write_json
 from hsa_compile.model.config import PERPLEXITY
@@ -17,6 +19,7 @@ from hsa_compile.model.transformer import HSATransformer
 
 GENERATION_FILE, CARD_FILE = "generation_config.json", "README.md"
 _TOKENIZER_FILE, _TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _RESULTS = ("results.json", "evaluation/results.json")  # what `hsa-compile eval --out` wrote beside the model
 
 
@@ -87,6 +90,23 @@ def write_folder(
     if not (directory / CARD_FILE).exists():
         text = _card(model, directory.resolve().name, [place for place in (source, directory) if place is not None])
         replace_text(directory / CARD_FILE, text)
+
+
+def download(name: str, options: Mapping[str, Any]) -> Path:
+    """Returns where the files of a model of the Hub lie on this machine; those that are not there yet are fetched.
+
+    Args:
+        name: `user/name`.
+        options: those of `snapshot_download` are passed on, and others left out.
+
+    Raises:
+        SaveError: there is no such model, or the Hub does not answer.
+    """
+    asked = {key: value for key, value in options.items() if key in _DOWNLOADING and value is not None}
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **asked))
+    except (OSError, ValueError) as error:
+        raise SaveError(f"{name} is no directory, and the Hub does not give it: {one_line(error)}") from error
 
 
 def upload(

@@ -16,7 +16,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import read_json
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.hf.cache import HSACache, first_tokens, rolled
-from hsa_compile.model.hf.folder import GENERATION_FILE, upload, write_folder
+from hsa_compile.model.hf.folder import GENERATION_FILE, download, upload, write_folder
 from hsa_compile.model.pretrained import ARCHITECTURE, AUTO_MAP, MODEL_TYPE, from_pretrained
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
@@ -95,18 +95,20 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         """Reads a model that hsa-compile saved.
 
         Args:
-            pretrained_model_name_or_path: the directory of the model.
+            pretrained_model_name_or_path: the directory of the model, or its name on the Hub.
             dtype: the dtype of the weights, also as `torch_dtype`; the saved one for None and `auto`.
             device_map: a device, `auto`, or `{"": device}`.
             config: the config of the directory, which Auto classes pass on.
             generation_config: how `generate` chooses tokens; the saved one if None.
-            others: what says where `transformers` finds files, which has no meaning here.
+            others: what says how the Hub is asked, such as `revision`; the rest has no meaning here.
 
         Raises:
             SaveError, InvalidArgument: for the reasons of `pretrained.from_pretrained`, or an argument is not allowed.
         """
-        path = Path(pretrained_model_name_or_path)
         _refuse("from_pretrained", {name: value for name, value in others.items() if name not in _LOADING})
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            path = download(str(pretrained_model_name_or_path), others)
         device = device_map.get("", "auto") if isinstance(device_map, Mapping) else device_map or "cpu"
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -314,6 +316,8 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         num_items: int | Tensor | None,
         outputs: list[Tensor] | None,
     ) -> CausalLMOutputWithPast:
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise InvalidArgument("logits_to_keep with labels is not allowed: the loss needs the logits of all tokens")
         first = None if mask is None else first_tokens(mask, tokens.shape[:2])
         if first is not None:
             # A text begins at position 0: padding before it is moved behind it, where it changes nothing.
@@ -324,8 +328,6 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         if first is not None:
             hidden = rolled(hidden, -first)
             outputs = None if outputs is None else [rolled(output, -first) for output in outputs]
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise InvalidArgument("logits_to_keep with labels is not allowed: the loss needs the logits of all tokens")
         logits = self.model.logits(hidden[:, _kept(logits_to_keep)])
         return CausalLMOutputWithPast(
             loss=None if labels is None else _loss(logits, labels, num_items),
