@@ -211,10 +211,11 @@ class RecordedPicks:
     def stretched(self, problem: Problem) -> Tensor:
         """Returns picks `[B, T, H, K]` of a problem's shape.
 
-        Where there are more slots than the problem has, those with the largest weights stay. Heads and rows of the batch take the
-        recorded ones in turn. A longer text repeats the recorded tokens: in repetition j, counted from 0, the recorded
-        chunk c stands for chunk c·(j + 1) + j, so that neighbours share what they shared, and picks still reach back to
-        the beginning. A shorter text takes the first tokens, or as queries the last ones of its keys.
+        Where there are more slots than the problem has, those with the largest weights stay. Heads and rows of the
+        batch take the recorded ones in turn. A longer text repeats the recorded tokens: in repetition j, counted from
+        0, the recorded chunk c stands for chunk c·(j + 1) + j, so that neighbours share what they shared, and picks
+        still reach back to the beginning. A shorter text takes the first tokens, or as queries the last ones of its
+        keys.
 
         Raises:
             InvalidArgument: chunks have another size, there are fewer slots, or the op picks for itself.
