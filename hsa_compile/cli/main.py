@@ -69,7 +69,7 @@ _COMMANDS = {
     "prepare": ("hsa_compile.cli.models.prepare:prepare", "Turn text into a corpus that training reads."),
     "model": ("hsa_compile.cli.models.model:model", "Show what a model costs."),
     "train": ("hsa_compile.cli.models.train:train", "Train a model."),
-    "eval": ("hsa_compile.cli.models.eval:evaluate", "Evaluate a model: needles in haystacks, and perplexity."),
+    "eval": ("hsa_compile.cli.models.eval:evaluate", "Evaluate a model: tasks of retrieval, and perplexity."),
     "generate": ("hsa_compile.cli.models.generate:generate", "Continue a text with a model."),
     "bench": ("hsa_compile.cli.bench:bench", "Time the ops against what one would run instead."),
     "profile": ("hsa_compile.cli.models.profile:profile", "Show where the time of one warmed-up step goes."),
