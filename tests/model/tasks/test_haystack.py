@@ -79,7 +79,9 @@ def test_made_haystacks_have_their_length_and_depend_on_the_seed_alone(name: str
     filled = MADE[name].fill(length, random.Random(seed))
     assert len(filled) == length
     assert filled == MADE[name].fill(length, random.Random(seed))
-    assert length < 100 or filled != MADE[name].fill(length, random.Random(seed + 1))
+    # The sentences of the noise begin at one of ninety places, so that two seeds may give the same.
+    others = (MADE[name].fill(length, random.Random(other)) for other in range(seed + 1, seed + 11))
+    assert length < 100 or any(other != filled for other in others)
 
 
 def test_words_are_five_letters_and_hardly_one_comes_twice() -> None:
