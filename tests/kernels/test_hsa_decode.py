@@ -179,7 +179,6 @@ def wrong_arguments() -> dict[str, tuple[dict[str, Any], str]]:
         "device": ({"chunk_indices": indices.to("meta")}, "chunk_indices is on meta"),
         "table device": ({"page_table": table.to("meta")}, "page_table is on meta"),
         "a page in pieces": ({"k_chunks": k.transpose(1, 2).contiguous().transpose(1, 2)}, "must be contiguous"),
-        "gradient": ({"q": q.clone().requires_grad_()}, "q requires a gradient and hsa_decode has none"),
     }
 
 
@@ -192,10 +191,13 @@ def test_a_wrong_argument_is_named_with_what_is_allowed(name: str) -> None:
         hsa_decode(**{**given, "page_table": table, **wrong})
 
 
-def test_parameters_are_no_obstacle_where_gradients_are_off() -> None:
+def test_a_gradient_is_refused_and_not_zero() -> None:
     (q, k, v, indices, weights), _ = Case(Shape()).tensors()
+    o = hsa_decode(q.requires_grad_(), k, v, indices, weights)
+    with pytest.raises(InvalidArgument, match="hsa_decode has no gradient; use hsa_attention"):
+        o.sum().backward()
     with torch.no_grad():
-        assert not hsa_decode(q.requires_grad_(), k, v, indices, weights).requires_grad
+        assert not hsa_decode(q, k, v, indices, weights).requires_grad
 
 
 def test_a_pool_in_pageable_memory_is_refused_for_a_query_on_a_gpu() -> None:

@@ -89,7 +89,13 @@ def picked(q: Tensor, k: Tensor, *_: Tensor) -> Tensor:
     return selected(q[:, :, :2], k[:, ::C])[1]
 
 
-@pytest.mark.parametrize("call", [attend, picked, decoded])
+def decoded_raw(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    k_pages, v_pages = (x[0, :40].unflatten(0, (5, C)).transpose(1, 2).contiguous() for x in (k, v))
+    given = (q[:, :9], k_pages, v_pages, indices[:, :9], weights[:, :9])
+    return torch.ops.hsa_compile.hsa_decode(*given, None, 1.0, False, False)
+
+
+@pytest.mark.parametrize("call", [attend, picked, decoded, decoded_raw])
 def test_forward_mode_derivatives_are_refused_and_not_zero(call: Callable[..., Tensor]) -> None:
     q, *others = tensors(requires_grad=False)
     with pytest.raises(InvalidArgument, match="has no forward-mode derivative"):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
+from hsa_compile.kernels.gradient import register_no_gradient
 from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES, check_shape
 from hsa_compile.kernels.resolve import remembered
 from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_DECODE_TOKENS, MAX_HEAD_DIM, Problem
@@ -180,3 +181,4 @@ def _fake(q: Tensor, k_chunks: Tensor, v_chunks: Tensor, *_: Any) -> Tensor:
 for _device in ("CPU", "CUDA"):
     _library.impl("hsa_decode", _run, _device)
 torch.library.register_fake("hsa_compile::hsa_decode", _fake, lib=_library)
+register_no_gradient(_library, "hsa_decode", "hsa_decode has no gradient; use hsa_attention")

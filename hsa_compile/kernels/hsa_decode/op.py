@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.gradient import refuse_tangents
 from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
 
@@ -50,18 +49,17 @@ def hsa_decode(
         mask_last_token: leaves out the last key of each chunk, a landmark.
 
     Returns:
-        o `[B, T, HQ, Dv]` in the dtype of q, with no gradient; zeros where all slots are empty.
+        o `[B, T, HQ, Dv]` in the dtype of q; zeros where all slots are empty.
 
     Raises:
-        InvalidArgument: a shape, dtype, device or value is not allowed, or a tensor requires a gradient while
-            gradients are recorded; the message shows it and what is allowed.
+        InvalidArgument: a shape, dtype, device or value is not allowed; the message shows it and what is allowed.
+            Also if a gradient is asked for, when it is computed.
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
     tensors = (q, k_chunks, v_chunks, chunk_indices, chunk_weights)
     if not are_checked_below(*tensors, *(() if page_table is None else (page_table,))):
         decode_ops.check_arguments(*tensors, page_table, mask_last_token)
-    _refuse_gradients(*tensors)
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
     no_chunks = k_chunks.shape[0] == 0 or (page_table is not None and page_table.shape[1] == 0)
@@ -81,15 +79,3 @@ def hsa_decode(
         softmax_off_by_one,
         mask_last_token,
     )
-
-
-def _refuse_gradients(*tensors: Tensor) -> None:
-    refuse_tangents("hsa_decode", tensors)
-    if not torch.is_grad_enabled():
-        return
-    names = ("q", "k_chunks", "v_chunks", "chunk_indices", "chunk_weights")
-    for name, x in zip(names, tensors, strict=True):
-        if x.requires_grad:
-            raise InvalidArgument(
-                f"{name} requires a gradient and hsa_decode has none; use hsa_attention, or torch.no_grad()"
-            )
