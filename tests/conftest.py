@@ -14,10 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from hsa_compile.kernels import compile as compile_module
 from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.target import this_cpu
+
+# A busy machine may draw examples slowly, and take long for one.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 # What `--cpu` may be → what PyTorch calls it in ATEN_CPU_CAPABILITY; each executes what stands before it, too.
 CAPABILITIES = {"none": "default", "avx2": "avx2", "avx512": "avx512"}

@@ -327,7 +327,7 @@ def _parts(text: Text) -> Iterator[Tensor]:
     yield from (text.k, text.v, text.landmarks)
 
 
-SETTINGS = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SETTINGS

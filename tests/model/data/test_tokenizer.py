@@ -13,7 +13,7 @@ from hsa_compile.errors import InvalidArgument, MissingDependency
 from hsa_compile.model.data.tokenizer import BytesTokenizer, FileTokenizer, load_tokenizer, token_dtype
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.text())
 def test_bytes_come_back_as_the_same_text(text: str) -> None:
     tokenizer = load_tokenizer("bytes")
