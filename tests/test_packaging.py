@@ -105,6 +105,19 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path,
         assert f"hsa_compile/{name}" in names
 
 
+def test_the_dockerfile_copies_all_that_the_wheel_is_built_from(wheel: Path, source: Path, tmp_path: Path) -> None:
+    """The copies come from what `.dockerignore` lets into the build, and give the same wheel."""
+    let_in = {line[1:] for line in (source / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copies = [line.split()[1:] for line in (source / "Dockerfile").read_text().splitlines() if line.startswith("COPY")]
+    context = tmp_path / "context"
+    context.mkdir()
+    for *names, _target in copies:
+        assert let_in.issuperset(names)
+        for name in names:
+            (shutil.copytree if (source / name).is_dir() else shutil.copy2)(source / name, context / name)
+    assert files_of(built("wheel", context, tmp_path / "dist")) == files_of(wheel)
+
+
 def test_the_wheel_carries_the_licence_that_its_metadata_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (licence,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))

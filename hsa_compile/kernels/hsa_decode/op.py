@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
