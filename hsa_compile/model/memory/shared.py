@@ -153,9 +153,10 @@ class SharedMemory:
         tokens = max(1, GATHER_BYTES // max(1, self.mesh.size() * packed[:, :, :1].nbytes))
         picked = []
         for part in packed.split(tokens, dim=2):
-            whole = part.new_empty(2 * self.mesh.size(), *part.shape[1:])
-            dist.all_gather_into_tensor(whole, part.contiguous(), group=self.mesh.get_group())
-            chunks, scores = whole.unflatten(0, (-1, 2)).movedim(0, 4).flatten(4).unbind()
+            part = part.contiguous()
+            gathered = [torch.empty_like(part) for _ in range(self.mesh.size())]
+            dist.all_gather(gathered, part, group=self.mesh.get_group())
+            chunks, scores = torch.cat(gathered, dim=-1).unbind()
             chunks, order = chunks.sort(dim=-1, descending=True)
             picked.append(weighed(chunks.int(), scores.gather(-1, order), top_k, fusion, query.dtype))
         indices, weights = zip(*picked, strict=True)
