@@ -239,9 +239,9 @@ def _room(paper: Paper) -> list[Figure]:
         devices = paper.cluster.count
         share = paper.info.memory.caches + (stays - paper.info.memory.caches + chunks) / devices
         figures += [
-            Figure(name="memory a text that all devices share", value=share, unit="B",
+            Figure(name="shared by all devices: memory a text", value=share, unit="B",
                    formula="caches + (landmarks + chunk keys, values) / devices, on each"),
-            Figure(name="sent a token of a text that all devices share", value=decode_sent(paper.config, devices),
+            Figure(name="shared by all devices: sent a token", value=decode_sent(paper.config, devices),
                    unit="B", formula="16 B x kv heads x picks x (devices - 1) a retrieval + 8 B x heads x head dim x "
                    "(1 - 1 / devices) a reading layer"),
         ]  # fmt: skip

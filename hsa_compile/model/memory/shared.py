@@ -32,9 +32,10 @@ class Span:
 class SharedMemory:
     """The chunks of texts whose memory processes share; it stands where a `ChunkMemory` of one process does.
 
-    All processes call the same methods in the same order with equal arguments, except for `ChunkMemory.append` on their
-    `own` chunks, which `note` then tells to all. Retrieval gathers the best candidates of each process; attention is a
-    sum over picked chunks, so that each process adds up those that it holds, and an all-reduce adds these sums.
+    All processes call the same methods in the same order with equal arguments. Only what they add to their `own` chunks
+    may differ, and `note` then says in all of them how many these are. Retrieval gathers the best candidates of each
+    process. Attention is a sum over picked chunks: each process adds up those that it holds, and an all-reduce adds
+    these sums.
 
     Args:
         own: the memory of the chunks that this process holds, empty.
@@ -229,6 +230,7 @@ class SharedMemory:
             torch.tensor(values, device=chunks.device)
             for values in zip(*((run.chunk, run.first, run.count) for run in runs), strict=True)
         )
-        place = (torch.searchsorted(begins, chunks, right=True) - 1).clamp(min=0)
-        offset = chunks - begins[place]
+        wanted = chunks.long()
+        place = (torch.searchsorted(begins, wanted, right=True) - 1).clamp(min=0)
+        offset = wanted - begins[place]
         return torch.where((offset >= 0) & (offset < counts[place]), firsts[place] + offset, -1).to(chunks.dtype)
