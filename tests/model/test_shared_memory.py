@@ -71,7 +71,10 @@ def go_back(size: int) -> None:
     found: list[list[Any]] = []
     for state in (new_state(model, 2), new_state(model, 2, mesh=mesh)):
         prefill(model, texts(2, 211), state)
+        extend(model, texts(2, 7, 5), state)
         point = snapshot(state)
+        extend(model, texts(2, 6, 6), state)  # a chunk that the process of the newest one takes, and gives up again
+        rewind(state, point)
         first = prefill(model, question, state)
         rewind(state, point)
         branch = take_rows(model, state, [1, 1, 0])

@@ -122,25 +122,34 @@ class LandmarkStore:
         return weighed(*_joined(found, query, top_k), top_k, fusion, query.dtype)
 
     def candidates(
-        self, query: Tensor, row: int, runs: Sequence[Run], position: int, *, chunk_size: int, top_k: int, fusion: str
+        self,
+        query: Tensor,
+        rows: slice,
+        runs: Sequence[Run],
+        position: int,
+        *,
+        chunk_size: int,
+        top_k: int,
+        fusion: str,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the best landmarks of a row that holds only some of a text's chunks, for `weighed`.
+        """Returns the best landmarks of rows that hold only some of their texts' chunks, for `weighed`.
 
         Args:
-            query: `[1, T, H, Dr]`, in the dtype of the landmarks.
-            row: the number of the row.
-            runs: which chunks of the text its chunks are, rising.
-            position, chunk_size, top_k, fusion: as in `select`.
+            query: `[b, T, H, Dr]`, in the dtype of the landmarks.
+            rows: which rows, `b` of them.
+            runs: which chunks of its text the chunks of each of these rows are, rising.
+            position: where the first token of each of these rows stands.
+            chunk_size, top_k, fusion: as in `select`.
 
         Returns:
-            the chunks `[1, T, H, K]` int32, −1 in empty slots, and their float64 scores, −∞ there.
+            the chunks `[b, T, H, K]` int32, −1 in empty slots, and their float64 scores, −∞ there.
         """
         found = []
         for run in runs:
             chunk = run.chunk
             for data, first, last in self._parts(run.first, run.first + run.count):
                 if position + query.shape[1] - 1 >= (chunk + 1) * chunk_size:
-                    landmarks = data[row : row + 1, first:last]
+                    landmarks = data[rows, first:last]
                     found.append(_candidates(query, landmarks, chunk, position, chunk_size, top_k, fusion))
                 chunk += last - first
         return best(*_joined(found, query, top_k), top_k, query.dtype)

@@ -142,13 +142,15 @@ class SharedMemory:
         check_choice("fusion", fusion, FUSIONS)
         chunk_size = 1 if once_a_chunk else self.own.shape.chunk_size
         query = query.to(self.own.shape.landmark_dtype)
+        rows = [(position, tuple(self._runs(b))) for b, position in enumerate(positions)]
+        parts = [slice(None)] if len(set(rows)) == 1 else [slice(b, b + 1) for b in range(len(rows))]
         found = [
             self.own.landmarks.candidates(
-                query[b : b + 1], b, self._runs(b), position, chunk_size=chunk_size, top_k=top_k, fusion=fusion
+                query[part], part, runs, position, chunk_size=chunk_size, top_k=top_k, fusion=fusion
             )
-            for b, position in enumerate(positions)
+            for part, (position, runs) in zip(parts, rows, strict=False)
         ]
-        own_chunks, own_scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        own_chunks, own_scores = (torch.cat(each) for each in zip(*found, strict=True))
         # Numbers of chunks are below 2⁴⁰, and float64 holds those: one message brings both.
         packed = torch.stack((own_chunks.double(), own_scores))
         tokens = max(1, GATHER_BYTES // max(1, self.mesh.size() * packed[:, :, :1].nbytes))
