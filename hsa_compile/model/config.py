@@ -230,6 +230,19 @@ class ModelConfig:
         return self.variant == "hsa-ultralong"
 
     @property
+    def lower_reach(self) -> int:
+        """How many tokens back the lower half's output depends on, if its layers are windows."""
+        return self.num_lower_layers * (self.window - 1)
+
+    def layer_position(self, place: int) -> int:
+        """Returns where a token of text stands in the layers: DRT puts a landmark token behind each C − 1."""
+        return place + place // (self.chunk_size - 1) if self.has_landmark_tokens else place
+
+    def text_length(self, position: int) -> int:
+        """Returns how many tokens of text come before a position of the layers."""
+        return position - position // self.chunk_size if self.has_landmark_tokens else position
+
+    @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """All layers from the bottom up."""
         lower = tuple(self._layer(i) for i in range(self.num_lower_layers))

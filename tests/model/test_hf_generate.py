@@ -10,8 +10,9 @@ from small_models import build, one_first, small_config
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.inference.inference import extend, new_state, prefill, snapshot, take_rows
+from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.inference.reading import load_state, save_state
+from hsa_compile.model.inference.snapshot import snapshot, take_rows
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 hf = pytest.importorskip("hsa_compile.model.hf")

@@ -1,8 +1,14 @@
-"""`PRESET|DIR`: how commands name a model, and the device and dtype that they load it to."""
+"""`PRESET|DIR`: how commands name a model, and the device, dtype and processes that they load it to."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hsa_compile.cli.options import DTYPE_ALIASES
 from hsa_compile.errors import InvalidArgument
@@ -93,3 +99,59 @@ def device_of(name: str) -> torch.device:
             + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
         )
     return device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """This process, alone or among those that read texts together.
+
+    Attributes:
+        device: what it runs on.
+        mesh: all of them; None if it is alone.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one prints, and reads and writes files of results."""
+        return self.mesh is None or self.mesh.get_rank() == 0
+
+    def from_first(self, value: Any) -> Any:
+        """Returns the value that the first process gave."""
+        if self.mesh is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+
+@contextlib.contextmanager
+def joined_readers(device: str) -> Iterator[Readers]:
+    """Joins the others that `torchrun` started, if it did, and leaves them at the end.
+
+    Args:
+        device: as `device_of` takes it.
+
+    Raises:
+        InvalidArgument: one device is named, and there are several processes.
+        TrainingError: another process ended while this one waited for it.
+    """
+    own = device_of(device)
+    if not dist.is_torchelastic_launched():
+        yield Readers(device=own)
+        return
+    from hsa_compile.model.training.processes import join_processes, leave_processes, saying_who_is_gone
+
+    if own.index is not None:
+        raise InvalidArgument(
+            f"--device {device} is one device; torchrun's processes each take their own: auto, cpu or cuda is needed"
+        )
+    processes = join_processes()
+    try:
+        with saying_who_is_gone(processes, "the same command begins again"):
+            mesh = init_device_mesh(own.type, (processes.world_size,)) if processes.world_size > 1 else None
+            yield Readers(device=processes.device if own.type == "cuda" else own, mesh=mesh)
+    finally:
+        leave_processes()

@@ -18,6 +18,9 @@ from hsa_compile.model.tasks.unseen import PACKAGES
 from hsa_compile.problem import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
+    from hsa_compile.cli.models.argument import Readers
     from hsa_compile.model.data.tokenizer import Tokenizer
     from hsa_compile.model.evaluation.harness_tasks import HarnessResults, HarnessRun
     from hsa_compile.model.evaluation.outcomes import OutcomeFile
@@ -146,23 +149,22 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     Contexts are never cut to a window: the memory has no limit. Tables are the harness's own; OUT gets harness.json.
     Data sets come from where a task's YAML file says, as a rule the network.
 
+    Under torchrun the processes read each text together: each keeps a share of its memory, and the first one keeps
+    and prints what is found.
+
     \b
     Examples:
       hsa-compile eval --lengths 4k,64k,1m
       hsa-compile eval --model runs/tiny/model --protocol both --out results
       hsa-compile eval --task vt --lengths 16m --samples 4 --memory-dtype bf16
       hsa-compile eval --harness lambada_openai,wikitext --harness-limit 100
+      torchrun --nproc-per-node 4 -m hsa_compile eval --lengths 16m
     """
     import torch
 
-    from hsa_compile.cli.models.argument import trained_on
-    from hsa_compile.model.data.manifest import VALIDATION
-    from hsa_compile.model.evaluation.outcomes import OutcomeFile
-    from hsa_compile.model.evaluation.perplexity import open_texts
+    from hsa_compile.cli.models.argument import joined_readers
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
-    from hsa_compile.model.tasks.haystack import load_haystack
-    from hsa_compile.model.tasks.unseen import packages_haystack
 
     run = _open_harness(harness, harness_path, harness_limit, seed)
     tasks = tasks or (() if run is not None else tuple(TASKS))
@@ -176,31 +178,55 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
         seed=seed or 0,
         min_distance=min_distance,
     )
-    model, tokenizer = _load(name, device, dtype, top_k)
-    subject = Subject(
-        name=_title(name),
-        model=model,
-        tokenizer=tokenizer,
-        memory=memory,
-        memory_dtype=getattr(torch, DTYPE_ALIASES.get(memory_dtype, memory_dtype)) if memory_dtype else None,
-        directory=out if memory == "disk" else None,
-    )
+    with joined_readers(device) as readers:
+        if run is not None and readers.mesh is not None:
+            raise InvalidArgument(f"--harness {harness} runs in one process, and torchrun started several")
+        model, tokenizer = _load(name, readers.device, dtype, top_k)
+        subject = Subject(
+            name=_title(name),
+            model=model,
+            tokenizer=tokenizer,
+            memory=memory,
+            memory_dtype=getattr(torch, DTYPE_ALIASES.get(memory_dtype, memory_dtype)) if memory_dtype else None,
+            directory=out if memory == "disk" else None,
+            mesh=readers.mesh,
+        )
+        _evaluate(subject, settings, readers, name, haystack, run, out, has_perplexity=PERPLEXITY in chosen,
+                  as_json=as_json)  # fmt: skip
+
+
+def _evaluate(
+    subject: Subject, settings: RetrievalSettings, readers: Readers, name: str, haystack: str, run: HarnessRun | None,
+    out: Path, *, has_perplexity: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Runs what is not kept yet; the first of several processes keeps and prints what all find together."""
+    from hsa_compile.cli.models.argument import trained_on
+    from hsa_compile.model.data.manifest import VALIDATION
+    from hsa_compile.model.evaluation.outcomes import OutcomeFile
+    from hsa_compile.model.evaluation.perplexity import open_texts
+    from hsa_compile.model.tasks.haystack import load_haystack
+    from hsa_compile.model.tasks.unseen import packages_haystack
+
     found = None
     if any(TASKS[task].haystack == TEXT for task in settings.tasks):
         is_unseen = haystack == PACKAGES
         found = packages_haystack(trained_on(name)) if is_unseen else load_haystack(haystack, split=VALIDATION)
-    texts = open_texts(subject, haystack, settings.lengths, samples) if PERPLEXITY in chosen else None
-    with OutcomeFile(out) as outcomes:
-        answers = run(subject, outcomes, quiet=as_json) if run is not None else None
-        results = _run(subject, settings, found, texts, outcomes, quiet=as_json) if chosen else None
-    _show(results, answers, out, as_json)
+    texts = open_texts(subject, haystack, settings.lengths, settings.num_samples) if has_perplexity else None
+    quiet = as_json or not readers.is_first
+    with OutcomeFile(out if readers.is_first else None) as outcomes:
+        outcomes.known = readers.from_first(outcomes.known)
+        answers = run(subject, outcomes, quiet=quiet) if run is not None else None
+        has_tasks = has_perplexity or settings.tasks
+        results = _run(subject, settings, found, texts, outcomes, quiet=quiet) if has_tasks else None
+    if readers.is_first:
+        _show(results, answers, out, as_json)
 
 
-def _load(name: str, device: str, dtype: str | None, top_k: int | None) -> tuple[HSATransformer, Tokenizer]:
-    from hsa_compile.cli.models.argument import device_of, load_model
+def _load(name: str, device: torch.device, dtype: str | None, top_k: int | None) -> tuple[HSATransformer, Tokenizer]:
+    from hsa_compile.cli.models.argument import load_model
     from hsa_compile.model.training.feed import apply_stage
 
-    model, tokenizer = load_model(name, None, device=device_of(device), dtype=dtype)
+    model, tokenizer = load_model(name, None, device=device, dtype=dtype)
     if top_k is not None:
         if not model.config.has_memory:
             raise InvalidArgument(f"--top-k {top_k}: {name} is of variant {model.config.variant}, which has no memory")

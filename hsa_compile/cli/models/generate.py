@@ -19,6 +19,7 @@ from hsa_compile.problem import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hsa_compile.cli.models.argument import Readers
     from hsa_compile.model.data.tokenizer import Tokenizer
     from hsa_compile.model.inference.generate import Sampling, TextStream
     from hsa_compile.model.inference.inference import ModelState
@@ -95,6 +96,8 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
           --max-new-tokens 0 --save-memory book
       hsa-compile generate --model DIR --load-memory book --prompt 'Who was it?'
 
+    Under torchrun the processes read the text together, and each keeps a share of its memory; the first one writes.
+
     \b
     Examples:
       hsa-compile generate --model DIR --prompt 'def main(' --temperature 0.8
@@ -103,8 +106,10 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
           --memory disk --memory-dir /tmp/memory
       hsa-compile generate --model tiny --prompt 'abc=1234. Grass is green. ?abc='
       hsa-compile generate --model small --random-weights --prompt hello
+      torchrun --nproc-per-node 4 -m hsa_compile generate --model DIR \\
+          --prompt-file book.txt
     """
-    from hsa_compile.cli.models.argument import device_of, load_model
+    from hsa_compile.cli.models.argument import joined_readers, load_model
     from hsa_compile.model.inference.generate import Sampling, TextStream
     from hsa_compile.model.inference.inference import new_state
     from hsa_compile.model.inference.reading import load_state
@@ -118,18 +123,24 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
         raise InvalidArgument(f"--memory-dir is for --memory disk, not {memory}")
     if memory == "disk" and memory_dir is None and load_memory is None:
         raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
-    raw = prompt_file.read() if prompt_file is not None else (prompt or "").encode(errors="surrogateescape")
-    model, tokenizer = load_model(name, variant, device=device_of(device), dtype=dtype,
-                                  random_seed=drawn.seed if random_weights else None)  # fmt: skip
-    tokens = _encode(tokenizer, raw)
-    if load_memory is not None:
-        state = load_state(model, load_memory, memory=memory)
-        if len(state.positions) != 1 or (state.rows is not None and len(state.rows) != 1):
-            raise InvalidArgument(f"{load_memory} holds several texts; generate continues one")
-    else:
-        state = new_state(model, memory=memory, directory=memory_dir)
-    texts = TextStream(tokenizer, stop)
-    _write(model, tokens, state, texts, tokenizer.separator, max_new_tokens, drawn, save_memory)
+    with joined_readers(device) as readers:
+        saved = [flag for flag, place in (("--save-memory", save_memory), ("--load-memory", load_memory)) if place]
+        if saved and readers.mesh is not None:
+            raise InvalidArgument(f"{saved[0]} is for one process, and torchrun started several")
+        raw = (prompt or "").encode(errors="surrogateescape")
+        if prompt_file is not None:  # several processes have one standard input
+            raw = readers.from_first(prompt_file.read() if readers.is_first else None)
+        model, tokenizer = load_model(name, variant, device=readers.device, dtype=dtype,
+                                      random_seed=drawn.seed if random_weights else None)  # fmt: skip
+        tokens = _encode(tokenizer, raw)
+        if load_memory is not None:
+            state = load_state(model, load_memory, memory=memory)
+            if len(state.positions) != 1 or (state.rows is not None and len(state.rows) != 1):
+                raise InvalidArgument(f"{load_memory} holds several texts; generate continues one")
+        else:
+            state = new_state(model, memory=memory, directory=memory_dir, mesh=readers.mesh)
+        texts = TextStream(tokenizer, stop)
+        _write(model, tokens, state, texts, tokenizer.separator, max_new_tokens, drawn, save_memory, readers)
 
 
 def _write(
@@ -141,26 +152,25 @@ def _write(
     max_new_tokens: int,
     sampling: Sampling,
     save_memory: Path | None,
+    readers: Readers,
 ) -> None:
     from hsa_compile.model.inference.generate import stream
     from hsa_compile.model.inference.reading import save_state
 
     steps = stream(model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, state=state)
-    with _progress(model, len(tokens)):
+    with _progress(model, len(tokens), readers):
         step = next(steps, None)  # this reads the prompt, and nothing more
     if save_memory is not None:
         save_state(model, state, save_memory)
         click.echo(f"read {state.positions[0]:,} tokens in all; kept in {save_memory}", err=True)
     while step is not None and step[0] is not None and step[0] != separator:
-        _show(texts.feed(step[0]))
+        _show(texts.feed(step[0]), readers)
         step = None if texts.stopped else next(steps, None)
-    _show(texts.finish())
-    if max_new_tokens:
-        _show("\n")
+    _show(texts.finish() + ("\n" if max_new_tokens else ""), readers)
 
 
-def _show(text: str) -> None:
-    if text:
+def _show(text: str, readers: Readers) -> None:
+    if text and readers.is_first:
         click.echo(text.encode(errors="replace"), nl=False)  # UTF-8, whatever the terminal's locale says
 
 
@@ -179,13 +189,14 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
 
 
 @contextlib.contextmanager
-def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
-    """Shows a bar on standard error while a long prompt runs through the first layer."""
+def _progress(model: HSATransformer, num_tokens: int, readers: Readers) -> Iterator[None]:
+    """Shows a bar on standard error while a long prompt, or this process's part of it, runs through the first layer."""
     from hsa_compile.model.inference.inference import PIECE
 
     first = next(iter([*model.lower, *model.upper]))
-    is_short = num_tokens < _PROGRESS_FROM * PIECE
-    with progress_bar(num_tokens, "read", hidden=is_short, unit="tok", unit_scale=True) as bar:
+    num_tokens //= 1 if readers.mesh is None else readers.mesh.size()
+    is_hidden = num_tokens < _PROGRESS_FROM * PIECE or not readers.is_first
+    with progress_bar(num_tokens, "read", hidden=is_hidden, unit="tok", unit_scale=True) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             # A model may put tokens of its own into the text.

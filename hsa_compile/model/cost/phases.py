@@ -17,8 +17,9 @@ from hsa_compile.model.cost.scale import (
     longest,
     memory_seconds,
 )
-from hsa_compile.model.cost.traffic import WEIGHT_BYTES, Split, sent_figures, wires
+from hsa_compile.model.cost.traffic import WEIGHT_BYTES, Split, decode_sent, sent_figures, wires
 from hsa_compile.model.inference.inference import upper_reach
+from hsa_compile.model.inference.parts import end_read
 from hsa_compile.model.transformer import empty_model
 
 _DECODE_FORMULA = "longest of FLOPs / peak, (weights used once + landmarks x retrievals + caches + picks) / bandwidth"
@@ -234,6 +235,16 @@ def _room(paper: Paper) -> list[Figure]:
     ]  # fmt: skip
     if not paper.config.has_memory:
         return figures
+    if paper.cluster.count > 1:
+        devices = paper.cluster.count
+        share = paper.info.memory.caches + (stays - paper.info.memory.caches + chunks) / devices
+        figures += [
+            Figure(name="shared by all devices: memory a text", value=share, unit="B",
+                   formula="caches + (landmarks + chunk keys, values) / devices, on each"),
+            Figure(name="shared by all devices: sent a token", value=decode_sent(paper.config, devices),
+                   unit="B", formula="16 B x kv heads x picks x (devices - 1) a retrieval + 8 B x heads x head dim x "
+                   "(1 - 1 / devices) a reading layer"),
+        ]  # fmt: skip
     return [
         *figures,
         Figure(name="texts a device, chunks in the host", value=_texts(paper, stays), unit="texts",
@@ -256,10 +267,21 @@ def _prefill(paper: Paper) -> list[Figure]:
         alone["PCIe to the host"] = Times(peak=host, assumed=host)
     one, bound = longest(alone)
     figures = [one.figure("prefill, one device", formula, bound)]
-    if paper.cluster.count > 1 and reach is not None:
-        together = one * (1 / paper.cluster.count)
-        figures.append(together.figure("prefill, all devices", "that / devices: pieces pass on windows alone", bound))
+    if paper.cluster.count > 1 and paper.config.has_memory and reach is not None:
+        figures.append(_shared_prefill(paper, reach))
     return figures
+
+
+def _shared_prefill(paper: Paper, reach: int) -> Figure:
+    """Returns the time in which all devices read one text: each a part, and all of them the end."""
+    info, devices = paper.info, paper.cluster.count
+    again = paper.config.lower_reach + end_read(paper.config, reach)
+    part, last = min(info.context, info.context / devices + again), min(reach, info.context)
+    flops = info.prefill_flops * part + (info.forward_flops - info.prefill_flops) * last
+    host = _kept_bytes(paper)[1] / devices / (paper.limits.host_gb_s * 1e9)
+    time, bound = longest({"compute": paper.matrix(flops), "PCIe to the host": Times(peak=host, assumed=host)})
+    formula = f"(lower half x (context / devices + {again:,} tokens) + all else x last {last:,}) / peak"
+    return time.figure("prefill, all devices", formula, bound)
 
 
 def _decode(paper: Paper) -> list[Figure]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.cost.info import num_positions
 from hsa_compile.model.cost.scale import ITEMSIZE, Figure, Paper, Times
 
@@ -187,3 +188,17 @@ def wires(paper: Paper, split: Split) -> dict[str, Times]:
         on_links += message.bytes * (1 - 1 / here)
         to_node += message.bytes * cluster.node_devices / here * (1 - here / message.group)
     return paper.wires(on_links, to_node)
+
+
+def decode_sent(config: ModelConfig, devices: int) -> float:
+    """Returns the bytes that a device sends for each new token of a text whose memory several devices share.
+
+    Each retrieval gathers a score and a number of eight bytes each for every pick; each layer that reads adds up its
+    outputs in float32. In DRT a retrieval serves a whole chunk.
+    """
+    candidates = 2 * 8 * config.memory_kv_heads * config.top_k
+    outputs = 4 * config.memory_heads * config.memory_head_dim
+    tokens_served = config.chunk_size if config.has_landmark_tokens else 1
+    retrievals = sum(spec.retrieves for spec in config.layers) / tokens_served
+    reading = sum(spec.reads_memory for spec in config.layers)
+    return retrievals * candidates * (devices - 1) + reading * 2 * outputs * (1 - 1 / devices)

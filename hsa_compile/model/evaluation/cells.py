@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsa_compile.model.evaluation.edited_reading import layer_position
 from hsa_compile.model.evaluation.outcomes import OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import RetrievalSettings, haystack_key, sample_key
 from hsa_compile.model.evaluation.subject import Subject
@@ -147,7 +146,7 @@ def _by_place(subject: Subject, found: Sequence[Values]) -> dict[str, Any]:
         if "start" not in values:
             continue
         correct = int(values["correct"])
-        first, last = (layer_position(config, place) for place in (values["start"], values["end"] - 1))
+        first, last = (config.layer_position(place) for place in (values["start"], values["end"] - 1))
         offset = first % config.chunk_size
         samples, right = by_offset.get(offset, (0, 0))
         by_offset[offset] = (samples + 1, right + correct)

@@ -13,7 +13,8 @@ from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.perplexity import LOGITS
 from hsa_compile.model.evaluation.subject import Subject, num_rows, piece_of
 from hsa_compile.model.inference.generate import Sampling, TextStream, stream
-from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
+from hsa_compile.model.inference.inference import ModelState, extend, prefill
+from hsa_compile.model.inference.snapshot import rewind, snapshot
 from hsa_compile.model.transformer import HSATransformer
 
 MAX_ROWS = 64  # the most texts of a batch, since many short ones would fill the memory with caches

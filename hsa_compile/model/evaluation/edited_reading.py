@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.data.tokenizer import TokenArray
-from hsa_compile.model.inference.inference import ModelState, prefill, rewind, snapshot, upper_reach
+from hsa_compile.model.inference.inference import ModelState, prefill, upper_reach
+from hsa_compile.model.inference.snapshot import rewind, snapshot
 from hsa_compile.model.tasks.sample import TaskPlan, TaskSample
 from hsa_compile.model.transformer import HSATransformer
 
@@ -36,7 +36,7 @@ class EditedReading:
         position = resume_position(model, prompt_length)
         assert position, "the samples are too short to be edited, or the model remembers too much"
         self._model, self._state, self._position = model, state, position
-        self.num_read = text_length(model.config, position)  # bytes before those that are read for each sample
+        self.num_read = model.config.text_length(position)  # bytes before those that are read for each sample
         if state.memory is not None:
             prefill(model, _tokens(haystack[: self.num_read]), state)
 
@@ -91,8 +91,8 @@ class EditedReading:
         Both are multiples of the chunk size.
         """
         model, config = self._model, self._model.config
-        begin = max(0, start - lower_reach(config)) // config.chunk_size * config.chunk_size
-        x = model.embed(_tokens(tokens[text_length(config, begin) : text_length(config, end)]).to(model.device))
+        begin = max(0, start - config.lower_reach) // config.chunk_size * config.chunk_size
+        x = model.embed(_tokens(tokens[config.text_length(begin) : config.text_length(end)]).to(model.device))
         if config.has_landmark_tokens:
             x, _ = model.with_landmark_tokens(x, begin)
         assert x.shape[1] == end - begin
@@ -112,7 +112,7 @@ def resume_position(model: HSATransformer, prompt_length: int) -> int | None:
     config, reach = model.config, upper_reach(model)
     if reach is None or any(spec.mixer != "window" for spec in config.layers):
         return None
-    end = layer_position(config, prompt_length - 1) + 1
+    end = config.layer_position(prompt_length - 1) + 1
     return max(0, end - reach) // config.chunk_size * config.chunk_size or None
 
 
@@ -127,8 +127,8 @@ def edited_chunks(model: HSATransformer, plan: TaskPlan, end: int) -> list[Chunk
     config = model.config
     ranges: list[ChunkRange] = []
     for edit in plan.edits:  # the question is among them, which may begin before `end`
-        newest = layer_position(config, edit.end - 1) + lower_reach(config)
-        first = layer_position(config, edit.start) // config.chunk_size
+        newest = config.layer_position(edit.end - 1) + config.lower_reach
+        first = config.layer_position(edit.start) // config.chunk_size
         last = min(newest // config.chunk_size + 1, end // config.chunk_size)
         if first >= last:
             continue
@@ -151,25 +151,10 @@ def num_reread(model: HSATransformer, num_needles: int, needle: int, length: int
     position = resume_position(model, prompt_length)
     assert position is not None
     config = model.config
-    reach, C = lower_reach(config), config.chunk_size
-    tail = layer_position(config, length) - position + reach
+    reach, C = config.lower_reach, config.chunk_size
+    tail = config.layer_position(length) - position + reach
     edit = needle + 2 * reach + 2 * C
     return tail + (num_needles * edit if config.has_memory else 0)
-
-
-def lower_reach(config: ModelConfig) -> int:
-    """Returns how many tokens back the lower half's output depends on."""
-    return config.num_lower_layers * (config.window - 1)
-
-
-def layer_position(config: ModelConfig, place: int) -> int:
-    """Returns where a byte of text stands in the layers: DRT puts a landmark token behind each C − 1."""
-    return place + place // (config.chunk_size - 1) if config.has_landmark_tokens else place
-
-
-def text_length(config: ModelConfig, position: int) -> int:
-    """Returns how many bytes of text come before a position of the layers that is a multiple of the chunk size."""
-    return position - position // config.chunk_size if config.has_landmark_tokens else position
 
 
 def _tokens(text: TokenArray) -> Tensor:

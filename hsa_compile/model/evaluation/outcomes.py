@@ -32,20 +32,28 @@ Values = dict[str, Any]
 class OutcomeFile:
     """Lines of `{"key": …, "values": …}` in a folder, held by one process at a time; a context manager.
 
+    Attributes:
+        known: what was found so far, by key.
+
     Args:
-        directory: the folder of the file; it is made if it is not there.
+        directory: the folder of the file; it is made if it is not there. None for a process that writes nothing, since
+            another one that evaluates with it does.
 
     Raises:
         SaveError: another process writes to the file, or it cannot be read or written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        make_directory(directory)
-        self.path = directory / OUTCOMES_FILE
-        self._lock = filelock.FileLock(directory / _LOCK)
-        self._values: dict[str, Values] = {}
+    def __init__(self, directory: Path | None) -> None:
+        self.known: dict[str, Values] = {}
+        self._writes = directory is not None
+        if directory is not None:
+            make_directory(directory)
+            self.path = directory / OUTCOMES_FILE
+            self._lock = filelock.FileLock(directory / _LOCK)
 
     def __enter__(self) -> "OutcomeFile":
+        if not self._writes:
+            return self
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -65,15 +73,16 @@ class OutcomeFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
-        self._lock.release()
+        if self._writes:
+            os.close(self._file)
+            self._lock.release()
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.known)
 
     def get(self, key: Key) -> Values | None:
         """Returns what was found for a sample, or None."""
-        return self._values.get(_text(key))
+        return self.known.get(_text(key))
 
     def add(self, found: Iterable[tuple[Key, Values]]) -> None:
         """Adds samples; when this returns, the disk has them.
@@ -86,14 +95,15 @@ class OutcomeFile:
         for key, values in found:
             added[_text(key)] = values
             lines += json.dumps({"key": dict(key), "values": values}, ensure_ascii=False) + "\n"
-        data = memoryview(lines.encode())
+        data = memoryview(lines.encode() if self._writes else b"")
         try:
             while data:
                 data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
+            if self._writes:
+                os.fsync(self._file)
         except OSError as error:
             raise SaveError(f"{self.path} cannot be written: {error.strerror}; what was finished is kept") from error
-        self._values |= added
+        self.known |= added
 
     def _read(self) -> None:
         """Reads all whole lines; a line that a dying process left unfinished is cut off."""
@@ -105,7 +115,7 @@ class OutcomeFile:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 record = parse_json(line)
-                self._values[_text(record["key"])] = _checked(record["values"])
+                self.known[_text(record["key"])] = _checked(record["values"])
             except (ValueError, TypeError, KeyError):
                 warn_user(f"{self.path} is damaged in line {number}; that sample is computed again", HSACompileWarning)
 

@@ -24,7 +24,8 @@ from hsa_compile.model.evaluation.settings import (
 )
 from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
 from hsa_compile.model.inference.generate import check_finite
-from hsa_compile.model.inference.inference import ModelState, extend, prefill, rewind, snapshot
+from hsa_compile.model.inference.inference import ModelState, extend, prefill
+from hsa_compile.model.inference.snapshot import rewind, snapshot
 from hsa_compile.model.tasks.family import haystack_of, sizes
 from hsa_compile.model.tasks.haystack import Haystack
 from hsa_compile.model.tasks.retrieval import Asked, make_edits

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class Subject:
         memory: where chunk keys and values lie, as in `new_state`.
         memory_dtype: the dtype in which they are kept; the weights' if None.
         directory: where their files are made, for `disk`.
+        mesh: the processes that read each text together; None for this one alone.
         fingerprint: the fingerprint of the model.
     """
 
@@ -40,6 +42,7 @@ class Subject:
     memory: str = "device"
     memory_dtype: torch.dtype | None = None
     directory: Path | None = None
+    mesh: DeviceMesh | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +51,12 @@ class Subject:
     def new_state(self, batch: int = 1) -> ModelState:
         """Makes the state before the first token of `batch` texts."""
         return new_state(
-            self.model, batch, memory=self.memory, directory=self.directory, memory_dtype=self.memory_dtype
+            self.model,
+            batch,
+            memory=self.memory,
+            directory=self.directory,
+            memory_dtype=self.memory_dtype,
+            mesh=self.mesh,
         )
 
     def key(self) -> dict[str, str]:

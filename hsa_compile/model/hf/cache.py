@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.inference.generate import evaluating
-from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill, take_rows
+from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill
+from hsa_compile.model.inference.snapshot import take_rows
 from hsa_compile.model.transformer import HSATransformer
 
 

@@ -17,6 +17,7 @@ from hsa_compile.errors import InvalidArgument, NotFinite
 from hsa_compile.model.config import MAX_SEED
 from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
 from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill
+from hsa_compile.model.memory.shared import SharedMemory
 from hsa_compile.model.transformer import HSATransformer
 
 OnToken = Callable[[int, int], object]
@@ -183,6 +184,8 @@ def stream(
     for step in range(max_new_tokens):
         check_finite(logits, going, step)
         tokens = sampler(logits)
+        if isinstance(state.memory, SharedMemory):
+            tokens = state.memory.agreed(tokens)
         values = tokens.tolist()
         yield [value if going[b] else None for b, value in enumerate(values)]
         if step == max_new_tokens - 1 or not any(going):

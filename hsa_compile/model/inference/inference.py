@@ -1,19 +1,21 @@
-"""Reading texts of any length: the state between pieces, extending and rewinding it, and the exact fast prefill."""
+"""Reading texts of any length: the state between pieces, extending it, and the exact fast prefill."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.inference.parts import Parts, Start, share_text
 from hsa_compile.model.layer import Cache, Piece
 from hsa_compile.model.layers.basic import traced
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.window_attention import appended
 from hsa_compile.model.memory.memory import ChunkMemory
+from hsa_compile.model.memory.shared import SharedMemory
 from hsa_compile.model.transformer import HSATransformer
 
 PIECE = 4096  # how many tokens prefill reads at once
@@ -28,7 +30,7 @@ class ModelState:
         lower, upper: caches of the layers of both halves.
         num_upper_past: how many tokens of each row are in the upper caches.
         pending: `[B, C − 1, dim]`, the newest outputs of the lower half, with the incomplete chunk at their end.
-        memory: the chunks that are complete; None in baselines.
+        memory: the chunks that are complete, of which a process may hold a share; None in baselines.
         carried: DRT's selections for the next token, by layer.
         rows: the states of the rows in DRT, which reads each row on its own: landmark tokens come at different times.
     """
@@ -38,7 +40,7 @@ class ModelState:
     upper: list[Cache | None]
     num_upper_past: list[int]
     pending: Tensor
-    memory: ChunkMemory | None
+    memory: ChunkMemory | SharedMemory | None
     carried: dict[int, Selection] = field(default_factory=dict)
     rows: list["ModelState"] | None = None
 
@@ -50,6 +52,7 @@ def new_state(
     memory: str = "device",
     directory: Path | None = None,
     memory_dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> ModelState:
     """Makes the state before the first token.
 
@@ -59,20 +62,28 @@ def new_state(
         memory: where chunk keys and values lie: `device`, `host` (pinned if there is a GPU) or `disk`.
         directory: where the files of `disk` are made.
         memory_dtype: dtype of chunk keys and values; the weights' if None. Half precision is rounded once, when stored.
+        mesh: processes that read the texts together, in one dimension; None for this one alone. Each holds a share of
+            the chunks, makes the same calls with the same texts, and gets the same logits.
 
     Raises:
-        InvalidArgument: batch or memory is not allowed.
+        InvalidArgument: batch or memory is not allowed, or the model has layers of full attention and there is a mesh.
     """
     if batch < 1:
         raise InvalidArgument(f"batch = {batch} must be at least 1")
     config, weight = model.config, model.embedding.weight.detach()
+    if mesh is not None and config.variant == "full":
+        raise InvalidArgument(
+            "variant 'full' has no memory that several processes could share: each of its layers keeps all tokens"
+        )
     if config.has_landmark_tokens and batch > 1:
         places = [directory / f"row{i}" if directory else None for i in range(batch)]
-        rows = [new_state(model, memory=memory, directory=place, memory_dtype=memory_dtype) for place in places]
+        rows = [
+            new_state(model, memory=memory, directory=place, memory_dtype=memory_dtype, mesh=mesh) for place in places
+        ]
         return replace(rows[0], rows=rows)
-    chunks = None
+    chunks: ChunkMemory | SharedMemory | None = None
     if config.has_memory:
-        chunks = ChunkMemory(
+        own = ChunkMemory(
             batch=batch,
             num_kv_heads=config.memory_kv_heads,
             head_dim=config.memory_head_dim,
@@ -84,6 +95,7 @@ def new_state(
             placement=memory,
             directory=directory,
         )
+        chunks = own if mesh is None else SharedMemory(own, mesh)
     return ModelState(
         positions=[0] * batch,
         lower=model.empty_caches(model.lower, batch),
@@ -125,7 +137,7 @@ def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: 
     inserted = x.shape[1] - tokens.shape[1]
     valid = [n + inserted for n in valid]  # landmark tokens come one row at a time, where nothing is padding
     start = list(state.positions)
-    x = _read_lower(model, x, state, valid)
+    x = _read_lower(model, x, state, valid, state.positions, state.memory)
     x = _read_upper(model, x, state, start, valid)
     return model.logits(model.norm(x if text is None else x[:, text]))
 
@@ -144,7 +156,8 @@ def prefill(
     The memory comes from the lower half, so that runs over all tokens, piece by piece. An upper window layer sees
     `window − 1` tokens back: the last output, and the caches for what follows, depend on no more than the last
     `upper layers · (window − 1) + 1` tokens of the upper half. Models whose upper half remembers more (`full`,
-    `ramba`) read all tokens through both halves.
+    `ramba`) read all tokens through both halves. Processes that share the memory each read a part of a long text, and
+    then all of them its end.
 
     Args:
         model: a model in evaluation mode.
@@ -200,13 +213,15 @@ def _last_of_pieces(model: HSATransformer, tokens: Tensor, state: ModelState, va
 def _lower_then_tail(
     model: HSATransformer, tokens: Tensor, state: ModelState, valid: list[int], piece: int, tail: int
 ) -> Tensor:
-    begin = list(state.positions)
+    begin, none, memory = list(state.positions), [0] * len(valid), state.memory
+    start = Start(positions=begin, text=none, origins=none)
+    if isinstance(memory, SharedMemory):
+        parts = share_text(model.config, begin, valid, memory.rank, memory.mesh.size(), tail)
+        if parts is not None:
+            _read_part(model, tokens, state, memory, parts, piece)
+            memory, start, state.positions = None, parts.end, list(parts.end.positions)
     kept = model.embedding.weight.new_zeros(len(valid), tail, model.config.dim)
-    for start in range(0, max(valid), piece):
-        here = [min(max(n - start, 0), piece) for n in valid]
-        x, _ = _embed(model, tokens[:, start : start + max(here)].to(model.device), state)
-        here = [n + x.shape[1] - max(here) for n in here]
-        x = _read_lower(model, x, state, here)
+    for x, here in _read_text(model, tokens, state, start, valid, piece, memory):
         kept = appended(kept, x, _count(here, x))
     # What is new to the upper half, at most the tail, moved to the front of each row.
     news = [after - before for after, before in zip(state.positions, begin, strict=True)]
@@ -227,6 +242,39 @@ def _lower_then_tail(
     return model.logits(model.norm(x[torch.arange(x.shape[0], device=x.device), last]))
 
 
+def _read_text(
+    model: HSATransformer, tokens: Tensor, state: ModelState, start: Start, ends: list[int], piece: int,
+    memory: ChunkMemory | SharedMemory | None,
+) -> Iterator[tuple[Tensor, list[int]]]:  # fmt: skip
+    """Runs each row's new tokens up to `ends[b]` through the lower half; yields its outputs and how many are valid.
+
+    Chunks that become complete go to `memory`; None where they are not wanted.
+    """
+    longest = max(end - first for first, end in zip(start.text, ends, strict=True))
+    for done in range(0, longest, piece):
+        firsts = [first + done for first in start.text]
+        here = [min(max(end - first, 0), piece) for first, end in zip(firsts, ends, strict=True)]
+        rows = tokens.new_zeros(len(here), max(here), *tokens.shape[2:])
+        for b, (first, n) in enumerate(zip(firsts, here, strict=True)):
+            rows[b, :n] = tokens[b, first : first + n]
+        x, _ = _embed(model, rows.to(model.device), state)
+        here = [n + x.shape[1] - max(here) for n in here]
+        past = [position - origin for position, origin in zip(state.positions, start.origins, strict=True)]
+        yield _read_lower(model, x, state, here, past, memory), here
+
+
+def _read_part(
+    model: HSATransformer, tokens: Tensor, state: ModelState, memory: SharedMemory, parts: Parts, piece: int
+) -> None:
+    """Reads this process's part of the new text into the memory; the state stays where it is."""
+    reader = replace(state, positions=list(parts.early.positions), lower=list(state.lower))
+    for _ in _read_text(model, tokens, reader, parts.early, parts.first, piece, None):
+        pass
+    for _ in _read_text(model, tokens, reader, replace(parts.early, text=parts.first), parts.last, piece, memory.own):
+        pass
+    memory.note(parts.num_chunks)
+
+
 def _last_text(model: HSATransformer, start: int, count: int) -> int:
     """Returns the place of the last token that is text: before it, if that is a landmark token of the model's own."""
     ends_in_landmark = model.config.has_landmark_tokens and (start + count) % model.config.chunk_size == 0
@@ -240,12 +288,15 @@ def _embed(model: HSATransformer, tokens: Tensor, state: ModelState) -> tuple[Te
     return model.with_landmark_tokens(x, state.positions[0])
 
 
-def _read_lower(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> Tensor:
-    """Runs the lower half and adds the chunks that became complete to the memory."""
-    piece = _piece(model, x, state.positions, state.positions, valid)
+def _read_lower(
+    model: HSATransformer, x: Tensor, state: ModelState, valid: list[int], past: list[int],
+    memory: ChunkMemory | SharedMemory | None,
+) -> Tensor:  # fmt: skip
+    """Runs the lower half, whose caches hold `past` tokens, and adds the chunks that became complete to the memory."""
+    piece = _piece(model, x, state.positions, past, valid)
     x, state.lower = model.run(model.lower, x, piece, state.lower)
-    if state.memory is not None:
-        _remember(model, x, state, valid)
+    if model.config.has_memory:
+        _remember(model, x, state, valid, memory)
     state.positions = [position + n for position, n in zip(state.positions, valid, strict=True)]
     return x
 
@@ -266,22 +317,23 @@ def _piece(model: HSATransformer, x: Tensor, starts: list[int], past: list[int],
     return replace(piece, num_past=num_past, num_valid=_count(valid, x))
 
 
-def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> None:
+def _remember(
+    model: HSATransformer, x: Tensor, state: ModelState, valid: list[int], memory: ChunkMemory | SharedMemory | None
+) -> None:
     """Encodes the chunks that the piece completes; `state.positions` is still where the piece begins."""
     assert model.chunk_encoder is not None
-    assert state.memory is not None
     C = model.config.chunk_size
     waiting = [position % C for position in state.positions]
     counts = [(w + n) // C for w, n in zip(waiting, valid, strict=True)]
     most = max(counts)
-    if most:
+    if most and memory is not None:
         rows = torch.cat((state.pending, x), dim=1)
         first = C - 1 - _tensor(waiting, x)
         index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
         chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])).unflatten(1, (most, C))
         with traced("chunk encoder"):
             encoded = model.chunk_encoder(chunks)
-        state.memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
+        memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
     state.pending = appended(state.pending, x, _count(valid, x))
 
 
@@ -309,92 +361,3 @@ def _valid(tokens: Tensor, state: ModelState, num_valid: Sequence[int] | None) -
     if len(valid) != batch or not all(0 <= n <= tokens.shape[1] for n in valid):
         raise InvalidArgument(f"num_valid = {valid} must be {batch} numbers in 0 … {tokens.shape[1]}")
     return valid
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Notes where a state stood. Nothing large is copied: reading on makes new caches, and the memory only grows.
-
-    Attributes:
-        state: the small parts of the state.
-        num_chunks: how many chunks each row of its memory has.
-        rows: the snapshots of its rows, if the state has rows of its own.
-    """
-
-    state: ModelState
-    num_chunks: tuple[int, ...]
-    rows: tuple["Snapshot", ...]
-
-
-def snapshot(state: ModelState) -> Snapshot:
-    """Takes a point to which `rewind` goes back, for as long as chunks that are there now are not overwritten."""
-    return Snapshot(
-        state=_copy(state),
-        num_chunks=tuple(state.memory.num_chunks) if state.memory is not None else (),
-        rows=tuple(snapshot(row) for row in state.rows or ()),
-    )
-
-
-def rewind(state: ModelState, point: Snapshot) -> None:
-    """Makes a state what it was; one can go back to a point many times.
-
-    Args:
-        state: the state that the point was taken from, and that has read on since.
-        point: what `snapshot` returned for it.
-    """
-    before = _copy(point.state)
-    state.positions, state.num_upper_past = before.positions, before.num_upper_past
-    state.lower, state.upper, state.pending = before.lower, before.upper, before.pending
-    state.carried = before.carried
-    if state.memory is not None:
-        state.memory.truncate(point.num_chunks)
-    for row, row_point in zip(state.rows or (), point.rows, strict=True):
-        rewind(row, row_point)
-
-
-def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> ModelState:
-    """Returns a state of some of the texts, each as often as it is named; both states read on without the other.
-
-    Args:
-        model: the model that has read.
-        state: what it has read; it is not changed, and its chunks are not copied.
-        rows: the numbers of the texts, at least one.
-
-    Raises:
-        InvalidArgument: a row is not there, or none is named.
-    """
-    batch = len(state.rows) if state.rows is not None else len(state.positions)
-    if not rows or not all(0 <= row < batch for row in rows):
-        raise InvalidArgument(f"rows = {list(rows)} must be at least one of 0 … {batch - 1}")
-    if model.config.has_landmark_tokens and len(rows) > 1:
-        states = [take_rows(model, state, [row]) for row in rows]
-        return replace(states[0], rows=states)
-    if state.rows is not None:
-        return take_rows(model, state.rows[rows[0]], [0])
-    index = torch.tensor(rows, device=state.pending.device)
-    return replace(
-        state,
-        positions=[state.positions[row] for row in rows],
-        lower=[_rows_of(cache, index) for cache in state.lower],
-        upper=[_rows_of(cache, index) for cache in state.upper],
-        num_upper_past=[state.num_upper_past[row] for row in rows],
-        pending=state.pending[index],
-        memory=None if state.memory is None else state.memory.take(rows),
-        carried={layer: _rows_of(selection, index) for layer, selection in state.carried.items()},
-    )
-
-
-def _rows_of(parts: Any, index: Tensor) -> Any:
-    """Takes rows of each tensor of a cache or a selection; None stays None."""
-    return parts and type(parts)(**{name: getattr(parts, name)[index] for name in parts.__slots__})
-
-
-def _copy(state: ModelState) -> ModelState:
-    return replace(
-        state,
-        positions=list(state.positions),
-        lower=list(state.lower),
-        upper=list(state.upper),
-        num_upper_past=list(state.num_upper_past),
-        carried=dict(state.carried),
-    )

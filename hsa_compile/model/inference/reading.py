@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hsa_compile.checks import check_count, shown
-from hsa_compile.errors import SaveError
+from hsa_compile.errors import InvalidArgument, SaveError
 from hsa_compile.files import (
     check_sha256,
     file_sha256,
@@ -27,6 +27,7 @@ from hsa_compile.model.inference.inference import ModelState
 from hsa_compile.model.layer import Cache
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.memory.memory import ChunkMemory
+from hsa_compile.model.memory.shared import SharedMemory
 from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer
 
@@ -53,7 +54,10 @@ def save_state(model: HSATransformer, state: ModelState, directory: str | Path) 
 
     Raises:
         SaveError: a file cannot be written; the reading that was there is intact.
+        InvalidArgument: several processes share the memory.
     """
+    if isinstance(state.memory, SharedMemory):
+        raise InvalidArgument("a reading whose memory several processes share cannot be saved; read in one process")
     directory = Path(directory)
     place = directory / f"{_PREFIX}{uuid.uuid4().hex}"
     make_directory(place)
@@ -171,7 +175,7 @@ def _save_row(state: ModelState, place: Path) -> dict[str, Any]:
         tensors[f"carried.{layer}.indices"] = selection.indices
         tensors[f"carried.{layer}.weights"] = selection.weights
     write_tensors(place / CACHES_FILE, tensors, {"format_version": str(FORMAT_VERSION)})
-    if state.memory is not None:
+    if isinstance(state.memory, ChunkMemory):
         state.memory.save(place / "memory")
     return {
         "positions": state.positions,

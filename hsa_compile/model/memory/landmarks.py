@@ -1,7 +1,7 @@
 """The landmarks of the whole past, in segments that never move, and the search for the best chunks among them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ SEGMENT_BYTES = 2**26  # a segment takes at most so many bytes
 SCAN_TOKENS = 4  # up to so many tokens are compared with each landmark directly on a CPU, at the speed of its RAM
 SCAN_ELEMENTS = 2**17  # how many elements of landmarks are scanned at a time, so that a CPU's cache holds them
 GATHER_ELEMENTS = 2**23  # how many elements of picked landmarks are gathered at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Chunks that follow one another in a text, of which a store has only some.
+
+    Attributes:
+        chunk: the first of them in the text.
+        first: the first of them in the store.
+        count: how many there are.
+    """
+
+    chunk: int
+    first: int
+    count: int
 
 
 class LandmarkStore:
@@ -94,33 +109,50 @@ class LandmarkStore:
     ) -> tuple[Tensor, Tensor]:
         """Selects for rows that are equally long and see chunks below `limit`."""
         T = query.shape[1]
-        scans = query.device.type == "cpu" and T <= SCAN_TOKENS
-        found, scored = [], []
+        found = []
         for first, data in self._segments:
             size = data.shape[1] if limit is None else min(data.shape[1], limit - first)
             if size <= 0 or position + T - 1 < (first + 1) * chunk_size:
                 break
-            skip = max(0, first * chunk_size - position)  # tokens before these chunks
-            landmarks, later, offset = data[rows, :size], query[:, skip:], position + skip - first * chunk_size
-            if scans:
-                picks = _scan(later, landmarks, offset, chunk_size, top_k)
-            else:
-                picks, weights = select_chunks(
-                    later, landmarks, chunk_size=chunk_size, top_k=top_k, offset=offset, fusion=fusion
+            if len(self._segments) == 1 and not _scans(query):
+                return select_chunks(
+                    query, data[rows, :size], chunk_size=chunk_size, top_k=top_k, offset=position, fusion=fusion
                 )
-                if len(self._segments) == 1:
-                    return picks, weights
-            scores = _scores(later, landmarks, picks)
-            scored.append(pad(scores, (0, 0, 0, 0, skip, 0), value=float("-inf")))
-            found.append(pad(torch.where(picks >= 0, picks + first, -1), (0, 0, 0, 0, skip, 0), value=-1))
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if not found:
-            shape = (*query.shape[:3], top_k)
-            nothing = torch.full(shape, -1, dtype=torch.int32, device=query.device)
-            return nothing, torch.zeros(shape, dtype=dtype, device=query.device)
-        # Recent segments come in front, so that the chunks of the candidates fall, but for empty slots.
-        chunks, scores = torch.cat(found[::-1], dim=-1), torch.cat(scored[::-1], dim=-1)
-        return _best(chunks, scores, top_k, fusion, dtype)
+            found.append(_candidates(query, data[rows, :size], first, position, chunk_size, top_k, fusion))
+        return weighed(*_joined(found, query, top_k), top_k, fusion, query.dtype)
+
+    def candidates(
+        self,
+        query: Tensor,
+        rows: slice,
+        runs: Sequence[Run],
+        position: int,
+        *,
+        chunk_size: int,
+        top_k: int,
+        fusion: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the best landmarks of rows that hold only some of their texts' chunks, for `weighed`.
+
+        Args:
+            query: `[b, T, H, Dr]`, in the dtype of the landmarks.
+            rows: which rows, `b` of them.
+            runs: which chunks of its text the chunks of each of these rows are, rising.
+            position: where the first token of each of these rows stands.
+            chunk_size, top_k, fusion: as in `select`.
+
+        Returns:
+            the chunks `[b, T, H, K]` int32, −1 in empty slots, and their float64 scores, −∞ there.
+        """
+        found = []
+        for run in runs:
+            chunk = run.chunk
+            for data, first, last in self._parts(run.first, run.first + run.count):
+                if position + query.shape[1] - 1 >= (chunk + 1) * chunk_size:
+                    landmarks = data[rows, first:last]
+                    found.append(_candidates(query, landmarks, chunk, position, chunk_size, top_k, fusion))
+                chunk += last - first
+        return best(*_joined(found, query, top_k), top_k, query.dtype)
 
     @property
     def _capacity(self) -> int:
@@ -142,6 +174,36 @@ class LandmarkStore:
             begin, end = max(first - start, 0), min(last - start, data.shape[1])
             if begin < end:
                 yield data, begin, end
+
+
+def _scans(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[1] <= SCAN_TOKENS
+
+
+def _candidates(
+    query: Tensor, landmarks: Tensor, first: int, position: int, chunk_size: int, top_k: int, fusion: str
+) -> tuple[Tensor, Tensor]:
+    """Returns the best of landmarks that follow one another from chunk `first` on, and their scores."""
+    skip = max(0, first * chunk_size - position)  # tokens before these chunks
+    later, offset = query[:, skip:], position + skip - first * chunk_size
+    if _scans(query):
+        picks = _scan(later, landmarks, offset, chunk_size, top_k)
+    else:
+        picks, _ = select_chunks(later, landmarks, chunk_size=chunk_size, top_k=top_k, offset=offset, fusion=fusion)
+    scores = _scores(later, landmarks, picks)
+    chunks = pad(torch.where(picks >= 0, picks + first, -1), (0, 0, 0, 0, skip, 0), value=-1)
+    return chunks, pad(scores, (0, 0, 0, 0, skip, 0), value=float("-inf"))
+
+
+def _joined(found: list[tuple[Tensor, Tensor]], query: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Joins candidates of segments that follow one another; empty slots if there are none."""
+    if not found:
+        shape = (*query.shape[:3], top_k)
+        nothing = torch.full(shape, -1, dtype=torch.int32, device=query.device)
+        return nothing, torch.full(shape, float("-inf"), dtype=torch.float64, device=query.device)
+    # Recent segments come in front, so that the chunks of the candidates fall, but for empty slots.
+    chunks, scores = zip(*found[::-1], strict=True)
+    return torch.cat(chunks, dim=-1), torch.cat(scores, dim=-1)
 
 
 def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k: int) -> Tensor:
@@ -180,16 +242,36 @@ def _scores(query: Tensor, landmarks: Tensor, picks: Tensor) -> Tensor:
     return torch.cat(scores, dim=1).masked_fill(picks < 0, float("-inf"))
 
 
-def _best(chunks: Tensor, scores: Tensor, top_k: int, fusion: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Picks the best `top_k` of candidates whose chunks fall, with float64 scores, by the rules of `select_chunks`."""
+def best(chunks: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Picks the best `top_k` of candidates whose chunks fall, by the rules of `select_chunks`.
+
+    Args:
+        chunks: `[B, T, H, M]` with M of at least `top_k`; −1 in empty slots, which may lie anywhere.
+        scores: float64, −∞ in empty slots.
+        top_k: `K`.
+        dtype: the dtype of queries and landmarks.
+
+    Returns:
+        the chunks `[B, T, H, K]`, falling, and their scores.
+    """
     M = chunks.shape[-1]
     if top_k < M:
         # They are sorted rising, so that the lower chunk wins of equal scores; compared in float32, as kernels do.
-        rising = scores.to(dtype).flip(-1).view(-1, M)
+        rising = scores.to(_compared(dtype)).flip(-1).view(-1, M)
         columns = M - 1 - stable_topk(rising, top_k).view(*chunks.shape[:-1], top_k)
         chunks, scores = chunks.gather(-1, columns), scores.gather(-1, columns)
     chunks, order = chunks.sort(dim=-1, descending=True, stable=True)
-    return chunks, _weights(scores.gather(-1, order), fusion).to(dtype)
+    return chunks, scores.gather(-1, order)
+
+
+def weighed(chunks: Tensor, scores: Tensor, top_k: int, fusion: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Picks as `best` does; returns the chunks and their weights, as `select_chunks` gives them."""
+    chunks, scores = best(chunks, scores, top_k, dtype)
+    return chunks, _weights(scores, fusion).to(_compared(dtype))
+
+
+def _compared(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _weights(scores: Tensor, fusion: str) -> Tensor:

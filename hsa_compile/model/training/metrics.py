@@ -283,21 +283,16 @@ def _hits(samples: list[TaskSample], selections: list[Selection], config: ModelC
     """Says for each answer byte whether any retrieval had chosen a chunk that holds a byte of the needle."""
     indices = [selection.indices.cpu().numpy() for selection in selections]
     return [
-        float(any(_overlaps(chosen[row, _layer_position(position, config)], sample, config) for chosen in indices))
+        float(any(_overlaps(chosen[row, config.layer_position(position)], sample, config) for chosen in indices))
         for row, sample in enumerate(samples)
         for start, end in sample.answer_spans
         for position in range(start - 1, end - 1)  # the place before each byte, where it is predicted
     ]
 
 
-def _layer_position(position: int, config: ModelConfig) -> int:
-    """Returns where a token of text stands in the layers: DRT puts a landmark token behind each C − 1."""
-    return position + position // (config.chunk_size - 1) if config.has_landmark_tokens else position
-
-
 def _overlaps(chosen: npt.NDArray[np.int32], sample: TaskSample, config: ModelConfig) -> bool:
     chunks = {
-        _layer_position(place, config) // config.chunk_size
+        config.layer_position(place) // config.chunk_size
         for needle in (sample.plan.needles[index] for index in sample.plan.asked)
         for place in range(needle.start, needle.end)
     }

@@ -104,8 +104,10 @@ def leave_processes() -> None:
 
 
 @contextlib.contextmanager
-def saying_who_is_gone(processes: Processes) -> Iterator[None]:
-    """Turns the error of a collective, whose message is for experts, into one line.
+def saying_who_is_gone(
+    processes: Processes, advice: str = "--resume goes on from the last checkpoint"
+) -> Iterator[None]:
+    """Turns the error of a collective, whose message is for experts, into one line, which ends in advice.
 
     Raises:
         TrainingError: another process ended while this one waited for it.
@@ -117,7 +119,7 @@ def saying_who_is_gone(processes: Processes) -> Iterator[None]:
             raise
         raise TrainingError(
             f"process {processes.rank} of {processes.world_size} lost another one; the first line of an error, or "
-            f"torchrun's report, names that and its reason; --resume goes on from the last checkpoint ({error})"
+            f"torchrun's report, names that and its reason; {advice} ({error})"
         ) from error
 
 

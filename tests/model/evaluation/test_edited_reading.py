@@ -11,11 +11,11 @@ from hsa_compile.model.data.tokenizer import TokenArray
 from hsa_compile.model.evaluation.edited_reading import (
     EditedReading,
     edited_chunks,
-    lower_reach,
     num_reread,
     resume_position,
 )
-from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill, rewind, snapshot
+from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill
+from hsa_compile.model.inference.snapshot import rewind, snapshot
 from hsa_compile.model.tasks.haystack import Haystack, NoiseHaystack
 from hsa_compile.model.tasks.retrieval import Asked, make_edits
 from hsa_compile.model.tasks.sample import Edit, TaskPlan, TaskSample
@@ -148,7 +148,7 @@ def test_the_haystack_is_there_again_after_an_error() -> None:
 
 def test_only_what_an_edit_touches_is_read_again() -> None:
     model = bytes_model("hsa-ultralong")
-    C, reach = model.config.chunk_size, lower_reach(model.config)
+    C, reach = model.config.chunk_size, model.config.lower_reach
     haystack, (plan,) = edits("s-niah", length=2000, seed=5, haystack=NoiseHaystack(), depths=[0.5])
     read(model, haystack, plan)
     position = resume_position(model, plan.answer_spans[0][0])

@@ -1,4 +1,4 @@
-"""The bytes that processes send in a step of training are those that the formulas of `model info --devices` say."""
+"""The bytes that processes send, training or decoding, are those that the formulas of `model info --devices` say."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import in_group
+from small_models import build, small_config
 from small_runs import Trainer, small_run
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.cost.scale import Cluster, Paper
-from hsa_compile.model.cost.traffic import ALL_REDUCE, ALL_TO_ALL, GATHER, KINDS, REDUCE_SCATTER, Split, messages
+from hsa_compile.model.cost.traffic import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    GATHER,
+    KINDS,
+    REDUCE_SCATTER,
+    Split,
+    decode_sent,
+    messages,
+)
+from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.processes import Processes
@@ -41,6 +53,9 @@ class Sent(TorchDispatchMode):
         match name:
             case "_allgather_base_":
                 self.bytes[GATHER] += args[0].nbytes - args[1].nbytes
+            case "allgather_":
+                (values,), group = args[1], dist.ProcessGroup.unbox(args[2])
+                self.bytes[GATHER] += values.nbytes * (group.size() - 1)
             case "all_gather_into_tensor":
                 self.bytes[GATHER] += args[0].nbytes * (args[1] - 1)
             case "_reduce_scatter_base_":
@@ -131,3 +146,21 @@ def test_every_arrangement_sends_what_the_formulas_say(tmp_path: Path) -> None:
         for train in ({"checkpoint_activations": True}, {"checkpoint_activations": False}, {"accumulation": 2})
     ]
     in_group(compare, PROCESSES, tmp_path, cases)
+
+
+def compare_decoding(size: int, variants: list[str]) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    for variant in variants:
+        model = build(small_config(variant))
+        state, chunk = new_state(model, mesh=mesh), model.config.chunk_size
+        prefill(model, torch.ones(1, 80, dtype=torch.int64), state)
+        with Sent() as sent:
+            for token in range(chunk - 1 if variant == "drt" else chunk):  # text of a whole chunk
+                extend(model, torch.tensor([[token]]), state)
+        said = chunk * decode_sent(model.config, size)
+        assert sum(sent.bytes.values()) == pytest.approx(said, rel=1e-9), variant
+
+
+@pytest.mark.slow
+def test_decoding_sends_what_the_formula_says(tmp_path: Path) -> None:
+    in_group(compare_decoding, 3, tmp_path, 3, ["hsa-ultralong", "drt"])

@@ -1,4 +1,4 @@
-"""Training in processes of their own, as a person or `torchrun` starts them, and functions in a group of processes."""
+"""Commands in processes of their own, as a person or `torchrun` starts them, and functions in a group of processes."""
 
 import contextlib
 import json
@@ -19,13 +19,18 @@ TIME_LIMIT = 3600
 
 
 def start(out: Path, *arguments: str, num_processes: int = 1, restarts: int = 0) -> "subprocess.Popen[str]":
-    """`hsa-compile train` on one thread a process, with the cache of the test."""
+    """`hsa-compile train`, begun as by `launch`."""
+    return launch("train", "--out", str(out), *arguments, num_processes=num_processes, restarts=restarts)
+
+
+def launch(*arguments: str, num_processes: int = 1, restarts: int = 0) -> "subprocess.Popen[str]":
+    """`hsa-compile` on one thread a process, with the cache of the test."""
     command = [sys.executable, "-W", "ignore"]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
         command += ["--master-port", str(_free_port()), "--max-restarts", str(restarts)]
     return subprocess.Popen(
-        [*command, "-m", "hsa_compile", "train", "--out", str(out), *arguments],
+        [*command, "-m", "hsa_compile", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
