@@ -6,7 +6,7 @@ from typing import Any
 
 from hsa_compile.checks import check_choice, check_count, check_number, pair, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import AUTO, CHUNK_EXCHANGES, ModelConfig
 from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.model.tasks.haystack import NOISE
 
@@ -38,6 +38,9 @@ class TrainConfig:
         compile: whether the model runs through `torch.compile`.
         context_parallel: how many processes share each row, each with a contiguous part of its tokens.
         expert_parallel: how many processes share the experts of each MoE layer; tokens travel to them and back.
+        chunk_exchange: how processes that share a row read each other's chunks. `gather` brings the chunks of the whole
+            row to each process, once for all layers; `travel` brings those that its tokens picked, once a retrieval,
+            and needs less memory where tokens pick few of them. `auto` takes what sends less if tokens pick at random.
         loss_chunk: how many tokens have logits at a time.
         bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
@@ -72,6 +75,7 @@ class TrainConfig:
     compile: bool = False
     context_parallel: int = 1
     expert_parallel: int = 1
+    chunk_exchange: str = AUTO
     loss_chunk: int = 4096
     bias_update_rate: float = 1e-3
     sharpen_scores: float = 1.0
@@ -96,6 +100,7 @@ class TrainConfig:
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)} does not go together with train.compile")
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.chunk_exchange", self.chunk_exchange, CHUNK_EXCHANGES)
         if not isinstance(self.wandb_project, str):
             raise InvalidArgument(f"train.wandb_project = {self.wandb_project!r} must be a string")
         if self.lr == 0:

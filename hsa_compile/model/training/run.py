@@ -111,6 +111,7 @@ class TrainingRun:
         torch.manual_seed(config.train.seed)
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations
+        self.model.chunk_exchange = config.train.chunk_exchange
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
         self._forward: Any = compiled(self.loss_model) if config.train.compile else self.loss_model
