@@ -142,7 +142,7 @@ def test_what_is_sent_is_counted_by_hand(devices: str, nodes: int) -> None:
     layers = sum(layer.parameters for layer in info.layers) - experts
     travelling = 6 * 2 * (2**20 / 8) * 4 * config.dim * 19 + 2 * 8 * 64 * 19 * parts
     weights = 4 * (2 * layers + 2 * (info.parameters - experts - layers) + layers) * parts
-    sums = 2 * (8 * (6 + 64 * 19) + 4)
+    sums = 2 * (8 * (6 + 8 * nodes + 64 * 19) + 4)
     in_node = (travelling + weights + sums) * 7 / 8
     assert found["links in a node"].value == pytest.approx((in_node) / 450e9)
     from_nodes = (weights + sums + 12 * experts * parts) * (1 - 1 / nodes)

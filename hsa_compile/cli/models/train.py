@@ -279,4 +279,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
+    if "slowest_process" in record:
+        parts.append(
+            f"process {record['slowest_process']} takes {record['slowest_over_median']:.2f}x as long as others"
+        )
     return ", ".join(parts)

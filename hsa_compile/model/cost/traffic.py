@@ -188,9 +188,9 @@ def _places_before(count: int, part: int, parts: int) -> float:
 
 
 def _sums(paper: Paper, split: Split) -> Message:
-    """Counts of text and answers, four sums and the norm of the gradient; then the loads of all experts."""
+    """Counts of text and answers, sums and own times of devices, the norm of the gradient; the loads of all experts."""
     loads = paper.num_moe * paper.config.num_experts
-    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 4 + loads) + 4), group=split.devices)
+    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 4 + split.devices + loads) + 4), group=split.devices)
 
 
 def sent_figures(paper: Paper, split: Split) -> list[Figure]:
@@ -202,7 +202,7 @@ def sent_figures(paper: Paper, split: Split) -> list[Figure]:
         + sent_on,
         GATHER: f"{WEIGHT_BYTES} B x (2 x layers + the rest, experts / expert parallel) x parts, + {gathered}",
         REDUCE_SCATTER: f"{WEIGHT_BYTES} B x (parameters, experts / expert parallel) x parts, + {gathered}",
-        ALL_REDUCE: f"2 x ({_COUNT_BYTES} B x (experts x MoE layers + 6) + 4 B)",
+        ALL_REDUCE: f"2 x ({_COUNT_BYTES} B x (experts x MoE layers + devices + 6) + 4 B)",
     }
     sent = dict.fromkeys(KINDS, 0.0)
     for message in messages(paper, split):

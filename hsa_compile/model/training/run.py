@@ -8,6 +8,7 @@ import ctypes
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ from hsa_compile.model.training.feed import (
     stage_at,
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
+from hsa_compile.model.training.pace import RECENT, OwnTime, straggler
 from hsa_compile.model.training.processes import Processes, shard, with_meshes
 from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
@@ -114,6 +116,10 @@ class TrainingRun:
         self.model.chunk_exchange = config.train.chunk_exchange
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
+        is_timed = processes.world_size > 1 and not config.train.compile
+        self._own_time = OwnTime(self.model if is_timed else None, processes.device)
+        self._own_pace = 0.0  # seconds a token, in the step before
+        self._own_paces: deque[tuple[float, ...]] = deque(maxlen=RECENT)
         self._forward: Any = compiled(self.loss_model) if config.train.compile else self.loss_model
         self.optimizer = make_optimizer(self.model, config.train)
         self.state = RunState(data_digest=digest(corpus), world_size=processes.world_size)
@@ -157,7 +163,9 @@ class TrainingRun:
         try:
             stopping = False
             while not (self.is_finished or stopping):
-                stopping = self._step(feed.next(), should_stop())
+                with self._own_time.counted():
+                    batch = feed.next()
+                stopping = self._step(batch, should_stop())
         finally:
             feed.close()
         if self._saved_step != self.state.step:
@@ -178,7 +186,8 @@ class TrainingRun:
         train, number = self.config.train, batch.plan.step + 1
         began = time.perf_counter()
         apply_stage(self.model, self._model_config(batch.plan.stage))
-        batch = keep_own(batch, self.model.own_text(batch.plan.length - 1))
+        own = self.model.own_text(batch.plan.length - 1)
+        batch = keep_own(batch, own)
         is_logged = number % train.log_every == 0 or number == train.steps
         selections: list[Selection] | None = [] if is_logged and not train.compile else None
         result = run_step(
@@ -188,8 +197,12 @@ class TrainingRun:
             train,
             self.processes,
             stopping=should_stop,
+            own_time=self._own_pace,
             selections=selections,
         )
+        self._own_pace = self._own_time.take() / (len(batch.tokens) * (own.stop - own.start))
+        if all(result.own_times):  # in the first step of a run there was none before
+            self._own_paces.append(result.own_times)
         seconds = time.perf_counter() - began
         tokens = batch.plan.num_rows * batch.plan.length
         self.state = replace(
@@ -201,6 +214,8 @@ class TrainingRun:
             score=None,
         )
         record = self._record(batch, result, tokens / seconds)
+        if is_logged and (found := straggler(self._own_paces)) is not None:
+            record["slowest_process"], record["slowest_over_median"] = found
         if selections:
             record["retrieval_entropy"] = retrieval_entropy(selections)
         self._write(record)

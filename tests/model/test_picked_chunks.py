@@ -1,0 +1,66 @@
+"""Chunks that travel: how many are expected, which way sends less, and where their gradients go."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_models import build, small_config
+
+from hsa_compile.model.layers.exchange import SharedRows, _Copies
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic, _few_lengths
+
+TRAFFIC = ChunkTraffic(parts=4, rows=3, chunks=40, picks=60, retrievals=1)
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_as_many_chunks_are_expected_as_random_picks_hit(in_batch: bool) -> None:
+    traffic, generator, rounds = replace(TRAFFIC, in_batch=in_batch), np.random.default_rng(0), 200
+    fetched, kept = 0, 0
+    for part in [*range(4)] * rounds:
+        seen = 120 if in_batch else 10 * (part + 1)
+        rows = [generator.integers(seen, size=60) for _ in range(3)]
+        of_part = [row % 40 // 10 if in_batch else row // 10 for row in rows]
+        others = [row[own != part] for row, own in zip(rows, of_part, strict=True)]
+        count = (
+            (lambda found: len(set(np.concatenate(found))))
+            if in_batch
+            else (lambda found: sum(map(len, map(set, found))))
+        )
+        fetched += count(others)
+        kept += count(rows) if part == 3 else 0
+    assert traffic.fetched == pytest.approx(fetched / 4 / rounds, rel=0.02)
+    assert traffic.kept == pytest.approx(kept / rounds, rel=0.02)
+
+
+def test_the_way_that_brings_less_is_favoured() -> None:
+    assert TRAFFIC.gathered == 2 * 3 * 30  # chunks and gradients
+    assert TRAFFIC.favours_travelling  # later chunks are never asked for
+    assert not replace(TRAFFIC, retrievals=3).favours_travelling  # each retrieval asks anew
+    assert replace(TRAFFIC, retrievals=3, picks=5).favours_travelling
+    assert not replace(TRAFFIC, retrievals=2, picks=60, forwards=2).favours_travelling
+
+
+@pytest.mark.parametrize(("way", "travels"), [("gather", False), ("travel", True), ("auto", True)])
+def test_a_model_chooses_by_size_unless_it_is_told(way: str, travels: bool) -> None:
+    model = build(small_config("ramba", top_k=1))  # one retrieval
+    model.chunk_exchange = way
+    shared = SharedRows(mesh=None, bounds=(0, 25, 50, 75, 100))  # type: ignore[arg-type]
+    assert model._picked_chunks_travel(2, shared, in_batch=False) is travels
+    many = build(small_config("hsa-ultralong", num_groups=9))
+    assert not many._picked_chunks_travel(2, shared, in_batch=False)
+
+
+def test_gradients_of_copies_add_up_at_their_owner() -> None:
+    table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor([0, 2, 4, 2, 0, 1])  # three processes ask, the second for nothing
+    copies = _Copies.apply(table, places, [3, 0, 3])
+    assert torch.equal(copies, table[places])
+    torch.autograd.gradcheck(lambda rows: _Copies.apply(rows, places, [3, 0, 3]), table)
+
+
+def test_lengths_are_few_and_little_longer() -> None:
+    found = [_few_lengths(count) for count in range(1, 5000)]
+    assert all(count <= length <= count * 9 / 8 + 1 for count, length in enumerate(found, 1))
+    assert len(set(found)) < 100
+    assert _few_lengths(0) == 1
