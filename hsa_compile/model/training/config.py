@@ -14,6 +14,8 @@ DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
 HAYSTACKS = (NOISE, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
+WINDOWS, DOCUMENTS = "windows", "documents"
+ORDERS = (WINDOWS, DOCUMENTS)
 MAX_ROWS = 2**20  # the most rows of a step
 
 
@@ -119,18 +121,23 @@ class DataConfig:
         text_weight: what a synthetic row's bytes count that are no answer.
         answer_weight: what answers count.
         corpus_weight: what tokens of plain rows count.
+        order: `windows` for plain rows at random places of the corpus, or `documents` for shuffled documents, one
+            behind the other, all of them once before any comes again. The rows of a step lie one after the other there;
+            the stretch of a row that is synthetic is passed over.
     """
 
     corpus: str = ""
     text_weight: float = 0.2
     answer_weight: float = 1.0
     corpus_weight: float = 1.0
+    order: str = WINDOWS
 
     def __post_init__(self) -> None:
         if not isinstance(self.corpus, str):
             raise InvalidArgument(f"data.corpus = {shown(self.corpus)} must be 'stdlib' or a folder")
         for name in ("text_weight", "answer_weight", "corpus_weight"):
             check_number(f"data.{name}", getattr(self, name), 0, 1e6)
+        check_choice("data.order", self.order, ORDERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +244,11 @@ class RunConfig:
             raise InvalidArgument(
                 f"data.corpus = {shown(self.data.corpus)} is used by no stage; allowed are a synthetic_share below 1, "
                 "a weight of haystacks.corpus or haystacks.assignments, or no corpus"
+            )
+        if self.data.order != WINDOWS and all(stage.synthetic_share == 1 for stage in self.stages):
+            raise InvalidArgument(
+                f"data.order = {self.data.order!r} is used by no stage; allowed are a synthetic_share below 1, or "
+                f"{WINDOWS!r}"
             )
         for number, stage in enumerate(self.stages):
             if stage.needs_corpus and not self.data.corpus:
