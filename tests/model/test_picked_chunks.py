@@ -18,17 +18,12 @@ def test_as_many_chunks_are_expected_as_random_picks_hit(in_batch: bool) -> None
     traffic, generator, rounds = replace(TRAFFIC, in_batch=in_batch), np.random.default_rng(0), 200
     fetched, kept = 0, 0
     for part in [*range(4)] * rounds:
-        seen = 120 if in_batch else 10 * (part + 1)
-        rows = [generator.integers(seen, size=60) for _ in range(3)]
-        of_part = [row % 40 // 10 if in_batch else row // 10 for row in rows]
-        others = [row[own != part] for row, own in zip(rows, of_part, strict=True)]
-        count = (
-            (lambda found: len(set(np.concatenate(found))))
-            if in_batch
-            else (lambda found: sum(map(len, map(set, found))))
-        )
-        fetched += count(others)
-        kept += count(rows) if part == 3 else 0
+        if in_batch:
+            picks = {divmod(int(pick), 40) for pick in generator.integers(3 * 40, size=3 * 60)}
+        else:
+            picks = {(row, int(pick)) for row in range(3) for pick in generator.integers(10 * (part + 1), size=60)}
+        fetched += sum(chunk // 10 != part for _, chunk in picks)
+        kept += len(picks) if part == 3 else 0
     assert traffic.fetched == pytest.approx(fetched / 4 / rounds, rel=0.02)
     assert traffic.kept == pytest.approx(kept / rounds, rel=0.02)
 
