@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import AUTO, TRAVEL, ModelConfig
+from hsa_compile.model.config import AUTO, ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
 from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles, traced
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
@@ -234,30 +234,20 @@ class HSATransformer(nn.Module):
         chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients
         k = own.k.to(kernel_dtype(own.k))  # normalised in float32, which would send twice as much
         landmarks = chunks.gather(own.landmarks)
-        if self._picked_chunks_travel(x.shape[0], shared, in_batch):
-            return SequenceMemory(
-                EncodedChunks(k=k, v=own.v, landmarks=landmarks), in_batch=in_batch, owners=chunks
-            )  # fmt: skip
-        whole = EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=landmarks)
-        return SequenceMemory(whole, in_batch=in_batch)
-
-    def _picked_chunks_travel(self, batch: int, shared: SharedRows, in_batch: bool) -> bool:
-        """Decides by sizes that are the same in all processes that share the rows."""
-        if self.chunk_exchange != AUTO:
-            return self.chunk_exchange == TRAVEL
-        config, length, parts = self.config, shared.bounds[-1], len(shared.bounds) - 1
-        choices = length // config.chunk_size if config.has_landmark_tokens else length
-        traffic = ChunkTraffic(
-            parts=parts,
-            rows=batch,
-            chunks=length // config.chunk_size,
-            picks=choices // parts * config.top_k,
-            retrievals=sum(spec.retrieves for spec in config.layers),
+        traffic = ChunkTraffic.of(  # the same in all processes that share the rows
+            self.config,
+            parts=shared.mesh.size(),
+            rows=x.shape[0],
+            places=shared.bounds[-1],
             forwards=2 if self.training and self.checkpoint_activations else 1,
             backwards=int(torch.is_grad_enabled()),
             in_batch=in_batch,
         )
-        return traffic.favours_travelling
+        if traffic.travels(self.chunk_exchange):
+            here = EncodedChunks(k=k, v=own.v, landmarks=landmarks)
+            return SequenceMemory(here, in_batch=in_batch, owners=chunks)
+        whole = EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=landmarks)
+        return SequenceMemory(whole, in_batch=in_batch)
 
 
 def _is_read(layers: nn.ModuleList) -> bool:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_models import build, small_config
+from small_models import small_config
 
-from hsa_compile.model.layers.exchange import SharedRows, _Copies
+from hsa_compile.model.layers.exchange import _Copies
 from hsa_compile.model.layers.picked_chunks import ChunkTraffic, _few_lengths
 
 TRAFFIC = ChunkTraffic(parts=4, rows=3, chunks=40, picks=60, retrievals=1)
@@ -30,20 +30,18 @@ def test_as_many_chunks_are_expected_as_random_picks_hit(in_batch: bool) -> None
 
 def test_the_way_that_brings_less_is_favoured() -> None:
     assert TRAFFIC.gathered == 2 * 3 * 30  # chunks and gradients
-    assert TRAFFIC.favours_travelling  # later chunks are never asked for
-    assert not replace(TRAFFIC, retrievals=3).favours_travelling  # each retrieval asks anew
-    assert replace(TRAFFIC, retrievals=3, picks=5).favours_travelling
-    assert not replace(TRAFFIC, retrievals=2, picks=60, forwards=2).favours_travelling
+    assert TRAFFIC.travels("auto")  # later chunks are never asked for
+    assert not replace(TRAFFIC, retrievals=3).travels("auto")  # each retrieval asks anew
+    assert replace(TRAFFIC, retrievals=3, picks=5).travels("auto")
+    assert not replace(TRAFFIC, retrievals=2, picks=60, forwards=2).travels("auto")
 
 
-@pytest.mark.parametrize(("way", "travels"), [("gather", False), ("travel", True), ("auto", True)])
-def test_a_model_chooses_by_size_unless_it_is_told(way: str, travels: bool) -> None:
-    model = build(small_config("ramba", top_k=1))  # one retrieval
-    model.chunk_exchange = way
-    shared = SharedRows(mesh=None, bounds=(0, 25, 50, 75, 100))  # type: ignore[arg-type]
-    assert model._picked_chunks_travel(2, shared, in_batch=False) is travels
-    many = build(small_config("hsa-ultralong", num_groups=9))
-    assert not many._picked_chunks_travel(2, shared, in_batch=False)
+def test_a_config_says_how_often_tokens_pick() -> None:
+    traffic = ChunkTraffic.of(small_config("hsa-ultralong", top_k=3), parts=4, rows=2, places=103, forwards=2)
+    assert traffic == ChunkTraffic(parts=4, rows=2, chunks=20, picks=75, retrievals=2, forwards=2)
+    assert ChunkTraffic.of(small_config("drt", top_k=3), parts=4, rows=2, places=103, forwards=2).picks == 15
+    assert not traffic.travels("auto")
+    assert [traffic.travels(way) for way in ("gather", "travel")] == [False, True]
 
 
 def test_gradients_of_copies_add_up_at_their_owner() -> None:

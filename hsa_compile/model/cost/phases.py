@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import AUTO, ModelConfig
 from hsa_compile.model.cost.info import LayerInfo
 from hsa_compile.model.cost.scale import (
     ITEMSIZE,
@@ -48,7 +48,7 @@ def split_rows(paper: Paper, batch_tokens: int) -> Split:
         expert_parallel=math.gcd(paper.cluster.node_devices, experts),
     )
     traffic = chunk_traffic(paper, split)
-    if paper.config.has_memory and split.context_parallel > 1 and traffic.favours_travelling:
+    if paper.config.has_memory and split.context_parallel > 1 and traffic.travels(AUTO):
         split = replace(split, fetched=traffic.fetched / traffic.rows * paper.config.memory_kv_heads)
     rows_of_a_group = rows // groups
     for parts in (number for number in range(1, rows_of_a_group + 1) if rows_of_a_group % number == 0):

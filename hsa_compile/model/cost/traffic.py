@@ -167,14 +167,11 @@ def _fetches(paper: Paper, split: Split, fetched: float, itemsize: int) -> float
 
 def chunk_traffic(paper: Paper, split: Split) -> ChunkTraffic:
     """Returns how many chunks come to a device in the two ways of reading chunks of others, if picks are random."""
-    config, places = paper.config, num_positions(paper.config, paper.info.context)
-    choices = places // config.chunk_size if config.has_landmark_tokens else places
-    return ChunkTraffic(
+    return ChunkTraffic.of(
+        paper.config,
         parts=split.context_parallel,
         rows=split.rows / split.data_parallel,
-        chunks=places // config.chunk_size,
-        picks=choices // split.context_parallel * config.top_k,
-        retrievals=paper.num_retrieving,
+        places=num_positions(paper.config, paper.info.context),
         forwards=split.forwards,
     )
 

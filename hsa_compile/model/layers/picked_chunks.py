@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.kernels.hsa_attention.op import hsa_attention
+from hsa_compile.model.config import AUTO, TRAVEL, ModelConfig
 from hsa_compile.model.layers.basic import without_cpu_autocast
 from hsa_compile.model.layers.exchange import SharedRows
 
@@ -120,6 +121,28 @@ class ChunkTraffic:
     backwards: int = 1
     in_batch: bool = False
 
+    @staticmethod
+    def of(
+        config: ModelConfig, *, parts: int, rows: float, places: int, forwards: int, backwards: int = 1,
+        in_batch: bool = False,
+    ) -> "ChunkTraffic":  # fmt: skip
+        """Counts for a model and rows of so many places in its layers, the landmark tokens of DRT included."""
+        choices = places // config.chunk_size if config.has_landmark_tokens else places  # DRT chooses once a chunk
+        return ChunkTraffic(
+            parts=parts,
+            rows=rows,
+            chunks=places // config.chunk_size,
+            picks=choices // parts * config.top_k,
+            retrievals=sum(spec.retrieves for spec in config.layers),
+            forwards=forwards,
+            backwards=backwards,
+            in_batch=in_batch,
+        )
+
+    def travels(self, way: str) -> bool:
+        """Says whether picked chunks travel in a way of `CHUNK_EXCHANGES`; `auto` takes what brings fewer of them."""
+        return self.travelled < self.gathered if way == AUTO else way == TRAVEL
+
     @property
     def gathered(self) -> float:
         """How many chunks and gradients of chunks come where the chunks are gathered."""
@@ -146,11 +169,6 @@ class ChunkTraffic:
         if self.in_batch:
             return _distinct(self.rows * self.chunks, self.rows * self.picks)
         return self.rows * _distinct(self.chunks, self.picks)
-
-    @property
-    def favours_travelling(self) -> bool:
-        """Whether travelling brings fewer of them."""
-        return self.travelled < self.gathered
 
 
 def _distinct(things: float, picks: float) -> float:

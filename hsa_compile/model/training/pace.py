@@ -144,8 +144,8 @@ class OwnTime:
         self._seconds += self._clock() - began
 
     def take(self) -> float:
-        """Returns the seconds since the last call; all work of the device must be done."""
-        seconds, self._seconds = self._seconds, 0.0
+        """Returns the seconds since the last call, 0 if no linear layer ran; all work of the device must be done."""
+        seconds, self._seconds = self._seconds if self._spans else 0.0, 0.0
         for began, ended in self._spans:
             seconds += began.elapsed_time(ended) / 1e3 if self._on_cuda else ended - began
         self._spans.clear()

@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
 from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.cost.info import model_info
-from hsa_compile.model.cost.workload import problems
+from hsa_compile.model.cost.info import model_info, num_positions
+from hsa_compile.model.cost.workload import of_a_part, problems
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import saved_name
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic
 from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.training.checkpoint import (
     RunState,
@@ -116,8 +117,8 @@ class TrainingRun:
         self.model.chunk_exchange = config.train.chunk_exchange
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
-        is_timed = processes.world_size > 1 and not config.train.compile
-        self._own_time = OwnTime(self.model if is_timed else None, processes.device)
+        is_alone = processes.world_size == 1
+        self._own_time = OwnTime(None if is_alone or config.train.compile else self.model, processes.device)
         self._own_pace = 0.0  # seconds a token, in the step before
         self._own_paces: deque[tuple[float, ...]] = deque(maxlen=RECENT)
         self._forward: Any = compiled(self.loss_model) if config.train.compile else self.loss_model
@@ -385,6 +386,14 @@ def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -
     for length in lengths(stage):
         rows = max(1, stage.batch_tokens // length // max(1, world_size // parts) // run.train.accumulation)
         asked = problems(config, rows, length - 1, dtype, in_batch_memory=stage.in_batch_memory)
-        own = [replace(problem, seq_len=-(-problem.seq_len // parts)) for problem in asked]
+        traffic = ChunkTraffic.of(
+            config,
+            parts=parts,
+            rows=rows,
+            places=num_positions(config, length - 1),
+            forwards=2 if run.train.checkpoint_activations else 1,
+            in_batch=stage.in_batch_memory,
+        )
+        own = [of_a_part(problem, traffic, run.train.chunk_exchange) for problem in asked]
         longest |= {problem.bucketed(): problem for problem in own}
     return longest
