@@ -194,7 +194,7 @@ class Feed:
     ) -> None:
         self._run, self._by_stage, self._rank, self._world_size = run, by_stage, rank, world_size
         self._steps = itertools.count(first_step)
-        self._first_token = tokens_before(run, first_step)
+        self._first_token = tokens_before(run, first_step) if run.data.order == DOCUMENTS else 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._coming: deque[Future[StepBatch]] = deque()
         for _ in range(AHEAD):
