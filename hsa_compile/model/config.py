@@ -29,6 +29,9 @@ PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks
 TRAIN, PREFILL, DECODE = "train", "prefill", "decode"
 STEPS = (TRAIN, PREFILL, DECODE)  # the steps that can be profiled
 
+AUTO, GATHER, TRAVEL = "auto", "gather", "travel"
+CHUNK_EXCHANGES = (AUTO, GATHER, TRAVEL)  # how processes that share rows read each other's chunks
+
 DEFAULT_MFU = 0.4  # share of the peak that training and serving are assumed to reach on paper
 
 _COUNT = 2**31

@@ -8,7 +8,7 @@ from hsa_compile.model.config import LayerSpec, ModelConfig
 from hsa_compile.model.layers.attention import FullAttention, FullCache
 from hsa_compile.model.layers.basic import RMSNorm, SwiGLU, traced
 from hsa_compile.model.layers.exchange import SharedRows
-from hsa_compile.model.layers.hs_attention import HSAttention, Memory, Retrieval, Selection
+from hsa_compile.model.layers.hs_attention import HSAttention, Memory, Retrieval, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2, Mamba2State
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.layers.window_attention import WindowAttention, WindowCache
@@ -116,12 +116,17 @@ class Layer(nn.Module):
         assert piece.memory is not None
         noise_seed = None if piece.noise_seed is None else (piece.noise_seed + self.index) % 2**63
         if not self.has_landmark_tokens:
-            return retrieval(x, piece.memory, piece.positions, noise_seed)
+            return _with_chunks(retrieval(x, piece.memory, piece.positions, noise_seed), piece.memory)
         carried = piece.carried.get(self.index) if piece.carried is not None else None
         now, after = retrieval.once_a_chunk(x, piece.memory, piece.positions[0], carried, noise_seed, piece.shared)
         if piece.carried is not None:
             piece.carried[self.index] = after
-        return now
+        return _with_chunks(now, piece.memory)
+
+
+def _with_chunks(selection: Selection, memory: Memory) -> Selection:
+    """Adds the chunks of a selection to it if they lie with several processes, which only training knows."""
+    return memory.fetch(selection) if isinstance(memory, SequenceMemory) else selection
 
 
 def _mixer(config: ModelConfig, spec: LayerSpec) -> nn.Module | None:

@@ -11,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import AUTO, ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
 from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles, traced
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
 from hsa_compile.model.layers.moe import MoE
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic
 
 
 class HSATransformer(nn.Module):
@@ -35,6 +36,7 @@ class HSATransformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.context_mesh: DeviceMesh | None = None
+        self.chunk_exchange = AUTO
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.landmark_token = nn.Parameter(torch.zeros(config.dim)) if config.has_landmark_tokens else None
         layers = [Layer(config, spec, index) for index, spec in enumerate(config.layers)]
@@ -116,7 +118,7 @@ class HSATransformer(nn.Module):
         x, _ = self.run(self.lower, x, piece, outputs=outputs)
         memory = None
         if self.chunk_encoder is not None:
-            memory = SequenceMemory(self._encode_whole_chunks(x, shared), in_batch=in_batch_memory)
+            memory = self._memory(x, shared, in_batch_memory)
         upper = replace(piece, memory=memory, noise_seed=noise_seed)
         x, _ = self.run(self.upper, x, upper, selections=selections, outputs=outputs)
         if outputs is not None and text is not None:
@@ -207,8 +209,10 @@ class HSATransformer(nn.Module):
                     x, selection, cache = layer(x, piece, selection, caches[i] if caches is not None else None)
                     if caches is not None:
                         after.append(cache)
+            if selection is not None and not _is_read(layers[i + 1 :]):
+                selection = replace(selection, fetched=None)  # these chunks need not stay until the backward pass
             if selections is not None and layer.retrieval is not None and selection is not None:
-                selections.append(selection)
+                selections.append(replace(selection, fetched=None))
             if outputs is not None:
                 outputs.append(x)
         return x, after
@@ -218,17 +222,40 @@ class HSATransformer(nn.Module):
         like = self.embedding.weight.detach()
         return [layer.empty_cache(batch, like) for layer in layers]  # type: ignore[operator]
 
-    def _encode_whole_chunks(self, x: Tensor, shared: SharedRows | None) -> EncodedChunks:
+    def _memory(self, x: Tensor, shared: SharedRows | None, in_batch: bool) -> SequenceMemory:
+        """Encodes the whole chunks of `x [B, T, dim]`, and gathers of other processes' ones what layers will need."""
         assert self.chunk_encoder is not None
         C = self.config.chunk_size
         num_chunks = x.shape[1] // C
         with traced("chunk encoder"):
             own: EncodedChunks = self.chunk_encoder(x[:, : num_chunks * C].unflatten(1, (num_chunks, C)))
         if shared is None:
-            return own
+            return SequenceMemory(own, in_batch=in_batch)
         chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients
         k = own.k.to(kernel_dtype(own.k))  # normalised in float32, which would send twice as much
-        return EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=chunks.gather(own.landmarks))
+        landmarks = chunks.gather(own.landmarks)
+        traffic = ChunkTraffic.of(  # the same in all processes that share the rows
+            self.config,
+            parts=shared.mesh.size(),
+            rows=x.shape[0],
+            places=shared.bounds[-1],
+            forwards=2 if self.training and self.checkpoint_activations else 1,
+            backwards=int(torch.is_grad_enabled()),
+            in_batch=in_batch,
+        )
+        if traffic.travels(self.chunk_exchange):
+            here = EncodedChunks(k=k, v=own.v, landmarks=landmarks)
+            return SequenceMemory(here, in_batch=in_batch, owners=chunks)
+        whole = EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=landmarks)
+        return SequenceMemory(whole, in_batch=in_batch)
+
+
+def _is_read(layers: nn.ModuleList) -> bool:
+    """Says whether some of these layers read chunks before one of them chooses anew."""
+    for layer in layers:
+        if layer.retrieval is not None or layer.memory_attention is not None:
+            return layer.retrieval is None
+    return False
 
 
 def empty_model(config: ModelConfig) -> HSATransformer:

@@ -142,7 +142,7 @@ def test_what_is_sent_is_counted_by_hand(devices: str, nodes: int) -> None:
     layers = sum(layer.parameters for layer in info.layers) - experts
     travelling = 6 * 2 * (2**20 / 8) * 4 * config.dim * 19 + 2 * 8 * 64 * 19 * parts
     weights = 4 * (2 * layers + 2 * (info.parameters - experts - layers) + layers) * parts
-    sums = 2 * (8 * (6 + 64 * 19) + 4)
+    sums = 2 * (8 * (6 + 8 * nodes + 64 * 19) + 4)
     in_node = (travelling + weights + sums) * 7 / 8
     assert found["links in a node"].value == pytest.approx((in_node) / 450e9)
     from_nodes = (weights + sums + 12 * experts * parts) * (1 - 1 / nodes)
@@ -161,6 +161,26 @@ def test_windows_come_from_as_many_parts_as_they_reach() -> None:
     numbers = 3 * layers * before * 2 * config.num_kv_heads * config.head_dim
     assert windows.sent == pytest.approx(2 * numbers / 64)
     assert memory.bytes == info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
+
+
+def test_the_way_to_read_chunks_of_others_that_sends_less_is_taken() -> None:
+    """Of 64 parts, each picks as often as there are chunks, 64 times over; of 65,536, a sixteenth as often."""
+    for devices, taken, left in (("64xh100", "gathered", "picked"), ("65536xh100", "picked", "gathered")):
+        one = paper("8b-a1b", devices, 2**24)
+        found, memory = by_name(training_figures(one, 2**24)), one.info.memory
+        sent = {way: found[f"{way} chunks: sent"] for way in (taken, left)}
+        assert sent[taken].value < sent[left].value
+        assert sent[taken].formula.startswith("TAKEN")
+        assert not sent[left].formula.startswith("TAKEN")
+        assert found["memory: chunk memory"].value == found[f"{taken} chunks: memory"].value
+        pairs, count = memory.chunk_keys + memory.chunk_values, one.cluster.count
+        assert found["gathered chunks: sent"].value == pytest.approx(2 * pairs * (1 - 1 / count))
+        assert found["gathered chunks: memory"].value == 2 * (pairs + memory.landmarks)
+    distinct = 1 - math.exp(-64 * 64 / count)  # of the chunks, by the last part
+    own = pairs * (distinct + 1 / count)
+    assert found["picked chunks: memory"].value == pytest.approx(2 * (own + memory.landmarks), rel=1e-3)
+    landmarks = 2 * memory.landmarks
+    assert found["sent: gather"].value < 12 * one.info.parameters + landmarks
 
 
 def test_the_longest_names_itself() -> None:

@@ -27,7 +27,7 @@ INTERRUPTED = 130
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the postfix says how much is left
 SECONDS_A_PROBLEM = 15.0  # for `--tune`
 # A run can go on with its processes arranged otherwise.
-ARRANGEMENT = ("train.context_parallel", "train.expert_parallel")
+ARRANGEMENT = ("train.context_parallel", "train.expert_parallel", "train.chunk_exchange")
 FIRST_STEPS = 10  # after so many steps the time that the run will take is estimated
 
 
@@ -279,4 +279,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
+    if "slowest_process" in record:
+        parts.append(
+            f"process {record['slowest_process']} takes {record['slowest_over_median']:.2f}x as long as others"
+        )
     return ", ".join(parts)

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import AUTO, ModelConfig
 from hsa_compile.model.cost.info import LayerInfo
 from hsa_compile.model.cost.scale import (
     ITEMSIZE,
@@ -17,7 +17,7 @@ from hsa_compile.model.cost.scale import (
     longest,
     memory_seconds,
 )
-from hsa_compile.model.cost.traffic import WEIGHT_BYTES, Split, decode_sent, sent_figures, wires
+from hsa_compile.model.cost.traffic import WEIGHT_BYTES, Split, chunk_traffic, decode_sent, sent_figures, wires
 from hsa_compile.model.inference.inference import upper_reach
 from hsa_compile.model.inference.parts import end_read
 from hsa_compile.model.transformer import empty_model
@@ -48,6 +48,9 @@ def split_rows(paper: Paper, batch_tokens: int) -> Split:
         context_parallel=devices // groups,
         expert_parallel=math.gcd(paper.cluster.node_devices, experts),
     )
+    traffic = chunk_traffic(paper, split)
+    if paper.config.has_memory and split.context_parallel > 1 and traffic.travels(AUTO):
+        split = replace(split, fetched=traffic.fetched / traffic.rows * paper.config.memory_kv_heads)
     rows_of_a_group = rows // groups
     for parts in (number for number in range(1, rows_of_a_group + 1) if rows_of_a_group % number == 0):
         tried = replace(split, parts=parts)
@@ -64,7 +67,10 @@ def training_figures(paper: Paper, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> 
         batch_tokens: how many tokens an optimizer step takes; it has at least one row of the context length.
     """
     split = split_rows(paper, batch_tokens)
-    return [*_split_figures(paper, split), *_memory_figures(paper, split), *_time_figures(paper, split)]
+    figures = [*_split_figures(paper, split), *_memory_figures(paper, split)]
+    if paper.config.has_memory and split.context_parallel > 1:
+        figures += _exchange_figures(paper, split)
+    return [*figures, *_time_figures(paper, split)]
 
 
 def _split_figures(paper: Paper, split: Split) -> list[Figure]:
@@ -92,6 +98,30 @@ def _memory_figures(paper: Paper, split: Split) -> list[Figure]:
     ]
 
 
+def _exchange_figures(paper: Paper, split: Split) -> list[Figure]:
+    """Returns what the two ways to read chunks of other devices send and keep; the one that sends less is taken."""
+    traffic, memory = chunk_traffic(paper, split), paper.info.memory
+    chunk = (memory.chunk_keys + memory.chunk_values) / max(traffic.chunks, 1)
+    sends = {
+        "gathered": (traffic.gathered, "keys, values and gradients of all other chunks, once"),
+        "picked": (
+            traffic.travelled,
+            "those of distinct picks, at each retrieval: picks at random; of tiny, 0.14 … 0.31 of that",
+        ),
+    }
+    kept = {"gathered": _chunk_memory(paper, replace(split, fetched=None)),
+            "picked": _chunk_memory(paper, replace(split, fetched=traffic.fetched))}  # fmt: skip
+    taken = "gathered" if split.fetched is None else "picked"
+    figures = []
+    for way, (chunks, formula) in sends.items():
+        note = "TAKEN, sends less: " if way == taken else ""
+        figures += [
+            Figure(name=f"{way} chunks: sent", value=chunks * chunk, unit="B", formula=note + formula),
+            Figure(name=f"{way} chunks: memory", value=kept[way][0], unit="B", formula=kept[way][1]),
+        ]
+    return figures
+
+
 def _usable(paper: Paper) -> float:
     return USABLE_MEMORY * paper.limits.memory_gb * 1e9
 
@@ -102,8 +132,6 @@ def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
     tokens = split.tokens_at_once(info.context)
     of_a_layer = max(_on_a_device(paper, layer, split) for layer in info.layers)
     root = info.embedding_parameters + info.encoder_parameters
-    chunks = info.memory.chunk_keys + info.memory.chunk_values + info.memory.landmarks
-    rows_at_once = -(-split.rows // (split.data_parallel * split.parts))
     return [
         ("weights, gradients, AdamW", STATE_BYTES * info.parameters / paper.cluster.count,
          f"{STATE_BYTES} B x parameters / devices"),
@@ -114,9 +142,25 @@ def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
          "2 B x tokens x widths of all that the largest layer keeps"),
         ("activations of the encoder", ITEMSIZE * tokens * _kept_by_encoder(config),
          "2 B x tokens x widths of all that the chunk encoder keeps"),
-        ("chunk memory", 2 * chunks * rows_at_once, "2 x (chunk keys, values, landmarks of the rows): with gradients"),
+        ("chunk memory", *_chunk_memory(paper, split)),
         ("logits", 2 * 4 * LOGITS * config.vocab_size, f"2 x 4 B x {LOGITS} tokens x vocabulary"),
     ]  # fmt: skip
+
+
+def _chunk_memory(paper: Paper, split: Split) -> tuple[float, str]:
+    """Returns the bytes and the formula of the chunks that the device with the most of them holds."""
+    memory, rows = paper.info.memory, -(-split.rows // (split.data_parallel * split.parts))
+    pairs = memory.chunk_keys + memory.chunk_values
+    if split.fetched is None:
+        return 2 * (pairs + memory.landmarks) * rows, "2 x (chunk keys, values, landmarks of the rows): with gradients"
+    traffic = chunk_traffic(paper, split)
+    # Chunks that several layers read stay until the backward pass; else there are those of one retrieval at a time.
+    retrievals = 1 if paper.num_reading == paper.num_retrieving else paper.num_retrieving
+    picked = pairs * retrievals * traffic.kept / traffic.rows / max(traffic.chunks, 1)
+    return (
+        2 * (pairs / split.context_parallel + picked + memory.landmarks) * rows,
+        "2 x (own chunk keys, values, + those of distinct picks at random, + landmarks of the rows): with gradients",
+    )
 
 
 def _on_a_device(paper: Paper, layer: LayerInfo, split: Split) -> float:

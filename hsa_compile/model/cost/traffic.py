@@ -6,6 +6,7 @@ from typing import Final
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.cost.info import num_positions
 from hsa_compile.model.cost.scale import ITEMSIZE, Figure, Paper, Times
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic
 
 ALL_TO_ALL: Final = "all-to-all"
 GATHER: Final = "gather"
@@ -28,6 +29,8 @@ class Split:
         expert_parallel: how many devices of a node share the experts of a layer; FSDP spreads what each holds.
         parts: into how many parts a group's rows are cut, which run one after the other.
         recomputes: whether layers are computed again in the backward pass (activation checkpointing).
+        fetched: how many chunks of others a device gets for one text at one retrieval, on average; what each kv head
+            has of a chunk counts. None where the chunks of whole texts are gathered.
     """
 
     rows: int
@@ -36,6 +39,7 @@ class Split:
     expert_parallel: int
     parts: int = 1
     recomputes: bool = True
+    fetched: float | None = None
 
     @property
     def devices(self) -> int:
@@ -123,11 +127,17 @@ def _tokens_of_experts(paper: Paper, split: Split, itemsize: int) -> list[Messag
 
 
 def _shared_rows(paper: Paper, split: Split, itemsize: int) -> list[Message]:
-    """The chunk memory is gathered once, its gradient scattered once; the places before a part come for each layer."""
+    """Sends the chunk memory once, or picked chunks for each retrieval; for each layer, the places before a part.
+
+    Landmarks are gathered in any case. Gradients go the same ways back.
+    """
     config, parts, memory = paper.config, split.context_parallel, paper.info.memory
     texts = split.rows / split.data_parallel
+    pairs, fetches = memory.chunk_keys + memory.chunk_values, 0.0
+    if split.fetched is not None:
+        pairs, fetches = 0, paper.num_retrieving * _fetches(paper, split, split.fetched, itemsize)
     of_landmarks = max(4, itemsize) if config.retrieval_norm else itemsize  # they stay as the norm gives them
-    in_memory = ((memory.chunk_keys + memory.chunk_values) * itemsize + memory.landmarks * of_landmarks) / ITEMSIZE
+    in_memory = (pairs * itemsize + memory.landmarks * of_landmarks) / ITEMSIZE
     places = num_positions(config, paper.info.context) // parts
     mixers = [spec.mixer for spec in config.layers]
     windows = mixers.count("window") * (split.forwards + 1) * _places_before(config.window - 1, places, parts)
@@ -141,10 +151,30 @@ def _shared_rows(paper: Paper, split: Split, itemsize: int) -> list[Message]:
     # Mamba-2's states are float32, and the logarithms of their decays float64.
     states = num_mamba * parts * (4 * inner * config.state_dim + 8 * inner // config.mamba_head_dim)
     return [
-        Message(kind=ALL_TO_ALL, bytes=texts * seams, group=parts),
+        Message(kind=ALL_TO_ALL, bytes=texts * seams + fetches, group=parts),
         Message(kind=GATHER, bytes=texts * (in_memory + split.forwards * states), group=parts),
         Message(kind=REDUCE_SCATTER, bytes=texts * (in_memory + states), group=parts),
     ]
+
+
+def _fetches(paper: Paper, split: Split, fetched: float, itemsize: int) -> float:
+    """Returns the bytes of one retrieval: how many chunks are asked for, which, the chunks, and their gradients."""
+    config, parts = paper.config, split.context_parallel
+    counts = split.forwards * split.parts * _COUNT_BYTES * parts
+    chunk = 2 * config.chunk_size * config.memory_head_dim * itemsize
+    each = split.forwards * (_COUNT_BYTES + chunk) + chunk
+    return counts + split.rows / split.data_parallel * fetched * each / (1 - 1 / parts)
+
+
+def chunk_traffic(paper: Paper, split: Split) -> ChunkTraffic:
+    """Returns how many chunks come to a device in the two ways of reading chunks of others, if picks are random."""
+    return ChunkTraffic.of(
+        paper.config,
+        parts=split.context_parallel,
+        rows=split.rows / split.data_parallel,
+        places=num_positions(paper.config, paper.info.context),
+        forwards=split.forwards,
+    )
 
 
 def _places_before(count: int, part: int, parts: int) -> float:
@@ -156,19 +186,21 @@ def _places_before(count: int, part: int, parts: int) -> float:
 
 
 def _sums(paper: Paper, split: Split) -> Message:
-    """Counts of text and answers, four sums and the norm of the gradient; then the loads of all experts."""
+    """Counts of text and answers, sums and own times of devices, the norm of the gradient; the loads of all experts."""
     loads = paper.num_moe * paper.config.num_experts
-    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 4 + loads) + 4), group=split.devices)
+    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 4 + split.devices + loads) + 4), group=split.devices)
 
 
 def sent_figures(paper: Paper, split: Split) -> list[Figure]:
     """Returns a line for each kind of collective: what a device sends in a step."""
     trips = 2 * (split.forwards + 1)
+    gathered, sent_on = ("chunk memory", "") if split.fetched is None else ("landmarks", " and picked chunks")
     formulas = {
-        ALL_TO_ALL: f"{trips} x {ITEMSIZE} B x tokens x experts a token x dim x MoE layers, + what lies before a part",
-        GATHER: f"{WEIGHT_BYTES} B x (2 x layers + the rest, experts / expert parallel) x parts, + chunk memory",
-        REDUCE_SCATTER: f"{WEIGHT_BYTES} B x (parameters, experts / expert parallel) x parts, + chunk memory",
-        ALL_REDUCE: f"2 x ({_COUNT_BYTES} B x (experts x MoE layers + 6) + 4 B)",
+        ALL_TO_ALL: f"{trips} x {ITEMSIZE} B x tokens x experts a token x dim x MoE layers, + what lies before a part"
+        + sent_on,
+        GATHER: f"{WEIGHT_BYTES} B x (2 x layers + the rest, experts / expert parallel) x parts, + {gathered}",
+        REDUCE_SCATTER: f"{WEIGHT_BYTES} B x (parameters, experts / expert parallel) x parts, + {gathered}",
+        ALL_REDUCE: f"2 x ({_COUNT_BYTES} B x (experts x MoE layers + devices + 6) + 4 B)",
     }
     sent = dict.fromkeys(KINDS, 0.0)
     for message in messages(paper, split):

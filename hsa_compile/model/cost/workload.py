@@ -1,8 +1,12 @@
 """What a model will ask of the schedule cache, so that exactly that can be tuned beforehand."""
 
+import math
+from dataclasses import replace
+
 from hsa_compile.checks import check_choice
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic
 from hsa_compile.problem import DTYPES, Problem, next_power_of_2
 
 
@@ -55,6 +59,28 @@ def problems(
         problem.with_op("select_chunks_backward") for problem in _select(config, batch, positions, dtype, shared)
     ]
     return [attention, attention.with_op("hsa_backward"), *select, *backward]
+
+
+def of_a_part(problem: Problem, traffic: ChunkTraffic, exchange: str) -> Problem:
+    """Returns what a process asks for instead that computes one of several parts of each row.
+
+    Args:
+        problem: what it would ask for with whole rows.
+        traffic: how the rows are divided.
+        exchange: how processes read each other's chunks, one of `CHUNK_EXCHANGES`.
+    """
+    own = replace(problem, seq_len=-(-problem.seq_len // traffic.parts))
+    if traffic.parts == 1 or problem.op not in ("hsa_forward", "hsa_backward") or not traffic.travels(exchange):
+        return own
+    heads = problem.num_kv_heads  # each of a token's counts as a token then, and all rows stand in one list
+    return replace(
+        own,
+        batch=1,
+        seq_len=own.batch * heads * own.seq_len,
+        kv_len=math.ceil(heads * traffic.kept) * problem.chunk_size,
+        num_heads=problem.num_heads // heads,
+        num_kv_heads=1,
+    )
 
 
 def _attention(config: ModelConfig, batch: int, positions: int, dtype: str, shared: int) -> Problem:

@@ -1,7 +1,10 @@
 """What a prepared corpus says about itself. It is written last: a folder without it holds no corpus."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +156,55 @@ def read_manifest(folder: Path) -> Manifest:
     except InvalidArgument as error:
         raise CorpusError(f"{path} is damaged: {error}") from error
     return manifest
+
+
+def find_shards(folder: Path) -> dict[Path, Manifest]:
+    """Reads the manifests of a corpus by folder: that of the folder itself, or those of all folders in it.
+
+    Raises:
+        CorpusError: neither the folder nor all folders in it hold a finished corpus; or a manifest cannot be read.
+    """
+    if (folder / MANIFEST).exists() or not folder.is_dir():
+        return {folder: read_manifest(folder)}
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not any((path / MANIFEST).exists() for path in inside):
+        return {folder: read_manifest(folder)}
+    return {path: read_manifest(path) for path in inside}
+
+
+def join_manifests(shards: Mapping[Path, Manifest]) -> Manifest:
+    """Describes several shards as one corpus; the digest of a split is one of the shards' digests.
+
+    Raises:
+        CorpusError: the shards were prepared with different settings.
+    """
+    (first, manifest), *others = shards.items()
+    if not others:
+        return manifest
+    for folder, other in others:
+        if (other.settings, other.separator) != (manifest.settings, manifest.separator):
+            raise CorpusError(
+                f"{folder} was prepared with other settings than {first}; the shards of a corpus need the same "
+                "tokenizer, validation share, field and largest document"
+            )
+    every = list(shards.values())
+    skipped: Counter[str] = sum((Counter(one.skipped) for one in every), Counter())
+    return replace(
+        manifest,
+        splits={split: _join_splits([one.splits[split] for one in every]) for split in SPLITS},
+        duplicates=sum(one.duplicates for one in every),
+        skipped=dict(skipped),
+        sources=[source for one in every for source in one.sources],
+    )
+
+
+def _join_splits(splits: list[SplitSummary]) -> SplitSummary:
+    def joined(digests: list[str]) -> str:
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    return SplitSummary(
+        documents=sum(split.documents for split in splits),
+        tokens=sum(split.tokens for split in splits),
+        tokens_sha256=joined([split.tokens_sha256 for split in splits]),
+        ends_sha256=joined([split.ends_sha256 for split in splits]),
+    )

@@ -6,7 +6,7 @@ its group, so each of them calls each function here, in the same order, with par
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,28 @@ class SharedRows:
         parts = whole.split(longest, dim=1)
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
+    def fetch(self, own: Tensor, wanted: Tensor) -> Tensor:
+        """Brings some places of the row to this process; each process may want others.
+
+        The gradient travels back in the same way. The owner of a place adds up what comes, process by process, so that
+        every run gives the same bits.
+
+        Args:
+            own: `[end − start, …]`, the own part.
+            wanted: `[R]` int64, places in the row in rising order, none of them twice. How many lie with each process
+                is read on the host.
+
+        Returns:
+            `[R, …]`, in the order of `wanted`.
+        """
+        group = self.mesh.get_group()
+        counts = torch.searchsorted(wanted, torch.tensor(self.bounds, device=wanted.device)).diff()
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=group)
+        asked, came = torch.stack((counts, theirs)).tolist()
+        places = all_to_all(wanted, asked, came, group) - self.start
+        return all_to_all(_Copies.apply(own, places, came), came, asked, group)
+
     def _overlap(self, first: int, last: int, part: int) -> tuple[int, int]:
         """Returns where the places from `first` to `last` lie in a part; an empty stretch of it if they do not."""
         low = min(max(first, self.bounds[part]), self.bounds[part + 1])
@@ -99,6 +121,24 @@ def share_rows(mesh: DeviceMesh, length: int, unit: int) -> SharedRows:
         )
     bounds = [min(length, units * part // parts * unit) for part in range(parts + 1)]
     return SharedRows(mesh=mesh, bounds=tuple(bounds))
+
+
+class _Copies(torch.autograd.Function):
+    """Copies rows, `places [R]`, of a table for several processes, each of which wants a row at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, places: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.counts, ctx.shape = counts, table.shape
+        return table.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        for at, grad in zip(places.split(ctx.counts), grads[0].split(ctx.counts), strict=True):
+            total.index_add_(0, at, grad.to(total.dtype))  # no place twice, so that no order of additions is left open
+        return total.to(grads[0].dtype), None, None
 
 
 def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -5,7 +5,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers.basic import RMSNorm, SwiGLU, rope_angles, rotate, without_cpu_autocast
 from hsa_compile.model.layers.exchange import SharedRows
+from hsa_compile.model.layers.picked_chunks import FetchedChunks, fetch_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +109,12 @@ class Selection:
     Attributes:
         indices: `[B, T, H, K]` int32, −1 where a slot is empty.
         weights: `[B, T, H, K]`.
+        fetched: the chunks themselves, where they lie with other processes.
     """
 
     indices: Tensor
     weights: Tensor
+    fetched: FetchedChunks | None = None
 
 
 class Memory(Protocol):
@@ -138,18 +141,20 @@ class SequenceMemory:
         chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
         in_batch: whether each sequence also sees the chunks of all others, as if they were text before it. A model that
             finds a chunk among B · N in training finds it in a longer text.
+        owners: the parts of the chunks that processes hold, where k and v are those of the own part alone; each
+            selection must be given to `fetch` then. None if all are here.
     """
 
-    def __init__(self, chunks: EncodedChunks, *, in_batch: bool = False) -> None:
-        batch, num_chunks, self.chunk_size = chunks.k.shape[:3]
+    def __init__(self, chunks: EncodedChunks, *, in_batch: bool = False, owners: SharedRows | None = None) -> None:
+        batch, num_chunks = chunks.landmarks.shape[:2]
+        self.chunk_size, self._owners = chunks.k.shape[2], owners
         k, v, landmarks = chunks.k, chunks.v, chunks.landmarks
         self._num_others = (batch - 1) * num_chunks if in_batch else 0
         if self._num_others:
-            k, v, landmarks = (
-                torch.cat([x.roll(shift, dims=0) for shift in range(batch - 1, -1, -1)], dim=1)
-                for x in (k, v, landmarks)
-            )
-        self.k, self.v, self.landmarks = k.flatten(1, 2), v.flatten(1, 2), landmarks
+            landmarks = _others_first(landmarks)
+            if owners is None:
+                k, v = _others_first(k), _others_first(v)
+        self.k, self.v, self.landmarks = k, v, landmarks
 
     def select(
         self,
@@ -176,6 +181,15 @@ class SequenceMemory:
                 noise_seed=noise_seed,
             )
 
+    def fetch(self, selection: Selection) -> Selection:
+        """Adds the chunks of a selection to it where processes hold parts of them; all of these call it together."""
+        if self._owners is None:
+            return selection
+        context, (k, v) = without_cpu_autocast(self.k, self.v)
+        with context:
+            fetched = fetch_chunks(k, v, selection.indices, self._owners, in_batch=self._num_others > 0)
+        return replace(selection, fetched=fetched)
+
     def attend(
         self, q: Tensor, indices: Tensor, weights: Tensor, *, softmax_off_by_one: bool, mask_last_token: bool
     ) -> Tensor:
@@ -184,14 +198,19 @@ class SequenceMemory:
         with context:
             return hsa_attention(
                 q,
-                k,
-                v,
+                k.flatten(1, 2),
+                v.flatten(1, 2),
                 indices,
                 weights,
                 chunk_size=self.chunk_size,
                 softmax_off_by_one=softmax_off_by_one,
                 mask_last_token=mask_last_token,
             )
+
+
+def _others_first(x: Tensor) -> Tensor:
+    """Puts before what each row has, `[B, N, …]`, what all others have, from the next row on: `[B, B · N, …]`."""
+    return torch.cat([x.roll(shift, dims=0) for shift in range(x.shape[0] - 1, -1, -1)], dim=1)
 
 
 class Retrieval(nn.Module):
@@ -295,9 +314,13 @@ class HSAttention(nn.Module):
         """Returns what the tokens of `x [B, T, dim]` read from their chunks, `[B, T, dim]`, without the residual."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(self.norm(x)).view(B, T, self.num_heads, self.head_dim))
-        o = memory.attend(
+        source: Memory | FetchedChunks = memory
+        indices = selection.indices
+        if selection.fetched is not None:
+            source, indices = selection.fetched, selection.fetched.indices
+        o = source.attend(
             q,
-            selection.indices,
+            indices,
             selection.weights,
             softmax_off_by_one=self.softmax_off_by_one,
             mask_last_token=self.mask_last_token,

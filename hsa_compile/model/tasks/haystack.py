@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsa_compile.errors import InvalidArgument, UnreadableSource
-from hsa_compile.model.data.corpus import NumberFile, TokenCorpus
+from hsa_compile.model.data.corpus import NumberFiles, TokenCorpus
 from hsa_compile.model.data.documents import Source, find_sources, read_documents
 from hsa_compile.model.data.manifest import MANIFEST, TRAIN
 from hsa_compile.model.data.prepare import stdlib_corpus
@@ -153,7 +153,7 @@ class TextHaystack:
         origin: plain values that say what the text is made of.
     """
 
-    def __init__(self, name: str, text: bytes | NumberFile, origin: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, name: str, text: bytes | NumberFiles, origin: Mapping[str, Any] | None = None) -> None:
         self.name, self._text, self.origin = name, text, dict(origin or {})
         if not len(self._text):
             raise InvalidArgument(f"haystack {name} holds no text")
@@ -184,7 +184,7 @@ class AssignmentHaystack:
         InvalidArgument: the text has no `=`.
     """
 
-    def __init__(self, name: str, text: bytes | NumberFile) -> None:
+    def __init__(self, name: str, text: bytes | NumberFiles) -> None:
         self.name, self._text = name, text
         starts = range(0, len(text), _BLOCK)
         blocks = (np.frombuffer(text[start : start + _BLOCK], np.uint8) for start in starts)
@@ -221,7 +221,7 @@ def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
     return TextHaystack(corpus.directory.name, _bytes_of(corpus), {"split": corpus.split})
 
 
-def _bytes_of(corpus: TokenCorpus) -> NumberFile:
+def _bytes_of(corpus: TokenCorpus) -> NumberFiles:
     if corpus.tokens.dtype != np.uint8:
         raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
     return corpus.tokens

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample, corpus_sample
+from hsa_compile.model.data.corpus import DocumentOrder, TokenCorpus, TrainingSample, plain_sample
 from hsa_compile.model.tasks.facts import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,
@@ -36,6 +36,7 @@ class Mixture:
     Attributes:
         haystacks: (haystack, weight) for synthetic rows.
         corpus: what plain rows are windows of; None if all rows are synthetic.
+        order: what plain rows are stretches of instead, where their place in it is told.
         synthetic_share: the share of rows that are synthetic, 0 to 1.
         chain_share: the share of episodes that track variables in chains instead of looking up needles, 0 to 1.
         late_share: the share of episodes whose first asked needle lies as late as `min_distance` allows, or a little
@@ -55,6 +56,7 @@ class Mixture:
 
     haystacks: tuple[tuple[Haystack, float], ...] = ()
     corpus: TokenCorpus | None = None
+    order: DocumentOrder | None = None
     synthetic_share: float = 1.0
     chain_share: float = 0.0
     late_share: float = 0.0
@@ -102,8 +104,17 @@ class Mixture:
         return NEEDLE_BYTES + self.min_distance + 1 + QUERY_BYTES
 
 
-def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> TrainingSample:
+def training_sample(
+    mixture: Mixture, length: int, seed: int, index: int, place: int | None = None
+) -> TrainingSample:  # fmt: skip
     """Makes a row of exactly `length`, the same for the same arguments in every process.
+
+    Args:
+        mixture: what rows are drawn from.
+        length: how many tokens the row has.
+        seed: the seed of the run.
+        index: the number of the row in the run.
+        place: where a plain row begins in the mixture's order of documents.
 
     Raises:
         InvalidArgument: the row is too short for an episode, or longer than the corpus.
@@ -111,7 +122,9 @@ def training_sample(mixture: Mixture, length: int, seed: int, index: int) -> Tra
     rng = random.Random(f"train {seed} {index} {length}")
     if rng.random() >= mixture.synthetic_share:
         assert mixture.corpus is not None  # checked when the mixture was made
-        return corpus_sample(mixture.corpus, length=length, seed=seed, index=index, weight=mixture.corpus_weight)
+        if mixture.order is not None and place is not None:
+            return plain_sample(mixture.order.read(place, length), mixture.corpus_weight)
+        return plain_sample(mixture.corpus.sample(index, length, seed=seed), mixture.corpus_weight)
     if length < mixture.least_length:
         raise InvalidArgument(f"length {length}; a synthetic row takes {mixture.least_length} or more")
     text = _draw_haystack(mixture, rng).fill(length, rng)

@@ -6,7 +6,7 @@ from typing import Any
 
 from hsa_compile.checks import check_choice, check_count, check_number, pair, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import AUTO, CHUNK_EXCHANGES, ModelConfig
 from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.model.tasks.haystack import NOISE
 
@@ -14,6 +14,8 @@ DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
 HAYSTACKS = (NOISE, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
+WINDOWS, DOCUMENTS = "windows", "documents"
+ORDERS = (WINDOWS, DOCUMENTS)
 MAX_ROWS = 2**20  # the most rows of a step
 
 
@@ -38,6 +40,9 @@ class TrainConfig:
         compile: whether the model runs through `torch.compile`.
         context_parallel: how many processes share each row, each with a contiguous part of its tokens.
         expert_parallel: how many processes share the experts of each MoE layer; tokens travel to them and back.
+        chunk_exchange: how processes that share a row read each other's chunks. `gather` brings the chunks of the whole
+            row to each process, once for all layers; `travel` brings those that its tokens picked, once a retrieval,
+            and needs less memory where tokens pick few of them. `auto` takes what sends less if tokens pick at random.
         loss_chunk: how many tokens have logits at a time.
         bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
@@ -72,6 +77,7 @@ class TrainConfig:
     compile: bool = False
     context_parallel: int = 1
     expert_parallel: int = 1
+    chunk_exchange: str = AUTO
     loss_chunk: int = 4096
     bias_update_rate: float = 1e-3
     sharpen_scores: float = 1.0
@@ -96,6 +102,7 @@ class TrainConfig:
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)} does not go together with train.compile")
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.chunk_exchange", self.chunk_exchange, CHUNK_EXCHANGES)
         if not isinstance(self.wandb_project, str):
             raise InvalidArgument(f"train.wandb_project = {self.wandb_project!r} must be a string")
         if self.lr == 0:
@@ -114,18 +121,23 @@ class DataConfig:
         text_weight: what a synthetic row's bytes count that are no answer.
         answer_weight: what answers count.
         corpus_weight: what tokens of plain rows count.
+        order: `windows` for plain rows at random places of the corpus, or `documents` for shuffled documents, one
+            behind the other, all of them once before any comes again. The rows of a step lie one after the other there;
+            the stretch of a row that is synthetic is passed over.
     """
 
     corpus: str = ""
     text_weight: float = 0.2
     answer_weight: float = 1.0
     corpus_weight: float = 1.0
+    order: str = WINDOWS
 
     def __post_init__(self) -> None:
         if not isinstance(self.corpus, str):
             raise InvalidArgument(f"data.corpus = {shown(self.corpus)} must be 'stdlib' or a folder")
         for name in ("text_weight", "answer_weight", "corpus_weight"):
             check_number(f"data.{name}", getattr(self, name), 0, 1e6)
+        check_choice("data.order", self.order, ORDERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +244,11 @@ class RunConfig:
             raise InvalidArgument(
                 f"data.corpus = {shown(self.data.corpus)} is used by no stage; allowed are a synthetic_share below 1, "
                 "a weight of haystacks.corpus or haystacks.assignments, or no corpus"
+            )
+        if self.data.order != WINDOWS and all(stage.synthetic_share == 1 for stage in self.stages):
+            raise InvalidArgument(
+                f"data.order = {self.data.order!r} is used by no stage; allowed are a synthetic_share below 1, or "
+                f"{WINDOWS!r}"
             )
         for number, stage in enumerate(self.stages):
             if stage.needs_corpus and not self.data.corpus:

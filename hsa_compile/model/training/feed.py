@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hsa_compile.errors import HSACompileWarning, InvalidArgument, warn_user
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
+from hsa_compile.model.data.corpus import DocumentOrder, TokenCorpus, TrainingSample
 from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.layers.hs_attention import Retrieval
@@ -27,7 +27,7 @@ from hsa_compile.model.tasks.haystack import (
     corpus_haystack,
 )
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
-from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, MAX_ROWS, RunConfig, Stage
+from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, DOCUMENTS, MAX_ROWS, RunConfig, Stage
 from hsa_compile.model.transformer import HSATransformer
 
 NUM_LENGTHS = 16  # the most lengths of rows that a stage has
@@ -72,9 +72,26 @@ def plan_step(run: RunConfig, step: int) -> StepPlan:
         step=step,
         stage=number,
         length=length,
-        num_rows=max(1, stage.batch_tokens // length),
+        num_rows=_num_rows(stage, length),
         in_batch_memory=stage.in_batch_memory,
     )
+
+
+def tokens_before(run: RunConfig, step: int) -> int:
+    """Returns how many tokens the steps before this one take, all processes together."""
+    total = begin = 0
+    for stage, end in zip(run.stages, stage_ends(run), strict=True):
+        steps = range(begin, max(begin, min(step, end)))
+        if stage.shortest == stage.seq_len:
+            total += len(steps) * _num_rows(stage, stage.seq_len) * stage.seq_len
+        else:
+            total += sum(plan.num_rows * plan.length for plan in (plan_step(run, each) for each in steps))
+        begin = end
+    return total
+
+
+def _num_rows(stage: Stage, length: int) -> int:
+    return max(1, stage.batch_tokens // length)
 
 
 def lengths(stage: Stage) -> list[int]:
@@ -118,11 +135,22 @@ class StepBatch:
 
 
 def make_batch(
-    mixture: Mixture, plan: StepPlan, *, seed: int, rank: int = 0, world_size: int = 1
-) -> StepBatch:  # fmt: skip
-    """Makes the rows of one process; together the processes take those that one alone would take."""
+    mixture: Mixture, plan: StepPlan, *, seed: int, rank: int = 0, world_size: int = 1, first_token: int = 0
+) -> StepBatch:
+    """Makes the rows of one process; together the processes take those that one alone would take.
+
+    Args:
+        mixture: what the rows are drawn from.
+        plan: the plan of the step.
+        seed: the seed of the run.
+        rank, world_size: the number of this process, and how many there are.
+        first_token: how many tokens the steps before take.
+    """
     rows = range(plan.num_rows * rank // world_size, plan.num_rows * (rank + 1) // world_size)
-    samples = [training_sample(mixture, plan.length, seed, plan.step * MAX_ROWS + row) for row in rows]
+    samples = [
+        training_sample(mixture, plan.length, seed, plan.step * MAX_ROWS + row, first_token + row * plan.length)
+        for row in rows
+    ]
     return stack_samples(plan, samples)
 
 
@@ -166,6 +194,7 @@ class Feed:
     ) -> None:
         self._run, self._by_stage, self._rank, self._world_size = run, by_stage, rank, world_size
         self._steps = itertools.count(first_step)
+        self._first_token = tokens_before(run, first_step) if run.data.order == DOCUMENTS else 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._coming: deque[Future[StepBatch]] = deque()
         for _ in range(AHEAD):
@@ -184,9 +213,16 @@ class Feed:
         self._coming.append(self._thread.submit(self._batch, next(self._steps)))
 
     def _batch(self, step: int) -> StepBatch:
+        """Makes the batches one after the other, in the thread."""
         plan = plan_step(self._run, step)
+        first_token, self._first_token = self._first_token, self._first_token + plan.num_rows * plan.length
         return make_batch(
-            self._by_stage[plan.stage], plan, seed=self._run.train.seed, rank=self._rank, world_size=self._world_size
+            self._by_stage[plan.stage],
+            plan,
+            seed=self._run.train.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            first_token=first_token,
         )
 
 
@@ -209,13 +245,19 @@ def mixtures(run: RunConfig, corpus: TokenCorpus | None) -> tuple[Mixture, ...]:
     Raises:
         InvalidArgument: a stage's numbers do not fit together.
     """
-    return tuple(_mixture(run, stage, corpus) for stage in run.stages)
+    order = None
+    if corpus is not None and run.data.order == DOCUMENTS:
+        order = DocumentOrder(corpus, seed=run.train.seed)
+    return tuple(_mixture(run, stage, corpus, order) for stage in run.stages)
 
 
-def _mixture(run: RunConfig, stage: Stage, corpus: TokenCorpus | None) -> Mixture:
+def _mixture(
+    run: RunConfig, stage: Stage, corpus: TokenCorpus | None, order: DocumentOrder | None = None
+) -> Mixture:  # fmt: skip
     return Mixture(
         haystacks=tuple((_haystack(name, corpus), weight) for name, weight in stage.haystacks.items()),
         corpus=corpus,
+        order=order,
         synthetic_share=stage.synthetic_share,
         chain_share=stage.chain_share,
         late_share=stage.late_share,
@@ -262,7 +304,7 @@ def check_rows(run: RunConfig, by_stage: tuple[Mixture, ...], num_groups: int) -
                 f"stages.{number}.seq_len = {stage.seq_len} is more than the {len(mixture.corpus)} tokens of "
                 f"{mixture.corpus.directory}"
             )
-        if max(1, stage.batch_tokens // stage.seq_len) < num_groups:
+        if _num_rows(stage, stage.seq_len) < num_groups:
             raise InvalidArgument(
                 f"stages.{number}.batch_tokens = {stage.batch_tokens} must be at least {num_groups * stage.seq_len}: a "
                 f"row of {stage.seq_len} for each of {num_groups} processes or groups that share rows"

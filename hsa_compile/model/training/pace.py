@@ -1,10 +1,15 @@
-"""How fast a run goes, and from that how long what is left of it will take."""
+"""How fast a run goes: how long what is left of it will take, and which of its processes is slower than the others."""
 
 import functools
 import statistics
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import nn
 
 from hsa_compile.model.cost.info import training_flops
 from hsa_compile.model.training.config import RunConfig
@@ -102,3 +107,72 @@ class Pace:
     @functools.cached_property
     def _model(self) -> HSATransformer:
         return empty_model(self._run.model)
+
+
+STRAGGLES = 1.25  # a process is named if its own time is so many times the median of all processes
+FEWEST = 5  # so many steps are compared at least
+
+
+class OwnTime:
+    """How long this process works by itself: in the linear layers of the model, and until its batches are there.
+
+    A step takes equally long in all processes, since they wait for each other. In a linear layer nothing is sent, so
+    its time shows how fast the process is; a device measures it with events, which are read when a step is over.
+
+    Args:
+        model: the model whose linear layers are timed; None if they cannot be, as in compiled code.
+        device: the device that they run on.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock, self._on_cuda = clock, device.type == "cuda"
+        self._seconds, self._began = 0.0, None
+        self._spans: list[tuple[Any, Any]] = []
+        for module in model.modules() if model is not None else ():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._begin)
+                module.register_forward_hook(self._end)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts what the host does meanwhile."""
+        began = self._clock()
+        yield
+        self._seconds += self._clock() - began
+
+    def take(self) -> float:
+        """Returns the seconds since the last call, 0 if no linear layer ran; all work of the device must be done."""
+        seconds, self._seconds = self._seconds if self._spans else 0.0, 0.0
+        for began, ended in self._spans:
+            seconds += began.elapsed_time(ended) / 1e3 if self._on_cuda else ended - began
+        self._spans.clear()
+        return seconds
+
+    def _begin(self, *_: object) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: object) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def straggler(steps: Sequence[Sequence[float]]) -> tuple[int, float] | None:
+    """Returns the process that is slower than the others, and how many times their median it takes; None if none is.
+
+    Args:
+        steps: for each of the latest steps, each process's own time for a token.
+    """
+    if len(steps) < FEWEST:
+        return None
+    own = [statistics.median(times) for times in zip(*steps, strict=True)]
+    middle, slowest = statistics.median_low(own), max(range(len(own)), key=own.__getitem__)
+    return (slowest, own[slowest] / middle) if own[slowest] > STRAGGLES * middle > 0 else None

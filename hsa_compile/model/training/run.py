@@ -8,6 +8,7 @@ import ctypes
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
 from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.cost.info import model_info
-from hsa_compile.model.cost.workload import problems
+from hsa_compile.model.cost.info import model_info, num_positions
+from hsa_compile.model.cost.workload import of_a_part, problems
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import saved_name
+from hsa_compile.model.layers.picked_chunks import ChunkTraffic
 from hsa_compile.model.pretrained import save_pretrained
 from hsa_compile.model.training.checkpoint import (
     RunState,
@@ -50,6 +52,7 @@ from hsa_compile.model.training.feed import (
     stage_at,
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
+from hsa_compile.model.training.pace import RECENT, OwnTime, straggler
 from hsa_compile.model.training.processes import Processes, shard, with_meshes
 from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
 from hsa_compile.model.transformer import HSATransformer
@@ -111,8 +114,13 @@ class TrainingRun:
         torch.manual_seed(config.train.seed)
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations
+        self.model.chunk_exchange = config.train.chunk_exchange
         self.loss_model = LossModel(self.model, config.train.loss_chunk)
         shard(self.loss_model, self.model, processes)
+        is_alone = processes.world_size == 1
+        self._own_time = OwnTime(None if is_alone or config.train.compile else self.model, processes.device)
+        self._own_pace = 0.0  # seconds a token, in the step before
+        self._own_paces: deque[tuple[float, ...]] = deque(maxlen=RECENT)
         self._forward: Any = compiled(self.loss_model) if config.train.compile else self.loss_model
         self.optimizer = make_optimizer(self.model, config.train)
         self.state = RunState(data_digest=digest(corpus), world_size=processes.world_size)
@@ -156,7 +164,9 @@ class TrainingRun:
         try:
             stopping = False
             while not (self.is_finished or stopping):
-                stopping = self._step(feed.next(), should_stop())
+                with self._own_time.counted():
+                    batch = feed.next()
+                stopping = self._step(batch, should_stop())
         finally:
             feed.close()
         if self._saved_step != self.state.step:
@@ -177,7 +187,8 @@ class TrainingRun:
         train, number = self.config.train, batch.plan.step + 1
         began = time.perf_counter()
         apply_stage(self.model, self._model_config(batch.plan.stage))
-        batch = keep_own(batch, self.model.own_text(batch.plan.length - 1))
+        own = self.model.own_text(batch.plan.length - 1)
+        batch = keep_own(batch, own)
         is_logged = number % train.log_every == 0 or number == train.steps
         selections: list[Selection] | None = [] if is_logged and not train.compile else None
         result = run_step(
@@ -187,8 +198,12 @@ class TrainingRun:
             train,
             self.processes,
             stopping=should_stop,
+            own_time=self._own_pace,
             selections=selections,
         )
+        self._own_pace = self._own_time.take() / (len(batch.tokens) * (own.stop - own.start))
+        if all(result.own_times):  # in the first step of a run there was none before
+            self._own_paces.append(result.own_times)
         seconds = time.perf_counter() - began
         tokens = batch.plan.num_rows * batch.plan.length
         self.state = replace(
@@ -200,6 +215,8 @@ class TrainingRun:
             score=None,
         )
         record = self._record(batch, result, tokens / seconds)
+        if is_logged and (found := straggler(self._own_paces)) is not None:
+            record["slowest_process"], record["slowest_over_median"] = found
         if selections:
             record["retrieval_entropy"] = retrieval_entropy(selections)
         self._write(record)
@@ -369,6 +386,14 @@ def _stage_problems(run: RunConfig, stage: Stage, dtype: str, world_size: int) -
     for length in lengths(stage):
         rows = max(1, stage.batch_tokens // length // max(1, world_size // parts) // run.train.accumulation)
         asked = problems(config, rows, length - 1, dtype, in_batch_memory=stage.in_batch_memory)
-        own = [replace(problem, seq_len=-(-problem.seq_len // parts)) for problem in asked]
+        traffic = ChunkTraffic.of(
+            config,
+            parts=parts,
+            rows=rows,
+            places=num_positions(config, length - 1),
+            forwards=2 if run.train.checkpoint_activations else 1,
+            in_batch=stage.in_batch_memory,
+        )
+        own = [of_a_part(problem, traffic, run.train.chunk_exchange) for problem in asked]
         longest |= {problem.bucketed(): problem for problem in own}
     return longest

@@ -232,6 +232,7 @@ class StepResult:
         lr: the learning rate of the step.
         router_load: the largest load of an expert over the mean, in the worst layer; None without MoE.
         stopping: whether some process asked for an end.
+        own_times: what each process gave as its own time.
     """
 
     loss: float
@@ -241,6 +242,7 @@ class StepResult:
     lr: float
     router_load: float | None
     stopping: bool
+    own_times: tuple[float, ...]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -279,6 +281,7 @@ def run_step(
     processes: Processes,
     *,
     stopping: bool = False,
+    own_time: float = 0.0,
     selections: list[Selection] | None = None,
 ) -> StepResult:
     """Moves the weights by one batch.
@@ -290,6 +293,7 @@ def run_step(
         config: how the run is optimized.
         processes: the processes among which this one is.
         stopping: whether this process wants to end, which all are told.
+        own_time: how long this process worked by itself in the step before, which all are told.
         selections: a list that is filled with what each retrieval of the first rows chose.
 
     Raises:
@@ -302,7 +306,8 @@ def run_step(
         group["lr"] = lr
     sums = _add_gradients(loss_model, batch, weights, config, processes, selections)
     sums[3] = stopping  # over all processes, how many want to stop
-    loss_sum, text, answer, stops = processes.sum(sums).tolist()
+    sums[4 + processes.rank] = own_time
+    loss_sum, text, answer, stops, *own_times = processes.sum(sums).tolist()
     if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
         raise TrainingError(
             f"the loss of step {step} is {loss_sum}; a lower train.lr than {config.lr:g} or a longer warm-up than "
@@ -326,6 +331,7 @@ def run_step(
         lr=lr,
         router_load=load,
         stopping=stops > 0,
+        own_times=tuple(own_times),
     )
 
 
@@ -340,10 +346,11 @@ def _add_gradients(
     """Adds the gradients of this process's rows, part by part.
 
     Returns:
-        `[4]` in float64: the loss, the cross entropy of text and of answers, and a place for the caller's.
+        in float64: the loss, the cross entropy of text and of answers, and for what the caller adds a place and one
+        for each process.
     """
     step, device = batch.plan.step, processes.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4 + processes.world_size, dtype=torch.float64, device=device)
     parts = min(config.accumulation, batch.plan.num_rows // processes.num_row_groups)  # as many in each process
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)

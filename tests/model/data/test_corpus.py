@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from hsa_compile.errors import CorpusError, InvalidArgument
 from hsa_compile.model.data import corpus as corpus_module
-from hsa_compile.model.data.corpus import TokenCorpus
+from hsa_compile.model.data.corpus import DocumentOrder, NumberFiles, TokenCorpus
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
 
@@ -225,3 +226,75 @@ def test_every_field_of_a_manifest_is_checked(copy: Path, change: Callable[[dict
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorpusError, match=r"manifest\.json is damaged"):
         TokenCorpus(copy)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents of `out` in nine folders, each prepared on its own; some have nothing for validation."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(9):
+        source = folder / f"{number}.jsonl"
+        source.write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS[number::9]))
+        prepare(find_sources([source]), folder / "corpus" / f"shard-{number}", validation=0.2)
+    return folder / "corpus"
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_shards_are_read_as_one_corpus(shards: Path, out: Path, split: str) -> None:
+    corpus, parts = TokenCorpus(shards, split=split, checksum=True), sorted(shards.iterdir())
+    each = [TokenCorpus(part, split=split) for part in parts]
+    assert corpus.tokens[:].tobytes() == b"".join(part.tokens[:].tobytes() for part in each)
+    assert [text.tobytes() for text in corpus.documents] == [text.tobytes() for part in each for text in part.documents]
+    whole = TokenCorpus(out, split=split)
+    assert sorted(corpus.documents.lengths) == sorted(whole.documents.lengths)
+    assert corpus.manifest.splits[split].tokens == len(corpus) == len(whole)
+    assert corpus.manifest.splits[split].tokens_sha256 != whole.manifest.splits[split].tokens_sha256
+    assert corpus.tokenizer().name == "bytes"
+
+
+@given(st.integers(0, 10**4), st.integers(0, 10**3))
+def test_a_slice_may_reach_over_several_shards(shards: Path, start: int, length: int) -> None:
+    tokens = TokenCorpus(shards).tokens
+    assert isinstance(tokens, NumberFiles)
+    assert tokens[start : start + length].tobytes() == tokens[:].tobytes()[start : start + length]
+    assert tokens[start : start + length].dtype == np.uint8
+
+
+def test_shards_of_other_settings_or_unfinished_ones_are_refused(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("text")
+    for name in ("a", "b"):
+        shutil.copytree(shards / "shard-0", tmp_path / "corpus" / name)
+    prepare(find_sources([tmp_path / "more.txt"]), tmp_path / "corpus" / "c", validation=0.3)
+    with pytest.raises(CorpusError, match=r"corpus/c was prepared with other settings than .*corpus/a; the shards"):
+        TokenCorpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "c" / "manifest.json").unlink()
+    with pytest.raises(CorpusError, match="corpus/c holds no finished corpus"):
+        TokenCorpus(tmp_path / "corpus")
+
+
+def documents_of(tokens: Any) -> list[bytes]:
+    return sorted(tokens.tobytes().split(b"\0")[:-1])
+
+
+def test_each_epoch_has_all_documents_once_in_an_order_of_its_own(shards: Path) -> None:
+    corpus = TokenCorpus(shards)
+    order, size = DocumentOrder(corpus, seed=3), len(corpus)
+    epochs = [order.read(epoch * size, size) for epoch in range(3)]
+    expected = sorted(document.tobytes() for document in corpus.documents)
+    assert all(documents_of(epoch) == expected for epoch in epochs)
+    others = [DocumentOrder(corpus, seed=4).read(0, size), corpus.tokens[:]]
+    assert len({tokens.tobytes() for tokens in [*epochs, *others]}) == 5
+
+
+@given(st.integers(0, 10**5), st.integers(0, 5000))
+def test_the_order_can_be_read_from_any_place(shards: Path, place: int, length: int) -> None:
+    corpus = TokenCorpus(shards)
+    order, size = DocumentOrder(corpus, seed=3), len(corpus)
+    first, last = place // size, (place + length) // size
+    epochs = np.concatenate([order.read(epoch * size, size) for epoch in range(first, last + 1)])
+    start = place - first * size
+    assert np.array_equal(DocumentOrder(corpus, seed=3).read(place, length), epochs[start : start + length])
+
+
+def test_the_order_is_that_of_every_version() -> None:
+    assert corpus_module._shuffled(10, "documents 0 0").tolist() == [2, 7, 9, 1, 6, 0, 4, 8, 3, 5]

@@ -58,6 +58,7 @@ class Trainer:
         self.run, self.processes = run, with_meshes(processes, run)
         self.model = HSATransformer(run.model).train()
         self.model.checkpoint_activations = run.train.checkpoint_activations
+        self.model.chunk_exchange = run.train.chunk_exchange
         self.loss_model = LossModel(self.model, run.train.loss_chunk)
         shard(self.loss_model, self.model, self.processes)
         self.optimizer = make_optimizer(self.model, run.train)

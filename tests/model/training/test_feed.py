@@ -14,6 +14,7 @@ from hsa_compile.model.data.manifest import VALIDATION
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.tasks.mixture import Mixture
 from hsa_compile.model.training import feed as feed_module
+from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.feed import (
     AHEAD,
@@ -26,6 +27,7 @@ from hsa_compile.model.training.feed import (
     mixtures,
     open_corpus,
     plan_step,
+    tokens_before,
 )
 
 
@@ -54,6 +56,55 @@ def test_processes_together_take_the_rows_of_one(tmp_path: Path) -> None:
         parts = [make_batch(mixture, plan, seed=0, rank=rank, world_size=groups) for rank in range(groups)]
         for name in ("tokens", "weights", "is_answer"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def shards(folder: Path, count: int) -> Path:
+    """A corpus of so many shards with 20 lines each, all of them documents of their own."""
+    for number in range(count):
+        text = folder / f"{number}.jsonl"
+        text.write_text("".join(f'{{"text": "line {number} {line} {"." * line}"}}\n' for line in range(20)))
+        prepare(find_sources([text]), folder / "corpus" / str(number), validation=0.0)
+    return folder / "corpus"
+
+
+def test_shuffled_documents_come_once_an_epoch_however_a_run_is_cut(tmp_path: Path) -> None:
+    """From many shards, in rows of several lengths: begun anew at any step, or divided among processes."""
+    stages = [
+        {"share": 0.4, "min_seq_len": 50, "seq_len": 70, "batch_tokens": 300, "synthetic_share": 0.0},
+        {"share": 0.6, "seq_len": 90, "batch_tokens": 290, "synthetic_share": 0.0},
+    ]
+    data = {"corpus": str(shards(tmp_path, 30)), "order": "documents"}
+    run = from_dict({**small_run(steps=60).to_dict(), "stages": stages, "data": data})
+    corpus = open_corpus(run)
+    assert corpus is not None
+    by_stage = mixtures(run, corpus)
+    plans = [plan_step(run, step) for step in range(60)]
+    whole = batches(run, by_stage, 60)
+    stream = torch.cat([tokens.flatten() for tokens in whole])
+    assert len(stream) > len(corpus)
+    documents = bytes(stream[: len(corpus)].tolist()).split(b"\0")[:-1]
+    assert sorted(documents) == sorted(document.tobytes() for document in corpus.documents)
+    for step in (1, 23, 24, 37):
+        assert tokens_before(run, step) == sum(plan.num_rows * plan.length for plan in plans[:step])
+        resumed = batches(run, mixtures(run, corpus), 60 - step, first_step=step)
+        assert all(torch.equal(one, other) for one, other in zip(resumed, whole[step:], strict=True))
+    parts = [batches(run, mixtures(run, corpus), 60, rank=rank, world_size=2) for rank in range(2)]
+    assert all(torch.equal(torch.cat(both), one) for *both, one in zip(*parts, whole, strict=True))
+
+
+def batches(run: RunConfig, by_stage: tuple[Mixture, ...], count: int, **options: int) -> list[torch.Tensor]:
+    """The tokens of so many steps of a feed."""
+    feed = Feed(run, by_stage, **options)
+    found = [feed.next().tokens for _ in range(count)]
+    feed.close()
+    return found
+
+
+def test_an_order_that_no_stage_uses_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"data.order = 'documents' is used by no stage"):
+        from_dict({**small_run().to_dict(), "data": {"order": "documents"}})
+    with pytest.raises(InvalidArgument, match=r"data.order .*windows, documents"):
+        from_dict({**small_run().to_dict(), "data": {"order": "files"}})
 
 
 def test_answers_are_marked_and_carry_their_weight() -> None:

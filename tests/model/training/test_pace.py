@@ -6,13 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from processes import in_group
+from small_models import build, small_config
 from small_runs import small_run
 
+from hsa_compile.cli.models.train import _describe
 from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.feed import stage_at
-from hsa_compile.model.training.pace import LEFT_OUT, Pace
+from hsa_compile.model.training.pace import LEFT_OUT, OwnTime, Pace, straggler
+from hsa_compile.model.training.processes import Processes
+from hsa_compile.model.training.run import TrainingRun
 
 STAGES = [
     {"share": 1, "seq_len": 64, "batch_tokens": 256, "top_k": 1},
@@ -100,3 +107,66 @@ def test_the_time_of_a_training_on_a_quiet_machine_is_foretold_from_its_first_st
     each = (second["seconds"] - first["seconds"]) / (second["step"] - first["step"])
     pace = paced(run, 25, lambda step: each)
     assert pace.seconds_left(second["step"]) == pytest.approx(last["seconds"] - second["seconds"], rel=0.1)
+
+
+class Ticks:
+    """A clock that is so many seconds later each time that it is asked."""
+
+    def __init__(self, tick: float) -> None:
+        self.tick, self.now = tick, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def test_own_time_is_that_of_linear_layers_and_of_waiting_for_batches() -> None:
+    model = build(small_config("swa", num_experts=0)).train()
+    model.checkpoint_activations = True
+    own = OwnTime(model, torch.device("cpu"), clock=Ticks(2.0))
+    model.hidden(torch.zeros(1, 9, dtype=torch.int64)).sum().backward()
+    once = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert once < own.take() / 2 <= 2 * once  # computed again, but for what nobody needs again
+    model.hidden(torch.zeros(1, 9, dtype=torch.int64))
+    with own.counted():
+        pass
+    assert own.take() / 2 == once + 1
+    with own.counted():
+        pass
+    assert own.take() == 0  # without linear layers, nothing is said
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        ([[1.0, 1.0, 2.0, 1.1]] * 9, (2, 2.0)),
+        ([[1.0, 1.2, 1.1, 1.0]] * 9, None),
+        ([[1.0, 2.0]] * 9, (1, 2.0)),
+        ([[1.0, 2.0]] * 4, None),  # too few to tell
+        ([[1.0, 1.0, 9.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]] * 3, None),  # now and then is not always
+        ([[1.0]] * 9, None),
+    ],
+)
+def test_a_process_is_named_if_it_is_slower_than_the_others(
+    steps: list[list[float]], found: tuple[int, float] | None
+) -> None:
+    assert straggler(steps) == found
+
+
+def run_with_a_slow_process(directory: Path) -> None:
+    processes = Processes(rank=dist.get_rank(), world_size=3, device=torch.device("cpu"))
+    run = TrainingRun(small_run(steps=8, log_every=2, save_every=0), directory, processes)
+    run._own_time = OwnTime(run.model, processes.device, clock=Ticks(3.0 if processes.rank == 1 else 1.0))
+    run.train()
+    run.close()
+
+
+@pytest.mark.slow
+def test_a_run_names_its_slowest_process(tmp_path: Path) -> None:
+    in_group(run_with_a_slow_process, 3, tmp_path, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    named = {record["step"]: (record["slowest_process"], record["slowest_over_median"])
+             for record in records if "slowest_process" in record}  # fmt: skip
+    assert named.keys() == {6, 8}  # the second step is the first that knows of a step before it
+    assert all(process == 1 and 2 < ratio < 4 for process, ratio in named.values())
+    assert "process 1 takes" in _describe(records[7])

@@ -32,6 +32,22 @@ def test_where_rows_share_their_chunks_there_are_more_of_them() -> None:
     assert {problem.kv_len for problem in found} == {4 * (63 // 8) * 8}
 
 
+@pytest.mark.parametrize(("way", "batch", "seq_len", "heads"), [("gather", 4, 16, (4, 2)), ("travel", 1, 128, (2, 1))])
+def test_processes_that_share_rows_ask_for_their_part(
+    way: str, batch: int, seq_len: int, heads: tuple[int, int]
+) -> None:
+    """Where picked chunks travel, those of two kv heads and four rows stand in one list."""
+    stages = [{"seq_len": 64, "batch_tokens": 256}]
+    run = small_run(stages=stages, context_parallel=4, chunk_exchange=way)
+    found = run_problems(run, torch.device("cpu"), world_size=4)
+    for problem in found:
+        of_attention = problem.op.startswith("hsa")
+        assert (problem.batch, problem.seq_len) == ((batch, seq_len) if of_attention else (4, 16))
+        assert problem.kv_len == (4 * 2 * 7 * 8 if of_attention and way == "travel" else 7 * 8)
+        if of_attention:
+            assert (problem.num_heads, problem.num_kv_heads) == heads
+
+
 def test_a_baseline_asks_for_nothing() -> None:
     assert run_problems(small_run(model={"variant": "swa"}), torch.device("cpu")) == []
 

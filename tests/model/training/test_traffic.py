@@ -27,7 +27,10 @@ from hsa_compile.model.cost.traffic import (
     messages,
 )
 from hsa_compile.model.inference.inference import extend, new_state, prefill
+from hsa_compile.model.layers import hs_attention
+from hsa_compile.model.layers.exchange import SharedRows
 from hsa_compile.model.layers.moe import MoE
+from hsa_compile.model.layers.picked_chunks import FetchedChunks, fetch_chunks
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.processes import Processes
 
@@ -35,6 +38,33 @@ PROCESSES, ROWS = 4, 8
 # Sizes that four processes divide: FSDP fills up what they do not.
 SIZES = {"dim": 32, "head_dim": 8, "retrieval_dim": 12, "window": 13, "selection_noise": False}
 MESHES = {"data 4": (1, 1), "context 4": (4, 1), "context 2 x expert 2": (2, 2), "expert 4": (1, 4)}
+
+
+# The two ways to read chunks of other processes; where rows are not shared, the first says nothing.
+GATHERED, PICKED = {"chunk_exchange": "gather"}, {"chunk_exchange": "travel"}
+
+
+class Picked:
+    """Counts what heads have of chunks of other processes and tokens picked, apart from how these are brought."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = self.texts = 0
+        monkeypatch.setattr(hs_attention, "fetch_chunks", self._fetch)
+
+    def _fetch(self, k: Tensor, v: Tensor, indices: Tensor, owners: SharedRows, *, in_batch: bool) -> FetchedChunks:
+        assert not in_batch
+        for row in indices:
+            for head in range(row.shape[1]):
+                picks = set(row[:, head].flatten().tolist()) - {-1}
+                self.count += sum(not owners.start <= pick < owners.end for pick in picks)
+        self.texts += len(indices)
+        return fetch_chunks(k, v, indices, owners, in_batch=in_batch)
+
+    def a_text(self) -> float | None:
+        """How many there are for one text at one retrieval, on average over all processes; None if all are gathered."""
+        counts = torch.tensor([self.count, self.texts], dtype=torch.float64)
+        dist.all_reduce(counts)
+        return float(counts[0] / counts[1]) if counts[1] else None
 
 
 class Sent(TorchDispatchMode):
@@ -85,8 +115,8 @@ def counted(run: RunConfig) -> dict[str, float]:
     return dict(zip(KINDS, (found / PROCESSES).tolist(), strict=True))
 
 
-def expected(run: RunConfig) -> dict[str, float]:
-    """What the formulas say, for float32."""
+def expected(run: RunConfig, fetched: float | None) -> dict[str, float]:
+    """What the formulas say, for float32 and so many picked chunks."""
     train = run.train
     split = Split(
         rows=ROWS,
@@ -95,6 +125,7 @@ def expected(run: RunConfig) -> dict[str, float]:
         expert_parallel=train.expert_parallel,
         parts=train.accumulation,
         recomputes=train.checkpoint_activations,
+        fetched=fetched,
     )
     paper = Paper(
         info=model_info(run.model, context=run.stages[0].seq_len - 1), cluster=Cluster.parse(f"{PROCESSES}xh100")
@@ -114,6 +145,7 @@ def route_evenly(moe: MoE, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def compare(cases: list[tuple[str, str, dict[str, Any]]]) -> None:
     MoE._route = route_evenly  # type: ignore[method-assign]
+    monkeypatch = pytest.MonkeyPatch()
     for variant, mesh, train in cases:
         context, experts = MESHES[mesh]
         # Text of 56 tokens has 64 with the landmark tokens of DRT.
@@ -125,7 +157,12 @@ def compare(cases: list[tuple[str, str, dict[str, Any]]]) -> None:
             expert_parallel=experts,
             **train,
         )
-        found, said = counted(run), expected(run)
+        with monkeypatch.context() as patched:
+            picked = Picked(patched)
+            found = counted(run)
+        fetched = picked.a_text()
+        assert (fetched is not None) == (train["chunk_exchange"] == "travel")
+        said = expected(run, fetched)
         for kind in KINDS:
             assert found[kind] == pytest.approx(said[kind], rel=1e-9), f"{kind}, {variant}, {mesh}, {train}"
 
@@ -133,17 +170,19 @@ def compare(cases: list[tuple[str, str, dict[str, Any]]]) -> None:
 @pytest.mark.slow
 def test_a_step_sends_what_the_formulas_say(tmp_path: Path) -> None:
     recomputed = {"checkpoint_activations": True}
-    in_group(compare, PROCESSES, tmp_path, [("hsa-ultralong", "context 2 x expert 2", recomputed)])
+    cases = [("hsa-ultralong", "context 2 x expert 2", {**recomputed, **way}) for way in (GATHERED, PICKED)]
+    in_group(compare, PROCESSES, tmp_path, cases)
 
 
 @pytest.mark.exhaustive
 def test_every_arrangement_sends_what_the_formulas_say(tmp_path: Path) -> None:
     rivals = dict.fromkeys(("drt", "ramba", "swa"), ("context 4", "context 2 x expert 2"))
     cases = [
-        (variant, mesh, train)
+        (variant, mesh, {**train, **way})
         for variant, meshes in {"hsa-ultralong": tuple(MESHES), **rivals}.items()
         for mesh in meshes
         for train in ({"checkpoint_activations": True}, {"checkpoint_activations": False}, {"accumulation": 2})
+        for way in ((GATHERED, PICKED) if "context" in mesh and variant != "swa" else (GATHERED,))
     ]
     in_group(compare, PROCESSES, tmp_path, cases)
 
