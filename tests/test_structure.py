@@ -15,7 +15,7 @@ import hsa_compile
 PACKAGE = Path(hsa_compile.__file__).parent
 RANKS = {"cli": 4, "comparison": 3.5, "autotune": 3, "model": 3, "kernels": 2, "schedules": 1}
 # What keeps the house one that a stranger finds the way in.
-MOST_FILES, MOST_SMALL_FILES, MOST_IN_A_FOLDER = 209, 15, 16
+MOST_FILES, MOST_SMALL_FILES, MOST_IN_A_FOLDER = 210, 15, 16
 DOORS = {"__init__.py", "__main__.py"}  # they re-export from, or start, what lies below them
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 _RELATIVE = [path.relative_to(PACKAGE.parent) for path in MODULES]

@@ -32,11 +32,32 @@ def test_as_json(run: Shell) -> None:
     assert scale["serving"]["texts a device"]["unit"] == "texts"
 
 
+def test_two_numbers_of_devices_show_how_a_step_scales(run: Shell) -> None:
+    asked = ("model", "info", "tiny", "--context", "1k", "--batch-tokens", "64k", "--devices", "8-32xh100")
+    tables = run(*asked, "--json").json["scaling"]
+    assert {name: [(row["devices"], row["tokens"]) for row in rows] for name, rows in tables.items()} == {
+        "strong": [(8, 65536), (16, 65536), (32, 65536)],
+        "weak": [(8, 16384), (16, 32768), (32, 65536)],
+    }
+    assert tables["strong"][-1] == {**tables["weak"][-1], "efficiency": tables["strong"][-1]["efficiency"]}
+    for rows in tables.values():
+        for row in rows:
+            assert row["tokens_a_day"] == pytest.approx(row["tokens"] / row["seconds"] * 86400)
+            gain = row["tokens_a_day"] / rows[0]["tokens_a_day"] * rows[0]["devices"] / row["devices"]
+            assert row["efficiency"] == pytest.approx(gain)
+    alone = run(*asked[:-1], "16xh100", "--json").json["scale"]["training"]
+    assert tables["strong"][1]["seconds"] == alone["time a step"]["assumed"]
+    shown = run(*asked).out
+    assert "strong scaling, on paper; nothing here was measured" in shown
+    assert "weak scaling" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--devices", "64xrtx"], "devices '64xrtx' are not known; allowed is a count and a name, as in 64xh100"),
         (["--devices", "12xh100"], "count = 12 must be at most 8 or a multiple of it"),
+        (["--devices", "8-24xh100"], "devices '8-24xh100': the second number must be 2, 4, 8, … times the first"),
         (["--devices", "h100", "--mfu", "1.2"], "mfu = 1.2 must be more than 0 and at most 1"),
         (["--devices", "h100", "--batch-tokens", "1k,2k"], "--batch-tokens names 2 numbers; one is needed"),
     ],

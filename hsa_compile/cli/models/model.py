@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from hsa_compile.problem import DTYPES
 if TYPE_CHECKING:
     from hsa_compile.model.cost.info import LayerInfo, ModelInfo
     from hsa_compile.model.cost.scale import Figure, Paper
+    from hsa_compile.model.cost.scaling import ScalingRow
 
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -51,6 +53,28 @@ def print_scale(paper: Paper, batch_tokens: int) -> None:
     for title, figures in (("training", training_figures(paper, batch_tokens)), ("serving", serving_figures(paper))):
         click.echo()
         click.echo(_table(title, figures, f"MFU {paper.mfu:g}"))
+
+
+def print_scaling(tables: Mapping[str, Sequence[ScalingRow]]) -> None:
+    """Prints the tables of strong and weak scaling."""
+    headers = ("devices", "tokens a step", "devices a row", "memory a device", "a step", "slowest", "tokens a day",
+               "efficiency")  # fmt: skip
+    for name, rows in tables.items():
+        cells = [
+            (
+                row.devices,
+                f"{_shown(row.tokens, 'tokens')}",
+                row.context_parallel,
+                _shown(row.memory, "B") + ("" if row.fits else " (too much)"),
+                _shown(row.seconds, "s"),
+                row.slowest,
+                _shown(row.tokens_a_day, "tokens"),
+                f"{row.efficiency:.2f}",
+            )
+            for row in rows
+        ]
+        click.echo(f"\n{name} scaling, on paper; nothing here was measured")
+        click.echo(fitted_table(cells, headers, numbers=False))
 
 
 def _table(title: str, figures: Sequence[Figure], assumed: str) -> str:
@@ -103,7 +127,9 @@ def model() -> None:
     help="Dtype of weights, caches and memory.",
 )
 @click.option(
-    "--devices", metavar="[Nx]DEVICE", help="Also show training and serving on such devices, on paper: 64xh100."
+    "--devices",
+    metavar="[N[-M]x]DEVICE",
+    help="Also show training and serving on such devices, on paper: 64xh100. 8-4096xh100 shows how training scales.",
 )
 @click.option(
     "--mfu",
@@ -137,7 +163,9 @@ def info(
 
     With --devices it also shows what training and serving at that context would take on so many a100, h100, h200, b200
     or mi300x, in bfloat16: bounds from the device table that the tuner predicts by, the same at an assumed share of the
-    peak, and the formula of each.
+    peak, and the formula of each. With two numbers of devices it shows a training step on the first, twice as many, and
+    so on, at the assumed share: of --batch-tokens on all (strong scaling), and of equally many tokens on each device
+    (weak scaling).
 
     \b
     Examples:
@@ -145,26 +173,32 @@ def info(
       hsa-compile model info 0.5b --variant full --context 32k
       hsa-compile model info 8b-a1b --context 16m --json
       hsa-compile model info 8b-a1b --context 16m --devices 64xh100
+      hsa-compile model info 8b-a1b --batch-tokens 16m --devices 8-4096xh100
     """
     import tabulate
     import torch
 
     from hsa_compile.cli.models.argument import config_of
     from hsa_compile.model.cost.info import model_info
-    from hsa_compile.model.cost.scale import Cluster, Paper
+    from hsa_compile.model.cost.scale import Paper
+    from hsa_compile.model.cost.scaling import parse_clusters, scaling
 
     for flag, values in (("--context", context), ("--batch-tokens", batch_tokens)):
         if len(values) != 1:
             raise InvalidArgument(f"{flag} names {len(values)} numbers; one is needed")
     config = config_of(name, variant)
-    paper = None
+    paper = scaled = None
     if devices is not None:
-        cluster = Cluster.parse(devices)
-        paper = Paper(info=model_info(config, context=context[0]), cluster=cluster, mfu=mfu)
+        clusters, bf16 = parse_clusters(devices), model_info(config, context=context[0])
+        if len(clusters) == 1:
+            paper = Paper(info=bf16, cluster=clusters[0], mfu=mfu)
+        else:
+            scaled = scaling(bf16, clusters, mfu, batch_tokens[0])
     counted = model_info(config, context=context[0], dtype=getattr(torch, DTYPE_ALIASES.get(dtype, dtype)))
     if as_json:
         scale = {"scale": scale_to_dict(paper, batch_tokens[0])} if paper else {}
-        print_json({**counted.to_dict(), **scale})
+        steps = {name: [asdict(row) for row in rows] for name, rows in (scaled or {}).items()}
+        print_json({**counted.to_dict(), **scale, **({"scaling": steps} if scaled else {})})
         return
     click.echo(tabulate.tabulate(list(_layer_rows(counted)), headers=("layers", "holds", "parameters", "active")))
     click.echo()
@@ -174,6 +208,8 @@ def info(
         click.echo(f"{what:{width}}  {value}")
     if paper:
         print_scale(paper, batch_tokens[0])
+    if scaled:
+        print_scaling(scaled)
 
 
 def _layer_rows(counted: ModelInfo) -> Iterator[tuple[Any, ...]]:
