@@ -11,13 +11,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.worker_pool import run_on_workers
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
-from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles, traced
+from hsa_compile.model.layers.basic import RMSNorm, is_watched, kernel_dtype, rope_angles, traced
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
 from hsa_compile.model.layers.moe import MoE
+
+PART = 1024  # how many tokens a thread of a CPU reads at least: of fewer, Python would take too large a share
 
 
 class HSATransformer(nn.Module):
@@ -213,6 +216,48 @@ class HSATransformer(nn.Module):
                 outputs.append(x)
         return x, after
 
+    def run_lower(
+        self, x: Tensor, piece: Piece, caches: Sequence[Cache | None]
+    ) -> tuple[Tensor, list[Cache | None]]:
+        """Runs a long piece through the lower half as `run` does; the threads of a CPU read parts of it side by side.
+
+        A window layer sees `window − 1` tokens back. A part whose reading begins `lower layers · (window − 1)` tokens
+        early, with empty caches, is therefore exact from its first token on.
+        """
+        early = len(self.lower) * (self.config.window - 1)
+        size = max(PART, 8 * early)  # at most an eighth is read twice
+        count = x.shape[1] // size
+        windows = all(spec.mixer == "window" for spec in self.config.layers[: len(self.lower)])
+        if count < 2 or not windows or piece.num_valid is not None or not _runs_on_workers(x):
+            return self.run(self.lower, x, piece, caches)
+        nothing = torch.zeros(x.shape[0], dtype=torch.int64)
+
+        def read(first: int, last: int) -> tuple[Tensor, list[Cache | None]]:
+            skip = early if first else 0
+            part = slice(first * size - skip, x.shape[1] if last == count else last * size)
+            here = replace(piece, rope=(piece.rope[0][:, part], piece.rope[1][:, part]))
+            if first:
+                here = replace(here, num_past=nothing)
+            before = self.empty_caches(self.lower, x.shape[0]) if first else caches
+            y, after = self.run(self.lower, x[:, part], here, before)
+            return y[:, skip:], after
+
+        parts = [part for _, _, part in run_on_workers(read, count)]
+        return torch.cat([y for y, _ in parts], dim=1), parts[-1][1]
+
+    def encode(self, chunks: Tensor) -> EncodedChunks:
+        """Encodes `chunks [B, n, C, dim]` for a memory; the threads of a CPU encode some each."""
+        assert self.chunk_encoder is not None
+        with traced("chunk encoder"):
+            if chunks.shape[1] * chunks.shape[2] < 2 * PART or not _runs_on_workers(chunks):
+                encoded: EncodedChunks = self.chunk_encoder(chunks)
+                return encoded
+            encoder = self.chunk_encoder
+            found = run_on_workers(lambda first, last: encoder(chunks[:, first:last]), chunks.shape[1])
+            parts = [part for _, _, part in found]
+            k, v, landmarks = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in EncodedChunks.__slots__)
+            return EncodedChunks(k=k, v=v, landmarks=landmarks)
+
     def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache | None]:
         """Returns the caches of layers before the first token; None for a layer without a mixer."""
         like = self.embedding.weight.detach()
@@ -229,6 +274,10 @@ class HSATransformer(nn.Module):
         chunks = shared.in_units(C)  # once for all layers above, as is the way back of their gradients
         k = own.k.to(kernel_dtype(own.k))  # normalised in float32, which would send twice as much
         return EncodedChunks(k=chunks.gather(k), v=chunks.gather(own.v), landmarks=chunks.gather(own.landmarks))
+
+
+def _runs_on_workers(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.get_num_threads() > 1 and not is_watched()
 
 
 def empty_model(config: ModelConfig) -> HSATransformer:

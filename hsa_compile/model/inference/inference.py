@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.layer import Cache, Piece
-from hsa_compile.model.layers.basic import traced
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.window_attention import appended
 from hsa_compile.model.memory.memory import ChunkMemory
@@ -243,7 +242,7 @@ def _embed(model: HSATransformer, tokens: Tensor, state: ModelState) -> tuple[Te
 def _read_lower(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> Tensor:
     """Runs the lower half and adds the chunks that became complete to the memory."""
     piece = _piece(model, x, state.positions, state.positions, valid)
-    x, state.lower = model.run(model.lower, x, piece, state.lower)
+    x, state.lower = model.run_lower(x, piece, state.lower)
     if state.memory is not None:
         _remember(model, x, state, valid)
     state.positions = [position + n for position, n in zip(state.positions, valid, strict=True)]
@@ -268,7 +267,6 @@ def _piece(model: HSATransformer, x: Tensor, starts: list[int], past: list[int],
 
 def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[int]) -> None:
     """Encodes the chunks that the piece completes; `state.positions` is still where the piece begins."""
-    assert model.chunk_encoder is not None
     assert state.memory is not None
     C = model.config.chunk_size
     waiting = [position % C for position in state.positions]
@@ -279,8 +277,7 @@ def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[i
         first = C - 1 - _tensor(waiting, x)
         index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
         chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])).unflatten(1, (most, C))
-        with traced("chunk encoder"):
-            encoded = model.chunk_encoder(chunks)
+        encoded = model.encode(chunks)
         state.memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
     state.pending = appended(state.pending, x, _count(valid, x))
 

@@ -123,7 +123,7 @@ def window_attention(
         queries.flatten(0, 1),
         k.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
         v.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
-        bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1) if bias.dim() == 5 else bias,
+        bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1) if bias.dim() == 5 else bias[None],
     )
     return o.reshape(B, num_blocks * block, HQ, D)[:, :T]
 
