@@ -20,7 +20,9 @@ from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, S
 from hsa_compile.model.layers.mamba2 import Mamba2
 from hsa_compile.model.layers.moe import MoE
 
-PART = 1024  # how many tokens a thread of a CPU reads at least: of fewer, Python would take too large a share
+PIECE = 4096  # how many tokens of a long text are read at once
+THREAD_PIECE = 2048  # the same for each thread of a CPU, whose cache holds little more
+PART = 1024  # a thread of a CPU reads at least so many: of fewer, Python would take too large a share
 
 
 class HSATransformer(nn.Module):
@@ -69,6 +71,11 @@ class HSATransformer(nn.Module):
     def device(self) -> torch.device:
         """The device on which the weights are."""
         return self.embedding.weight.device
+
+    @property
+    def usual_piece(self) -> int:
+        """How many tokens of a long text are best read at once."""
+        return THREAD_PIECE * torch.get_num_threads() if self.device.type == "cpu" else PIECE
 
     def forward(
         self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None
@@ -216,9 +223,7 @@ class HSATransformer(nn.Module):
                 outputs.append(x)
         return x, after
 
-    def run_lower(
-        self, x: Tensor, piece: Piece, caches: Sequence[Cache | None]
-    ) -> tuple[Tensor, list[Cache | None]]:
+    def run_lower(self, x: Tensor, piece: Piece, caches: Sequence[Cache | None]) -> tuple[Tensor, list[Cache | None]]:
         """Runs a long piece through the lower half as `run` does; the threads of a CPU read parts of it side by side.
 
         A window layer sees `window − 1` tokens back. A part whose reading begins `lower layers · (window − 1)` tokens
@@ -255,8 +260,8 @@ class HSATransformer(nn.Module):
             encoder = self.chunk_encoder
             found = run_on_workers(lambda first, last: encoder(chunks[:, first:last]), chunks.shape[1])
             parts = [part for _, _, part in found]
-            k, v, landmarks = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in EncodedChunks.__slots__)
-            return EncodedChunks(k=k, v=v, landmarks=landmarks)
+            names = EncodedChunks.__slots__
+            return EncodedChunks(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in names})
 
     def empty_caches(self, layers: nn.ModuleList, batch: int) -> list[Cache | None]:
         """Returns the caches of layers before the first token; None for a layer without a mixer."""

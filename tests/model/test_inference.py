@@ -1,11 +1,15 @@
 """Reading in pieces, decoding and the fast prefill give the logits of one shot, for the whole family."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from small_models import build, combinations, small_config
+from small_models import build, combinations, one_first, small_config
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.kernels.worker_pool import run_on_workers
+from hsa_compile.model import transformer
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.inference.inference import ModelState, extend, new_state, prefill, upper_reach
 from hsa_compile.model.transformer import HSATransformer
@@ -64,6 +68,34 @@ def test_a_softmax_off_by_one_is_that_of_training_and_of_decoding(variant: str) 
     decoded = read_in_pieces(model, tokens, new_state(model), 1)
     torch.testing.assert_close(decoded, whole, rtol=0, atol=TOLERANCE)
     assert (whole - other).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
+def test_parts_that_threads_read_side_by_side_are_exact(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(small_config(variant))
+    split = []
+
+    def counting(task: Callable[[int, int], object], count: int) -> list[tuple[int, int, object]]:
+        split.append(count)
+        return run_on_workers(task, count)
+
+    monkeypatch.setattr(transformer, "PART", 16)
+    monkeypatch.setattr(transformer, "run_on_workers", counting)
+    tokens = texts(2 if variant != "drt" else 1, 650)
+    with torch.no_grad():
+        whole = model(tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        state = new_state(model, batch=len(tokens))
+        prefill(model, tokens[:, :333], state)  # 333 is neither whole parts nor whole chunks
+        last = prefill(model, tokens[:, 333:640], state)
+    finally:
+        torch.set_num_threads(before)
+    assert split or variant in ("full", "ramba")
+    torch.testing.assert_close(last, whole[:, 639], rtol=0, atol=TOLERANCE)
+    decoded = read_in_pieces(model, tokens[:, 640:], state, 1)
+    torch.testing.assert_close(decoded, whole[:, 640:], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("variant", "length"), combinations(VARIANTS, [61, 30, 5, 29, 31, 1, 4, 6]))

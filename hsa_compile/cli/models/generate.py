@@ -181,10 +181,8 @@ def _encode(tokenizer: Tokenizer, raw: bytes) -> Tensor:
 @contextlib.contextmanager
 def _progress(model: HSATransformer, num_tokens: int) -> Iterator[None]:
     """Shows a bar on standard error while a long prompt runs through the first layer."""
-    from hsa_compile.model.inference.inference import PIECE
-
     first = next(iter([*model.lower, *model.upper]))
-    is_short = num_tokens < _PROGRESS_FROM * PIECE
+    is_short = num_tokens < _PROGRESS_FROM * model.usual_piece
     with progress_bar(num_tokens, "read", hidden=is_short, unit="tok", unit_scale=True) as bar:
 
         def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

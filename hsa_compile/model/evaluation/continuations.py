@@ -92,7 +92,7 @@ def scores(subject: Subject, texts: Sequence[Branches]) -> list[list[Score]]:
     """
     model, state = subject.model, subject.new_state(len(texts))
     tokens, lengths = padded([text.context for text in texts])
-    first = prefill(model, tokens, state, lengths, piece=piece_of(len(texts)))
+    first = prefill(model, tokens, state, lengths, piece=piece_of(len(texts), model))
     point = snapshot(state)
     found: list[list[Score]] = [[] for _ in texts]
     for turn in range(max(len(text.continuations) for text in texts)):
@@ -118,7 +118,7 @@ def _follow(model: HSATransformer, state: ModelState, first: Tensor, rows: Seque
     tokens, lengths = padded(rows)
     tokens = tokens.to(model.device)
     sums, right = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
-    size = max(1, min(piece_of(len(rows)), LOGITS // first.numel()))
+    size = max(1, min(piece_of(len(rows), model), LOGITS // first.numel()))
     for begin, end in itertools.pairwise(sorted({0, *range(1, tokens.shape[1], size), tokens.shape[1]})):
         num_valid = [min(max(length - begin, 0), end - begin) for length in lengths]
         logits = first[:, None] if begin == 0 else extend(model, tokens[:, begin - 1 : end - 1], state, num_valid)

@@ -209,7 +209,7 @@ def _score(subject: Subject, rows: Sequence[TokenArray], num_scored: int, outcom
     tokens = torch.from_numpy(np.stack(rows).astype(np.uint8 if rows[0].dtype == np.uint8 else np.int64))
     state = subject.new_state(len(rows))
     before = tokens.shape[1] - num_scored
-    first = prefill(model, tokens[:, :before], state, piece=piece_of(len(rows)))
+    first = prefill(model, tokens[:, :before], state, piece=piece_of(len(rows), model))
     rest = extend(model, tokens[:, before:-1].to(model.device), state)
     losses = _losses(torch.cat((first[:, None], rest), dim=1), tokens[:, before:])
     if not all(map(math.isfinite, losses)):

@@ -193,7 +193,7 @@ class _Group:
         for pending, plan in zip(self.pending, plans, strict=True):
             sample = plan.apply(base)
             with reading.sample(sample) as state:
-                found = answered(model, state, [sample], reading.num_read, tuple(pending.keys), piece_of(1))
+                found = answered(model, state, [sample], reading.num_read, tuple(pending.keys), piece_of(1, model))
             yield _outcomes([pending], [plan], found)
 
     def _whole(self, base: TokenArray, plans: Sequence[TaskPlan]) -> Iterator[list[tuple[Key, Values]]]:
@@ -201,7 +201,7 @@ class _Group:
         by_spans: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for row, plan in enumerate(plans):
             by_spans.setdefault(plan.answer_spans, []).append(row)
-        size = num_rows(self.length)
+        model, size = self.subject.model, num_rows(self.length)
         for rows in by_spans.values():
             for begin in range(0, len(rows), size):
                 part = rows[begin : begin + size]
@@ -209,7 +209,7 @@ class _Group:
                 protocols = [name for name in PROTOCOLS if any(name in each.keys for each in pending)]
                 state = self.subject.new_state(len(part))
                 samples = [plan.apply(base) for plan in chosen]
-                found = answered(self.subject.model, state, samples, 0, protocols, piece_of(len(part)))
+                found = answered(model, state, samples, 0, protocols, piece_of(len(part), model))
                 yield _outcomes(pending, chosen, found)
 
     def _is_edited(self) -> bool:

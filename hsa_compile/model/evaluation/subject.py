@@ -12,7 +12,7 @@ from torch import nn
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.tokenizer import Tokenizer
 from hsa_compile.model.inference.generate import evaluating
-from hsa_compile.model.inference.inference import PIECE, ModelState, new_state
+from hsa_compile.model.inference.inference import ModelState, new_state
 from hsa_compile.model.inference.reading import fingerprint
 from hsa_compile.model.transformer import HSATransformer
 
@@ -70,9 +70,9 @@ def num_rows(length: int) -> int:
     return max(1, ROW_TOKENS // length)
 
 
-def piece_of(rows: int) -> int:
+def piece_of(rows: int, model: HSATransformer) -> int:
     """Returns how many tokens of each of so many rows run through the layers at once."""
-    return min(PIECE, max(64, PIECE_TOKENS // rows))
+    return min(model.usual_piece, max(64, PIECE_TOKENS // rows))
 
 
 OnTokens = Callable[[str, int], object]

@@ -15,8 +15,6 @@ from hsa_compile.model.layers.window_attention import appended
 from hsa_compile.model.memory.memory import ChunkMemory
 from hsa_compile.model.transformer import HSATransformer
 
-PIECE = 4096  # how many tokens prefill reads at once
-
 
 @dataclass(slots=True, kw_only=True)
 class ModelState:
@@ -136,7 +134,7 @@ def prefill(
     state: ModelState,
     lengths: Sequence[int] | None = None,
     *,
-    piece: int = PIECE,
+    piece: int | None = None,
 ) -> Tensor:
     """Reads long texts fast: the upper half runs over the last tokens alone, and nothing is lost by it.
 
@@ -150,7 +148,7 @@ def prefill(
         tokens: as in `extend`, on any device.
         state: the state to read on from; it is changed in place.
         lengths: how many tokens of each row are no padding, at least 1; None if all are.
-        piece: how many tokens are read at once.
+        piece: how many tokens are read at once; the model's `usual_piece` if None.
 
     Returns:
         `[B, V]`, the logits at the last token of each row, as `extend` gives them for the same tokens.
@@ -161,6 +159,7 @@ def prefill(
     valid = _valid(tokens, state, lengths)
     if min(valid) < 1:
         raise InvalidArgument(f"lengths = {valid}: prefill needs one token at least in each row")
+    piece = model.usual_piece if piece is None else piece
     if piece < 1:
         raise InvalidArgument(f"piece = {piece} must be at least 1")
     if state.rows is not None:

@@ -102,9 +102,7 @@ def traced(part: str) -> AbstractContextManager[Any]:
 
 def is_watched() -> bool:
     """Returns whether a profiler, a mode or autocast of this thread follows its ops, which it does in no other."""
-    return (
-        profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
-    )
+    return profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
 
 
 def _is_on(device: torch.device) -> bool:
