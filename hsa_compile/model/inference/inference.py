@@ -273,9 +273,13 @@ def _remember(model: HSATransformer, x: Tensor, state: ModelState, valid: list[i
     most = max(counts)
     if most:
         rows = torch.cat((state.pending, x), dim=1)
-        first = C - 1 - _tensor(waiting, x)
-        index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
-        chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])).unflatten(1, (most, C))
+        if len(set(waiting)) == 1:  # as in every text that is read alone
+            chunks = rows.narrow(1, C - 1 - waiting[0], most * C)
+        else:
+            first = C - 1 - _tensor(waiting, x)
+            index = (first[:, None] + torch.arange(most * C, device=x.device)).clamp(max=rows.shape[1] - 1)
+            chunks = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+        chunks = chunks.unflatten(1, (most, C))
         encoded = model.encode(chunks)
         state.memory.append(encoded.k, encoded.v, encoded.landmarks, counts)
     state.pending = appended(state.pending, x, _count(valid, x))

@@ -114,14 +114,16 @@ def window_attention(
     num_blocks = -(-T // block)
     missing, filling = before - (k.shape[1] - T), num_blocks * block - T
     width = block + before
-    k, v = (F.pad(x, (0, 0, 0, 0, missing, filling)).unfold(1, width, block) for x in (k, v))
+    if missing or filling:  # padding by nothing would copy
+        q, k, v = F.pad(q, (0, 0, 0, 0, 0, filling)), *(F.pad(x, (0, 0, 0, 0, missing, filling)) for x in (k, v))
+    k, v = (x.unfold(1, width, block) for x in (k, v))
     bias = _bias(block, width, window, q, slopes)[None, None]
     if missing or num_past is not None:
         bias = _hide_what_is_not_there(bias, num_past, block, num_blocks, before)
-    queries = F.pad(q, (0, 0, 0, 0, 0, filling)).view(B, num_blocks, block, HQ, D)
+    queries = q.reshape(B * num_blocks, block, HQ, D)
     rows = (B * num_blocks, -1)
     o = attend(
-        queries.flatten(0, 1),
+        queries,
         k.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
         v.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
         bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1),  # in 4 dimensions, or no fused kernel runs
@@ -167,9 +169,11 @@ class WindowCache:
 def appended(cache: Tensor, new: Tensor, num_valid: Tensor | None) -> Tensor:
     """Adds the first `num_valid[b]` rows of `new` (all if None) to `cache [B, P, …]` and returns the last P rows."""
     size = cache.shape[1]
+    if num_valid is None and new.shape[1] >= size:
+        return new[:, new.shape[1] - size :].clone()  # a view would keep the whole piece alive
     rows = torch.cat((cache, new), dim=1)
     if num_valid is None:
-        return rows[:, rows.shape[1] - size :].clone()  # a view would keep the whole piece alive
+        return rows[:, rows.shape[1] - size :].clone()
     index = num_valid[:, None] + torch.arange(size, device=new.device)
     index = index.view(*index.shape, *[1] * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
     return rows.gather(1, index)
