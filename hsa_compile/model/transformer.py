@@ -21,8 +21,8 @@ from hsa_compile.model.layers.mamba2 import Mamba2
 from hsa_compile.model.layers.moe import MoE
 
 PIECE = 4096  # how many tokens of a long text are read at once
-THREAD_PIECE = 2048  # the same for each thread of a CPU, whose cache holds little more
-PART = 1024  # a thread of a CPU reads at least so many: of fewer, Python would take too large a share
+THREAD_PIECE = 2048  # the same for each thread of a CPU, if threads read side by side; its cache holds little more
+PART = 1024  # a thread reads at least so many: with fewer, Python would take too large a share
 
 
 class HSATransformer(nn.Module):
@@ -75,7 +75,15 @@ class HSATransformer(nn.Module):
     @property
     def usual_piece(self) -> int:
         """How many tokens of a long text are best read at once."""
-        return THREAD_PIECE * torch.get_num_threads() if self.device.type == "cpu" else PIECE
+        threads = torch.get_num_threads()
+        return THREAD_PIECE * threads if self.device.type == "cpu" and self._early is not None else PIECE
+
+    @property
+    def _early(self) -> int | None:
+        """How many tokens early a part of a text begins that is read beside others; None if that costs too much."""
+        early = len(self.lower) * (self.config.window - 1)
+        windows = all(spec.mixer == "window" for spec in self.config.layers[: len(self.lower)])
+        return early if windows and 8 * early <= PART else None
 
     def forward(
         self, tokens: Tensor, *, noise_seed: int | None = None, selections: list[Selection] | None = None
@@ -229,17 +237,14 @@ class HSATransformer(nn.Module):
         A window layer sees `window − 1` tokens back. A part whose reading begins `lower layers · (window − 1)` tokens
         early, with empty caches, is therefore exact from its first token on.
         """
-        early = len(self.lower) * (self.config.window - 1)
-        size = max(PART, 8 * early)  # at most an eighth is read twice
-        count = x.shape[1] // size
-        windows = all(spec.mixer == "window" for spec in self.config.layers[: len(self.lower)])
-        if count < 2 or not windows or piece.num_valid is not None or not _runs_on_workers(x):
+        early, count = self._early, x.shape[1] // PART
+        if early is None or count < 2 or piece.num_valid is not None or not _runs_on_workers(x):
             return self.run(self.lower, x, piece, caches)
         nothing = torch.zeros(x.shape[0], dtype=torch.int64)
 
         def read(first: int, last: int) -> tuple[Tensor, list[Cache | None]]:
             skip = early if first else 0
-            part = slice(first * size - skip, x.shape[1] if last == count else last * size)
+            part = slice(first * PART - skip, x.shape[1] if last == count else last * PART)
             here = replace(piece, rope=(piece.rope[0][:, part], piece.rope[1][:, part]))
             if first:
                 here = replace(here, num_past=nothing)

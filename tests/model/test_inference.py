@@ -79,7 +79,7 @@ def test_parts_that_threads_read_side_by_side_are_exact(variant: str, monkeypatc
         split.append(count)
         return run_on_workers(task, count)
 
-    monkeypatch.setattr(transformer, "PART", 16)
+    monkeypatch.setattr(transformer, "PART", 100)
     monkeypatch.setattr(transformer, "run_on_workers", counting)
     tokens = texts(2 if variant != "drt" else 1, 650)
     with torch.no_grad():
