@@ -15,6 +15,7 @@ from hsa_compile.model.layers.attention import GroupedQueryAttention, attend
 from hsa_compile.model.layers.basic import kernel_dtype, rotate
 from hsa_compile.model.layers.exchange import SharedRows
 
+# A block of queries computes with its own keys and the window before them: small ones waste less, but hold more copies.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 128
 
 
@@ -109,21 +110,23 @@ def window_attention(
         return attend(q, k, v, bias=bias)
     if q.device.type == "cuda":
         return flex_window_attention(q, k, v, window=window, num_past=num_past, slopes=slopes)
-    block = T if T <= _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << before.bit_length()))
+    block = T if T <= _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (before // 8).bit_length()))
     num_blocks = -(-T // block)
     missing, filling = before - (k.shape[1] - T), num_blocks * block - T
     width = block + before
-    k, v = (F.pad(x, (0, 0, 0, 0, missing, filling)).unfold(1, width, block) for x in (k, v))
-    bias = _bias(block, width, window, q, slopes)
+    if missing or filling:  # padding by nothing would copy
+        q, k, v = F.pad(q, (0, 0, 0, 0, 0, filling)), *(F.pad(x, (0, 0, 0, 0, missing, filling)) for x in (k, v))
+    k, v = (x.unfold(1, width, block) for x in (k, v))
+    bias = _bias(block, width, window, q, slopes)[None, None]
     if missing or num_past is not None:
         bias = _hide_what_is_not_there(bias, num_past, block, num_blocks, before)
-    queries = F.pad(q, (0, 0, 0, 0, 0, filling)).view(B, num_blocks, block, HQ, D)
+    queries = q.reshape(B * num_blocks, block, HQ, D)
     rows = (B * num_blocks, -1)
     o = attend(
-        queries.flatten(0, 1),
+        queries,
         k.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
         v.permute(0, 1, 4, 2, 3).reshape(*rows, H, D),
-        bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1) if bias.dim() == 5 else bias,
+        bias=bias.expand(B, num_blocks, -1, -1, -1).flatten(0, 1),  # in 4 dimensions, or no fused kernel runs
     )
     return o.reshape(B, num_blocks * block, HQ, D)[:, :T]
 
@@ -140,7 +143,7 @@ def _bias(block: int, width: int, window: int, q: Tensor, slopes: Tensor | None)
 
 
 def _hide_what_is_not_there(bias: Tensor, num_past: Tensor | None, block: int, num_blocks: int, before: int) -> Tensor:
-    """Hides keys before the beginning of the text from the bias `[B or 1, num_blocks, heads, block, width]`.
+    """Hides keys before the beginning of the text from the bias; returns `[B or 1, num_blocks, heads, block, width]`.
 
     No query is left without a key: each sees itself.
     """
@@ -148,7 +151,7 @@ def _hide_what_is_not_there(bias: Tensor, num_past: Tensor | None, block: int, n
     first = torch.arange(num_blocks, device=bias.device)[:, None] * block
     column = first + torch.arange(block + before, device=bias.device)  # [num_blocks, width], 0 is the oldest key
     hidden = column[None] < (before - there)[:, :, None]  # [B or 1, num_blocks, width]
-    return bias[None, None].masked_fill(hidden[:, :, None, None, :], float("-inf"))
+    return bias.masked_fill(hidden[:, :, None, None, :], float("-inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +169,11 @@ class WindowCache:
 def appended(cache: Tensor, new: Tensor, num_valid: Tensor | None) -> Tensor:
     """Adds the first `num_valid[b]` rows of `new` (all if None) to `cache [B, P, …]` and returns the last P rows."""
     size = cache.shape[1]
+    if num_valid is None and new.shape[1] >= size:
+        return new[:, new.shape[1] - size :].clone()  # a view would keep the whole piece alive
     rows = torch.cat((cache, new), dim=1)
     if num_valid is None:
-        return rows[:, rows.shape[1] - size :].clone()  # a view would keep the whole piece alive
+        return rows[:, rows.shape[1] - size :].clone()
     index = num_valid[:, None] + torch.arange(size, device=new.device)
     index = index.view(*index.shape, *[1] * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
     return rows.gather(1, index)
