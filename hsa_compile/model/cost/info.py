@@ -210,7 +210,8 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
     keys = num_chunks * config.chunk_size * config.memory_kv_heads * config.memory_head_dim * itemsize
     return MemoryUse(
         weights=parameters * itemsize,
-        caches=sum(mixers[spec.mixer] for spec in config.layers) + (config.chunk_size - 1) * config.dim * itemsize,
+        caches=sum(mixers[spec.mixer] for spec in config.layers)
+        + (config.chunk_size - 1 + config.embedding_window - 1) * config.dim * itemsize,
         chunk_keys=keys,
         chunk_values=keys,
         landmarks=num_chunks * config.memory_kv_heads * config.retrieval_dim * itemsize,

@@ -27,6 +27,7 @@ class ModelState:
         positions: how many tokens of each row were read; landmark tokens of the model's own count.
         lower, upper: caches of the layers of both halves.
         num_upper_past: how many tokens of each row are in the upper caches.
+        newest: `[B, embedding_window − 1, dim]`, the embeddings of the newest tokens.
         pending: `[B, C − 1, dim]`, the newest outputs of the lower half, with the incomplete chunk at their end.
         memory: the chunks that are complete; None in baselines.
         carried: DRT's selections for the next token, by layer.
@@ -37,6 +38,7 @@ class ModelState:
     lower: list[Cache | None]
     upper: list[Cache | None]
     num_upper_past: list[int]
+    newest: Tensor
     pending: Tensor
     memory: ChunkMemory | None
     carried: dict[int, Selection] = field(default_factory=dict)
@@ -89,6 +91,7 @@ def new_state(
         lower=model.empty_caches(model.lower, batch),
         upper=model.empty_caches(model.upper, batch),
         num_upper_past=[0] * batch,
+        newest=weight.new_zeros(batch, config.embedding_window - 1, config.dim),
         pending=weight.new_zeros(batch, config.chunk_size - 1, config.dim),
         memory=chunks,
     )
@@ -121,7 +124,7 @@ def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: 
         )
     if max(valid) == 0:
         return model.embedding.weight.new_zeros(*tokens.shape[:2], model.config.vocab_size)
-    x, text = _embed(model, tokens, state)
+    x, text = _embed(model, tokens, state, valid)
     inserted = x.shape[1] - tokens.shape[1]
     valid = [n + inserted for n in valid]  # landmark tokens come one row at a time, where nothing is padding
     start = list(state.positions)
@@ -204,7 +207,7 @@ def _lower_then_tail(
     kept = model.embedding.weight.new_zeros(len(valid), tail, model.config.dim)
     for start in range(0, max(valid), piece):
         here = [min(max(n - start, 0), piece) for n in valid]
-        x, _ = _embed(model, tokens[:, start : start + max(here)].to(model.device), state)
+        x, _ = _embed(model, tokens[:, start : start + max(here)].to(model.device), state, here)
         here = [n + x.shape[1] - max(here) for n in here]
         x = _read_lower(model, x, state, here)
         kept = appended(kept, x, _count(here, x))
@@ -233,8 +236,10 @@ def _last_text(model: HSATransformer, start: int, count: int) -> int:
     return count - 1 - ends_in_landmark
 
 
-def _embed(model: HSATransformer, tokens: Tensor, state: ModelState) -> tuple[Tensor, Tensor | None]:
-    x = model.embed(tokens)
+def _embed(model: HSATransformer, tokens: Tensor, state: ModelState, valid: list[int]) -> tuple[Tensor, Tensor | None]:
+    embedded = model.embed(tokens)
+    x = model.with_tokens_before(embedded, state.newest)
+    state.newest = appended(state.newest, embedded, _count(valid, embedded))
     if model.landmark_token is None:
         return x, None
     return model.with_landmark_tokens(x, state.positions[0])
@@ -344,7 +349,8 @@ def rewind(state: ModelState, point: Snapshot) -> None:
     """
     before = _copy(point.state)
     state.positions, state.num_upper_past = before.positions, before.num_upper_past
-    state.lower, state.upper, state.pending = before.lower, before.upper, before.pending
+    state.lower, state.upper = before.lower, before.upper
+    state.newest, state.pending = before.newest, before.pending
     state.carried = before.carried
     if state.memory is not None:
         state.memory.truncate(point.num_chunks)
@@ -378,6 +384,7 @@ def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> 
         lower=[_rows_of(cache, index) for cache in state.lower],
         upper=[_rows_of(cache, index) for cache in state.upper],
         num_upper_past=[state.num_upper_past[row] for row in rows],
+        newest=state.newest[index],
         pending=state.pending[index],
         memory=None if state.memory is None else state.memory.take(rows),
         carried={layer: _rows_of(selection, index) for layer, selection in state.carried.items()},

@@ -19,15 +19,15 @@ from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.layers.hs_attention import Retrieval
 from hsa_compile.model.layers.window_attention import WindowAttention
 from hsa_compile.model.tasks.haystack import (
+    MADE,
     NOISE,
     STDLIB,
     Haystack,
-    NoiseHaystack,
     assignment_haystack,
     corpus_haystack,
 )
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
-from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, MAX_ROWS, RunConfig, Stage
+from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, MADE_HAYSTACKS, MAX_ROWS, RunConfig, Stage
 from hsa_compile.model.transformer import HSATransformer
 
 NUM_LENGTHS = 16  # the most lengths of rows that a stage has
@@ -233,8 +233,8 @@ def _mixture(run: RunConfig, stage: Stage, corpus: TokenCorpus | None) -> Mixtur
 
 
 def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
-    if name == NOISE:
-        return NoiseHaystack()
+    if name in MADE_HAYSTACKS:
+        return MADE[name]
     assert corpus is not None  # checked by RunConfig
     return (assignment_haystack if name == ASSIGNMENT_HAYSTACK else corpus_haystack)(corpus)
 
@@ -293,7 +293,7 @@ def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
 def lacks_text(stage: Stage, corpus: TokenCorpus | None) -> bool:
     """Says whether a stage draws from text, and the corpus has less of it than a row."""
     draws_text = stage.synthetic_share < 1 or any(
-        name != NOISE and weight > 0 for name, weight in stage.haystacks.items()
+        name not in MADE_HAYSTACKS and weight > 0 for name, weight in stage.haystacks.items()
     )
     return draws_text and (0 if corpus is None else len(corpus)) < stage.seq_len
 
