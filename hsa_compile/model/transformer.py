@@ -58,7 +58,8 @@ class HSATransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, ShortConvolution):
-                nn.init.normal_(module.weight, std=std)
+                bound = self.config.embedding_window**-0.5  # as PyTorch draws a convolution of one channel
+                nn.init.uniform_(module.weight, -bound, bound)
             elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:

@@ -18,6 +18,7 @@ from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.layers.hs_attention import Retrieval
 from hsa_compile.model.layers.window_attention import WindowAttention
+from hsa_compile.model.tasks.facts import END
 from hsa_compile.model.tasks.haystack import (
     MADE,
     NOISE,
@@ -138,7 +139,7 @@ def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
     is_answer = np.zeros((len(samples), plan.length), bool)
     for row, sample in enumerate(samples):
         for start, end in sample.answer_spans:
-            is_answer[row, start:end] = True
+            is_answer[row, start : end + len(END)] = True
     tokens = np.empty(is_answer.shape, np.int64)
     weights = np.empty(is_answer.shape, np.float32)
     for row, sample in enumerate(samples):
