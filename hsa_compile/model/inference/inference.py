@@ -349,8 +349,7 @@ def rewind(state: ModelState, point: Snapshot) -> None:
     """
     before = _copy(point.state)
     state.positions, state.num_upper_past = before.positions, before.num_upper_past
-    state.lower, state.upper = before.lower, before.upper
-    state.newest, state.pending = before.newest, before.pending
+    state.lower, state.upper, state.newest, state.pending = before.lower, before.upper, before.newest, before.pending
     state.carried = before.carried
     if state.memory is not None:
         state.memory.truncate(point.num_chunks)
@@ -397,11 +396,5 @@ def _rows_of(parts: Any, index: Tensor) -> Any:
 
 
 def _copy(state: ModelState) -> ModelState:
-    return replace(
-        state,
-        positions=list(state.positions),
-        lower=list(state.lower),
-        upper=list(state.upper),
-        num_upper_past=list(state.num_upper_past),
-        carried=dict(state.carried),
-    )
+    lists = {name: list(getattr(state, name)) for name in ("positions", "lower", "upper", "num_upper_past")}
+    return replace(state, **lists, carried=dict(state.carried))
