@@ -107,8 +107,8 @@ class TrainConfig:
 class DataConfig:
     """Where text comes from, and what its tokens count in the loss.
 
-    The loss of a step is the mean over tokens of text, each times its weight, plus the mean over tokens of answers,
-    each times its weight: few answers weigh as much as many.
+    The loss of a step is the mean over tokens of text, each times its weight, plus the mean over tokens of answers and
+    the full stops that end them, each times its weight: few answers weigh as much as many.
 
     Attributes:
         corpus: a prepared folder, `stdlib` for the Python standard library's sources, or empty for none.

@@ -109,7 +109,7 @@ class StepBatch:
         plan: the plan of the step.
         tokens: `[B, T]` int64.
         weights: `[B, T]` float32, what each token's prediction counts, in answers and text alike; 0 for the first.
-        is_answer: `[B, T]` bool.
+        is_answer: `[B, T]` bool, answers and the full stops that end them.
     """
 
     plan: StepPlan
