@@ -397,4 +397,4 @@ def _rows_of(parts: Any, index: Tensor) -> Any:
 
 def _copy(state: ModelState) -> ModelState:
     lists = {name: list(getattr(state, name)) for name in ("positions", "lower", "upper", "num_upper_past")}
-    return replace(state, **lists, carried=dict(state.carried))
+    return replace(state, **lists, carried=dict(state.carried))  # type: ignore[arg-type]
