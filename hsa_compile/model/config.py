@@ -41,6 +41,7 @@ MAX_LAYERS = 1000
 _RANGES = (
     ("vocab_size", 1, _COUNT),
     ("dim", 1, _WIDTH),
+    ("embedding_window", 1, 64),
     ("num_lower_layers", 0, MAX_LAYERS),
     ("num_groups", 1, MAX_LAYERS),
     ("layers_per_group", 1, MAX_LAYERS),
@@ -94,6 +95,8 @@ class ModelConfig:
             a memory: `swa` (sliding windows alone), `full` (attention to everything).
         vocab_size: `V`; 256 for bytes.
         dim: width of the residual stream.
+        embedding_window: how many tokens the embedding of a token is made of: its own and those before it, which are
+            added by a depthwise convolution. 1 takes its own alone.
         num_lower_layers: layers below the memory.
         num_groups, layers_per_group: how many groups the upper half has, and how many layers each has; the first
             layer of a group retrieves.
@@ -128,6 +131,7 @@ class ModelConfig:
     variant: str = "hsa-ultralong"
     vocab_size: int
     dim: int
+    embedding_window: int = 1
     num_lower_layers: int
     num_groups: int
     layers_per_group: int
@@ -235,7 +239,10 @@ class ModelConfig:
     @property
     def lower_reach(self) -> int:
         """How many tokens back the lower half's output depends on, if its layers are windows."""
-        return self.num_lower_layers * (self.window - 1)
+        back = self.embedding_window - 1
+        if self.has_landmark_tokens:  # which lie between those tokens of text
+            back += -(-back // (self.chunk_size - 1))
+        return self.num_lower_layers * (self.window - 1) + back
 
     def layer_position(self, place: int) -> int:
         """Returns where a token of text stands in the layers: DRT puts a landmark token behind each C − 1."""

@@ -9,6 +9,7 @@ from hsa_compile.model.config import VARIANTS, ModelConfig
 _TINY = ModelConfig(
     vocab_size=256,
     dim=128,
+    embedding_window=8,
     num_lower_layers=2,
     num_groups=1,
     layers_per_group=2,

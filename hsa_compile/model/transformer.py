@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import AUTO, ModelConfig
 from hsa_compile.model.layer import Cache, Layer, Piece
-from hsa_compile.model.layers.basic import RMSNorm, kernel_dtype, rope_angles, traced
+from hsa_compile.model.layers.basic import RMSNorm, ShortConvolution, kernel_dtype, rope_angles, traced
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
 from hsa_compile.model.layers.hs_attention import ChunkEncoder, EncodedChunks, Selection, SequenceMemory
 from hsa_compile.model.layers.mamba2 import Mamba2
@@ -38,6 +38,8 @@ class HSATransformer(nn.Module):
         self.context_mesh: DeviceMesh | None = None
         self.chunk_exchange = AUTO
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        has_window = config.embedding_window > 1
+        self.convolution = ShortConvolution(config.dim, config.embedding_window) if has_window else None
         self.landmark_token = nn.Parameter(torch.zeros(config.dim)) if config.has_landmark_tokens else None
         layers = [Layer(config, spec, index) for index, spec in enumerate(config.layers)]
         self.lower = nn.ModuleList(layers[: config.num_lower_layers])
@@ -57,6 +59,9 @@ class HSATransformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, ShortConvolution):
+                bound = self.config.embedding_window**-0.5  # as PyTorch draws a convolution of one channel
+                nn.init.uniform_(module.weight, -bound, bound)
             elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:
@@ -106,7 +111,8 @@ class HSATransformer(nn.Module):
         """
         shared, own = self.shared_rows(tokens.shape[1]), self.own_text(tokens.shape[1])
         start = 0 if shared is None else shared.start
-        x = self.embed(tokens[:, own])
+        begin = max(0, own.start - self.config.embedding_window + 1)
+        x = self.with_tokens_before(self.embed(tokens[:, begin : own.stop]))[:, own.start - begin :]
         if outputs is not None:
             outputs.append(x)
         text = None
@@ -145,6 +151,19 @@ class HSATransformer(nn.Module):
         if tokens.dtype not in (torch.int32, torch.int64, torch.uint8):
             raise InvalidArgument(f"tokens have dtype {tokens.dtype}; int64, int32 or uint8 is needed")
         return self.embedding(tokens.to(torch.int64) if tokens.dtype == torch.uint8 else tokens)
+
+    def with_tokens_before(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Adds to each embedding those of the tokens before it, as far as `embedding_window` reaches.
+
+        Args:
+            x: `[B, T, dim]`, the embeddings of tokens.
+            before: `[B, embedding_window - 1, dim]`, those of the tokens before; None at the beginning of a text.
+        """
+        if self.convolution is None:
+            return x
+        if before is None:
+            before = x.new_zeros(x.shape[0], self.config.embedding_window - 1, x.shape[2])
+        return self.convolution(x, before)
 
     def with_landmark_tokens(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Puts DRT's landmark token behind each C − 1 tokens of text.

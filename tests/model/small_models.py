@@ -14,6 +14,7 @@ from hsa_compile.model.transformer import HSATransformer
 SMALL = ModelConfig(
     vocab_size=19,
     dim=24,
+    embedding_window=5,
     num_lower_layers=2,
     num_groups=2,
     layers_per_group=2,

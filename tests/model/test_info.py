@@ -87,7 +87,7 @@ def test_the_memory_that_reading_takes_is_what_was_said(variant: str, length: in
     said = model_info(model.config, context=length, dtype=torch.float32).memory
     assert said.weights == 4 * sum(weight.numel() for weight in model.parameters())
     caches = [tensor for cache in [*state.lower, *state.upper] if cache is not None for tensor in _tensors(cache)]
-    assert said.caches == sum(tensor.nbytes for tensor in [*caches, state.pending])
+    assert said.caches == sum(tensor.nbytes for tensor in [*caches, state.newest, state.pending])
     if state.memory is not None:
         config, chunks = model.config, state.memory.num_chunks[0]
         assert said.chunk_keys == chunks * config.chunk_size * config.memory_kv_heads * config.memory_head_dim * 4

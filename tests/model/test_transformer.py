@@ -6,7 +6,7 @@ from small_models import build, combinations, small_config
 
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.kernels.select_chunks.reference import select_chunks_reference
-from hsa_compile.model.config import VARIANTS
+from hsa_compile.model.config import VARIANTS, ModelConfig
 from hsa_compile.model.layers import hs_attention
 from hsa_compile.model.presets import preset
 from hsa_compile.model.transformer import HSATransformer
@@ -38,6 +38,27 @@ def test_the_whole_past_is_reached(variant: str) -> None:
         assert difference == 0
     else:
         assert difference > 1e-6
+
+
+def test_embeddings_are_made_of_those_of_a_window_of_tokens() -> None:
+    model = build(small_config("hsa-ultralong", embedding_window=4))
+    x, before = torch.randn(2, 9, 24), torch.randn(2, 3, 24)
+    mixed = model.with_tokens_before(x, before)
+    rows = torch.cat((before, x), dim=1)
+    weights = [torch.ones(24), *model.convolution.weight]
+    for place in range(9):
+        expected = sum(weight * rows[:, 3 + place - back] for back, weight in enumerate(weights))
+        torch.testing.assert_close(mixed[:, place], expected)
+    alone = model.with_tokens_before(x)
+    torch.testing.assert_close(alone, model.with_tokens_before(x, torch.zeros(2, 3, 24)))
+
+
+def test_a_config_from_before_the_window_of_embeddings_has_one_of_a_token() -> None:
+    values = {name: value for name, value in small_config("swa").to_dict().items() if name != "embedding_window"}
+    model = build(ModelConfig.from_dict(values))
+    assert not [name for name, _ in model.named_parameters() if "convolution" in name]
+    x = torch.randn(1, 5, 24)
+    assert model.with_tokens_before(x) is x
 
 
 def test_gradients_are_those_of_reference_ops_in_float64(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,8 @@ class MemoryUse:
 
     Attributes:
         weights: the weights of the model.
-        caches: what the mixers keep (windows, Mamba-2 states, all keys and values of `full`), and the open chunk.
+        caches: what the mixers keep (windows, Mamba-2 states, all keys and values of `full`), the open chunk, and the
+            newest embeddings.
         chunk_keys, chunk_values, landmarks: the three parts of the memory.
     """
 
@@ -69,7 +70,8 @@ class ModelInfo:
         config: the config of the model.
         layers: from the bottom up.
         parameters: how many parameters there are, with tied embeddings counted once.
-        embedding_parameters: those of the embedding, and of the output layer where it is not the embedding.
+        embedding_parameters: those of the embedding, of its convolution, and of the output layer where it is not the
+            embedding.
         encoder_parameters: those of the chunk encoder.
         active_parameters: those that one token passes, without embeddings.
         context: the length that memory and FLOPs are for, in tokens of text.
@@ -136,7 +138,7 @@ def model_info(config: ModelConfig, *, context: int = 8192, dtype: torch.dtype =
     flops, kernel_flops = _flops(model, context)
     layers = tuple(_layer_info(config, layer, spec) for layer, spec in _layers(model))
     parameters = _count(model)
-    embedding = _count(model.embedding) + (_count(model.output) if model.output is not None else 0)
+    embedding = sum(_count(part) for part in (model.embedding, model.convolution, model.output) if part is not None)
     return ModelInfo(
         config=config,
         layers=layers,
@@ -210,7 +212,8 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
     keys = num_chunks * config.chunk_size * config.memory_kv_heads * config.memory_head_dim * itemsize
     return MemoryUse(
         weights=parameters * itemsize,
-        caches=sum(mixers[spec.mixer] for spec in config.layers) + (config.chunk_size - 1) * config.dim * itemsize,
+        caches=sum(mixers[spec.mixer] for spec in config.layers)
+        + (config.chunk_size - 1 + config.embedding_window - 1) * config.dim * itemsize,
         chunk_keys=keys,
         chunk_values=keys,
         landmarks=num_chunks * config.memory_kv_heads * config.retrieval_dim * itemsize,
@@ -222,7 +225,8 @@ def _flops(
 ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
     """Returns the FLOPs of all parts, and what our kernels do of them.
 
-    Products count two FLOPs a multiplication; norms, RoPE, softmax and the choice of chunks are left out.
+    Products count two FLOPs a multiplication; norms, RoPE, the convolution of embeddings, softmax and the choice of
+    chunks are left out.
     """
     config = model.config
     T = num_positions(config, context)

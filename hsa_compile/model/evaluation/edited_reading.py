@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hsa_compile.model.data.tokenizer import TokenArray
@@ -73,6 +74,8 @@ class EditedReading:
         model = self._model
         caches = model.empty_caches(model.lower, 1)
         x, begin = self._embed(tokens, self._position, self._position)
+        size = model.config.embedding_window - 1
+        newest = model.embed(_tokens(tokens[max(0, self.num_read - size) : self.num_read]).to(model.device))
         if x.shape[1]:
             piece = replace(model.piece([begin], x), num_past=torch.zeros(1, dtype=torch.int64, device=x.device))
             _, caches = model.run(model.lower, x, piece, caches)
@@ -81,6 +84,7 @@ class EditedReading:
             lower=caches,
             upper=model.empty_caches(model.upper, 1),
             num_upper_past=[0],
+            newest=F.pad(newest, (0, 0, size - newest.shape[1], 0)),
             pending=torch.zeros_like(self._state.pending),  # a chunk begins here
             memory=self._state.memory,
         )
@@ -92,7 +96,8 @@ class EditedReading:
         """
         model, config = self._model, self._model.config
         begin = max(0, start - config.lower_reach) // config.chunk_size * config.chunk_size
-        x = model.embed(_tokens(tokens[config.text_length(begin) : config.text_length(end)]).to(model.device))
+        text = tokens[config.text_length(begin) : config.text_length(end)]
+        x = model.with_tokens_before(model.embed(_tokens(text).to(model.device)))
         if config.has_landmark_tokens:
             x, _ = model.with_landmark_tokens(x, begin)
         assert x.shape[1] == end - begin

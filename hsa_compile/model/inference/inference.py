@@ -29,6 +29,7 @@ class ModelState:
         positions: how many tokens of each row were read; landmark tokens of the model's own count.
         lower, upper: caches of the layers of both halves.
         num_upper_past: how many tokens of each row are in the upper caches.
+        newest: `[B, embedding_window − 1, dim]`, the embeddings of the newest tokens.
         pending: `[B, C − 1, dim]`, the newest outputs of the lower half, with the incomplete chunk at their end.
         memory: the chunks that are complete, of which a process may hold a share; None in baselines.
         carried: DRT's selections for the next token, by layer.
@@ -39,6 +40,7 @@ class ModelState:
     lower: list[Cache | None]
     upper: list[Cache | None]
     num_upper_past: list[int]
+    newest: Tensor
     pending: Tensor
     memory: ChunkMemory | SharedMemory | None
     carried: dict[int, Selection] = field(default_factory=dict)
@@ -101,6 +103,7 @@ def new_state(
         lower=model.empty_caches(model.lower, batch),
         upper=model.empty_caches(model.upper, batch),
         num_upper_past=[0] * batch,
+        newest=weight.new_zeros(batch, config.embedding_window - 1, config.dim),
         pending=weight.new_zeros(batch, config.chunk_size - 1, config.dim),
         memory=chunks,
     )
@@ -133,7 +136,7 @@ def extend(model: HSATransformer, tokens: Tensor, state: ModelState, num_valid: 
         )
     if max(valid) == 0:
         return model.embedding.weight.new_zeros(*tokens.shape[:2], model.config.vocab_size)
-    x, text = _embed(model, tokens, state)
+    x, text = _embed(model, tokens, state, valid)
     inserted = x.shape[1] - tokens.shape[1]
     valid = [n + inserted for n in valid]  # landmark tokens come one row at a time, where nothing is padding
     start = list(state.positions)
@@ -257,7 +260,7 @@ def _read_text(
         rows = tokens.new_zeros(len(here), max(here), *tokens.shape[2:])
         for b, (first, n) in enumerate(zip(firsts, here, strict=True)):
             rows[b, :n] = tokens[b, first : first + n]
-        x, _ = _embed(model, rows.to(model.device), state)
+        x, _ = _embed(model, rows.to(model.device), state, here)
         here = [n + x.shape[1] - max(here) for n in here]
         past = [position - origin for position, origin in zip(state.positions, start.origins, strict=True)]
         yield _read_lower(model, x, state, here, past, memory), here
@@ -281,8 +284,10 @@ def _last_text(model: HSATransformer, start: int, count: int) -> int:
     return count - 1 - ends_in_landmark
 
 
-def _embed(model: HSATransformer, tokens: Tensor, state: ModelState) -> tuple[Tensor, Tensor | None]:
-    x = model.embed(tokens)
+def _embed(model: HSATransformer, tokens: Tensor, state: ModelState, valid: list[int]) -> tuple[Tensor, Tensor | None]:
+    embedded = model.embed(tokens)
+    x = model.with_tokens_before(embedded, state.newest)
+    state.newest = appended(state.newest, embedded, _count(valid, embedded))
     if model.landmark_token is None:
         return x, None
     return model.with_landmark_tokens(x, state.positions[0])

@@ -32,7 +32,7 @@ from hsa_compile.model.tensor_files import read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer
 
 INDEX_FILE = "reading.json"
-FORMAT, FORMAT_VERSION = "hsa-compile reading", 2
+FORMAT, FORMAT_VERSION = "hsa-compile reading", 3
 CACHES_FILE = "caches.safetensors"
 _PREFIX = "reading-"
 _FIELDS = {"model": str, "config": dict, "place": str, "by_rows": bool, "rows": list, "caches_sha256": dict}
@@ -166,7 +166,7 @@ def fingerprint(model: HSATransformer) -> str:
 
 def _save_row(state: ModelState, place: Path) -> dict[str, Any]:
     make_directory(place)
-    tensors = {"pending": state.pending}
+    tensors = {"newest": state.newest, "pending": state.pending}
     for half, caches in (("lower", state.lower), ("upper", state.upper)):
         for i, cache in enumerate(caches):
             if cache is not None:
@@ -198,6 +198,7 @@ def _load_row(model: HSATransformer, values: dict[str, Any], place: Path, memory
             for half in ("lower", "upper")
         }
         carried = {layer: _selection(f"carried.{layer}", tensors, batch, config) for layer in values["carried"]}
+        newest = _fitting(tensors, "newest", weight.new_empty(batch, config.embedding_window - 1, config.dim))
         pending = _fitting(tensors, "pending", weight.new_empty(batch, config.chunk_size - 1, config.dim))
     except KeyError as error:
         raise SaveError(f"{path} does not belong to {INDEX_FILE}: it lacks {error}") from error
@@ -216,6 +217,7 @@ def _load_row(model: HSATransformer, values: dict[str, Any], place: Path, memory
         lower=halves["lower"],
         upper=halves["upper"],
         num_upper_past=values["num_upper_past"],
+        newest=newest,
         pending=pending,
         memory=chunks,
         carried=carried,

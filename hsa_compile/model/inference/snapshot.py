@@ -45,7 +45,7 @@ def rewind(state: ModelState, point: Snapshot) -> None:
     """
     before = _copy(point.state)
     state.positions, state.num_upper_past = before.positions, before.num_upper_past
-    state.lower, state.upper, state.pending = before.lower, before.upper, before.pending
+    state.lower, state.upper, state.newest, state.pending = before.lower, before.upper, before.newest, before.pending
     state.carried = before.carried
     if state.memory is not None:
         state.memory.truncate(point.num_chunks)
@@ -79,6 +79,7 @@ def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> 
         lower=[_rows_of(cache, index) for cache in state.lower],
         upper=[_rows_of(cache, index) for cache in state.upper],
         num_upper_past=[state.num_upper_past[row] for row in rows],
+        newest=state.newest[index],
         pending=state.pending[index],
         memory=None if state.memory is None else state.memory.take(rows),
         carried={layer: _rows_of(selection, index) for layer, selection in state.carried.items()},

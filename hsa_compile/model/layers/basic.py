@@ -27,6 +27,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
+class ShortConvolution(nn.Module):
+    """A causal depthwise convolution: adds the tokens before to each token, with a weight for each channel.
+
+    Args:
+        dim: how many channels there are.
+        window: how many tokens each output is made of, the own one included, whose weight is 1.
+    """
+
+    def __init__(self, dim: int, window: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(window - 1, dim))
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """Returns `[B, T, dim]` for `x [B, T, dim]`, where `before [B, window - 1, dim]` are the tokens before it."""
+        rows, (size, length) = torch.cat((before, x), dim=1), (before.shape[1], x.shape[1])
+        for back, weight in enumerate(self.weight, start=1):
+            x = torch.addcmul(x, rows[:, size - back : size - back + length], weight)
+        return x
+
+
 class SwiGLU(nn.Module):
     """The gated MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202).
 

@@ -8,12 +8,13 @@ from hsa_compile.checks import check_choice, check_count, check_number, pair, sh
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import AUTO, CHUNK_EXCHANGES, ModelConfig
 from hsa_compile.model.tasks.family import TASKS
-from hsa_compile.model.tasks.haystack import NOISE
+from hsa_compile.model.tasks.haystack import NEEDLES, NOISE
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
-HAYSTACKS = (NOISE, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
+MADE_HAYSTACKS = (NOISE, NEEDLES)
+HAYSTACKS = (*MADE_HAYSTACKS, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
 WINDOWS, DOCUMENTS = "windows", "documents"
 ORDERS = (WINDOWS, DOCUMENTS)
 MAX_ROWS = 2**20  # the most rows of a step
@@ -113,8 +114,8 @@ class TrainConfig:
 class DataConfig:
     """Where text comes from, and what its tokens count in the loss.
 
-    The loss of a step is the mean over tokens of text, each times its weight, plus the mean over tokens of answers,
-    each times its weight: few answers weigh as much as many.
+    The loss of a step is the mean over tokens of text, each times its weight, plus the mean over tokens of answers and
+    the full stops that end them, each times its weight: few answers weigh as much as many.
 
     Attributes:
         corpus: a prepared folder, `stdlib` for the Python standard library's sources, or empty for none.
@@ -158,8 +159,8 @@ class Stage:
             `tasks.mixture.Mixture`.
         tasks: the weight of each task of the evaluation in rows of `task_share`.
         min_distance: the least distance between needles and questions; None takes the window.
-        haystacks: the weight of each haystack of retrieval samples: `noise`, `corpus`, and `assignments`, which are
-            pieces of the corpus that look like needles.
+        haystacks: the weight of each haystack of retrieval samples: `noise`, `needles`, `corpus`, and `assignments`,
+            which are pieces of the corpus that look like needles.
     """
 
     share: float = 1.0
@@ -218,7 +219,9 @@ class Stage:
     @property
     def needs_corpus(self) -> bool:
         """Whether rows or haystacks come from a corpus."""
-        return self.synthetic_share < 1 or any(weight > 0 for name, weight in self.haystacks.items() if name != NOISE)
+        return self.synthetic_share < 1 or any(
+            weight > 0 for name, weight in self.haystacks.items() if name not in MADE_HAYSTACKS
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

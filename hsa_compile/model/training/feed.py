@@ -18,16 +18,24 @@ from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.layers.hs_attention import Retrieval
 from hsa_compile.model.layers.window_attention import WindowAttention
+from hsa_compile.model.tasks.facts import END
 from hsa_compile.model.tasks.haystack import (
+    MADE,
     NOISE,
     STDLIB,
     Haystack,
-    NoiseHaystack,
     assignment_haystack,
     corpus_haystack,
 )
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
-from hsa_compile.model.training.config import ASSIGNMENT_HAYSTACK, DOCUMENTS, MAX_ROWS, RunConfig, Stage
+from hsa_compile.model.training.config import (
+    ASSIGNMENT_HAYSTACK,
+    DOCUMENTS,
+    MADE_HAYSTACKS,
+    MAX_ROWS,
+    RunConfig,
+    Stage,
+)
 from hsa_compile.model.transformer import HSATransformer
 
 NUM_LENGTHS = 16  # the most lengths of rows that a stage has
@@ -125,7 +133,7 @@ class StepBatch:
         plan: the plan of the step.
         tokens: `[B, T]` int64.
         weights: `[B, T]` float32, what each token's prediction counts, in answers and text alike; 0 for the first.
-        is_answer: `[B, T]` bool.
+        is_answer: `[B, T]` bool, answers and the full stops that end them.
     """
 
     plan: StepPlan
@@ -166,7 +174,7 @@ def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
     is_answer = np.zeros((len(samples), plan.length), bool)
     for row, sample in enumerate(samples):
         for start, end in sample.answer_spans:
-            is_answer[row, start:end] = True
+            is_answer[row, start : end + len(END)] = True
     tokens = np.empty(is_answer.shape, np.int64)
     weights = np.empty(is_answer.shape, np.float32)
     for row, sample in enumerate(samples):
@@ -275,8 +283,8 @@ def _mixture(
 
 
 def _haystack(name: str, corpus: TokenCorpus | None) -> Haystack:
-    if name == NOISE:
-        return NoiseHaystack()
+    if name in MADE_HAYSTACKS:
+        return MADE[name]
     assert corpus is not None  # checked by RunConfig
     return (assignment_haystack if name == ASSIGNMENT_HAYSTACK else corpus_haystack)(corpus)
 
@@ -335,7 +343,7 @@ def held_out_mixture(run: RunConfig, corpus: TokenCorpus | None) -> Mixture:
 def lacks_text(stage: Stage, corpus: TokenCorpus | None) -> bool:
     """Says whether a stage draws from text, and the corpus has less of it than a row."""
     draws_text = stage.synthetic_share < 1 or any(
-        name != NOISE and weight > 0 for name, weight in stage.haystacks.items()
+        name not in MADE_HAYSTACKS and weight > 0 for name, weight in stage.haystacks.items()
     )
     return draws_text and (0 if corpus is None else len(corpus)) < stage.seq_len
 

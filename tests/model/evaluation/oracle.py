@@ -24,7 +24,7 @@ class Oracle(HSATransformer):
 
     def __init__(self, *, stops: bool = True, blind_after: int | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        super().__init__(small_config("full", vocab_size=256))
+        super().__init__(small_config("full", vocab_size=256, embedding_window=1))
         self.norm = nn.Identity()
         self.stops, self.blind_after = stops, blind_after
 

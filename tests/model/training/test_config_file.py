@@ -61,7 +61,7 @@ def test_a_files_stages_replace_those_of_the_recipe(tmp_path: Path) -> None:
         ("stages.0.num_needles=[5, 2]", "stages.0.num_needles = [5, 2] must have the smaller number first"),
         ("stages.0.tasks={niah = 1}", "task = 'niah' is not one of s-niah, "),
         ("stages.0.tasks=3", "tasks = 3 must be a table such as {s-niah = 1.0}"),
-        ("stages.0.haystacks={web = 1}", "haystack = 'web' is not one of noise, corpus, assignments"),
+        ("stages.0.haystacks={web = 1}", "haystack = 'web' is not one of noise, needles, corpus, assignments"),
         ("stages.9.window=4", "'stages.9.window' is no field of a stage; allowed are stages.0.… to 4.…"),
         ("stages.0.top_k=500", "top_k = 500 must be an integer in 1 … 128"),
         ("lr=1", "'lr' is no field; allowed are model.…, train.…, data.…, stages.…"),
