@@ -198,7 +198,8 @@ def test_hidden_states_are_the_embeddings_and_the_outputs_of_all_layers(variant:
     tokens = torch.randint(1, 19, (2, 24), generator=torch.Generator().manual_seed(0))
     output = model(tokens, output_hidden_states=True)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
-    torch.testing.assert_close(output.hidden_states[0], model.get_input_embeddings()(tokens))
+    embedded = model.model.with_tokens_before(model.get_input_embeddings()(tokens))
+    torch.testing.assert_close(output.hidden_states[0], embedded)
     torch.testing.assert_close(model.model.logits(output.hidden_states[-1]), output.logits)
     seen: list[torch.Tensor] = []
     hook = model.model.lower[0].register_forward_hook(lambda _, __, result: seen.append(result[0]))

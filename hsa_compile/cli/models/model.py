@@ -164,8 +164,8 @@ def info(
     With --devices it also shows what training and serving at that context would take on so many a100, h100, h200, b200
     or mi300x, in bfloat16: bounds from the device table that the tuner predicts by, the same at an assumed share of the
     peak, and the formula of each. With two numbers of devices it shows a training step on the first, twice as many, and
-    so on, at the assumed share: of --batch-tokens on all (strong scaling), and of equally many tokens on each device
-    (weak scaling).
+    so on, at the assumed share. In strong scaling all together take --batch-tokens; in weak scaling each device takes
+    equally many tokens.
 
     \b
     Examples:

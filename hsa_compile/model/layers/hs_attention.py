@@ -91,12 +91,11 @@ class ChunkEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rope)
         x = self.norm(x)
+        tokens = x[:, :num_tokens]
         heads = (*shape, num_tokens, self.num_kv_heads, self.head_dim)
-        # The CLS has no key or value; to leave it out before the products would copy all others.
-        k, v = (layer(x)[:, :num_tokens] for layer in (self.k_proj, self.v_proj))
         return EncodedChunks(
-            k=self.k_norm(k.reshape(heads)),
-            v=v.reshape(heads),
+            k=self.k_norm(self.k_proj(tokens).view(heads)),
+            v=self.v_proj(tokens).view(heads),
             landmarks=self.landmark_norm(
                 self.landmark_proj(x[:, -1]).view(*shape, self.num_kv_heads, self.retrieval_dim)
             ),
