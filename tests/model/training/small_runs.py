@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from small_models import SMALL
 
 from hsa_compile.model.training.config import RunConfig
@@ -54,9 +55,9 @@ def small_run(
 class Trainer:
     """What a process needs for the steps of a run: the model, sharded, and its optimizer."""
 
-    def __init__(self, run: RunConfig, processes: Processes) -> None:
+    def __init__(self, run: RunConfig, processes: Processes, dtype: torch.dtype = torch.float32) -> None:
         self.run, self.processes = run, with_meshes(processes, run)
-        self.model = HSATransformer(run.model).train()
+        self.model = HSATransformer(run.model).to(dtype).train()
         self.model.checkpoint_activations = run.train.checkpoint_activations
         self.model.chunk_exchange = run.train.chunk_exchange
         self.loss_model = LossModel(self.model, run.train.loss_chunk)

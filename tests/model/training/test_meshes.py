@@ -73,9 +73,12 @@ def test_shared_rows_equal_whole_ones(tmp_path: Path) -> None:
 
 
 def steps(run: RunConfig, processes: Processes) -> list[tuple[float, float]]:
-    """Loss and norm of the gradient of each step of a run."""
+    """Loss and norm of the gradient of each step of a run.
+
+    In float32, rounding may turn a choice of chunks or experts, and does in some runs on some CPUs.
+    """
     torch.manual_seed(0)
-    trainer = Trainer(run, processes)
+    trainer = Trainer(run, processes, torch.float64)
     results = [trainer.step(number) for number in range(run.train.steps)]
     return [(result.loss, result.grad_norm) for result in results]
 
@@ -84,12 +87,13 @@ def compare_steps(number: int, variants: dict[str, tuple[tuple[int, int], ...]],
     together = Processes(rank=dist.get_rank(), world_size=PROCESSES, device=CPU)
     for variant, meshes in variants.items():
         model = {"selection_noise": False, "variant": variant}
-        expected = torch.tensor(steps(small_run(model=model, stages=STAGES, steps=number), Processes(device=CPU)))
+        alone = steps(small_run(model=model, stages=STAGES, steps=number), Processes(device=CPU))
+        expected = torch.tensor(alone, dtype=torch.float64)
         for (context, experts), way in itertools.product(meshes, ways):
             train = {"context_parallel": context, "expert_parallel": experts, "chunk_exchange": way}
             run = small_run(model=model, stages=STAGES, steps=number, **train)
-            found = torch.tensor(steps(run, together))
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda text: f"{run.train}: {text}")  # noqa: B023
+            found = torch.tensor(steps(run, together), dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=lambda text: f"{run.train}: {text}")  # noqa: B023
 
 
 def check_load() -> None:
