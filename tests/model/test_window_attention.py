@@ -20,6 +20,7 @@ SHAPES = [  # T, past, window
     (200, 77, 32),
     (150, 149, 150),
     (517, 0, 300),
+    (40, 0, 10**9),  # nothing is made for what is not there
 ]
 
 

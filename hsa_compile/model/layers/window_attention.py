@@ -110,6 +110,8 @@ def window_attention(
         return attend(q, k, v, bias=bias)
     if q.device.type == "cuda":
         return flex_window_attention(q, k, v, window=window, num_past=num_past, slopes=slopes)
+    window = max(1, min(window, k.shape[1]))  # a short text has no more to see, and no room is made for it
+    before = window - 1
     block = T if T <= _SMALLEST_BLOCK else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (before // 8).bit_length()))
     num_blocks = -(-T // block)
     missing, filling = before - (k.shape[1] - T), num_blocks * block - T
