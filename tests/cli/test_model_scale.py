@@ -48,8 +48,13 @@ def test_two_numbers_of_devices_show_how_a_step_scales(run: Shell) -> None:
     alone = run(*asked[:-1], "16xh100", "--json").json["scale"]["training"]
     assert tables["strong"][1]["seconds"] == alone["time a step"]["assumed"]
     shown = run(*asked).out
+    assert "too much" not in shown
     assert "strong scaling, on paper; nothing here was measured" in shown
     assert "weak scaling" in shown
+
+
+def test_a_step_that_does_not_fit_is_told(run: Shell) -> None:
+    assert run("model", "info", "8b-a1b", "--context", "16m", "--devices", "8-16xh100").out.count("GB (too much)") == 4
 
 
 @pytest.mark.parametrize(

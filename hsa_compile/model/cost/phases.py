@@ -54,7 +54,7 @@ def split_rows(paper: Paper, batch_tokens: int) -> Split:
     rows_of_a_group = rows // groups
     for parts in (number for number in range(1, rows_of_a_group + 1) if rows_of_a_group % number == 0):
         tried = replace(split, parts=parts)
-        if sum(bytes_ for _, bytes_, _ in _memory(paper, tried)) <= _usable(paper):
+        if fits(paper, tried):
             return tried
     return replace(split, parts=rows_of_a_group)
 
@@ -88,14 +88,18 @@ def _split_figures(paper: Paper, split: Split) -> list[Figure]:
 
 
 def _memory_figures(paper: Paper, split: Split) -> list[Figure]:
+    verdict = "fits" if fits(paper, split) else "DOES NOT FIT"
+    formula = f"{verdict} in {USABLE_MEMORY:g} x {paper.limits.memory_gb:g} GB"
     rows = _memory(paper, split)
-    total = sum(bytes_ for _, bytes_, _ in rows)
-    fits = "fits" if total <= _usable(paper) else "DOES NOT FIT"
-    formula = f"{fits} in {USABLE_MEMORY:g} x {paper.limits.memory_gb:g} GB"
     return [
-        Figure(name="memory a device", value=total, unit="B", formula=formula),
+        Figure(name="memory a device", value=sum(bytes_ for _, bytes_, _ in rows), unit="B", formula=formula),
         *(Figure(name=f"memory: {name}", value=bytes_, unit="B", formula=formula) for name, bytes_, formula in rows),
     ]
+
+
+def fits(paper: Paper, split: Split) -> bool:
+    """Returns whether a device has the memory that a step takes."""
+    return sum(bytes_ for _, bytes_, _ in _memory(paper, split)) <= USABLE_MEMORY * paper.limits.memory_gb * 1e9
 
 
 def _exchange_figures(paper: Paper, split: Split) -> list[Figure]:
@@ -109,8 +113,7 @@ def _exchange_figures(paper: Paper, split: Split) -> list[Figure]:
             "those of distinct picks, at each retrieval: picks at random; of tiny, 0.14 … 0.31 of that",
         ),
     }
-    kept = {"gathered": _chunk_memory(paper, replace(split, fetched=None)),
-            "picked": _chunk_memory(paper, replace(split, fetched=traffic.fetched))}  # fmt: skip
+    kept = {way: _chunk_memory(paper, split, travels=way == "picked") for way in sends}
     taken = "gathered" if split.fetched is None else "picked"
     figures = []
     for way, (chunks, formula) in sends.items():
@@ -120,10 +123,6 @@ def _exchange_figures(paper: Paper, split: Split) -> list[Figure]:
             Figure(name=f"{way} chunks: memory", value=kept[way][0], unit="B", formula=kept[way][1]),
         ]
     return figures
-
-
-def _usable(paper: Paper) -> float:
-    return USABLE_MEMORY * paper.limits.memory_gb * 1e9
 
 
 def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
@@ -142,16 +141,16 @@ def _memory(paper: Paper, split: Split) -> list[tuple[str, float, str]]:
          "2 B x tokens x widths of all that the largest layer keeps"),
         ("activations of the encoder", ITEMSIZE * tokens * _kept_by_encoder(config),
          "2 B x tokens x widths of all that the chunk encoder keeps"),
-        ("chunk memory", *_chunk_memory(paper, split)),
+        ("chunk memory", *_chunk_memory(paper, split, travels=split.fetched is not None)),
         ("logits", 2 * 4 * LOGITS * config.vocab_size, f"2 x 4 B x {LOGITS} tokens x vocabulary"),
     ]  # fmt: skip
 
 
-def _chunk_memory(paper: Paper, split: Split) -> tuple[float, str]:
+def _chunk_memory(paper: Paper, split: Split, *, travels: bool) -> tuple[float, str]:
     """Returns the bytes and the formula of the chunks that the device with the most of them holds."""
     memory, rows = paper.info.memory, -(-split.rows // (split.data_parallel * split.parts))
     pairs = memory.chunk_keys + memory.chunk_values
-    if split.fetched is None:
+    if not travels:
         return 2 * (pairs + memory.landmarks) * rows, "2 x (chunk keys, values, landmarks of the rows): with gradients"
     traffic = chunk_traffic(paper, split)
     # Chunks that several layers read stay until the backward pass; else there are those of one retrieval at a time.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.cost.info import ModelInfo
-from hsa_compile.model.cost.phases import split_rows, training_figures
+from hsa_compile.model.cost.phases import fits, split_rows, training_figures
 from hsa_compile.model.cost.scale import Cluster, Paper
 
 
@@ -78,6 +78,7 @@ def scaling(info: ModelInfo, clusters: Sequence[Cluster], mfu: float, batch_toke
 def _rows(steps: Sequence[tuple[Paper, int]]) -> list[ScalingRow]:
     rows: list[ScalingRow] = []
     for paper, batch_tokens in steps:
+        split = split_rows(paper, batch_tokens)
         figures = {figure.name: figure for figure in training_figures(paper, batch_tokens)}
         memory, step, a_day = (figures[name] for name in ("memory a device", "time a step", "tokens a day"))
         assert step.assumed is not None
@@ -86,9 +87,9 @@ def _rows(steps: Sequence[tuple[Paper, int]]) -> list[ScalingRow]:
         row = ScalingRow(
             devices=paper.cluster.count,
             tokens=int(figures["tokens a step"].value),
-            context_parallel=split_rows(paper, batch_tokens).context_parallel,
+            context_parallel=split.context_parallel,
             memory=memory.value,
-            fits=memory.formula.startswith("fits"),
+            fits=fits(paper, split),
             seconds=step.assumed,
             slowest=step.bound[1],
             tokens_a_day=a_day.assumed,
