@@ -116,19 +116,19 @@ def super_tile_lists(chunk_indices: Tensor, num_chunks: int, *, super_tile: int,
 def block_visits(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
     """The union of the chunks that each block of neighbouring tokens picked, as a list of visits.
 
-    A visit is one chunk and at most `block_m` of the block's picks of it: more of them, as duplicates can make,
-    are more visits of the same chunk. Linear in the number of picks, deterministic, no synchronisation.
+    A visit is one chunk and the tokens that picked it, each of them once: a token that picked it again begins another
+    visit of the same chunk. Linear in the number of picks, deterministic, no synchronisation.
 
     Args:
         chunk_indices: `[B, T, H, K]` integers; what lies outside `0 … num_chunks − 1` is an empty slot.
         num_chunks: `N`.
-        block_m: `M`, tokens of a block; the last block of a sequence may hold fewer.
+        block_m: `M`, tokens of a block, at most 32; the last block of a sequence may hold fewer.
 
     Returns:
-        visits `[B·H·blocks, M·K, 3]`, (chunk, start, stop) with the bounds counted within the block's entries, in
-        rising order of chunks; the superfluous ones come last with start = stop. entries `[B·H·blocks, M·K]`,
-        positions `token·K + slot` within the block, sorted by chunk, empty slots last. num_visits `[B·H·blocks]`.
-        All int32.
+        visits `[B·H·blocks, M·K, 3]`, (chunk, start, tokens), in rising order of chunks. Bit i of `tokens` says that
+        token i picked the chunk, and in which slot each of them did stands in `slots` from `start` on, in the order of
+        the tokens. Superfluous visits come last, without a token. slots `[B·H·blocks, M·K]`, sorted by chunk; those
+        of empty slots come last. num_visits `[B·H·blocks]`. All int32.
     """
     B, T, H, K = chunk_indices.shape
     num_blocks, picks = -(-T // block_m), block_m * K
@@ -140,19 +140,20 @@ def block_visits(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tup
         chunk.reshape(B * H * num_blocks, picks).contiguous(), dim=1, stable=True
     )  # [B*H*blocks, M*K]
 
-    position = torch.arange(picks, dtype=torch.int32, device=chunk.device)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    since_first = position - torch.where(first, position, 0).cummax(dim=1).values
-    filled = (ordered < num_chunks).sum(dim=1, keepdim=True, dtype=torch.int32)  # [B*H*blocks, 1]
-    begins = (since_first % block_m == 0) & (position < filled)
-    # Sorting puts the places where visits begin in front.
-    start = torch.where(begins, position, picks).sort(dim=1).values.to(torch.int32)
-    chunk = ordered.gather(1, start.clamp(max=max(0, picks - 1)).long()).to(torch.int32)
-    start = torch.minimum(start, filled)
-    stop = torch.cat([start[:, 1:], filled], dim=1) if picks else start
-    num_visits = begins.sum(dim=1, dtype=torch.int32)
-    return torch.stack([chunk, start, stop], dim=-1), entries.to(torch.int32), num_visits
+    token = entries // max(1, K)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    same_chunk, same_token = (x[:, 1:] == x[:, :-1] for x in (ordered, token))
+    begins[:, 1:] = ~same_chunk | same_token
+    listed = ordered < num_chunks
+    begins &= listed
+    visit = (begins.cumsum(dim=1) - 1).clamp_min(0)
+    visits = torch.zeros(*ordered.shape, 3, dtype=torch.int64, device=chunk.device)
+    position = torch.arange(picks, device=chunk.device).expand_as(visit)
+    for field, values in enumerate((ordered.long(), position)):  # those of its first pick
+        visits[..., field].scatter_add_(1, visit, torch.where(begins, values, 0))
+    visits[..., 2].scatter_add_(1, visit, torch.where(listed, torch.ones_like(token) << token, 0))
+    slots = (entries % max(1, K)).to(torch.int32)
+    return visits.to(torch.int32), slots, begins.sum(dim=1, dtype=torch.int32)
 
 
 def chunk_lists(

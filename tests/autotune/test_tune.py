@@ -130,7 +130,7 @@ def test_the_default_is_tried_first_and_the_nearest_tuned_schedule_second(prepar
         ({"dataflow": "union", "block_tokens": 2}, 16, 4, {"block_tokens": 8}),
         ({"dataflow": "union", "block_tokens": 8}, 4, 16, {"block_tokens": 2}),
         ({"dataflow": "union", "block_tokens": 8}, 8, 8, {}),
-        ({"dataflow": "union", "block_tokens": 32}, 32, 1, {"block_tokens": 64}),  # as many as there may be
+        ({"dataflow": "union", "block_tokens": 16}, 32, 1, {"block_tokens": 32}),  # as many as there may be
         ({"dataflow": "union", "block_tokens": 8}, 12, 4, {"block_tokens": 32}),  # 24 tokens would have as many rows
         ({"dataflow": "chunk", "block_entries": 4, "segment": 128}, 16, 4, {"block_entries": 16}),
         ({"dataflow": "fused", "segment": 16, "super_tile": 512}, 16, 4, {"segment": 64, "super_tile": 2048}),

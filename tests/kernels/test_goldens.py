@@ -19,9 +19,9 @@ PROBLEM = Problem(seq_len=16384, num_heads=32, num_kv_heads=2, head_dim=128, top
 SMALL = Problem(seq_len=4096, num_heads=16, num_kv_heads=1, head_dim=64, top_k=8, dtype="float32")
 
 
-def named(op: str, dataflow: str) -> tuple[Problem, Schedule, Target]:
+def named(op: str, dataflow: str, seq_len: int = 16384) -> tuple[Problem, Schedule, Target]:
     """The first schedule of a dataflow on the H100, with the knobs of the default where it has that dataflow."""
-    problem = replace(PROBLEM, op=op, deterministic=dataflow == "token" and op == "hsa_backward")
+    problem = replace(PROBLEM, op=op, seq_len=seq_len, deterministic=dataflow == "token" and op == "hsa_backward")
     schedule = default_schedule(problem, H100)
     assert schedule.dataflow == dataflow, schedule
     return problem, schedule, H100
@@ -50,7 +50,8 @@ CASES = {
         ),
         H100,
     ),
-    "backward_chunk_sm_90.py": lambda: named("hsa_backward", "chunk"),
+    "backward_fused_sm_90.py": lambda: named("hsa_backward", "fused"),
+    "backward_chunk_sm_90.py": lambda: named("hsa_backward", "chunk", seq_len=4096),
     "forward_chunk_avx512.cpp": lambda: (SMALL, default_schedule(SMALL, CPU), CPU),
     "forward_chunk_torch.py": lambda: (
         SMALL,
@@ -71,5 +72,5 @@ def test_the_source_is_what_it_was(name: str, request: pytest.FixtureRequest) ->
 
 
 def test_emitting_is_pure() -> None:
-    case = named("hsa_backward", "chunk")
+    case = named("hsa_backward", "fused")
     assert emit(*case) == emit(*case)

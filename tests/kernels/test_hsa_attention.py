@@ -214,11 +214,11 @@ def test_int64_indices_and_strided_inputs_are_accepted() -> None:
     assert torch.equal(strided, given.run(hsa_attention)[0])
 
 
-def test_a_scale_of_ones_own_is_used() -> None:
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+def test_a_scale_of_ones_own_is_used(scale: float) -> None:
     given = arguments(Shape(), torch.float32)
-    assert_close(
-        given.run(hsa_attention, scale=0.7), given.run(hsa_attention_reference, torch.float64, scale=0.7), torch.float32
-    )
+    expected = given.run(hsa_attention_reference, torch.float64, scale=scale)
+    assert_close(given.run(hsa_attention, scale=scale), expected, torch.float32)
 
 
 @pytest.mark.parametrize("empty", ["rows", "no slots", "no tokens", "no whole chunk"])

@@ -24,7 +24,7 @@ interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 TARGET = Target.parse("sm_90")
 ATOMIC = 3  # an addition in the cache takes its operand, reads, and writes
-INDEX_KERNELS = {"_count_picks", "_sort_picks", "_spread_picks", "_cut_tiles", "_list_visits"}
+INDEX_KERNELS = {"_count_picks", "_sort_picks", "_sum_blocks", "_spread_picks", "_cut_tiles", "_list_visits"}
 
 
 @contextmanager
@@ -139,6 +139,7 @@ SECOND = "dk_dv={} block_entries=16 chunk_warps=4 chunk_stages=1"
         ("hsa_backward", "chunk reduce=slots16 segment=128 block_entries=16 num_warps=4 num_stages=1 super_tile=0"),
         ("hsa_backward", "chunk reduce=slots segment=0 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
         ("hsa_backward", "fused reduce=fused super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
+        ("hsa_backward", "fused reduce=slots super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
         ("hsa_backward", "fused reduce=atomic super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
     ],
 )

@@ -61,7 +61,7 @@ GATHERING = {
     "hsa_backward": [
         *(
             f"fused reduce={dq} super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
-            for dq in ("atomic", "fused")
+            for dq in ("atomic", "slots", "fused")
         ),
         "union dk_dv=together block_tokens={0} num_warps=8 num_stages=2 block_entries={0} chunk_warps=4 chunk_stages=2",
         *(
@@ -195,7 +195,7 @@ def test_all_lengths_launch_the_kernel_that_was_compiled_ahead(compiled: dict[st
 def test_default_schedules_fit_use_the_matrix_units_and_do_not_spill(compiled: dict[str, Any]) -> None:
     assert {row["name"] for row in compiled["rows"]} == {
         "_hsa_forward_token", "_hsa_forward_union", "_hsa_forward_chunk", "_sum_slots",
-        "_list_visits", "_sort_picks", "_spread_picks", "_cut_tiles",
+        "_list_visits", "_sort_picks", "_sum_blocks", "_spread_picks", "_cut_tiles",
         "_hsa_backward_dq_dw", "_hsa_backward_union_dq_dw", "_hsa_backward_dk_dv", "_hsa_backward_chunk",
     }  # fmt: skip
     assert {row["arch"] for row in compiled["rows"]} == set(TARGETS)

@@ -97,16 +97,16 @@ def arguments(problem: Problem) -> tuple[list[Tensor | None], dict[str, Any]]:
     ("op", "num_kv_heads", "schedule", "most"),
     [
         ("hsa_forward", 2, None, 2),
-        ("hsa_forward", 8, None, 8),
-        ("hsa_forward", 32, None, 8),
-        ("hsa_forward", 8, FORWARD, 7),
-        ("hsa_backward", 2, None, 13),
-        ("hsa_backward", 8, None, 13),
-        ("hsa_backward", 32, None, 13),
-        ("hsa_backward", 2, BACKWARD, 13),
-        ("hsa_backward", 2, TWO_PASSES, 9),
+        ("hsa_forward", 8, None, 9),
+        ("hsa_forward", 32, None, 9),
+        ("hsa_forward", 8, FORWARD, 8),
+        ("hsa_backward", 2, None, 14),
+        ("hsa_backward", 8, None, 14),
+        ("hsa_backward", 32, None, 14),
+        ("hsa_backward", 2, BACKWARD, 14),
+        ("hsa_backward", 2, TWO_PASSES, 10),
         ("select_chunks", 2, None, 1),
-        ("select_chunks_backward", 2, None, 7),
+        ("select_chunks_backward", 2, None, 8),
     ],
 )
 def test_launches_do_not_grow_with_the_length(
@@ -121,7 +121,7 @@ def test_launches_do_not_grow_with_the_length(
     launches = costs(problem, monkeypatch, schedule).launches
     assert 0 < len(launches) <= most * windows
     # The others fill buffers with zeros, or convert results to the dtype of their inputs.
-    assert sum(not name.startswith(("zero", "_to_copy")) for name in launches) <= 7 * windows
+    assert sum(not name.startswith(("zero", "_to_copy")) for name in launches) <= 8 * windows
 
 
 @pytest.mark.parametrize("batch", [1, 64])

@@ -45,19 +45,19 @@ def test_tiles_cover_every_list_once(segment: int) -> None:
 def test_visits_serve_every_pick_of_a_block_once(block_m: int) -> None:
     B, T, H, K = 2, 13, 3, 5
     indices = torch.randint(-1, 4, (B, T, H, K), generator=torch.Generator().manual_seed(0))
-    visits, entries, num_visits = block_visits(indices, 3, block_m=block_m)
+    visits, slots, num_visits = block_visits(indices, 3, block_m=block_m)
     num_blocks = -(-T // block_m)
     assert visits.shape == (B * H * num_blocks, block_m * K, 3)
-    for program, (rows, order, count) in enumerate(zip(visits.tolist(), entries.tolist(), num_visits, strict=True)):
+    for program, (rows, order, count) in enumerate(zip(visits.tolist(), slots.tolist(), num_visits, strict=True)):
         bh, block = divmod(program, num_blocks)
-        picks = indices[bh // H, block * block_m : (block + 1) * block_m, bh % H].flatten().tolist()
+        picks = indices[bh // H, block * block_m : (block + 1) * block_m, bh % H].tolist()
         served = []
-        for chunk, start, stop in rows[:count]:
-            assert 0 < stop - start <= block_m
-            assert all(picks[entry] == chunk for entry in order[start:stop])
-            served += order[start:stop]
-        assert sorted(served) == [entry for entry, chunk in enumerate(picks) if 0 <= chunk < 3]
-        assert all(start == stop for _, start, stop in rows[count:])
+        for chunk, start, tokens in rows[:count]:
+            pickers = [token for token in range(block_m) if tokens >> token & 1]
+            served += [(token, order[start + i], chunk) for i, token in enumerate(pickers)]
+        all_picks = [(t, i, chunk) for t, row in enumerate(picks) for i, chunk in enumerate(row) if 0 <= chunk < 3]
+        assert sorted(served) == all_picks
+        assert not any(tokens for _, _, tokens in rows[count:])
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 6, 40000])
@@ -91,5 +91,6 @@ def test_visits_built_by_triton_are_those_of_pytorch(block_m: int, K: int) -> No
     for one, other, count in zip(ours[0].tolist(), theirs[0].tolist(), theirs[2].tolist(), strict=True):
         assert one[:count] == other[:count]
     for one, other, visits, count in zip(ours[1].tolist(), theirs[1].tolist(), *theirs[::2], strict=True):
-        filled = int(visits[count - 1, 2]) if count else 0
+        _, start, tokens = visits[count - 1].tolist() if count else (0, 0, 0)
+        filled = start + (tokens & 0xFFFFFFFF).bit_count()
         assert one[:filled] == other[:filled]

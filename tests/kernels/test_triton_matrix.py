@@ -21,7 +21,7 @@ from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import default_schedule
-from hsa_compile.schedules.ops.limits import least_shared_memory
+from hsa_compile.schedules.ops.hsa_attention.triton import least_shared_memory
 from hsa_compile.target import Target
 
 arch, dtype = sys.argv[1:]

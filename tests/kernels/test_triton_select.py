@@ -177,7 +177,7 @@ def test_default_schedules_compile_for_four_gpus_without_spills(every: bool) -> 
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["name"] for row in rows} == {
         "_select_chunks_stream", "_select_chunks_part", "_select_chunks_merge", "_select_chunks_dquery",
-        "_select_chunks_dlandmarks", "_sort_picks", "_spread_picks",
+        "_select_chunks_dlandmarks", "_sort_picks", "_sum_blocks", "_spread_picks",
     }  # fmt: skip
     assert {row["arch"] for row in rows} == set(TARGETS)
     for row in rows:

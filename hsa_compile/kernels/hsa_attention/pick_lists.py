@@ -29,8 +29,9 @@ MOST_SORTED = 4096  # picks that one program sorts by chunk
 MOST_VISITED = 2048  # picks that one program sorts into visits
 MOST_COUNTED = 16384  # chunks whose picks are counted block by block; with more, PyTorch sorts
 CUT_CHUNKS = 1024  # chunks of one step that cuts their picks into tiles
+SUM_BLOCK = {"ROWS": 32, "CHUNKS": 64}  # blocks and chunks of one step that sums counts
 OPTIONS = {"num_warps": 8, "num_stages": 1}
-VISIT_OPTIONS = {"num_warps": 4, "num_stages": 1}
+SUM_OPTIONS = VISIT_OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -65,34 +66,40 @@ def _load_picks(chunk_indices, token, i, inside, bh, T, H, N, K: tl.constexpr):
     return tl.where((chunk >= 0) & (chunk < N), chunk, N).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
-def _sort_picks(
-    chunk_indices, ordered, counts, T, H, N, blocks, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr
-):
-    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk.
-
-    All chunks stand in ``ordered`` before all places where they were picked.
-    """
+@triton.jit(do_not_specialize=("T", "H", "N"))
+def _sort_picks(chunk_indices, ordered, counts, T, H, N, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr):
+    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk."""
     block, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
     chunk = _load_picks(chunk_indices, block * TOKENS + i // K, i, i < TOKENS * K, bh, T, H, N, K)
     # The place of a pick stands in the low bits: no two keys are equal, and the order is stable.
     key = tl.sort(chunk * PICKS + i)
     chunk = key // PICKS
-    start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
-    tl.store(ordered + start + i, chunk, mask=i < TOKENS * K)
-    ordered += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (TOKENS * K)
-    tl.store(ordered + start + i, block * (TOKENS * K) + key % PICKS, mask=i < TOKENS * K)
-    # counts is [B * H, super-tiles, N, blocks of a super-tile].
-    super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
-    place = (super_tile * N + chunk) * blocks + block % blocks
+    row = bh.to(tl.int64) * tl.num_programs(0) + block
+    tl.store(ordered + row * (TOKENS * K) + i, key, mask=i < TOKENS * K)
     count = i - _run_starts(_begins(chunk, i, 0), i, 0) + 1
-    tl.store(counts + place, count, mask=_ends(chunk, i, PICKS, 0) & (chunk < N))
+    tl.store(counts + row * N + chunk, count, mask=_ends(chunk, i, PICKS, 0) & (chunk < N))
+
+
+@triton.jit(do_not_specialize=("N", "blocks"))
+def _sum_blocks(counts, totals, N, blocks, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Put in place of the counts of each block those of all earlier blocks of its super-tile, and write the totals."""
+    super_tile = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    total = tl.zeros([CHUNKS], tl.int32)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)[:, None]
+        place = counts + (super_tile * blocks + block) * N + chunk[None, :]
+        there = (block < blocks) & (chunk < N)[None, :]
+        count = tl.load(place, mask=there, other=0)
+        tl.store(place, total[None, :] + tl.cumsum(count, 0) - count, mask=there)
+        total += tl.sum(count, 0)
+    tl.store(totals + super_tile * N + chunk, total, mask=chunk < N)
 
 
 @triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
 def _spread_picks(
-    ordered, until, entries, picks, T, H, N, blocks,
+    ordered, earlier, until, entries, picks, T, H, N, blocks,
     K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, ADDRESSES: tl.constexpr,
 ):  # fmt: skip
     """Move the sorted picks of TOKENS tokens to their places among those of the whole super-tile, or of all tokens.
@@ -101,38 +108,39 @@ def _spread_picks(
     """
     block, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
-    start = (bh.to(tl.int64) * tl.num_programs(0) + block) * (TOKENS * K)
-    chunk = tl.load(ordered + start + i, mask=i < TOKENS * K, other=N)
-    listed = chunk < N
+    row = bh.to(tl.int64) * tl.num_programs(0) + block
     super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
-    # ``until`` counts the picks of all chunks and blocks up to and with this one.
-    place = chunk * blocks + block % blocks
-    before = tl.load(until + super_tile * N * blocks + place - 1, mask=listed & (place > 0), other=0)
-    position = before + i - _run_starts(_begins(chunk, i, 0), i, 0)
-    ordered += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (TOKENS * K)
-    entry = tl.load(ordered + start + i, mask=listed, other=0)
+    ordered += row * (TOKENS * K)
+    earlier += row * N
+    until += super_tile * N
+    key = tl.load(ordered + i, mask=i < TOKENS * K, other=N * PICKS)
+    chunk, entry = key // PICKS, block * (TOKENS * K) + key % PICKS
+    listed = chunk < N
+    # A pick comes after those of all earlier chunks, those of its chunk in earlier blocks, and those before it here.
+    position = tl.load(until + chunk - 1, mask=listed & (chunk > 0), other=0)
+    position += tl.load(earlier + chunk, mask=listed, other=0)
+    position += i - _run_starts(_begins(chunk, i, 0), i, 0)
     if ADDRESSES:
-        position += bh.to(tl.int64) * T * K
+        first = bh.to(tl.int64) * T * K
         token_head = (bh // H) * T * H + bh % H + entry // K * H
-        tl.store(entries + position, token_head, mask=listed)
-        tl.store(picks + position, token_head * K + entry % K, mask=listed)
+        tl.store(entries + first + position, token_head, mask=listed)
+        tl.store(picks + first + position, token_head * K + entry % K, mask=listed)
     else:
         tl.store(entries + super_tile * (blocks * TOKENS * K) + position, entry, mask=listed)
 
 
-@triton.jit(do_not_specialize=("N", "blocks", "num_tiles", "num_picks"))
-def _cut_tiles(until, tiles, N, blocks, num_tiles, num_picks, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=("N", "num_tiles", "num_picks"))
+def _cut_tiles(until, tiles, N, num_tiles, num_picks, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Cut the picks of each chunk in one super-tile into tiles of SEGMENT at most; tiles too many are empty."""
     s, bh = tl.program_id(0), tl.program_id(1)
     super_tile = bh.to(tl.int64) * tl.num_programs(0) + s
-    until += super_tile * N * blocks
+    until += super_tile * N
     tiles += super_tile * num_tiles * 3
     total = 0
     for first in range(0, N, BLOCK_N):
         chunk = first + tl.arange(0, BLOCK_N)
-        place, there = chunk * blocks, chunk < N
-        start = tl.load(until + place - 1, mask=there & (chunk > 0), other=0)
-        stop = tl.load(until + place + blocks - 1, mask=there, other=0)
+        start = tl.load(until + chunk - 1, mask=(chunk < N) & (chunk > 0), other=0)
+        stop = tl.load(until + chunk, mask=chunk < N, other=0)
         tiles_each = (stop - start + SEGMENT - 1) // SEGMENT
         tile = total + tl.cumsum(tiles_each, 0) - tiles_each
         for i in range(tl.max(tiles_each, 0)):
@@ -150,7 +158,7 @@ def _cut_tiles(until, tiles, N, blocks, num_tiles, num_picks, SEGMENT: tl.conste
 
 @triton.jit(do_not_specialize=("T", "H", "N", "num_blocks"))
 def _list_visits(
-    chunk_indices, visits, entries, num_visits, T, H, N, num_blocks,
+    chunk_indices, visits, slots, num_visits, T, H, N, num_blocks,
     K: tl.constexpr, BLOCK_M: tl.constexpr, PICKS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The visits of BLOCKS blocks of tokens, as `block_visits` lists them; what lies past the last is not written."""
@@ -160,21 +168,28 @@ def _list_visits(
     chunk = _load_picks(chunk_indices, block * BLOCK_M + i // K, i, i < BLOCK_M * K, bh, T, H, N, K)
     key = tl.sort(chunk * PICKS + i)
     chunk = key // PICKS
-    since = i - _run_starts(_begins(chunk, i, 1), i, 1)
+    token = key % PICKS // K
     listed = (chunk < N) & (block < num_blocks)
-    # More picks than the block has tokens, as duplicates can make, are another visit.
-    begins = (since % BLOCK_M == 0) & listed
-    ends = (_ends(chunk, i, PICKS, 1) | (since % BLOCK_M == BLOCK_M - 1)) & listed
+    # A token that picked the chunk once more begins another visit, as a new chunk does.
+    begins = _begins(chunk, i, 1) | (_begins(chunk * BLOCK_M + token, i, 1) == 0)
+    ends = (i == PICKS - 1) | (tl.gather(begins.to(tl.int32), tl.minimum(i + 1, PICKS - 1), 1) != 0)
+    start = _run_starts(begins, i, 1)
+    bit = tl.where(listed, 1 << (token % 32), 0)
+    until = tl.cumsum(bit, 1)  # wraps around; the difference of two is right nevertheless
+    tokens = until - tl.gather(until - bit, start, 1)
+    begins = begins & listed
     program = bh.to(tl.int64) * num_blocks + block
     visit = visits + (program * (BLOCK_M * K) + tl.cumsum(begins.to(tl.int32), 1) - 1) * 3
-    tl.store(visit, chunk, mask=begins)
-    tl.store(visit + 1, i, mask=begins)
-    tl.store(visit + 2, i + 1, mask=ends)
-    tl.store(entries + program * (BLOCK_M * K) + i, key % PICKS, mask=listed)
+    tl.store(visit, chunk, mask=ends & listed)
+    tl.store(visit + 1, start, mask=ends & listed)
+    tl.store(visit + 2, tokens, mask=ends & listed)
+    tl.store(slots + program * (BLOCK_M * K) + i, key % PICKS % K, mask=listed)
     tl.store(num_visits + program, tl.sum(begins.to(tl.int32), 1)[:, None], mask=block < num_blocks)
 
 
-_sorting, _spreading, _cutting, _visiting = map(quick, (_sort_picks, _spread_picks, _cut_tiles, _list_visits))
+_sorting, _summing, _spreading, _cutting, _visiting = map(
+    quick, (_sort_picks, _sum_blocks, _spread_picks, _cut_tiles, _list_visits)
+)
 
 
 def lists_by_super_tile(
@@ -198,7 +213,7 @@ def lists_by_super_tile(
     blocks, num_super_tiles = super_tile // _tokens(K, super_tile), -(-T // super_tile)
     with torch.cuda.device_of(chunk_indices):
         entries, _, until = _sort(chunk_indices, num_chunks, blocks, num_super_tiles, super_tile)
-        return entries, _cut(until, num_chunks, blocks, super_tile * K, segment)
+        return entries, _cut(until, super_tile * K, segment)
 
 
 def lists_of_chunks(
@@ -224,8 +239,8 @@ def lists_of_chunks(
     with torch.cuda.device_of(chunk_indices):
         token_heads, picks, until = _sort(chunk_indices, num_chunks, blocks, 1, None)
         if segment is None:
-            return token_heads, picks, torch.nn.functional.pad(until[:, 0, blocks - 1 :: blocks], (1, 0))
-        return token_heads, picks, _cut(until, num_chunks, blocks, T * K, segment)
+            return token_heads, picks, torch.nn.functional.pad(until[:, 0], (1, 0))
+        return token_heads, picks, _cut(until, T * K, segment)
 
 
 def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,14 +252,14 @@ def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) ->
     num_blocks, blocks = -(-T // block_m), MOST_VISITED // picks
     options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
     visits = torch.empty(B * H * num_blocks, block_m * K, 3, **options)
-    entries = torch.empty(B * H * num_blocks, block_m * K, **options)
+    slots = torch.empty(B * H * num_blocks, block_m * K, **options)
     num_visits = torch.empty(B * H * num_blocks, **options)
     sizes, block = (T, H, num_chunks, num_blocks), (K, block_m, picks, blocks)
     with torch.cuda.device_of(chunk_indices):
         _visiting[(-(-num_blocks // blocks), B * H)](
-            chunk_indices, visits, entries, num_visits, *sizes, *block, **VISIT_OPTIONS
+            chunk_indices, visits, slots, num_visits, *sizes, *block, **VISIT_OPTIONS
         )
-    return visits, entries, num_visits
+    return visits, slots, num_visits
 
 
 def _tokens(top_k: int, most: int = MOST_SORTED) -> int:
@@ -260,31 +275,36 @@ def _power_of_2(number: int) -> int:
 def _sort(
     chunk_indices: Tensor, num_chunks: int, blocks: int, num_super_tiles: int, super_tile: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns entries, or without super-tiles addresses, and how many picks come before the end of each count.
+    """Returns entries, or without super-tiles addresses, and how many picks come before the end of each chunk.
 
-    The counts [B·H, super-tiles, N · blocks] are those of each chunk in each block of tokens.
+    The latter is [B·H, super-tiles, N] and counts within a super-tile.
     """
     B, T, H, K = chunk_indices.shape
     tokens = _tokens(K, super_tile or MOST_SORTED)
-    grid, num_picks = (num_super_tiles * blocks, B * H), num_super_tiles * blocks * tokens * K
+    num_blocks = num_super_tiles * blocks
+    grid, num_picks = (num_blocks, B * H), num_blocks * tokens * K
     options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
-    ordered = torch.empty(2, B * H, num_picks, **options)
+    ordered = torch.empty(B * H, num_picks, **options)
     entries = torch.empty(B * H, T * K if super_tile is None else num_picks, **options)
     picks = torch.empty_like(entries) if super_tile is None else entries
-    until = torch.zeros(B * H, num_super_tiles, num_chunks * blocks, **options)
-    sizes = (T, H, num_chunks, blocks, K, tokens, _power_of_2(tokens * K))
-    _sorting[grid](chunk_indices, ordered, until, *sizes, **OPTIONS)
-    until.cumsum_(2)
-    _spreading[grid](ordered, until, entries, picks, *sizes, super_tile is None, **OPTIONS)
+    counts = torch.zeros(B * H, num_blocks, num_chunks, **options)
+    totals = torch.empty(B * H, num_super_tiles, num_chunks, **options)
+    block = (K, tokens, _power_of_2(tokens * K))
+    _sorting[grid](chunk_indices, ordered, counts, T, H, num_chunks, *block, **OPTIONS)
+    columns = -(-num_chunks // SUM_BLOCK["CHUNKS"])
+    _summing[(B * H * num_super_tiles, columns)](counts, totals, num_chunks, blocks, *SUM_BLOCK.values(), **SUM_OPTIONS)
+    until = totals.cumsum(2, dtype=torch.int32)
+    sizes = (T, H, num_chunks, blocks)
+    _spreading[grid](ordered, counts, until, entries, picks, *sizes, *block, super_tile is None, **OPTIONS)
     return entries, picks, until
 
 
-def _cut(until: Tensor, num_chunks: int, blocks: int, num_picks: int, segment: int) -> Tensor:
-    """Returns the tiles [B·H, M, 3] of all super-tiles from the counts of `_sort`."""
-    num_lists, num_super_tiles, _ = until.shape
+def _cut(until: Tensor, num_picks: int, segment: int) -> Tensor:
+    """Returns the tiles [B·H, M, 3] of all super-tiles from what `_sort` says of their chunks."""
+    num_lists, num_super_tiles, num_chunks = until.shape
     num_tiles = min(num_chunks, num_picks) + num_picks // segment  # the most that a super-tile can have
     tiles = until.new_empty(num_lists, num_super_tiles * num_tiles, 3)
-    sizes = (num_chunks, blocks, num_tiles, num_picks, segment, CUT_CHUNKS)
+    sizes = (num_chunks, num_tiles, num_picks, segment, CUT_CHUNKS)
     _cutting[(num_super_tiles, num_lists)](until, tiles, *sizes, **OPTIONS)
     return tiles
 
@@ -293,15 +313,17 @@ def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | N
     """Returns what an emitted module says of the kernels behind `lists_by_super_tile` or `lists_of_chunks`."""
     tokens = _tokens(top_k, super_tile or MOST_SORTED)
     block = {"K": top_k, "TOKENS": tokens, "PICKS": _power_of_2(tokens * top_k)}
-    sizes = dict.fromkeys(("T", "H", "N", "blocks"), "i32")
+    sizes = dict.fromkeys(("T", "H", "N"), "i32")
     launches = [
         _launch(_sort_picks, ("chunk_indices", "ordered", "counts"), sizes, block),
+        _launch(_sum_blocks, ("counts", "totals"), dict.fromkeys(("N", "blocks"), "i32"), SUM_BLOCK, SUM_OPTIONS),
         _launch(
-            _spread_picks, ("ordered", "until", "entries", "picks"), sizes, {**block, "ADDRESSES": super_tile is None}
+            _spread_picks, ("ordered", "earlier", "until", "entries", "picks"), sizes | {"blocks": "i32"},
+            {**block, "ADDRESSES": super_tile is None},
         ),
     ]  # fmt: skip
     if segment is not None:
-        sizes = dict.fromkeys(("N", "blocks", "num_tiles", "num_picks"), "i32")
+        sizes = dict.fromkeys(("N", "num_tiles", "num_picks"), "i32")
         launches.append(_launch(_cut_tiles, ("until", "tiles"), sizes, {"SEGMENT": segment, "BLOCK_N": CUT_CHUNKS}))
     return tuple(launches)
 
@@ -311,7 +333,7 @@ def visit_launches(top_k: int, block_m: int) -> tuple[dict, ...]:
     picks = _power_of_2(block_m * top_k)
     if not 0 < picks <= MOST_VISITED:
         return ()
-    tensors = ("chunk_indices", "visits", "entries", "num_visits")
+    tensors = ("chunk_indices", "visits", "slots", "num_visits")
     block = {"K": top_k, "BLOCK_M": block_m, "PICKS": picks, "BLOCKS": MOST_VISITED // picks}
     sizes = dict.fromkeys(("T", "H", "N", "num_blocks"), "i32")
     return (_launch(_list_visits, tensors, sizes, block, VISIT_OPTIONS),)

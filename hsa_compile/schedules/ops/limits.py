@@ -12,6 +12,7 @@ FUSED_ROWS = 64  # the rows of a tile of a fused Triton kernel: the fewest that 
 MAX_HIP_WARPS = 4  # with more, a wavefront has half of the registers, and most kernels spill
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
 
+_MOST_PICKS = (1 << 31) - 1  # in a super-tile, whose picks kernels number in 32 bits
 _MAX_PANEL = 4  # the most vectors in a row of a C++ register tile
 
 # The floats that a vector register holds, and the registers that a tile may fill: the rest hold a row and a broadcast.
@@ -50,6 +51,8 @@ def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> s
     tokens = max(smallest, next_power_of_2(problem.seq_len))
     if schedule.number("super_tile") > tokens:
         return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
+    if schedule.number("super_tile") * problem.num_heads * problem.top_k > _MOST_PICKS:
+        return f"super_tile = {schedule['super_tile']} has more than {_MOST_PICKS} picks, of all heads"
     return None
 
 

@@ -25,6 +25,7 @@ _SMALL_CHUNK, _FULL_CHUNK = 32 * 128, 64 * 256  # elements of keys and values
 _LARGE_GROUP = 64  # heads of a group that fill a matrix instruction without other tokens
 _MOST_SLOT_BYTES = 1 << 34  # a fifth of the memory of an 80 GB GPU
 _SLOT_BYTES = 1 << 29  # the most that the slots of one super-tile take untuned
+_LONG = 8192  # tokens from which on there are enough segments of picks for all multiprocessors
 _FEW_PICKS = 16  # picks a chunk below which chunk-stationary tiles are nearly empty
 
 _WARPS, _STAGES = (2, 4, 8), (1, 2, 3, 4)
@@ -43,7 +44,7 @@ _REDUCTIONS = ("atomic", "slots", "slots16")
 _CHUNK_FORWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK}
 _CHUNK_BACKWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK, "segment": (0, *_CHUNK["segment"])}
 _UNION: Knobs = {
-    "block_tokens": (1, 2, 4, 8, 16, 32, 64),
+    "block_tokens": (1, 2, 4, 8, 16, 32),
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
@@ -66,7 +67,13 @@ _FUSED: Knobs = {
     "num_stages": _CHUNK_STAGES,
 }
 _FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), "window": (0, 16384, 65536), **_FUSED}
-_FUSED_BACKWARD: Knobs = {"reduce": ("fused", "atomic"), **_FUSED}
+_FUSED_BACKWARD: Knobs = {"reduce": ("fused", "slots", "atomic"), **_FUSED}
+_FASTEST_FUSED: dict[str, dict[int, dict[str, Knob]]] = {  # by the heads of a group
+    "hsa_forward": {
+        4: {"reduce": "fused", "window": 0, "super_tile": 4096, "segment": 256, "num_warps": 4, "num_stages": 1}
+    },
+    "hsa_backward": {16: {"reduce": "atomic", "super_tile": 2048, "segment": 256, "num_warps": 8, "num_stages": 2}},
+}
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _CACHE_LINE = 128  # bytes
@@ -143,8 +150,9 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return reason
     if not backward and (reason := _why_not_window(problem, schedule)):
         return reason
-    reduction = schedule["reduce"]
-    if reduction == "fused":
+    if backward and schedule["reduce"] != "atomic" and (reason := _why_not_slot_memory(problem, schedule)):
+        return reason
+    if schedule["reduce"] == "fused":
         return _why_not_slots(problem, schedule)
     # Among choices that mean the same, one is enough.
     for knob in ("unroll", "discard"):
@@ -180,8 +188,6 @@ def _why_not_slot_memory(problem: Problem, schedule: Schedule) -> str | None:
 
 def _why_not_slots(problem: Problem, schedule: Schedule) -> str | None:
     """The first reason against adding parts up in the launch that makes them."""
-    if problem.op == "hsa_backward" and (reason := _why_not_slot_memory(problem, schedule)):
-        return reason
     width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
     token = problem.top_k * problem.group * width * problem.itemsize  # bytes of its slots
     slots = schedule.number("super_tile") * token
@@ -235,12 +241,25 @@ def _defaults(problem: Problem, target: Target) -> list[Schedule]:
         return [token, chunk]
     if problem.itemsize != 2:
         return [chunk, token]
+    return [*_fastest_fused(problem, target), *_of_middle_groups(problem, target, token, chunk)]
+
+
+def _of_middle_groups(problem: Problem, target: Target, token: Schedule, chunk: Schedule) -> list[Schedule]:
     union = _union(problem, target)
     if problem.op == "hsa_backward" and _one_pass_spills(problem, target):
         return [union, token, chunk]
     if next_power_of_2(problem.group) < 16 or (problem.op == "hsa_backward" and not problem.deterministic):
         return [chunk, union, token]
     return [union, chunk, token]
+
+
+def _fastest_fused(problem: Problem, target: Target) -> list[Schedule]:
+    """What was the fastest on an H100 at 64K tokens, for random and for trained picks; nothing for other shapes."""
+    knobs = _FASTEST_FUSED[problem.op].get(next_power_of_2(problem.group))
+    big = problem.chunk_size > 64 or _is_big(problem)
+    if target.arch != "sm_90" or problem.deterministic or big or problem.seq_len < _LONG or not knobs:
+        return []
+    return [Schedule.of("fused", unroll=8, discard=0, **knobs)]
 
 
 def _one_pass_spills(problem: Problem, target: Target) -> bool:
@@ -283,7 +302,10 @@ def _union(problem: Problem, target: Target) -> Schedule:
         rows = 16
     block_tokens = max(1, rows // next_power_of_2(problem.group))
     eight_warps = target.kind == "cuda" and backward and full
-    stages = _stages(problem, target, block_tokens, 3 if target.arch == "sm_80" and not backward else 2)
+    most_stages = 3 if target.arch == "sm_80" and not backward else 2
+    if target.arch == "sm_100" and backward:
+        most_stages = 1  # a second one spills
+    stages = _stages(problem, target, block_tokens, most_stages)
     knobs = {"block_tokens": block_tokens, "num_warps": 8 if eight_warps else 4, "num_stages": stages}
     return Schedule.of("union", **knobs, **_second_pass(problem, target))
 
@@ -330,7 +352,8 @@ def _chunk_knobs(problem: Problem, target: Target, *, atomics: bool) -> dict[str
         most_rows = 32
     else:
         most_rows = 64
-    one_stage = (backward and (wide or big)) or group > most_rows
+    full_on_hip = hip and full and problem.chunk_size > 64
+    one_stage = (backward and (wide or big or full_on_hip)) or group > most_rows
     # One pass holds dq's product too, for which Ampere's registers leave no room beside a second stage.
     if backward and atomics and target.arch == "sm_80":
         one_stage |= (full and problem.chunk_size > 64) or (problem.deterministic and not small)
