@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --out DIR --device cpu --minutes 3    # a smaller run, with a CPU in the GPU's place
     python benchmarks/gpu.py --repeat '<case>'              # a failure once more, as the run printed it
 
-Five parts, the most useful first, each in a process of its own with a share of the time: the tests that need a GPU
+Six parts, the most useful first, each in a process of its own with a share of the time: the tests that need a GPU
 (tests; where pytest is installed), whether every kernel is right (correctness), the schedules of a list of problems
-(tune), the ops against PyTorch's attention (race), the command line (smoke). Every result is in DIR the moment it is
+(tune), what each kernel takes and what Python does (kernels), the ops against PyTorch's attention (race), the command
+line (smoke). Every result is in DIR the moment it is
 known, and the same command goes on where an earlier one ended.
 `DIR/pretuned.json` holds the winners as a file for `hsa_compile/schedules/pretuned/`.
 """
@@ -57,8 +58,9 @@ class Part:
 
 PARTS = (
     Part("tests", 0.10, "the tests that only a GPU can run"),
-    Part("correctness", 0.20, "every op, dataflow, dtype and option against the float64 reference, then random cases"),
+    Part("correctness", 0.15, "every op, dataflow, dtype and option against the float64 reference, then random cases"),
     Part("tune", 0.35, "compiles on all cores, then times alone; winners in pretuned.json"),
+    Part("kernels", 0.05, "the time of each kernel of the default schedules, and of Python in short calls"),
     Part("race", 0.25, "forward, and forward with backward, against PyTorch's flash, cuDNN and FlexAttention"),
     Part("smoke", 0.10, "doctor, tune, train, eval and generate of the command line"),
 )
@@ -114,6 +116,7 @@ def write_summary(out: Path, ended: dict[str, Any]) -> None:
     merged["tune"] = [row for row in rows["tune"] if row["kind"] in ("winner", "final")]
     results = [row for row in rows["race"] if row["kind"] == "result"]
     merged["race"] = list({(row["heat"], row["kind_of_case"], row["contender"]): row for row in results}.values())
+    merged["kernels"] = list({row["problem"]: row for row in rows["kernels"]}.values())
     merged["smoke"] = rows["smoke"]
     text = json.dumps(merged, indent=1, ensure_ascii=False)
     (out / f"gpu_{about['slug']}.json").write_text(text + "\n", encoding="utf-8")
@@ -156,6 +159,19 @@ def markdown(merged: dict[str, Any]) -> str:
         note = "" if row["measurement"] else row["note"][:120]
         body.append([row["heat"], row["kind_of_case"], row["contender"], median, ratio, tflops, note])
     found += table(["shape and picks", "op", "contender", "median ms", "time / ours", "TFLOP/s", "note"], body)
+    body = [
+        [row["problem"], f"{row['call_us']:.1f}", row.get("graph_us", "")]
+        for row in merged["kernels"]
+        if "call_us" in row
+    ]
+    found += ["## Short calls", "", *table(["problem", "µs of Python", "µs in a CUDA graph"], body)]
+    found += ["## Kernels of the default schedules", ""]
+    body = [
+        [row["problem"], name, f"{ms:.3f}", f"{row['kernels']['trained'].get(name, 0):.3f}"]
+        for row in merged["kernels"]
+        for name, ms in row.get("kernels", {}).get("random", {}).items()
+    ]
+    found += table(["problem", "kernel", "ms (random)", "ms (trained)"], body)
     body = [
         [row["name"], row["status"], row["exit"], row["seconds"], (row["last_lines"] or [""])[-1][:120]]
         for row in merged["smoke"]
@@ -212,6 +228,10 @@ def run_here(given: argparse.Namespace) -> None:
         from gpu_parts.tuning import run as run_tuning
 
         run_tuning(given.out, target, device, seconds)
+    elif given.part == "kernels":
+        from gpu_parts.kernels import run as run_kernels
+
+        run_kernels(given.out, target, device, seconds)
     elif given.part == "race":
         from gpu_parts.race import run as run_race
 

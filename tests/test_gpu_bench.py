@@ -40,9 +40,9 @@ def _load() -> ModuleType:
 
 
 gpu = _load()
-benches, correctness, lines, pool, race, smoke, tests, tuning = (
+benches, correctness, kernels, lines, pool, race, smoke, tests, tuning = (
     importlib.import_module(f"gpu_parts.{name}")
-    for name in ("benches", "correctness", "lines", "pool", "race", "smoke", "tests", "tuning")
+    for name in ("benches", "correctness", "kernels", "lines", "pool", "race", "smoke", "tests", "tuning")
 )
 
 
@@ -69,8 +69,8 @@ class InProcess:
 
 
 def test_the_parts_share_the_minutes() -> None:
-    planned = gpu.plan(12, ["correctness", "tests", "tune", "race", "smoke"])
-    assert [part.name for part, _ in planned] == ["tests", "correctness", "tune", "race", "smoke"]
+    planned = gpu.plan(12, ["correctness", "tests", "kernels", "tune", "race", "smoke"])
+    assert [part.name for part, _ in planned] == ["tests", "correctness", "tune", "kernels", "race", "smoke"]
     assert sum(seconds for _, seconds in planned) == pytest.approx(12 * 60)
     assert [seconds for _, seconds in gpu.plan(3, ["race"])] == [180]
 
@@ -320,6 +320,28 @@ def test_the_summary_shows_what_was_found(tmp_path: Path) -> None:
     merged = json.loads((tmp_path / "gpu_h100.json").read_text())
     assert merged["correctness"]["statuses"] == {"WrongResult": 1}
     assert merged["race"][0]["measurement"] == measurement
+
+
+def test_each_short_call_and_each_default_is_timed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = tuning.entries(CPU)[0].problem
+    monkeypatch.setattr(kernels, "entries", lambda target: [tuning.Entry(problem, 1.0)])
+    monkeypatch.setattr(kernels, "_CALLS", 1)
+    for _ in range(2):
+        kernels.run(tmp_path, CPU, "cpu", 600)
+    rows = lines.Lines(tmp_path / "kernels.jsonl").read()
+    assert [row["problem"] for row in rows] == [p.describe() for p in (*kernels.short_calls(CPU), problem)]
+    assert all(row["call_us"] > 0 for row in rows[:-1])
+    assert rows[-1]["schedule"] == str(SearchSpace.of(problem, CPU).default())
+    assert rows[-1]["random_ms"] > 0
+    split = {"random": {"one": 2.5, "two": 1.25}, "trained": {"one": 1.5}}
+    lines.Lines(tmp_path / "kernels.jsonl").append({**rows[-1], "kernels": split})
+    gpu.write_summary(tmp_path, {"part": "kernels", "exit": 0, "seconds": 9.5})
+    summary = (tmp_path / "summary.md").read_text()
+    assert f"| {rows[0]['problem']} | {rows[0]['call_us']:.1f} |  |" in summary
+    assert f"| {problem.describe()} | two | 1.250 | 0.000 |" in summary
+    assert "kernels: {" in capsys.readouterr().out
 
 
 def test_a_race_is_begun_with_what_tells_most() -> None:

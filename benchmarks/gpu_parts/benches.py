@@ -148,6 +148,22 @@ class Timer:
         found = {f"{name}_ms": round(ms, 5) for name, ms in medians.items()}
         return {**found, "ms": round(_geometric(medians), 5), "first_s": round(first_s, 3), "stopped": stopped}
 
+    def kernels(self, schedule: Schedule) -> dict[str, dict[str, float]]:
+        """Milliseconds of each kernel that a call launches, by distribution; kernels of one name count together."""
+        found: dict[str, dict[str, float]] = {}
+        for name, call in self._calls(schedule).items():
+            call()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+                call()
+                torch.cuda.synchronize()
+            found[name] = {}
+            for event in profiled.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    ms = found[name].get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3
+                    found[name][event.name] = round(ms, 4)
+        return found
+
     def play_off(self, schedules: list[Schedule], rounds: int) -> list[dict[str, list[float]]]:
         """Times in milliseconds of a few, in turns; by distribution, for each schedule."""
         calls = [self._calls(schedule) for schedule in schedules]

@@ -83,6 +83,11 @@ PORTFOLIO = {
         "chunk block_entries=4 num_stages=3 num_warps=4 reduce=slots16 segment=2048 super_tile=0",
     ),
     "hsa_backward": (
+        "fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=256 super_tile=2048 unroll=8",
+        "fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=256 super_tile=4096 unroll=8",
+        "fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=1024 super_tile=16384 unroll=8",
+        "fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=4096 super_tile=65536 unroll=8",
+        "fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=256 super_tile=2048 unroll=8",
         "fused discard=0 num_stages=2 num_warps=8 reduce=atomic segment=256 super_tile=2048 unroll=8",
         "fused discard=0 num_stages=2 num_warps=8 reduce=atomic segment=128 super_tile=1024 unroll=8",
         "fused discard=0 num_stages=2 num_warps=8 reduce=atomic segment=256 super_tile=4096 unroll=8",
