@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -239,7 +240,11 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
-        click.echo("\nstopping: the candidate at hand, then a short play-off; Ctrl-C again stops at once", err=True)
+        message = "\nstopping: the candidate at hand, then a short play-off; Ctrl-C again stops at once"
+        try:
+            click.echo(message, err=True)
+        except RuntimeError:  # the signal came while a line was being written, and Python lets no other into it
+            os.write(2, f"{message}\n".encode())
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ from hsa_compile.autotune.evaluate import Outcome, evaluate
 from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
+from hsa_compile.cli.options import stop_on_ctrl_c
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
@@ -164,9 +166,25 @@ def test_a_whole_process_that_gets_ctrl_c_stops_cleanly_with_its_workers() -> No
         while part := os.read(terminal, 4096).decode():
             err += part
     os.close(terminal)
-    assert process.wait() == 130
+    assert process.wait() == 130, err
     assert "run the same command to go on" in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_ctrl_c_in_the_middle_of_a_line_is_heard_and_answered(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Stderr(io.StringIO):
+        """In the middle of a line: Python's own refuses another one in the same words."""
+
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    with stop_on_ctrl_c() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.is_set()
+    assert "stopping: the candidate at hand" in capfd.readouterr().err
 
 
 def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped(
