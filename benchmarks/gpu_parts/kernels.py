@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from call_overhead import PUBLIC
 
 from gpu_parts.benches import Timer
 from gpu_parts.lines import Lines
 from gpu_parts.tuning import entries
-from hsa_compile import hsa_attention, hsa_decode, select_chunks
 from hsa_compile.errors import HSACompileError, UntunedWarning
 from hsa_compile.kernels.ops import inputs_of
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 
-PUBLIC = {"hsa_forward": hsa_attention, "hsa_decode": hsa_decode, "select_chunks": select_chunks}
 _CALLS, _ROUNDS, _IN_A_GRAPH = 100, 7, 20
 _DECODES = ((1, 16, 1024), (4, 16, 1024), (64, 16, 1024), (1, 64, 16384), (16, 64, 4096))  # batch, picks, chunks
 

@@ -57,6 +57,9 @@ def _run_backward(
 
 
 def _run(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, options: tuple[Any, ...]) -> Any:
+    if options[1] < 0:  # the scale, which is never negative in a kernel
+        results = _run(op, (-tensors[0], *tensors[1:]), chunk_starts, (options[0], -options[1], *options[2:]))
+        return results if op == "hsa_forward" else (-results[0], *results[1:])
     tensors = tuple(x.contiguous() for x in tensors)
     kernel = _kernel(op, tensors, chunk_starts, options)
     kv_len, indices, chunk_size = tensors[1].shape[1], tensors[3], options[0]

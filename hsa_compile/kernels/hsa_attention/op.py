@@ -112,8 +112,6 @@ def hsa_attention(
         return _nothing_to_attend_to(q, k, v, chunk_weights)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif scale < 0:  # which kernels need not know of
-        q, scale = -q, -scale
     chunk_starts = None
     if cu_seqlens is not None:
         chunk_indices, chunk_starts = global_indices(chunk_indices, cu_seqlens, k.shape[1], chunk_size)

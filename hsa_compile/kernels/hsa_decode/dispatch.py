@@ -34,6 +34,8 @@ def _run(
     softmax_off_by_one: bool,
     mask_last_token: bool,
 ) -> Tensor:
+    if scale < 0:  # it is never negative in a kernel
+        q, scale = -q, -scale
     kernel = _kernel((q, k_chunks, v_chunks, indices, weights), page_table, softmax_off_by_one, mask_last_token)
     for name, x in (("k_chunks", k_chunks), ("v_chunks", v_chunks)):
         if x.device != q.device:

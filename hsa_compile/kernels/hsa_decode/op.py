@@ -67,8 +67,6 @@ def hsa_decode(
         return q.new_zeros(*q.shape[:3], v_chunks.shape[3])
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif scale < 0:  # which kernels need not know of
-        q, scale = -q, -scale
     return decode_ops.hsa_decode(
         q,
         k_chunks,
