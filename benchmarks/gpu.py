@@ -164,7 +164,7 @@ def markdown(merged: dict[str, Any]) -> str:
         for row in merged["kernels"]
         if "call_us" in row
     ]
-    found += ["## Short calls", "", *table(["problem", "µs of Python", "µs in a CUDA graph"], body)]
+    found += ["## Short calls", "", *table(["problem", "µs until it returns", "µs in a CUDA graph"], body)]
     found += ["## Kernels of the default schedules", ""]
     body = [
         [row["problem"], name, f"{ms:.3f}", f"{row['kernels']['trained'].get(name, 0):.3f}"]
