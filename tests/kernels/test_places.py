@@ -36,6 +36,14 @@ WITH_COMPILER = Target(kind="cpu", name="A CPU", arch="avx2", num_cores=2, has_c
 WITHOUT_COMPILER = Target(kind="cpu", name="A CPU", arch="avx2", num_cores=2)
 
 
+@pytest.fixture
+def kernel_dir(tmp_path: Path) -> Path:
+    """No kernel is there yet: what another test wrote would not be written again."""
+    directory = tmp_path / "kernels"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
 @pytest.fixture(autouse=True)
 def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing was compiled or warned about yet; temporary files go to a directory of the test."""
