@@ -6,11 +6,12 @@ from collections import Counter
 PLACES = rb"([a-z]{6})\."
 
 
-def answer(text: bytes, question: bytes) -> bytes:
-    """The answer to a question such as ` ?abc=` about the text before it."""
+def answers(text: bytes, question: bytes) -> list[bytes]:
+    """The right answers to a question such as ` ?abc=` about the text before it; one, if there is but one value."""
     for pattern, rule in RULES:
         if (found := re.fullmatch(pattern, question)) is not None:
-            return rule(text, *found.groups())
+            right = rule(text, *found.groups())
+            return right if isinstance(right, list) else [right]
     raise AssertionError(question)
 
 
@@ -18,12 +19,13 @@ def _values(text: bytes, name: bytes) -> list[bytes]:
     return re.findall(rb" %b=([a-z]{3}|\d{4})\." % name, text)
 
 
-def _looked_up(text: bytes, name: bytes) -> bytes:
-    """All values of a name; the names that a value stands for, to the end of the chain."""
+def _looked_up(text: bytes, name: bytes) -> list[bytes]:
+    """The values of a name that were not said yet; the names that a value stands for, to the end of the chain."""
     values = _values(text, name)
     if len(values) == 1 and values[0].isalpha():
-        return values[0] + b"=" + _looked_up(text, values[0])
-    return b",".join(values)
+        return [values[0] + b"=" + end for end in _looked_up(text, values[0])]
+    said = re.findall(rb" \?%b=(\d{4})\." % name, text)
+    return [value for value in values if value not in said]
 
 
 def _most_common(text: bytes) -> bytes:

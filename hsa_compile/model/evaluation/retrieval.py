@@ -69,8 +69,10 @@ def answered(
             rows = zip(samples, predicted.cpu().numpy(), strict=True)
             found[protocol] = [sample.is_answered_by(row) for sample, row in rows]
         elif protocol == GREEDY:
-            rows = zip(samples, _generated(model, state, first, rest).cpu().numpy(), strict=True)
-            found[protocol] = [sample.is_answered_by(row) and _ends(sample, row) for sample, row in rows]
+            is_answer = [any(start <= place < end for start, end in samples[0].answer_spans)
+                         for place in range(num_read + prompt, samples[0].plan.length)]  # fmt: skip
+            rows = zip(samples, _written(model, state, first, rest, is_answer).cpu().numpy(), strict=True)
+            found[protocol] = [sample.is_answered_with(row) for sample, row in rows]
         else:
             raise InvalidArgument(f"protocol {protocol!r}; allowed are {', '.join(PROTOCOLS)}")
     return found
@@ -81,15 +83,22 @@ def _tensor(rows: Sequence[TokenArray]) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.uint8 if rows[0].dtype == np.uint8 else np.int64))
 
 
-def _generated(model: HSATransformer, state: ModelState, first: Tensor, rest: Tensor) -> Tensor:
-    """Returns the token that the model writes at each place, `[B, T]`.
+def _written(
+    model: HSATransformer, state: ModelState, first: Tensor, rest: Tensor, is_answer: Sequence[bool]
+) -> Tensor:
+    """Returns the token that the model writes at each place, `[B, T]`; in answers it reads on from what it wrote.
 
-    After a token that is wrong the true one is fed: a wrong answer stays wrong whatever follows, and a right one was
-    fed what the model wrote. So whole answers come out right exactly where free generation gives them.
+    Args:
+        model: the model.
+        state: its state before the first of these places.
+        first: `[B]`, what it writes there.
+        rest: `[B, T]`, the sample's tokens at these places.
+        is_answer: for each place, whether it is one of an answer.
     """
     written = [first]
     for step in range(rest.shape[1] - 1):
-        written.append(_most_likely(extend(model, rest[:, step : step + 1], state))[:, 0])
+        token = written[step] if is_answer[step] else rest[:, step]
+        written.append(_most_likely(extend(model, token[:, None], state))[:, 0])
     return torch.stack(written, dim=1)
 
 
@@ -98,12 +107,6 @@ def _most_likely(logits: Tensor) -> Tensor:
     for step in range(logits.shape[1]):
         check_finite(logits[:, step], [True] * len(logits), step + 1)
     return logits.argmax(dim=-1)
-
-
-def _ends(sample: TaskSample, predicted: TokenArray) -> bool:
-    """Says whether a full stop was written behind each answer; without it, the answer would go on."""
-    offset = len(sample.tokens) - len(predicted)
-    return all(predicted[end - offset] == sample.tokens[end] for _, end in sample.answer_spans)
 
 
 def retrieval_jobs(

@@ -39,9 +39,11 @@ class Question:
 
     Attributes:
         queries: (what stands before an answer, the answer); a full stop ends each answer.
+        any_order: whether the answers may change places.
     """
 
     queries: tuple[tuple[bytes, bytes], ...]
+    any_order: bool = False
 
     @property
     def text(self) -> bytes:
@@ -241,22 +243,24 @@ def chains(rng: random.Random, text: Text, *, num_chains: int) -> Facts:
 
 
 def several_values(rng: random.Random, text: Text, *, num_needles: int) -> Facts:
-    """Draws one name with several values, which are all asked for in the order of the text."""
+    """Draws one name with several values. It is asked for as often as it has values, each time for another one."""
     (key,), values = draw_keys(rng, 1, text), draw_fresh(rng, num_needles, _value, text)
-    return _facts_in_order(key, values, Question(queries=((b" ?%b=" % key, b",".join(values)),)))
+    return Facts(
+        needles=tuple(b" %b=%b." % (key, value) for value in values),
+        asked=tuple(range(num_needles)),
+        questions=(Question(queries=tuple((b" ?%b=" % key, value) for value in values), any_order=True),),
+    )
 
 
 def which_of_alike(rng: random.Random, text: Text, *, num_needles: int) -> Facts:
     """Draws one name with several values, one of which is asked for by its number in the order of the text."""
     (key,), values = draw_keys(rng, 1, text), draw_fresh(rng, num_needles, _value, text)
-    questions = [Question(queries=((b" ?%b#%d=" % (key, n), value),)) for n, value in enumerate(values, 1)]
-    return _facts_in_order(key, values, *questions)
-
-
-def _facts_in_order(key: bytes, values: list[bytes], *questions: Question) -> Facts:
-    """Makes needles that give one name several values, which keep their order in the text."""
-    needles = tuple(b" %b=%b." % (key, value) for value in values)
-    return Facts(needles=needles, num_chains=1, asked=tuple(range(len(values))), questions=questions)
+    return Facts(
+        needles=tuple(b" %b=%b." % (key, value) for value in values),
+        num_chains=1,  # they keep their order in the text
+        asked=tuple(range(num_needles)),
+        questions=tuple(Question(queries=((b" ?%b#%d=" % (key, n), value),)) for n, value in enumerate(values, 1)),
+    )
 
 
 def common_words(rng: random.Random, text: Text) -> Facts:

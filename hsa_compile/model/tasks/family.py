@@ -80,7 +80,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "mv-niah": Task(
         make=partial(several_values, num_needles=4),
-        haystack=TEXT, public="RULER niah_multivalue", chance=_FOUR_DIGITS**4, any_needle=1 / 24,
+        haystack=TEXT, public="RULER niah_multivalue", chance=24 * _FOUR_DIGITS**4, any_needle=24 / 4**4,
     ),
     "mq-niah": Task(
         make=partial(lookups, num_needles=6, num_queries=2),

@@ -227,7 +227,8 @@ def _plan(
     placed = None
     if TASKS[task].has_depth:
         placed = starts.index(fixed) if fixed is not None else rng.randrange(len(questions))
-    tokens, spans = questions[placed if len(questions) > 1 and placed is not None else 0]
+    chosen = placed if len(questions) > 1 and placed is not None else 0
+    tokens, spans = questions[chosen]
     asked_at = length - len(tokens)
     return TaskPlan(
         task=task,
@@ -237,6 +238,7 @@ def _plan(
         placed=placed,
         question=Edit(start=asked_at, tokens=tokens),
         answer_spans=tuple((asked_at + start, asked_at + end) for start, end in spans),
+        any_order=facts.questions[chosen].any_order,
         depth=None if placed is None else starts[placed] / last if last else 0.0,
     )
 

@@ -1,6 +1,7 @@
 """A question about needles in a haystack, as edits of the haystack and as the tokens that result."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ class TaskPlan:
         placed: which of the asked needles lies at the sample's depth; None in tasks that have no depth.
         question: the tokens at the end of the sample, with the answers in them.
         answer_spans: (start, end) of each answer in the sample; every token of it is to be predicted.
+        any_order: whether the answers may change places.
         depth: where that needle begins, from 0, the beginning, to 1, as late as the distance to the question allows.
     """
 
@@ -44,6 +46,7 @@ class TaskPlan:
     placed: int | None
     question: Edit
     answer_spans: tuple[tuple[int, int], ...]
+    any_order: bool
     depth: float | None
 
     @property
@@ -103,7 +106,7 @@ class TaskSample:
         return tuple(edit.start for edit in self.plan.needles)
 
     def is_answered_by(self, predicted: npt.ArrayLike) -> bool:
-        """Whether every token of every answer was predicted.
+        """Whether every token of every answer was predicted, or that of an answer which may take its place.
 
         Args:
             predicted: the most likely token at each position given those before it, aligned so that its last entry
@@ -112,12 +115,42 @@ class TaskSample:
         Raises:
             InvalidArgument: `predicted` begins after the first answer, or is longer than the sample.
         """
-        found = np.asarray(predicted)
+        found, offset = self._aligned(predicted)
+        for number, (start, end) in enumerate(self.answer_spans):
+            left = self._answers[number:] if self.plan.any_order else [self._answers[number]]
+            for place in range(start, end):
+                before = self._answers[number][: place - start]
+                allowed = {answer[len(before)] for answer in left
+                           if len(answer) > len(before) and answer[: len(before)] == before}  # fmt: skip
+                if found[place - offset] not in allowed:
+                    return False
+        return True
+
+    def is_answered_with(self, written: npt.ArrayLike) -> bool:
+        """Whether the answers were written, in any order where that is allowed, and the token that ends each.
+
+        Args:
+            written: what a model wrote in the places of answers and ends, aligned as in `is_answered_by`; the tokens
+                elsewhere do not count.
+
+        Raises:
+            InvalidArgument: as in `is_answered_by`.
+        """
+        found, offset = self._aligned(written)
+        answers = [found[start - offset : end - offset].tolist() for start, end in self.answer_spans]
+        ends = all(found[end - offset] == self.tokens[end] for _, end in self.answer_spans)
+        order = sorted if self.plan.any_order else list
+        return ends and order(answers) == order(self._answers)
+
+    @property
+    def _answers(self) -> list[list[int]]:
+        return [self.tokens[start:end].tolist() for start, end in self.answer_spans]
+
+    def _aligned(self, tokens: npt.ArrayLike) -> tuple[npt.NDArray[Any], int]:
+        """Returns tokens that end with the sample as an array, and where in the sample they begin."""
+        found = np.asarray(tokens)
         offset = len(self.tokens) - len(found)
         if not 0 <= offset <= self.answer_spans[0][0]:
             least, most = len(self.tokens) - self.answer_spans[0][0], len(self.tokens)
             raise InvalidArgument(f"{len(found)} predictions; allowed are {least} to {most}")
-        return all(
-            np.array_equal(found[start - offset : end - offset], self.tokens[start:end])
-            for start, end in self.answer_spans
-        )
+        return found, offset

@@ -2,14 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reader import answer
+from reader import answers
 
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.tokenizer import BytesTokenizer
@@ -55,9 +55,11 @@ def test_a_sample_has_its_length_its_needles_and_its_answers_in_place(
         assert len(before) - needle.end > min_distance
     assert all(a.end <= b.start for a, b in itertools.pairwise(sample.plan.edits))
     end = 0
-    for start, stop in sample.answer_spans:
+    for number, (start, stop) in enumerate(sample.answer_spans):
         asked = text[sample.plan.question.start + end : start]
-        assert answer(before, asked) == text[start:stop], (asked, text[start:stop])
+        right = answers(text[: start - len(asked)], asked)
+        assert text[start:stop] in right, (asked, text[start:stop])
+        assert len(right) == (len(sample.answer_spans) - number if sample.plan.any_order else 1)
         assert text[stop : stop + 1] == b"."
         end = stop + 1 - sample.plan.question.start
 
@@ -163,6 +165,29 @@ def test_an_answer_counts_only_if_every_byte_is_right() -> None:
         sample.is_answered_by(predicted[sample.answer_spans[0][0] + 1 :])
 
 
+def test_several_values_may_come_in_any_order_but_each_once() -> None:
+    sample = sample_of("mv-niah", 400)
+    values = [sample.tokens[start:end].copy() for start, end in sample.answer_spans]
+
+    def written(order: Sequence[int]) -> np.ndarray:
+        tokens = sample.tokens.copy()
+        for (start, end), number in zip(sample.answer_spans, order, strict=True):
+            tokens[start:end] = values[number]
+        return tokens
+
+    for order in itertools.product(range(4), repeat=4):
+        assert sample.is_answered_with(written(order)) == (len(set(order)) == 4)
+    assert not sample.is_answered_with(written([0, 1, 2, 3])[:-1].tolist() + [ord(",")])
+    first, last = sample.answer_spans[0], sample.answer_spans[-1]
+    for number, value in enumerate(values):  # given the true answers before: the first may be any, the last one only
+        for (start, end), is_right in ((first, True), (last, number == 3)):
+            predicted = sample.tokens.copy()
+            predicted[start] = value[0]
+            assert sample.is_answered_by(predicted) == (is_right or value[0] == sample.tokens[start])
+            predicted[start:end] = value
+            assert sample.is_answered_by(predicted) == np.array_equal(value, sample.tokens[start:end])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -229,7 +254,7 @@ def test_tasks_are_asked_in_any_vocabulary(task: str) -> None:
         read = tokenizer.decode(sample.tokens[: plan.question.start]).encode()
         asked_for = tokenizer.decode(sample.tokens[plan.question.start : plan.answer_spans[0][0]]).encode()
         right = tokenizer.decode(sample.tokens[slice(*plan.answer_spans[0])]).encode()
-        assert answer(read, asked_for) == right
+        assert right in answers(read, asked_for)
         assert len(plan.question.tokens) <= sizes(task).question
         assert all(edit.end - edit.start <= sizes(task).needle for edit in plan.needles)
 
