@@ -48,7 +48,10 @@ def small_config(variant: str, **changes: object) -> ModelConfig:
 def build(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> HSATransformer:
     """A model with reproducible weights, in evaluation mode."""
     torch.manual_seed(seed)
-    return HSATransformer(config).to(dtype).eval()
+    model = HSATransformer(config)
+    if model.convolution is not None:
+        torch.nn.init.uniform_(model.convolution.weight, -0.5, 0.5)  # as if trained: at first it does nothing
+    return model.to(dtype).eval()
 
 
 def combinations(*axes: Sequence[Any]) -> list[Any]:

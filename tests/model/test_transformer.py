@@ -49,6 +49,7 @@ def test_embeddings_are_made_of_those_of_a_window_of_tokens() -> None:
     for place in range(9):
         expected = sum(weight * rows[:, 3 + place - back] for back, weight in enumerate(weights))
         torch.testing.assert_close(mixed[:, place], expected)
+    torch.testing.assert_close(HSATransformer(model.config).with_tokens_before(x, before), x)  # before training
     alone = model.with_tokens_before(x)
     torch.testing.assert_close(alone, model.with_tokens_before(x, torch.zeros(2, 3, 24)))
 
