@@ -177,7 +177,7 @@ def test_several_values_may_come_in_any_order_but_each_once() -> None:
 
     for order in itertools.product(range(4), repeat=4):
         assert sample.is_answered_with(written(order)) == (len(set(order)) == 4)
-    assert not sample.is_answered_with(written([0, 1, 2, 3])[:-1].tolist() + [ord(",")])
+    assert not sample.is_answered_with([*written([0, 1, 2, 3])[:-1], ord(",")])
     first, last = sample.answer_spans[0], sample.answer_spans[-1]
     for number, value in enumerate(values):  # given the true answers before: the first may be any, the last one only
         for (start, end), is_right in ((first, True), (last, number == 3)):
