@@ -50,7 +50,7 @@ class HSATransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights anew: normal with `init_std`, norms one, biases zero, and so the convolution."""
+        """Draws the weights anew: normal with `init_std`, norms one, biases and the convolution zero."""
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -60,7 +60,7 @@ class HSATransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, ShortConvolution):
-                nn.init.zeros_(module.weight)  # drawn ones blur names: two of three seeds never learned to match them
+                nn.init.zeros_(module.weight)  # drawn weights blur names (docs/model.md, "Seeds and other recipes")
             elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hsa_compile.kernels.compile import Kernel
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import this_cpu
 
@@ -45,3 +46,13 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     this_cpu.cache_clear()
     yield request.param
     this_cpu.cache_clear()
+
+
+@pytest.fixture
+def scales_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The scale that each call of a kernel gets, from now on."""
+    run, seen = Kernel.run, list[float]()
+    monkeypatch.setattr(
+        Kernel, "run", lambda self, *args, **more: seen.append(more["scale"]) or run(self, *args, **more)
+    )
+    return seen

@@ -122,7 +122,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
       mk-niah           one of four needles
       mk-niah-needles   one needle among other needles
       mk-niah-similar   the same, some of which differ in a letter of the name
-      mv-niah           the four values of a name
+      mv-niah           the four values of a name, in any order
       mq-niah           two of six needles
       vt                chains of variables
       cwe               the words that come again and again

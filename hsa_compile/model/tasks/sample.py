@@ -1,7 +1,6 @@
 """A question about needles in a haystack, as edits of the haystack and as the tokens that result."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,14 +114,11 @@ class TaskSample:
         Raises:
             InvalidArgument: `predicted` begins after the first answer, or is longer than the sample.
         """
-        found, offset = self._aligned(predicted)
-        for number, (start, end) in enumerate(self.answer_spans):
-            left = self._answers[number:] if self.plan.any_order else [self._answers[number]]
-            for place in range(start, end):
-                before = self._answers[number][: place - start]
-                allowed = {answer[len(before)] for answer in left
-                           if len(answer) > len(before) and answer[: len(before)] == before}  # fmt: skip
-                if found[place - offset] not in allowed:
+        found, answers = self._in_answers(predicted), self._in_answers(self.tokens)
+        for number, (tokens, answer) in enumerate(zip(found, answers, strict=True)):
+            left = answers[number:] if self.plan.any_order else [answer]
+            for i in range(len(answer)):
+                if tokens[i : i + 1] not in [other[i : i + 1] for other in left if other[:i] == answer[:i]]:
                     return False
         return True
 
@@ -136,21 +132,14 @@ class TaskSample:
         Raises:
             InvalidArgument: as in `is_answered_by`.
         """
-        found, offset = self._aligned(written)
-        answers = [found[start - offset : end - offset].tolist() for start, end in self.answer_spans]
-        ends = all(found[end - offset] == self.tokens[end] for _, end in self.answer_spans)
         order = sorted if self.plan.any_order else list
-        return ends and order(answers) == order(self._answers)
+        return order(self._in_answers(written, ended=True)) == order(self._in_answers(self.tokens, ended=True))
 
-    @property
-    def _answers(self) -> list[list[int]]:
-        return [self.tokens[start:end].tolist() for start, end in self.answer_spans]
-
-    def _aligned(self, tokens: npt.ArrayLike) -> tuple[npt.NDArray[Any], int]:
-        """Returns tokens that end with the sample as an array, and where in the sample they begin."""
+    def _in_answers(self, tokens: npt.ArrayLike, *, ended: bool = False) -> list[list[int]]:
+        """Returns those of tokens, which end with the sample, that stand in each answer; if `ended`, with its end."""
         found = np.asarray(tokens)
         offset = len(self.tokens) - len(found)
         if not 0 <= offset <= self.answer_spans[0][0]:
             least, most = len(self.tokens) - self.answer_spans[0][0], len(self.tokens)
             raise InvalidArgument(f"{len(found)} predictions; allowed are {least} to {most}")
-        return found, offset
+        return [found[start - offset : end - offset + ended].tolist() for start, end in self.answer_spans]
