@@ -1,7 +1,6 @@
 """Samples of the tasks: what must hold of each, whatever its length, seed, depth and haystack."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,8 +124,9 @@ def test_random_depths_cover_the_haystack() -> None:
 
 
 def test_each_of_eight_alike_is_asked_for() -> None:
-    asked = Counter(sample_of("mrcr", 2000, index=index, depth=0.5).plan.placed for index in range(60))
-    assert len(asked) >= 6
+    plans = [sample_of("mrcr", 2000, index=index, depth=0.5).plan for index in range(60)]
+    assert len({plan.placed for plan in plans}) >= 6
+    assert all(b"#%d=" % (plan.placed + 1) in bytes(plan.question.tokens) for plan in plans)
     assert {sample_of("mrcr", 2000, index=index).plan.placed for index in range(100)} == set(range(8))
 
 
