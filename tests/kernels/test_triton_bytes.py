@@ -138,9 +138,13 @@ SECOND = "dk_dv={} block_entries=16 chunk_warps=4 chunk_stages=1"
         ("hsa_backward", "chunk reduce=atomic segment=128 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
         ("hsa_backward", "chunk reduce=slots16 segment=128 block_entries=16 num_warps=4 num_stages=1 super_tile=0"),
         ("hsa_backward", "chunk reduce=slots segment=0 block_entries=16 num_warps=4 num_stages=2 super_tile=0"),
-        ("hsa_backward", "fused reduce=fused super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
-        ("hsa_backward", "fused reduce=slots super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
-        ("hsa_backward", "fused reduce=atomic super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2"),
+        *(
+            (
+                "hsa_backward",
+                f"fused reduce={reduce} window=0 super_tile=128 segment=16 unroll=8 discard=0 num_warps=4 num_stages=2",
+            )
+            for reduce in ("fused", "slots", "atomic")
+        ),
     ],
 )
 def test_attention_moves_the_bytes_that_the_model_says(op: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ SCHEDULES = {
     ],
     "hsa_backward": [
         f"token dk_dv=together {_SECOND_PASS}",
-        "fused reduce=fused super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
+        "fused reduce=fused window=0 super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
         f"union dk_dv=apart block_tokens=8 {_SECOND_PASS}",
         *(f"chunk reduce={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
         "chunk reduce=slots segment=0 block_entries=8 num_warps=4 num_stages=2 super_tile=0",
@@ -60,7 +60,7 @@ GATHERING = {
     ],
     "hsa_backward": [
         *(
-            f"fused reduce={dq} super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
+            f"fused reduce={dq} window=0 super_tile=128 segment=64 unroll=8 discard=0 num_warps=8 num_stages=2"
             for dq in ("atomic", "slots", "fused")
         ),
         "union dk_dv=together block_tokens={0} num_warps=8 num_stages=2 block_entries={0} chunk_warps=4 chunk_stages=2",

@@ -60,10 +60,10 @@ def test_visits_serve_every_pick_of_a_block_once(block_m: int) -> None:
         assert not any(tokens for _, _, tokens in rows[count:])
 
 
-@pytest.mark.parametrize("num_chunks", [0, 1, 6, 40000])
+@pytest.mark.parametrize("num_chunks", [0, 1, 6, 1500, 5000, 40000])
 @pytest.mark.parametrize("segment", [None, 2])
 def test_lists_built_by_triton_are_those_of_pytorch(num_chunks: int, segment: int | None) -> None:
-    # Two programs sort: 4,096 picks and the rest, of which some slots are empty.
+    # Six programs sort 256 tokens each; their counts are kept for each, for two together, or for all.
     B, T, H, K = 1, 1371, 2, 3
     indices = torch.randint(-1, 7, (B, T, H, K), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     token_heads, picks, lists = lists_of_chunks(indices, num_chunks, segment=segment)

@@ -172,11 +172,8 @@ def schedule(problem: Problem, op: str, variant: str, super_tile: int = 0) -> Sc
         knobs["reduce"] = reduction
     elif dataflow == "fused":
         segment = max(16, 64 // next_power_of_2(problem.group))
-        knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8, "discard": 0}
-        if op == "hsa_backward":
-            knobs["reduce"] = adding or "fused"
-        else:
-            knobs |= {"reduce": "slots" if adding else "fused", "window": 0}
+        knobs |= {"super_tile": super_tile or 128, "segment": segment, "unroll": 8, "discard": 0, "window": 0}
+        knobs["reduce"] = "slots" if adding and op == "hsa_forward" else adding or "fused"
     elif op == "hsa_backward":
         knobs |= {"block_entries": block_entries, "chunk_warps": 8, "chunk_stages": 2}
         knobs["dk_dv"] = "apart" if adding == "apart" else "together"

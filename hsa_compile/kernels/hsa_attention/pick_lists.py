@@ -25,13 +25,14 @@ from hsa_compile.kernels.inverse_index import (
 )
 from hsa_compile.kernels.launch import quick
 
-MOST_SORTED = 4096  # picks that one program sorts by chunk
+MOST_SORTED = 1024  # picks that one warp sorts by chunk
 MOST_VISITED = 2048  # picks that one program sorts into visits
-MOST_COUNTED = 16384  # chunks whose picks are counted block by block; with more, PyTorch sorts
+MOST_COUNTED = 16384  # chunks whose picks are counted; with more, PyTorch sorts
 CUT_CHUNKS = 1024  # chunks of one step that cuts their picks into tiles
 SUM_BLOCK = {"ROWS": 32, "CHUNKS": 64}  # blocks and chunks of one step that sums counts
-OPTIONS = {"num_warps": 8, "num_stages": 1}
-SUM_OPTIONS = VISIT_OPTIONS = {"num_warps": 4, "num_stages": 1}
+SORT_OPTIONS = {"num_stages": 1}
+SUM_OPTIONS = SPREAD_OPTIONS = VISIT_OPTIONS = {"num_warps": 4, "num_stages": 1}
+CUT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -52,12 +53,6 @@ def _begins(chunk, i, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _ends(chunk, i, PICKS: tl.constexpr, AXIS: tl.constexpr):
-    """Whether a run of equal chunks ends at each place."""
-    return (i == PICKS - 1) | (chunk != tl.gather(chunk, tl.minimum(i + 1, PICKS - 1), AXIS))
-
-
-@triton.jit
 def _load_picks(chunk_indices, token, i, inside, bh, T, H, N, K: tl.constexpr):
     """The chunk of each pick, N for an empty slot: slot ``i % K`` of a token."""
     first_token_head = (bh // H).to(tl.int64) * T * H + bh % H  # row of [B, T, H]
@@ -66,19 +61,47 @@ def _load_picks(chunk_indices, token, i, inside, bh, T, H, N, K: tl.constexpr):
     return tl.where((chunk >= 0) & (chunk < N), chunk, N).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=("T", "H", "N"))
-def _sort_picks(chunk_indices, ordered, counts, T, H, N, K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr):
-    """Sort the picks of TOKENS tokens by chunk, stably, and count those of each chunk."""
-    block, bh = tl.program_id(0), tl.program_id(1)
+@triton.jit
+def _neighbours_in_threads(key, PICKS: tl.constexpr, WARPS: tl.constexpr):
+    """The keys in another order, so that a thread holds PICKS / (32 WARPS) neighbours: they are sorted in registers."""
+    EACH: tl.constexpr = PICKS // (WARPS * 128)
+    if EACH > 1:
+        key = tl.reshape(tl.permute(tl.reshape(key, [EACH, WARPS, 32, 4]), (1, 2, 0, 3)), [PICKS])
+    return key
+
+
+@triton.jit
+def _begins_in(row, key, i, PICKS: tl.constexpr):
+    """Whether a run of equal chunks begins at each of the sorted keys of a row in memory."""
+    return (i == 0) | (key // PICKS != tl.load(row + i - 1, mask=i > 0, other=0) // PICKS)
+
+
+@triton.jit
+def _ends_in(row, key, i, PICKS: tl.constexpr):
+    """Whether a run of equal chunks ends at each of the sorted keys of a row in memory."""
+    return (i == PICKS - 1) | (key // PICKS != tl.load(row + i + 1, mask=i < PICKS - 1, other=0) // PICKS)
+
+
+@triton.jit(do_not_specialize=("T", "H", "N", "rows"))
+def _sort_picks(
+    chunk_indices, ordered, counts, T, H, N, rows,
+    K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Sort a row, the picks of TOKENS tokens, by chunk, stably, and count those of each chunk in blocks of ``rows``."""
+    row, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
-    chunk = _load_picks(chunk_indices, block * TOKENS + i // K, i, i < TOKENS * K, bh, T, H, N, K)
+    chunk = _load_picks(chunk_indices, row * TOKENS + i // K, i, i < TOKENS * K, bh, T, H, N, K)
     # The place of a pick stands in the low bits: no two keys are equal, and the order is stable.
-    key = tl.sort(chunk * PICKS + i)
+    key = tl.sort(_neighbours_in_threads(chunk * PICKS + i, PICKS, WARPS))
+    ordered += (bh.to(tl.int64) * tl.num_programs(0) + row) * PICKS
+    tl.store(ordered + i, key)
+    tl.debug_barrier()  # before other threads read it
+    key = tl.load(ordered + i)
     chunk = key // PICKS
-    row = bh.to(tl.int64) * tl.num_programs(0) + block
-    tl.store(ordered + row * (TOKENS * K) + i, key, mask=i < TOKENS * K)
-    count = i - _run_starts(_begins(chunk, i, 0), i, 0) + 1
-    tl.store(counts + row * N + chunk, count, mask=_ends(chunk, i, PICKS, 0) & (chunk < N))
+    counts += (bh.to(tl.int64) * (tl.num_programs(0) // rows) + row // rows) * N
+    count = i - _run_starts(_begins_in(ordered, key, i, PICKS), i, 0) + 1
+    ends = _ends_in(ordered, key, i, PICKS)
+    tl.atomic_add(counts + chunk, count, mask=ends & (chunk < N), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=("N", "blocks"))
@@ -97,36 +120,43 @@ def _sum_blocks(counts, totals, N, blocks, ROWS: tl.constexpr, CHUNKS: tl.conste
     tl.store(totals + super_tile * N + chunk, total, mask=chunk < N)
 
 
-@triton.jit(do_not_specialize=("T", "H", "N", "blocks"))
+@triton.jit(do_not_specialize=("T", "H", "N", "rows", "blocks"))
 def _spread_picks(
-    ordered, earlier, until, entries, picks, T, H, N, blocks,
+    ordered, earlier, until, entries, picks, T, H, N, rows, blocks,
     K: tl.constexpr, TOKENS: tl.constexpr, PICKS: tl.constexpr, ADDRESSES: tl.constexpr,
 ):  # fmt: skip
-    """Move the sorted picks of TOKENS tokens to their places among those of the whole super-tile, or of all tokens.
+    """Move the sorted picks of a block to their places among those of the whole super-tile, or of all tokens.
 
     They are written as entries, token * K + slot; or as addresses, the rows of [B, T, H] and the picks themselves.
     """
     block, bh = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, PICKS)
-    row = bh.to(tl.int64) * tl.num_programs(0) + block
     super_tile = bh.to(tl.int64) * (tl.num_programs(0) // blocks) + block // blocks
-    ordered += row * (TOKENS * K)
-    earlier += row * N
+    earlier += (bh.to(tl.int64) * tl.num_programs(0) + block) * N
     until += super_tile * N
-    key = tl.load(ordered + i, mask=i < TOKENS * K, other=N * PICKS)
-    chunk, entry = key // PICKS, block * (TOKENS * K) + key % PICKS
-    listed = chunk < N
-    # A pick comes after those of all earlier chunks, those of its chunk in earlier blocks, and those before it here.
-    position = tl.load(until + chunk - 1, mask=listed & (chunk > 0), other=0)
-    position += tl.load(earlier + chunk, mask=listed, other=0)
-    position += i - _run_starts(_begins(chunk, i, 0), i, 0)
-    if ADDRESSES:
-        first = bh.to(tl.int64) * T * K
-        token_head = (bh // H) * T * H + bh % H + entry // K * H
-        tl.store(entries + first + position, token_head, mask=listed)
-        tl.store(picks + first + position, token_head * K + entry % K, mask=listed)
-    else:
-        tl.store(entries + super_tile * (blocks * TOKENS * K) + position, entry, mask=listed)
+    ordered += (bh.to(tl.int64) * tl.num_programs(0) + block) * rows * PICKS
+    first = bh.to(tl.int64) * T * K if ADDRESSES else super_tile * blocks * rows * (TOKENS * K)
+    entries += first
+    picks += first
+    for row in range(rows):
+        key = tl.load(ordered + i)
+        begins = _begins_in(ordered, key, i, PICKS)
+        chunk, entry = key // PICKS, (block * rows + row) * (TOKENS * K) + key % PICKS
+        listed = chunk < N
+        # A pick comes after those of all earlier chunks, those of its chunk in earlier rows, and those before it here.
+        place = i - _run_starts(begins, i, 0) + tl.load(earlier + chunk, mask=listed, other=0)
+        position = place + tl.load(until + chunk - 1, mask=listed & (chunk > 0), other=0)
+        if ADDRESSES:
+            token_head = (bh // H) * T * H + bh % H + entry // K * H
+            tl.store(entries + position, token_head, mask=listed)
+            tl.store(picks + position, token_head * K + entry % K, mask=listed)
+        else:
+            tl.store(entries + position, entry, mask=listed)
+        if row + 1 < rows:
+            tl.debug_barrier()  # all have read the old counts; then all see the new ones
+            tl.store(earlier + chunk, place + 1, mask=listed & _ends_in(ordered, key, i, PICKS))
+            tl.debug_barrier()
+        ordered += PICKS
 
 
 @triton.jit(do_not_specialize=("N", "num_tiles", "num_picks"))
@@ -207,13 +237,11 @@ def lists_by_super_tile(
         entries `[B·H, …]`, `t·K + slot`, and the tiles `[B·H, M, 3]` that they are cut into, (chunk, start, stop);
         superfluous ones have start = stop.
     """
-    _, T, _, K = chunk_indices.shape
     if num_chunks > MOST_COUNTED:
         return super_tile_lists(chunk_indices, num_chunks, super_tile=super_tile, segment=segment)
-    blocks, num_super_tiles = super_tile // _tokens(K, super_tile), -(-T // super_tile)
     with torch.cuda.device_of(chunk_indices):
-        entries, _, until = _sort(chunk_indices, num_chunks, blocks, num_super_tiles, super_tile)
-        return entries, _cut(until, super_tile * K, segment)
+        entries, _, until = _sort(chunk_indices, num_chunks, super_tile)
+        return entries, _cut(until, super_tile * chunk_indices.shape[3], segment)
 
 
 def lists_of_chunks(
@@ -235,9 +263,8 @@ def lists_of_chunks(
         listed, offsets = inverse_index(chunk_indices, num_chunks)
         addresses = list_addresses(listed, chunk_indices.shape)
         return *addresses, offsets if segment is None else split_lists(offsets, segment=segment, num_entries=T * K)
-    blocks = -(-T // _tokens(K))
     with torch.cuda.device_of(chunk_indices):
-        token_heads, picks, until = _sort(chunk_indices, num_chunks, blocks, 1, None)
+        token_heads, picks, until = _sort(chunk_indices, num_chunks, None)
         if segment is None:
             return token_heads, picks, torch.nn.functional.pad(until[:, 0], (1, 0))
         return token_heads, picks, _cut(until, T * K, segment)
@@ -262,9 +289,14 @@ def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) ->
     return visits, slots, num_visits
 
 
-def _tokens(top_k: int, most: int = MOST_SORTED) -> int:
-    """Returns how many tokens' picks one program sorts: a power of two."""
-    return min(most, 1 << (max(1, MOST_SORTED // top_k).bit_length() - 1))
+def _sort_block(top_k: int, super_tile: int | None) -> dict[str, int]:
+    """Returns the constants of a row: a power of two of tokens, whose picks one program sorts."""
+    tokens = min(super_tile or MOST_SORTED, 1 << (max(1, MOST_SORTED // top_k).bit_length() - 1))
+    return {"K": top_k, "TOKENS": tokens, "PICKS": _power_of_2(tokens * top_k)}
+
+
+def _sort_warps(picks: int) -> int:
+    return max(1, picks // 1024)
 
 
 def _power_of_2(number: int) -> int:
@@ -272,30 +304,35 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length() if number else 0
 
 
-def _sort(
-    chunk_indices: Tensor, num_chunks: int, blocks: int, num_super_tiles: int, super_tile: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sort(chunk_indices: Tensor, num_chunks: int, super_tile: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns entries, or without super-tiles addresses, and how many picks come before the end of each chunk.
 
     The latter is [B·H, super-tiles, N] and counts within a super-tile.
     """
     B, T, H, K = chunk_indices.shape
-    tokens = _tokens(K, super_tile or MOST_SORTED)
+    block = _sort_block(K, super_tile)
+    tokens, num_super_tiles = block["TOKENS"], -(-T // (super_tile or T))
+    rows_each = -(-(super_tile or T) // tokens)  # rows of a super-tile
+    # Counts for blocks of so many rows are no more than there are picks, where a super-tile has them.
+    rows = min(_power_of_2(-(-num_chunks // block["PICKS"])), _power_of_2(rows_each))
+    blocks = -(-rows_each // rows)
     num_blocks = num_super_tiles * blocks
-    grid, num_picks = (num_blocks, B * H), num_blocks * tokens * K
     options: Any = {"dtype": torch.int32, "device": chunk_indices.device}
-    ordered = torch.empty(B * H, num_picks, **options)
-    entries = torch.empty(B * H, T * K if super_tile is None else num_picks, **options)
+    ordered = torch.empty(B * H, num_blocks * rows, block["PICKS"], **options)
+    entries = torch.empty(B * H, T * K if super_tile is None else num_blocks * rows * tokens * K, **options)
     picks = torch.empty_like(entries) if super_tile is None else entries
     counts = torch.zeros(B * H, num_blocks, num_chunks, **options)
     totals = torch.empty(B * H, num_super_tiles, num_chunks, **options)
-    block = (K, tokens, _power_of_2(tokens * K))
-    _sorting[grid](chunk_indices, ordered, counts, T, H, num_chunks, *block, **OPTIONS)
+    sizes, warps = (T, H, num_chunks, rows), _sort_warps(block["PICKS"])
+    _sorting[(num_blocks * rows, B * H)](
+        chunk_indices, ordered, counts, *sizes, *block.values(), warps, num_warps=warps, **SORT_OPTIONS
+    )
     columns = -(-num_chunks // SUM_BLOCK["CHUNKS"])
     _summing[(B * H * num_super_tiles, columns)](counts, totals, num_chunks, blocks, *SUM_BLOCK.values(), **SUM_OPTIONS)
     until = totals.cumsum(2, dtype=torch.int32)
-    sizes = (T, H, num_chunks, blocks)
-    _spreading[grid](ordered, counts, until, entries, picks, *sizes, *block, super_tile is None, **OPTIONS)
+    _spreading[(num_blocks, B * H)](
+        ordered, counts, until, entries, picks, *sizes, blocks, *block.values(), super_tile is None, **SPREAD_OPTIONS
+    )
     return entries, picks, until
 
 
@@ -305,26 +342,30 @@ def _cut(until: Tensor, num_picks: int, segment: int) -> Tensor:
     num_tiles = min(num_chunks, num_picks) + num_picks // segment  # the most that a super-tile can have
     tiles = until.new_empty(num_lists, num_super_tiles * num_tiles, 3)
     sizes = (num_chunks, num_tiles, num_picks, segment, CUT_CHUNKS)
-    _cutting[(num_super_tiles, num_lists)](until, tiles, *sizes, **OPTIONS)
+    _cutting[(num_super_tiles, num_lists)](until, tiles, *sizes, **CUT_OPTIONS)
     return tiles
 
 
 def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | None = None) -> tuple[dict, ...]:
     """Returns what an emitted module says of the kernels behind `lists_by_super_tile` or `lists_of_chunks`."""
-    tokens = _tokens(top_k, super_tile or MOST_SORTED)
-    block = {"K": top_k, "TOKENS": tokens, "PICKS": _power_of_2(tokens * top_k)}
-    sizes = dict.fromkeys(("T", "H", "N"), "i32")
+    block = _sort_block(top_k, super_tile)
+    warps = _sort_warps(block["PICKS"])
+    sizes = dict.fromkeys(("T", "H", "N", "rows"), "i32")
     launches = [
-        _launch(_sort_picks, ("chunk_indices", "ordered", "counts"), sizes, block),
+        _launch(
+            _sort_picks, ("chunk_indices", "ordered", "counts"), sizes, {**block, "WARPS": warps},
+            {"num_warps": warps, **SORT_OPTIONS},
+        ),
         _launch(_sum_blocks, ("counts", "totals"), dict.fromkeys(("N", "blocks"), "i32"), SUM_BLOCK, SUM_OPTIONS),
         _launch(
             _spread_picks, ("ordered", "earlier", "until", "entries", "picks"), sizes | {"blocks": "i32"},
-            {**block, "ADDRESSES": super_tile is None},
+            {**block, "ADDRESSES": super_tile is None}, SPREAD_OPTIONS,
         ),
     ]  # fmt: skip
     if segment is not None:
         sizes = dict.fromkeys(("N", "num_tiles", "num_picks"), "i32")
-        launches.append(_launch(_cut_tiles, ("until", "tiles"), sizes, {"SEGMENT": segment, "BLOCK_N": CUT_CHUNKS}))
+        block = {"SEGMENT": segment, "BLOCK_N": CUT_CHUNKS}
+        launches.append(_launch(_cut_tiles, ("until", "tiles"), sizes, block, CUT_OPTIONS))
     return tuple(launches)
 
 
@@ -339,8 +380,6 @@ def visit_launches(top_k: int, block_m: int) -> tuple[dict, ...]:
     return (_launch(_list_visits, tensors, sizes, block, VISIT_OPTIONS),)
 
 
-def _launch(
-    kernel: Any, tensors: tuple[str, ...], sizes: dict[str, str], block: dict[str, int], options: Any = OPTIONS
-) -> dict:
+def _launch(kernel: Any, tensors: tuple[str, ...], sizes: dict[str, str], block: dict[str, int], options: Any) -> dict:
     signature = dict.fromkeys(tensors, "*i32") | sizes | dict.fromkeys(block, "constexpr")
     return {"kernel": kernel, "signature": signature, "constants": block, **options}

@@ -59,6 +59,7 @@ _SECOND_PASS: Knobs = {
 # Chunk by chunk within super-tiles of tokens, all in one launch. Parts are added up by the program that writes the last
 # one of a token (`fused`), by a second kernel (`slots`), or in memory (`atomic`).
 _FUSED: Knobs = {
+    "window": (0, 16384, 65536),
     "super_tile": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
     "segment": (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     "unroll": (8, 16),
@@ -66,13 +67,22 @@ _FUSED: Knobs = {
     "num_warps": _CHUNK_WARPS,
     "num_stages": _CHUNK_STAGES,
 }
-_FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), "window": (0, 16384, 65536), **_FUSED}
+_FUSED_FORWARD: Knobs = {"reduce": ("fused", "slots"), **_FUSED}
 _FUSED_BACKWARD: Knobs = {"reduce": ("fused", "slots", "atomic"), **_FUSED}
-_FASTEST_FUSED: dict[str, dict[int, dict[str, Knob]]] = {  # by the heads of a group
+# The fastest on an H100 at 64K tokens, by the heads of a group; where one needs too much memory, the next.
+_FASTEST: dict[str, dict[int, tuple[str, ...]]] = {
     "hsa_forward": {
-        4: {"reduce": "fused", "window": 0, "super_tile": 4096, "segment": 256, "num_warps": 4, "num_stages": 1}
+        1: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=65536 unroll=8 window={}",),
+        4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=512 super_tile=16384 unroll=8 window={}",),
     },
-    "hsa_backward": {16: {"reduce": "atomic", "super_tile": 2048, "segment": 256, "num_warps": 8, "num_stages": 2}},
+    "hsa_backward": {
+        1: (
+            "chunk block_entries=64 num_stages=2 num_warps=4 reduce=slots16 segment=0 super_tile=0",
+            "fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=4096 super_tile=65536 unroll=8 window={}",
+        ),
+        4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=1024 super_tile=16384 unroll=8 window={}",),
+        16: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=256 super_tile=2048 unroll=8 window={}",),
+    },
 }
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
@@ -148,9 +158,7 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return f"segment = {schedule['segment']} makes {rows} rows a program, allowed are {allowed}"
     if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
         return reason
-    if not backward and (reason := _why_not_window(problem, schedule)):
-        return reason
-    if backward and schedule["reduce"] != "atomic" and (reason := _why_not_slot_memory(problem, schedule)):
+    if schedule["reduce"] != "atomic" and (reason := _why_not_window(problem, schedule)):
         return reason
     if schedule["reduce"] == "fused":
         return _why_not_slots(problem, schedule)
@@ -158,6 +166,8 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
     for knob in ("unroll", "discard"):
         if schedule[knob] != _FUSED[knob][0]:
             return f"{knob} = {schedule[knob]} is for parts that are added up in the same launch; use {_FUSED[knob][0]}"
+    if schedule["reduce"] == "atomic" and schedule["window"]:
+        return f"window = {schedule['window']} bounds the memory of slots, which reduce = 'atomic' has not; use 0"
     return None
 
 
@@ -208,7 +218,7 @@ def _fit(problem: Problem, schedule: Schedule) -> Schedule:
         knob: largest_choice(_FUSED[knob], schedule.number(knob), next_power_of_2(size))
         for knob, size in (("super_tile", problem.seq_len), ("unroll", problem.top_k))
     }
-    if "window" in schedule and schedule.number("window") >= next_power_of_2(problem.seq_len):
+    if schedule.number("window") >= next_power_of_2(problem.seq_len):
         cut["window"] = 0
     return Schedule.from_dict({**schedule, **cut})
 
@@ -241,7 +251,7 @@ def _defaults(problem: Problem, target: Target) -> list[Schedule]:
         return [token, chunk]
     if problem.itemsize != 2:
         return [chunk, token]
-    return [*_fastest_fused(problem, target), *_of_middle_groups(problem, target, token, chunk)]
+    return [*_fastest(problem, target), *_of_middle_groups(problem, target, token, chunk)]
 
 
 def _of_middle_groups(problem: Problem, target: Target, token: Schedule, chunk: Schedule) -> list[Schedule]:
@@ -253,13 +263,14 @@ def _of_middle_groups(problem: Problem, target: Target, token: Schedule, chunk: 
     return [union, chunk, token]
 
 
-def _fastest_fused(problem: Problem, target: Target) -> list[Schedule]:
+def _fastest(problem: Problem, target: Target) -> list[Schedule]:
     """What was the fastest on an H100 at 64K tokens, for random and for trained picks; nothing for other shapes."""
-    knobs = _FASTEST_FUSED[problem.op].get(next_power_of_2(problem.group))
+    texts = _FASTEST[problem.op].get(next_power_of_2(problem.group), ())
     big = problem.chunk_size > 64 or _is_big(problem)
-    if target.arch != "sm_90" or problem.deterministic or big or problem.seq_len < _LONG or not knobs:
+    if target.arch != "sm_90" or problem.deterministic or big or problem.seq_len < _LONG:
         return []
-    return [Schedule.of("fused", unroll=8, discard=0, **knobs)]
+    windows = (0, 65536, 16384)  # the more tokens at a time, the faster, where there is the memory for it
+    return [_fit(problem, Schedule.parse(text.format(window))) for text in texts for window in windows]
 
 
 def _one_pass_spills(problem: Problem, target: Target) -> bool:
