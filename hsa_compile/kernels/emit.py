@@ -9,7 +9,7 @@ from hsa_compile.errors import InvalidSchedule
 from hsa_compile.paths import TEMPLATE_DIR
 from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops import backend_for
-from hsa_compile.schedules.ops.limits import vector_lanes
+from hsa_compile.schedules.ops.limits import fused_step, vector_lanes
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
@@ -94,5 +94,5 @@ def _environment() -> "jinja2.Environment":
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals.update(next_power_of_2=next_power_of_2, vector_lanes=vector_lanes)
+    environment.globals.update(fused_step=fused_step, next_power_of_2=next_power_of_2, vector_lanes=vector_lanes)
     return environment

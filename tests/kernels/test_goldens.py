@@ -31,8 +31,8 @@ CASES = {
     "forward_union_sm_90.py": lambda: named("hsa_forward", "union"),
     "forward_token_sm_90.py": lambda: (PROBLEM, Schedule.of("token", num_warps=4, num_stages=3), H100),
     "forward_chunk_sm_90.py": lambda: (
-        replace(PROBLEM, num_heads=4, num_kv_heads=4),
-        default_schedule(replace(PROBLEM, num_heads=4, num_kv_heads=4), H100),
+        replace(PROBLEM, num_heads=4, num_kv_heads=4, seq_len=4096),
+        default_schedule(replace(PROBLEM, num_heads=4, num_kv_heads=4, seq_len=4096), H100),
         H100,
     ),
     "forward_fused_sm_90.py": lambda: (

@@ -216,7 +216,9 @@ class _Lists:
         picks = problem.batch * problem.seq_len * problem.num_kv_heads * problem.top_k
         num_lists = problem.batch * problem.num_kv_heads * max(1, problem.num_chunks) * launches
         length = picks / num_lists
-        block_entries = fused_step(problem) if schedule.dataflow == "fused" else schedule.number("block_entries")
+        block_entries = (
+            fused_step(problem, schedule) if schedule.dataflow == "fused" else schedule.number("block_entries")
+        )
         tile = max(MIN_ROWS, tile_rows(problem, block_entries))
         segments = num_lists * (_pieces(length, segment) if segment else 1.0)
         # The last tile of a list is half full on average.

@@ -6,10 +6,10 @@ from hsa_compile.problem import Problem, next_power_of_2
 from hsa_compile.schedules.ops.backend import Choices, Knobs, OpBackend, largest_choice
 from hsa_compile.schedules.ops.hsa_attention.cost import attention_passes, attention_work
 from hsa_compile.schedules.ops.limits import (
-    FUSED_ROWS,
     MIN_ROWS,
     NO_FLOAT64,
     chunk_shared_memory,
+    fused_rows,
     tile_rows,
     token_shared_memory,
     why_not_pipelined,
@@ -73,15 +73,19 @@ _FUSED_BACKWARD: Knobs = {"reduce": ("fused", "slots", "atomic"), **_FUSED}
 _FASTEST: dict[str, dict[int, tuple[str, ...]]] = {
     "hsa_forward": {
         1: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=65536 unroll=8 window={}",),
+        2: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=32768 unroll=8 window={}",),
         4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=512 super_tile=16384 unroll=8 window={}",),
+        8: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=256 super_tile=8192 unroll=8 window={}",),
     },
     "hsa_backward": {
         1: (
-            "chunk block_entries=64 num_stages=2 num_warps=4 reduce=slots16 segment=0 super_tile=0",
-            "fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=4096 super_tile=65536 unroll=8 window={}",
+            "chunk block_entries=128 num_stages=2 num_warps=8 reduce=slots16 segment=0 super_tile=0",
+            "fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=4096 super_tile=65536 unroll=8 window={}",
         ),
-        4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=1024 super_tile=16384 unroll=8 window={}",),
-        16: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=256 super_tile=2048 unroll=8 window={}",),
+        2: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=1024 super_tile=32768 unroll=8 window={}",),
+        4: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=1024 super_tile=16384 unroll=8 window={}",),
+        8: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
+        16: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
     },
 }
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
@@ -121,7 +125,7 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
 def _why_not_stages(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     """The first reason against the number of stages of the loop that makes dk and dv."""
     if schedule.dataflow == "fused":
-        return why_not_pipelined(problem, target, FUSED_ROWS, schedule.number("num_stages"))
+        return why_not_pipelined(problem, target, fused_rows(problem, schedule), schedule.number("num_stages"))
     if schedule.dataflow != "chunk" and schedule["dk_dv"] == "apart":
         return None
     stages = schedule.number("num_stages" if schedule.dataflow == "chunk" else "chunk_stages")
@@ -153,8 +157,8 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return f"dataflow = 'fused' is for groups of at most {_MAX_FUSED_GROUP} heads, this one has {problem.group}"
     if backward and problem.deterministic:
         return "dataflow = 'fused' adds dk and dv in any order; a deterministic schedule is asked for"
-    if not FUSED_ROWS <= rows <= most_rows:
-        allowed = f"{FUSED_ROWS} … {most_rows}"
+    if not (least_rows := fused_rows(problem, schedule)) <= rows <= most_rows:
+        allowed = f"{least_rows} … {most_rows}"
         return f"segment = {schedule['segment']} makes {rows} rows a program, allowed are {allowed}"
     if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
         return reason
@@ -233,7 +237,8 @@ def least_shared_memory(problem: Problem, schedule: Schedule, target: Target) ->
         tokens = schedule.number("block_tokens") if schedule.dataflow == "union" else 1
         needed = token_shared_memory(problem, target, tokens, schedule.number("num_stages"))[0]
     if schedule.dataflow == "fused":
-        needed = chunk_shared_memory(problem, target, FUSED_ROWS, schedule.number("num_stages"), False)[0]
+        rows = fused_rows(problem, schedule)
+        needed = chunk_shared_memory(problem, target, rows, schedule.number("num_stages"), False)[0]
     if "block_entries" in schedule:
         stages = schedule.number("chunk_stages" if "chunk_stages" in schedule else "num_stages")
         rows = tile_rows(problem, schedule.number("block_entries"))
