@@ -1,17 +1,15 @@
 """What should a search on a GPU try first? Rules are held to recorded times.
 
-    python benchmarks/first_tries.py [sw_FILE.json ...]
+    python benchmarks/first_tries.py
 
-The times are those of `results/gpu_nvidia-h100-80gb-hbm3.json`, and of samples in files, whose rows have a schedule,
-its milliseconds and the seconds of its first call. The rules that learn from times choose for a problem without its
-own; the model was fitted to all of them. Many choices were never timed, and may be better or worse than what was. So
-each figure is the loss, against the best that was timed, of those choices that were; how many these are stands beside.
+The times are those of `results/gpu_nvidia-h100-80gb-hbm3.json`. The rules that learn from times choose for a problem
+without its own. Many choices were never timed, and may be better or worse than what was. So each figure is the loss,
+against the best that was timed, of those choices that were; how many these are stands beside.
 """
 
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tabulate import tabulate
@@ -27,7 +25,6 @@ RESULTS = Path(__file__).parent / "results" / "gpu_nvidia-h100-80gb-hbm3.json"
 TARGET = PRODUCTS["h100"]
 COUNTS = (1, 8, 25)  # of first tries
 PORTFOLIO = 25
-_NEW_NAMES = {"block_t": "block_entries", "block_m": "block_tokens", "dq": "reduce"}
 
 Times = dict[Problem, dict[Schedule, float]]
 Rule = Callable[[Problem, Times], list[Schedule]]
@@ -38,38 +35,13 @@ def problem_of(op: str, kv_heads: int) -> Problem:
     return Problem(op=op, seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16")
 
 
-def as_named_now(knobs: dict[str, object], op: str) -> Schedule:
-    """A schedule with the names that its knobs have today, and the knobs that it had not yet."""
-    found = {_NEW_NAMES.get(name, name): value for name, value in knobs.items()}
-    if found["dataflow"] == "fused":
-        found = {"discard": 0, "reduce": "fused", **found}
-        if op == "hsa_forward":
-            found = {"window": 0, **found}
-        elif found["reduce"] == "slots":
-            found["reduce"] = "fused"
-    return Schedule.from_dict(found)
-
-
-def recorded(files: Sequence[Path]) -> Times:
-    """The least time of each schedule that is valid today, the geometric mean over `random` and `local` picks."""
-    rows: list[tuple[str, int, dict[str, object], float, float]] = [
-        (row["op"], row["num_kv_heads"], dict(Schedule.parse(row["schedule"])), row["random_ms"], row["local_ms"])
-        for row in json.loads(RESULTS.read_text())["timed"]
-        if row["op"].startswith("hsa")
-    ]
-    for file in files:
-        sample = json.loads(file.read_text())
-        op, _, _, kv_heads, *_ = sample["problem"].split(",")
-        local = {json.dumps(knobs, sort_keys=True): ms for knobs, ms in sample["local"]}
-        for knobs, ms, _ in sample["rows"]:
-            if ms is not None:
-                rows.append((op, int(kv_heads), knobs, ms, local.get(json.dumps(knobs, sort_keys=True), ms)))
+def recorded() -> Times:
+    """The geometric mean over both kinds of picks of each schedule that is valid today."""
     times: Times = {}
-    for op, kv_heads, knobs, random_ms, local_ms in rows:
-        problem, schedule = problem_of(op, kv_heads), as_named_now(knobs, op)
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["timed"]:
+        problem, schedule = problem_of(row["op"], row["num_kv_heads"]), Schedule.parse(row["schedule"])
         if SearchSpace.of(problem, TARGET).is_valid(schedule):
-            known = times.setdefault(problem, {})
-            known[schedule] = min(math.sqrt(random_ms * local_ms), known.get(schedule, math.inf))
+            times.setdefault(problem, {})[schedule] = math.sqrt(row["random_ms"] * row["trained_ms"])
     return times
 
 
@@ -144,7 +116,7 @@ RULES: tuple[Rule, ...] = (default, winners_as_they_are, winners_with_rows_kept,
 
 def main() -> None:
     """Prints a row for each problem and rule: the loss of the best of its first choices, and how many were timed."""
-    times = recorded([Path(name) for name in sys.argv[1:]])
+    times = recorded()
     rows = []
     for problem, known in times.items():
         best = min(known.values())

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -350,3 +351,22 @@ def test_a_race_is_begun_with_what_tells_most() -> None:
     assert {heat.tokens for heat in heats} == {16384, 65536, 1 << 20}
     assert heats[-1].tokens == 1 << 20
     assert race.problem_of(heats[2], H100).group == 4
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_the_process_of_a_heat_is_started_with_words_that_it_knows(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def started(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    race.run(tmp_path, H100, device, 600, ["mine.py:attention"])
+    assert len(commands) == len(race.heats(H100))
+    for command, heat in zip(commands, race.heats(H100), strict=True):
+        given = gpu.parse(command[2:])
+        assert race.Heat(**json.loads(given.heat)) == heat
+        assert (given.device, given.contender) == (device.partition(":")[0], ["mine.py:attention"])

@@ -106,8 +106,9 @@ def _in_a_process(
     heat: Heat, out: Path, device: str, seconds: float, kill_s: float, files: Sequence[str]
 ) -> dict[str, Any]:
     """How a heat ended."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "gpu.py"), "--out", str(out), "--device", device]
-    command += ["--heat", json.dumps(asdict(heat)), "--until", f"{time.time() + seconds:.1f}"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "gpu.py"), "--out", str(out)]
+    command += ["--device", torch.device(device).type, "--heat", json.dumps(asdict(heat))]
+    command += ["--until", f"{time.time() + seconds:.1f}"]
     for file in files:
         command += ["--contender", file]
     start = time.monotonic()

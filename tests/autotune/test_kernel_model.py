@@ -11,7 +11,6 @@ from hsa_compile.kernels.ahead_of_time import KernelResources
 from hsa_compile.peaks import limits_of
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.ops import count_work
-from hsa_compile.schedules.ops.hsa_attention import cost
 from hsa_compile.schedules.ops.hsa_attention.cost import attention_passes
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
@@ -75,22 +74,19 @@ def test_atomic_sums_move_less_memory_where_the_cache_holds_what_is_added_to() -
     assert in_tiles.launches > 10 * at_once.launches  # each super-tile is indexed anew
 
 
-def test_the_order_of_what_was_timed_on_an_h100_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_INDEX_LAUNCHES", 45)  # as many did the kernels launch that were timed
-    timed = json.loads(RESULTS.read_text(encoding="utf-8"))["timed"]
-    names = {"block_t": "block_entries", "block_m": "block_tokens", "dq": "reduce"}
-    for op, kv_heads, least in (("hsa_forward", 2, 0.6), ("hsa_forward", 8, 0.8), ("hsa_backward", 8, 0.7)):
-        problem = Problem(
-            op=op, seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16"
-        )
-        space, pairs = SearchSpace.of(problem, H100), []
-        for row in timed:
-            schedule = Schedule.parse(row["schedule"])
-            schedule = Schedule.from_dict({names.get(name, name): value for name, value in schedule.items()})
-            if (row["op"], row["num_kv_heads"]) == (op, kv_heads) and space.is_valid(schedule):
-                pairs.append((estimate(problem, schedule, H100), row["random_ms"] * row["local_ms"]))
-        assert len(pairs) >= 15
-        assert spearman(*zip(*pairs, strict=True)) >= least
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kv_heads", [2, 8, 32])
+def test_the_order_of_what_was_timed_on_an_h100_is_that_of_the_model(op: str, kv_heads: int) -> None:
+    problem = Problem(
+        op=op, seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16"
+    )
+    space, pairs = SearchSpace.of(problem, H100), []
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["timed"]:
+        schedule = Schedule.parse(row["schedule"])
+        if (row["op"], row["num_kv_heads"]) == (op, kv_heads) and space.is_valid(schedule):
+            pairs.append((estimate(problem, schedule, H100), row["random_ms"] * row["trained_ms"]))
+    assert len(pairs) >= 50
+    assert spearman(*zip(*pairs, strict=True)) >= 0.7
 
 
 def test_few_resident_warps_and_old_instructions_cost_more() -> None:

@@ -9,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hsa_compile
 from hsa_compile.errors import CompileError
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
@@ -261,6 +263,15 @@ def test_a_kernel_that_does_not_fit_or_compile_says_so(compiled: dict[str, Any])
     kind, message = compiled["ill-typed"]
     assert kind == "CompileError"
     assert "_hsa_forward_chunk does not compile for sm_90" in message
+
+
+def test_no_function_that_triton_compiles_has_an_argument_that_may_be_left_out() -> None:
+    """Triton 3.7 compiles a call that leaves one out, and 3.6, which GPU machines have, does not."""
+    package = Path(hsa_compile.__file__).parent
+    files = [*package.rglob("templates/triton/**/*.jinja"), *package.rglob("pick_lists.py")]
+    heads = [head for file in files for head in re.findall(r"@triton\.jit.*\ndef (\w+\([^)]*\))", file.read_text())]
+    assert len(heads) > 30
+    assert not [head for head in heads if "=" in head]
 
 
 def test_an_interpreted_kernel_cannot_be_compiled() -> None:

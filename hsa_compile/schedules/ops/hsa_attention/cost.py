@@ -11,7 +11,7 @@ from hsa_compile.schedules.ops.limits import MIN_ROWS, fused_step, tile_rows
 from hsa_compile.schedules.schedule import Schedule
 
 # What follows is fitted to times on an H100 (benchmarks/results/gpu_nvidia-h100-80gb-hbm3.json).
-_SORTED_BYTES = 512  # sorting a pick takes as long as moving so many bytes of memory
+_SORTED_BYTES = 128  # sorting a pick takes as long as moving so many bytes of memory
 _ADDED = 0.9  # the share of the parts that are added up in memory, where 2 is each of them read and written
 _INDEX_LAUNCHES = 5  # small kernels that index one super-tile; the first is not counted
 
