@@ -1,5 +1,6 @@
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -77,3 +78,17 @@ def test_a_problem_without_any_schedule_is_refused_with_the_reason(target: Targe
     problem = Problem(op=op, seq_len=129, num_heads=4, num_kv_heads=1, head_dim=64, top_k=8, dtype="float64")
     with pytest.raises(InvalidSchedule, match=f"float64 on {target.arch}: dtype = 'float64'"):
         default_schedule(problem, target)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_super_tiles_on_hopper_keep_their_picks_a_chunk_where_there_are_more_chunks(kv_heads: int) -> None:
+    usual = Problem(
+        op="hsa_backward", seq_len=65536, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16"
+    )
+    short, long = (
+        default_schedule(replace(usual, seq_len=tokens, kv_len=tokens), NAMED_TARGETS["sm_90"])
+        for tokens in (65536, 1 << 20)
+    )
+    assert (short.dataflow, long.dataflow) == ("fused", "fused")
+    assert (short["window"], long["window"]) == (0, 65536)
+    assert long["super_tile"] == min(65536, 16 * short.number("super_tile"))

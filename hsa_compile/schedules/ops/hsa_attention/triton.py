@@ -1,5 +1,6 @@
 """The schedules of `hsa_attention` in Triton, for a GPU: four dataflows forward and as many backward."""
 
+import itertools
 from dataclasses import replace
 
 from hsa_compile.problem import Problem, next_power_of_2
@@ -73,9 +74,9 @@ _FUSED_BACKWARD: Knobs = {"reduce": ("fused", "slots", "atomic"), **_FUSED}
 # heads backward was not timed: it lies between those of 4 and 16.
 _FASTEST: dict[str, dict[int, tuple[str, ...]]] = {
     "hsa_forward": {
-        1: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=32768 unroll=8 window={}",),
+        1: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=65536 unroll=8 window={}",),
         2: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=1024 super_tile=32768 unroll=8 window={}",),
-        4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
+        4: ("fused discard=0 num_stages=1 num_warps=4 reduce=slots segment=512 super_tile=16384 unroll=8 window={}",),
         8: ("fused discard=0 num_stages=2 num_warps=4 reduce=slots segment=256 super_tile=8192 unroll=8 window={}",),
     },
     "hsa_backward": {
@@ -86,9 +87,10 @@ _FASTEST: dict[str, dict[int, tuple[str, ...]]] = {
         2: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=1024 super_tile=32768 unroll=8 window={}",),
         4: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=4096 super_tile=65536 unroll=8 window={}",),
         8: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
-        16: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=1024 super_tile=16384 unroll=8 window={}",),
+        16: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
     },
 }
+_FASTEST_CHUNKS = 1024  # that there were
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _CACHE_LINE = 128  # bytes
@@ -270,13 +272,24 @@ def _of_middle_groups(problem: Problem, target: Target, token: Schedule, chunk: 
 
 
 def _fastest(problem: Problem, target: Target) -> list[Schedule]:
-    """What was the fastest on an H100 at 64K tokens, for random and for trained picks; nothing for other shapes."""
+    """What was the fastest on an H100 at 64K tokens, for random and for trained picks; nothing for other shapes.
+
+    With more chunks than there, super-tiles grow as their number does: else a tile of random picks has few of them.
+    """
     texts = _FASTEST[problem.op].get(next_power_of_2(problem.group), ())
     big = problem.chunk_size > 64 or _is_big(problem)
     if target.arch != "sm_90" or problem.deterministic or big or problem.seq_len < _LONG:
         return []
-    windows = (0, 65536, 16384)  # the more tokens at a time, the faster, where there is the memory for it
-    return [_fit(problem, Schedule.parse(text.format(window))) for text in texts for window in windows]
+    more_chunks = max(1, next_power_of_2(problem.num_chunks) // _FASTEST_CHUNKS)
+    found = []
+    for text, window in itertools.product(texts, (0, 65536, 16384)):  # the more tokens at a time, the faster
+        schedule = Schedule.parse(text.format(window))
+        if schedule.dataflow == "fused":
+            wanted = schedule.number("super_tile") * more_chunks
+            super_tile = largest_choice(_FUSED["super_tile"], wanted, window or problem.seq_len)
+            schedule = Schedule.from_dict({**schedule, "super_tile": super_tile})
+        found.append(_fit(problem, schedule))
+    return found
 
 
 def _one_pass_spills(problem: Problem, target: Target) -> bool:
