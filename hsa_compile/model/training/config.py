@@ -141,6 +141,9 @@ class DataConfig:
         check_choice("data.order", self.order, ORDERS)
 
 
+PARTS = ("embedding", "convolution", "lower", "chunk_encoder", "upper", "norm", "output")  # of a model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """A part of a run, with rows and a model setting of its own.
@@ -152,6 +155,7 @@ class Stage:
             `seq_len`.
         batch_tokens: how many tokens a step takes, all processes together; as many rows as fit, and at least one.
         window, top_k, selection_noise: what the model has in this stage; None takes the model's config.
+        frozen: the parts of the model whose weights do not move in this stage, of `PARTS`; a model may lack them.
         in_batch_memory: whether rows that a process takes together also see each other's chunks, as if they were
             earlier text, so that there are more chunks from which the right ones are to be told.
         synthetic_share: the share of rows that are retrieval samples; the others are plain text of the corpus.
@@ -170,6 +174,7 @@ class Stage:
     window: int | None = None
     top_k: int | None = None
     selection_noise: bool | None = None
+    frozen: tuple[str, ...] = ()
     in_batch_memory: bool = False
     synthetic_share: float = 1.0
     chain_share: float = 0.0
@@ -196,6 +201,11 @@ class Stage:
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
             object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))
+        if not isinstance(self.frozen, list | tuple):
+            raise InvalidArgument(f"stages.frozen = {shown(self.frozen)} must be a list of {', '.join(PARTS)}")
+        object.__setattr__(self, "frozen", tuple(self.frozen))
+        for part in self.frozen:
+            check_choice("stages.frozen", part, PARTS)
         for name, allowed in (("haystacks", HAYSTACKS), ("tasks", tuple(TASKS))):
             self._check_weights(name, allowed)
         if self.batch_tokens // self.shortest >= MAX_ROWS:

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,12 @@ def apply_stage(model: nn.Module, config: ModelConfig) -> None:
             module.window = config.window
         elif isinstance(module, Retrieval):
             module.top_k = config.top_k
+
+
+def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """Returns the weights of a model's parts, as far as it has them."""
+    parts = (getattr(model, name) for name in names)
+    return [weight for part in parts if part is not None for weight in part.parameters()]
 
 
 AHEAD = 4

@@ -49,6 +49,7 @@ from hsa_compile.model.training.feed import (
     lengths,
     mixtures,
     open_corpus,
+    parts_of,
     stage_at,
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
@@ -200,6 +201,7 @@ class TrainingRun:
             stopping=should_stop,
             own_time=self._own_pace,
             selections=selections,
+            frozen=parts_of(self.model, self.config.stages[batch.plan.stage].frozen),
         )
         self._own_pace = self._own_time.take() / (len(batch.tokens) * (own.stop - own.start))
         if all(result.own_times):  # in the first step of a run there was none before

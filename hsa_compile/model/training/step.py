@@ -283,6 +283,7 @@ def run_step(
     stopping: bool = False,
     own_time: float = 0.0,
     selections: list[Selection] | None = None,
+    frozen: Iterable[nn.Parameter] = (),
 ) -> StepResult:
     """Moves the weights by one batch.
 
@@ -295,6 +296,7 @@ def run_step(
         stopping: whether this process wants to end, which all are told.
         own_time: how long this process worked by itself in the step before, which all are told.
         selections: a list that is filled with what each retrieval of the first rows chose.
+        frozen: the weights that stay as they are.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are not moved then.
@@ -313,6 +315,8 @@ def run_step(
             f"the loss of step {step} is {loss_sum}; a lower train.lr than {config.lr:g} or a longer warm-up than "
             f"train.warmup_steps = {config.warmup_steps} may help; --resume goes on from the last checkpoint"
         )
+    for weight in frozen:  # by dropping its gradient: FSDP2 does not follow when requires_grad changes
+        weight.grad = None
     norm = clip_gradients(loss_model.parameters(), config.clip or float("inf"), processes)
     if not math.isfinite(norm):
         raise TrainingError(

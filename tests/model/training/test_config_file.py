@@ -57,6 +57,8 @@ def test_a_files_stages_replace_those_of_the_recipe(tmp_path: Path) -> None:
         ("model.top_k=0", "top_k = 0 must be an integer in 1 … 128"),
         ("model.depth=3", "model has no field 'depth'"),
         ("stages.0.seq_len=1", "stages.0.seq_len = 1 must be an integer in 2 …"),
+        ("stages.0.frozen=['memory']", "stages.0.frozen = 'memory' is not one of embedding, convolution, lower"),
+        ("stages.0.frozen=norm", "stages.0.frozen = 'norm' must be a list of embedding, convolution, lower"),
         ("stages.0.min_seq_len=5000", "stages.0.min_seq_len = 5000 must be at most seq_len"),
         ("stages.0.num_needles=[5, 2]", "stages.0.num_needles = [5, 2] must have the smaller number first"),
         ("stages.0.tasks={niah = 1}", "task = 'niah' is not one of s-niah, "),

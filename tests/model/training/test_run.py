@@ -92,6 +92,29 @@ def test_rows_share_their_chunks_where_a_stage_says_so(tmp_path: Path, alone: Pr
     assert losses(tmp_path / "interrupted") == losses(tmp_path / "together")
 
 
+def test_frozen_parts_stay_as_they_are_until_a_stage_moves_them(tmp_path: Path, alone: Processes) -> None:
+    frozen = ["convolution", "embedding", "output"]  # the embedding is the output as well
+    stages = [{"seq_len": 64, "batch_tokens": 128, "frozen": frozen}, {"seq_len": 64, "batch_tokens": 128}]
+    model = {"embedding_window": 3, "tie_embeddings": True}
+    config = small_run(model=model, stages=stages, steps=8, save_every=0, weight_decay=0.5)
+    run = TrainingRun(config, tmp_path / "whole", alone)
+    first = {name: weight.clone() for name, weight in run.model.named_parameters()}
+
+    def moved() -> set[str]:
+        return {name for name, weight in run.model.named_parameters() if not torch.equal(weight, first[name])}
+
+    after: dict[int, set[str]] = {}
+    assert run.train(lambda: after.update({run.state.step: moved()}) is not None)
+    run.close()
+    assert after[0] == set()
+    assert {name.partition(".")[0] for name in after[4]} == {"lower", "chunk_encoder", "upper", "norm"}
+    assert {"convolution.weight", "embedding.weight"} < after[7]
+    assert not train(config, tmp_path / "parts", alone, until=3)
+    assert saved_config(tmp_path / "parts") == config
+    assert train(config, tmp_path / "parts", alone, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_it_learns(tmp_path: Path, alone: Processes) -> None:
     stages = [{"seq_len": 64, "batch_tokens": 256}]
     assert train(small_run(model=PLAIN, steps=30, lr=1e-2, save_every=0, stages=stages), tmp_path, alone)
