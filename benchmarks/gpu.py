@@ -59,10 +59,10 @@ class Part:
 PARTS = (
     Part("tests", 0.10, "the tests that only a GPU can run"),
     Part("correctness", 0.15, "every op, dataflow, dtype and option against the float64 reference, then random cases"),
-    Part("tune", 0.35, "compiles on all cores, then times alone; winners in pretuned.json"),
+    Part("tune", 0.30, "compiles on all cores, then times alone; winners in pretuned.json"),
     Part("kernels", 0.05, "the time of each kernel of the default schedules, and of Python in short calls"),
-    Part("race", 0.25, "forward, and forward with backward, against PyTorch's flash, cuDNN and FlexAttention"),
-    Part("smoke", 0.10, "doctor, tune, train, eval and generate of the command line"),
+    Part("race", 0.20, "forward, and forward with backward, against PyTorch's flash, cuDNN and FlexAttention"),
+    Part("smoke", 0.20, "doctor, tune, train, eval and generate of the command line"),
 )
 
 
