@@ -82,8 +82,8 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / "out"), "--parts", "tune,race"])
     gpu.main()
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
-        ["7.0", "minutes", "tune:"],
-        ["5.0", "minutes", "race:"],
+        ["7.2", "minutes", "tune:"],
+        ["4.8", "minutes", "race:"],
     ]
     assert not (tmp_path / "out").exists()
 

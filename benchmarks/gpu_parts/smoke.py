@@ -64,7 +64,7 @@ def run(out: Path, device: str, seconds: float) -> None:
         left = [command for command in commands(device, folder) if command.name not in done]
         while left:
             remaining = deadline - time.monotonic()
-            limit = max(remaining * left[0].weight / sum(each.weight for each in left), min(remaining, 30.0))
+            limit = max(remaining * left[0].weight / sum(each.weight for each in left), min(remaining, 60.0))
             if limit < _LEAST_S:
                 break
             command = left.pop(0)

@@ -296,6 +296,7 @@ def _sort_block(top_k: int, super_tile: int | None) -> dict[str, int]:
 
 
 def _sort_warps(picks: int) -> int:
+    """Returns how many warps sort so many picks; one has registers for 1,024."""
     return max(1, picks // 1024)
 
 
@@ -313,7 +314,7 @@ def _sort(chunk_indices: Tensor, num_chunks: int, super_tile: int | None) -> tup
     block = _sort_block(K, super_tile)
     tokens, num_super_tiles = block["TOKENS"], -(-T // (super_tile or T))
     rows_each = -(-(super_tile or T) // tokens)  # rows of a super-tile
-    # Counts for blocks of so many rows are no more than there are picks, where a super-tile has them.
+    # So many rows are counted together that there are no more counts than picks, where a super-tile has so many rows.
     rows = min(_power_of_2(-(-num_chunks // block["PICKS"])), _power_of_2(rows_each))
     blocks = -(-rows_each // rows)
     num_blocks = num_super_tiles * blocks

@@ -141,7 +141,7 @@ class DataConfig:
         check_choice("data.order", self.order, ORDERS)
 
 
-PARTS = ("embedding", "convolution", "lower", "chunk_encoder", "upper", "norm", "output")  # of a model
+PARTS = ("embedding", "convolution", "lower", "chunk_encoder", "upper", "norm", "output")  # what a model is made of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

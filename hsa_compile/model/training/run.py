@@ -206,8 +206,7 @@ class TrainingRun:
         self._own_pace = self._own_time.take() / (len(batch.tokens) * (own.stop - own.start))
         if all(result.own_times):  # in the first step of a run there was none before
             self._own_paces.append(result.own_times)
-        seconds = time.perf_counter() - began
-        tokens = batch.plan.num_rows * batch.plan.length
+        tokens, seconds = batch.plan.num_rows * batch.plan.length, time.perf_counter() - began
         self.state = replace(
             self.state,
             step=number,

@@ -13,6 +13,7 @@ MAX_HIP_WARPS = 4  # with more, a wavefront has half of the registers, and most 
 NO_FLOAT64 = "dtype = 'float64' has no matrix instruction that Triton uses; use the CPU"
 
 _MOST_PICKS = (1 << 31) - 1  # in a super-tile, whose picks kernels number in 32 bits
+_MAX_SLOT_BYTES = 1 << 34  # a fifth of the memory of an 80 GB GPU
 _MAX_PANEL = 4  # the most vectors in a row of a C++ register tile
 
 # The floats that a vector register holds, and the registers that a tile may fill: the rest hold a row and a broadcast.
@@ -53,6 +54,31 @@ def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> s
         return f"super_tile = {schedule['super_tile']} is more than the {problem.seq_len} tokens there are"
     if schedule.number("super_tile") * problem.num_heads * problem.top_k > _MOST_PICKS:
         return f"super_tile = {schedule['super_tile']} has more than {_MOST_PICKS} picks, of all heads"
+    return None
+
+
+def why_not_window(problem: Problem, schedule: Schedule) -> str | None:
+    """Returns why a Triton schedule may not keep the slots of its window of tokens, or None."""
+    window = schedule.number("window")
+    if window and window >= next_power_of_2(problem.seq_len):
+        return f"window = {window} is no less than the {problem.seq_len} tokens there are; use 0"
+    if window and window < schedule.number("super_tile"):
+        return f"window = {window} is less than super_tile = {schedule['super_tile']}"
+    return why_not_slot_memory(problem, schedule)
+
+
+def why_not_slot_memory(problem: Problem, schedule: Schedule) -> str | None:
+    """Returns why a Triton schedule may not keep a part for each pick of so many tokens at once, or None."""
+    tokens = problem.batch * problem.seq_len
+    if schedule.dataflow == "chunk" and schedule["super_tile"]:
+        tokens = schedule.number("super_tile")
+    if schedule.get("window"):
+        tokens = schedule.number("window")
+    width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
+    itemsize = 4 if schedule.dataflow == "chunk" and schedule["reduce"] == "slots" else problem.itemsize
+    needed = tokens * problem.num_heads * problem.top_k * width * itemsize
+    if needed > _MAX_SLOT_BYTES:
+        return f"slots of {tokens} tokens take {needed} bytes, at most {_MAX_SLOT_BYTES}"
     return None
 
 

@@ -15,8 +15,10 @@ from hsa_compile.schedules.ops.limits import (
     token_shared_memory,
     why_not_pipelined,
     why_not_shared_memory,
+    why_not_slot_memory,
     why_not_super_tile,
     why_not_warps,
+    why_not_window,
 )
 from hsa_compile.schedules.schedule import Knob, Schedule
 from hsa_compile.target import Target
@@ -24,7 +26,6 @@ from hsa_compile.target import Target
 _MAX_ROWS = 256  # in a tile with more, the accumulators spill on every GPU
 _SMALL_CHUNK, _FULL_CHUNK = 32 * 128, 64 * 256  # elements of keys and values
 _LARGE_GROUP = 64  # heads of a group that fill a matrix instruction without other tokens
-_MOST_SLOT_BYTES = 1 << 34  # a fifth of the memory of an 80 GB GPU
 _SLOT_BYTES = 1 << 29  # the most that the slots of one super-tile take untuned
 _LONG = 8192  # tokens from which on there are enough segments of picks for all multiprocessors
 _FEW_PICKS = 16  # picks a chunk below which chunk-stationary tiles are nearly empty
@@ -44,11 +45,7 @@ _CHUNK: Knobs = {
 _REDUCTIONS = ("atomic", "slots", "slots16")
 _CHUNK_FORWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK}
 _CHUNK_BACKWARD: Knobs = {"reduce": _REDUCTIONS, **_CHUNK, "segment": (0, *_CHUNK["segment"])}
-_UNION: Knobs = {
-    "block_tokens": (1, 2, 4, 8, 16, 32),
-    "num_warps": _CHUNK_WARPS,
-    "num_stages": _CHUNK_STAGES,
-}
+_UNION: Knobs = {"block_tokens": (1, 2, 4, 8, 16, 32), "num_warps": _CHUNK_WARPS, "num_stages": _CHUNK_STAGES}
 # dq and dw token by token or block by block, then dk and dv chunk by chunk
 _SECOND_PASS: Knobs = {
     "dk_dv": ("together", "apart"),
@@ -90,7 +87,6 @@ _FASTEST: dict[str, dict[int, tuple[str, ...]]] = {
         16: ("fused discard=0 num_stages=2 num_warps=8 reduce=slots segment=512 super_tile=8192 unroll=8 window={}",),
     },
 }
-_FASTEST_CHUNKS = 1024  # that there were
 _MAX_SEGMENT_ROWS = {"hsa_forward": 4096, "hsa_backward": 16384}
 _MAX_FUSED_GROUP = 16
 _CACHE_LINE = 128  # bytes
@@ -147,7 +143,7 @@ def _why_not_reduction(problem: Problem, schedule: Schedule) -> str | None:
         return f"reduce = 'slots16' keeps parts in the input's dtype, which is {problem.dtype}; use slots"
     if schedule["super_tile"] and schedule.number("super_tile") >= next_power_of_2(problem.seq_len):
         return f"super_tile = {schedule['super_tile']} is no less than the {problem.seq_len} tokens there are; use 0"
-    return None if schedule["reduce"] == "atomic" else _why_not_slot_memory(problem, schedule)
+    return None if schedule["reduce"] == "atomic" else why_not_slot_memory(problem, schedule)
 
 
 def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str | None:
@@ -165,7 +161,7 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
         return f"segment = {schedule['segment']} makes {rows} rows a program, allowed are {allowed}"
     if reason := why_not_super_tile(problem, schedule, int(_FUSED["super_tile"][0])):
         return reason
-    if schedule["reduce"] != "atomic" and (reason := _why_not_window(problem, schedule)):
+    if schedule["reduce"] != "atomic" and (reason := why_not_window(problem, schedule)):
         return reason
     if schedule["reduce"] == "fused":
         return _why_not_slots(problem, schedule)
@@ -175,31 +171,6 @@ def _why_not_fused(problem: Problem, schedule: Schedule, target: Target) -> str 
             return f"{knob} = {schedule[knob]} is for parts that are added up in the same launch; use {_FUSED[knob][0]}"
     if schedule["reduce"] == "atomic" and schedule["window"]:
         return f"window = {schedule['window']} bounds the memory of slots, which reduce = 'atomic' has not; use 0"
-    return None
-
-
-def _why_not_window(problem: Problem, schedule: Schedule) -> str | None:
-    """The first reason against keeping the slots of so many tokens."""
-    window = schedule.number("window")
-    if window and window >= next_power_of_2(problem.seq_len):
-        return f"window = {window} is no less than the {problem.seq_len} tokens there are; use 0"
-    if window and window < schedule.number("super_tile"):
-        return f"window = {window} is less than super_tile = {schedule['super_tile']}"
-    return _why_not_slot_memory(problem, schedule)
-
-
-def _why_not_slot_memory(problem: Problem, schedule: Schedule) -> str | None:
-    """The first reason against keeping a part for each pick of so many tokens at once."""
-    tokens = problem.batch * problem.seq_len
-    if schedule.dataflow == "chunk" and schedule["super_tile"]:
-        tokens = schedule.number("super_tile")
-    if schedule.get("window"):
-        tokens = schedule.number("window")
-    width = problem.head_dim if problem.op == "hsa_backward" else problem.value_dim
-    itemsize = 4 if schedule.dataflow == "chunk" and schedule["reduce"] == "slots" else problem.itemsize
-    needed = tokens * problem.num_heads * problem.top_k * width * itemsize
-    if needed > _MOST_SLOT_BYTES:
-        return f"slots of {tokens} tokens take {needed} bytes, at most {_MOST_SLOT_BYTES}"
     return None
 
 
@@ -274,20 +245,20 @@ def _of_middle_groups(problem: Problem, target: Target, token: Schedule, chunk: 
 def _fastest(problem: Problem, target: Target) -> list[Schedule]:
     """What was the fastest on an H100 at 64K tokens, for random and for trained picks; nothing for other shapes.
 
-    With more chunks than there, super-tiles grow as their number does: else a tile of random picks has few of them.
+    Beyond 1,024 chunks, as there were, super-tiles grow with their number: else a tile of random picks has few of them.
     """
     texts = _FASTEST[problem.op].get(next_power_of_2(problem.group), ())
     big = problem.chunk_size > 64 or _is_big(problem)
     if target.arch != "sm_90" or problem.deterministic or big or problem.seq_len < _LONG:
         return []
-    more_chunks = max(1, next_power_of_2(problem.num_chunks) // _FASTEST_CHUNKS)
+    more_chunks = max(1, next_power_of_2(problem.num_chunks) // 1024)
     found = []
     for text, window in itertools.product(texts, (0, 65536, 16384)):  # the more tokens at a time, the faster
         schedule = Schedule.parse(text.format(window))
         if schedule.dataflow == "fused":
-            wanted = schedule.number("super_tile") * more_chunks
-            super_tile = largest_choice(_FUSED["super_tile"], wanted, window or problem.seq_len)
-            schedule = Schedule.from_dict({**schedule, "super_tile": super_tile})
+            tokens = schedule.number("super_tile") * more_chunks
+            tokens = largest_choice(_FUSED["super_tile"], tokens, window or problem.seq_len)
+            schedule = Schedule.from_dict({**schedule, "super_tile": tokens})
         found.append(_fit(problem, schedule))
     return found
 
