@@ -297,7 +297,7 @@ def _sort_block(top_k: int, super_tile: int | None) -> dict[str, int]:
 
 def _sort_warps(picks: int) -> int:
     """Returns how many warps sort so many picks; one has registers for 1,024."""
-    return max(1, picks // 1024)
+    return min(8, max(1, picks // 1024))
 
 
 def _power_of_2(number: int) -> int:

@@ -105,8 +105,8 @@ def tile_rows(problem: Problem, tokens: int) -> int:
 def fused_rows(problem: Problem, schedule: Schedule) -> int:
     """Returns the rows of one step of a fused Triton kernel; those of `FULL_ROWS` for each four warps backward.
 
-    On an H100 eight warps with 128 rows make gradients 1.2 times as fast as four with 64, whose registers run short;
-    the output they make more slowly.
+    On an H100 eight warps with 128 rows make gradients 1.06 to 1.2 times as fast as four with 64, whose registers run
+    short; the output they make more slowly.
     """
     warps = schedule.number("num_warps") if problem.op == "hsa_backward" else 4
     return FULL_ROWS * warps // 4
