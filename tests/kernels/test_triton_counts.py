@@ -143,10 +143,10 @@ def test_a_million_tokens_take_little_beyond_their_inputs_and_results(
     assert 2 * output <= output + backward <= most_gb * GB
 
 
-@pytest.mark.parametrize("window", [16384, 65536])
-def test_slots_take_the_memory_of_one_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = replace(LARGE, seq_len=LENGTHS[1], kv_len=LENGTHS[1])
-    output = problem.seq_len * problem.num_heads * problem.head_dim * problem.itemsize
+@pytest.mark.parametrize(("window", "batch"), [(16384, 1), (65536, 1), (65536, 32)])
+def test_slots_take_the_memory_of_one_window(window: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(LARGE, batch=batch, seq_len=LENGTHS[1] // batch, kv_len=LENGTHS[1] // batch)
+    output = LENGTHS[1] * problem.num_heads * problem.head_dim * problem.itemsize
     slots = window * problem.num_heads * problem.top_k * problem.head_dim * problem.itemsize
     peak = costs(problem, monkeypatch, FORWARD.format(window)).peak
     assert output + slots <= peak <= 1.05 * (output + slots)

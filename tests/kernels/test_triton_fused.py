@@ -110,11 +110,13 @@ def test_the_gradients_equal_the_reference_in_any_order_of_programs(
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("reduce", ["fused", "slots"])
-def test_windows_add_nothing_twice(reduce: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(replace(MANY, B=2, T=70, per_head=True, HQ=4))
+@pytest.mark.parametrize(("reduce", "window"), [("fused", 32), ("slots", 32), ("slots", 150)])
+def test_windows_of_a_part_of_a_row_or_of_two_rows_add_nothing_twice(
+    reduce: str, window: int, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(replace(MANY, B=3, T=70, per_head=True, HQ=4))
     windows = kernel(case, op, reduce=reduce, window=16384)
-    monkeypatch.setattr(windows.module, "WINDOW", 32)
+    monkeypatch.setattr(windows.module, "WINDOW", window)
     expected = case.expected()
     for result, wanted in zip(
         results(case, windows), expected[:1] if op == "hsa_forward" else expected[1:], strict=True

@@ -92,3 +92,13 @@ def test_super_tiles_on_hopper_keep_their_picks_a_chunk_where_there_are_more_chu
     assert (short.dataflow, long.dataflow) == ("fused", "fused")
     assert (short["window"], long["window"]) == (0, 65536)
     assert long["super_tile"] == min(65536, 16 * short.number("super_tile"))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kv_heads", [4, 32])
+def test_many_rows_on_hopper_keep_the_slots_of_some_at_a_time(op: str, kv_heads: int) -> None:
+    rows = Problem(
+        op=op, batch=64, seq_len=8192, num_heads=32, num_kv_heads=kv_heads, head_dim=128, top_k=16, dtype="bfloat16"
+    )
+    chosen = default_schedule(rows, NAMED_TARGETS["sm_90"])
+    assert (chosen["reduce"], chosen["window"]) == ("slots", 65536)

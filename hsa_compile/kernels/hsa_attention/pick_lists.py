@@ -8,6 +8,7 @@ schedules: sorting in registers takes seconds to compile. Only emitted Triton mo
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A kernel's arguments have no types that Python knows.
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -345,6 +346,14 @@ def _cut(until: Tensor, num_picks: int, segment: int) -> Tensor:
     sizes = (num_chunks, num_tiles, num_picks, segment, CUT_CHUNKS)
     _cutting[(num_super_tiles, num_lists)](until, tiles, *sizes, **CUT_OPTIONS)
     return tiles
+
+
+def windows(batch: int, seq_len: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Yields the rows and the tokens of each window: so many tokens of one row, or whole rows with no more in all."""
+    rows = max(1, tokens // seq_len)
+    for row in range(0, batch, rows):
+        for first in range(0, seq_len, tokens):
+            yield slice(row, row + rows), slice(first, first + tokens)
 
 
 def sort_launches(top_k: int, *, super_tile: int | None = None, segment: int | None = None) -> tuple[dict, ...]:

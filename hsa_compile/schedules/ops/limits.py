@@ -59,9 +59,9 @@ def why_not_super_tile(problem: Problem, schedule: Schedule, smallest: int) -> s
 
 def why_not_window(problem: Problem, schedule: Schedule) -> str | None:
     """Returns why a Triton schedule may not keep the slots of its window of tokens, or None."""
-    window = schedule.number("window")
-    if window and window >= next_power_of_2(problem.seq_len):
-        return f"window = {window} is no less than the {problem.seq_len} tokens there are; use 0"
+    window, tokens = schedule.number("window"), problem.batch * problem.seq_len
+    if window and window >= next_power_of_2(tokens):
+        return f"window = {window} is no less than the {tokens} tokens there are; use 0"
     if window and window < schedule.number("super_tile"):
         return f"window = {window} is less than super_tile = {schedule['super_tile']}"
     return why_not_slot_memory(problem, schedule)

@@ -161,7 +161,9 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         # Parts are written back even though nobody reads them again; a second kernel finds them in memory alone.
         late = 1.0 if reduction == "slots" else _missed(live * problem.top_k * width * size, limits)
         memory += shape.rows * width * size * (1 + late)
-    windows = math.ceil(problem.seq_len / (schedule.number("window") or problem.seq_len))
+    window = schedule.number("window") or tokens
+    rows = max(1, window // problem.seq_len)  # of a window
+    windows = math.ceil(problem.batch / rows) * math.ceil(problem.seq_len / window)
     if backward:
         traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # dk and dv are added to
     return Pass(

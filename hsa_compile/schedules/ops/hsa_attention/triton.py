@@ -196,7 +196,7 @@ def _fit(problem: Problem, schedule: Schedule) -> Schedule:
         knob: largest_choice(_FUSED[knob], schedule.number(knob), next_power_of_2(size))
         for knob, size in (("super_tile", problem.seq_len), ("unroll", problem.top_k))
     }
-    if schedule.number("window") >= next_power_of_2(problem.seq_len):
+    if schedule.number("window") >= next_power_of_2(problem.batch * problem.seq_len):
         cut["window"] = 0
     return Schedule.from_dict({**schedule, **cut})
 
