@@ -2,7 +2,7 @@
 
     python benchmarks/first_tries.py
 
-The times are those of `results/gpu_nvidia-h100-80gb-hbm3.json`. The rules that learn from times choose for a problem
+The times are those of `results/schedules_h100.json`. The rules that learn from times choose for a problem
 without its own. Many choices were never timed, and may be better or worse than what was. So each figure is the loss,
 against the best that was timed, of those choices that were; how many these are stands beside.
 """
@@ -21,7 +21,7 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import PRODUCTS
 
-RESULTS = Path(__file__).parent / "results" / "gpu_nvidia-h100-80gb-hbm3.json"
+RESULTS = Path(__file__).parent / "results" / "schedules_h100.json"
 TARGET = PRODUCTS["h100"]
 COUNTS = (1, 8, 25)  # of first tries
 PORTFOLIO = 25

@@ -20,7 +20,7 @@ PROBLEM = Problem(
     seq_len=16384, num_heads=32, num_kv_heads=2, head_dim=128, chunk_size=64, top_k=16, dtype="bfloat16"
 )  # fmt: skip
 H100 = PRODUCTS["h100"]
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_nvidia-h100-80gb-hbm3.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "schedules_h100.json"
 TOKEN = Schedule.of("token", num_warps=4, num_stages=2)
 KERNEL = KernelResources(
     name="_hsa_forward_token", registers=128, spills=0, shared_memory=32768, num_warps=4, matrix_instruction="HGMMA"

@@ -10,7 +10,7 @@ from hsa_compile.schedules.ops.backend import OVERLAP, Pass, Work
 from hsa_compile.schedules.ops.limits import MIN_ROWS, fused_step, tile_rows
 from hsa_compile.schedules.schedule import Schedule
 
-# What follows is fitted to times on an H100 (benchmarks/results/gpu_nvidia-h100-80gb-hbm3.json).
+# What follows is fitted to times on an H100 (benchmarks/results/schedules_h100.json).
 _SORTED_BYTES = 128  # sorting a pick takes as long as moving so many bytes of memory
 _ADDED = 0.9  # the share of the parts that are added up in memory, where 2 is each of them read and written
 _INDEX_LAUNCHES = 5  # small kernels that index one super-tile; the first is not counted
@@ -162,7 +162,7 @@ def _fused_pass(problem: Problem, schedule: Schedule, limits: Limits) -> Pass:
         late = 1.0 if reduction == "slots" else _missed(live * problem.top_k * width * size, limits)
         memory += shape.rows * width * size * (1 + late)
     window = schedule.number("window") or tokens
-    rows = max(1, window // problem.seq_len)  # of a window
+    rows = max(1, window // problem.seq_len)  # a window has so many
     windows = math.ceil(problem.batch / rows) * math.ceil(problem.seq_len / window)
     if backward:
         traffic += 3 * 4 * shape.segments * problem.chunk_size * (D + Dv)  # dk and dv are added to
