@@ -92,7 +92,7 @@ def run(out: Path, target: Target, device: str, seconds: float, files: Sequence[
     left.sort(key=lambda heat: heat.name in ended)  # what failed once comes last
     while left:
         remaining = deadline - time.monotonic()
-        share = remaining * left[0].weight / sum(heat.weight for heat in left)
+        share = remaining * (left[0].weight / sum(heat.weight for heat in left))  # never more than what remains
         allowed = max(share, _LEAST_S[device.split(":")[0]] * left[0].weight)
         if allowed > remaining:
             break
