@@ -29,6 +29,7 @@ class Piece:
         noise_seed: the seed of the Gumbel noise in training, or None for no noise.
         carried: for DRT, by layer: what was chosen for the next token. It is filled in; None in training.
         shared: which part of the rows this process computes, where several share them in training; None if it has all.
+        sources: `[B, T]`, where the token stands that is copied after each one, −1 for none; for a loss in training.
     """
 
     positions: list[int]
@@ -39,6 +40,7 @@ class Piece:
     noise_seed: int | None = None
     carried: dict[int, Selection] | None = None
     shared: SharedRows | None = None
+    sources: Tensor | None = None
 
 
 class Layer(nn.Module):
@@ -116,7 +118,8 @@ class Layer(nn.Module):
         assert piece.memory is not None
         noise_seed = None if piece.noise_seed is None else (piece.noise_seed + self.index) % 2**63
         if not self.has_landmark_tokens:
-            return _with_chunks(retrieval(x, piece.memory, piece.positions, noise_seed), piece.memory)
+            chosen = retrieval(x, piece.memory, piece.positions, noise_seed, piece.sources)
+            return _with_chunks(chosen, piece.memory)
         carried = piece.carried.get(self.index) if piece.carried is not None else None
         now, after = retrieval.once_a_chunk(x, piece.memory, piece.positions[0], carried, noise_seed, piece.shared)
         if piece.carried is not None:

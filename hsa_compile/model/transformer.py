@@ -99,14 +99,16 @@ class HSATransformer(nn.Module):
         noise_seed: int | None = None,
         selections: list[Selection] | None = None,
         in_batch_memory: bool = False,
+        sources: Tensor | None = None,
         outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Returns the normalised output of the last layer `[B, T, dim]`, from which `logits` are made.
 
         The arguments are those of `forward`. With `in_batch_memory` each text also sees the chunks of all others: see
-        `SequenceMemory`. The list `outputs` is filled with the embeddings and the output of each layer. Where a
-        `context_mesh` of processes shares each text, all get the same tokens, and each returns the output at its own
-        part of them, `own_text`.
+        `SequenceMemory`. With `sources [B, T]`, where the token stands that is copied after each one, selections have
+        their losses, but in DRT, whose tokens do not choose for themselves. The list `outputs` is filled with the
+        embeddings and the output of each layer. Where a `context_mesh` of processes shares each text, all get the same
+        tokens, and each returns the output at its own part of them, `own_text`.
         """
         shared, own = self.shared_rows(tokens.shape[1]), self.own_text(tokens.shape[1])
         start = 0 if shared is None else shared.start
@@ -124,7 +126,8 @@ class HSATransformer(nn.Module):
         memory = None
         if self.chunk_encoder is not None:
             memory = self._memory(x, shared, in_batch_memory)
-        upper = replace(piece, memory=memory, noise_seed=noise_seed)
+        sources = None if sources is None else sources[:, own]
+        upper = replace(piece, memory=memory, noise_seed=noise_seed, sources=sources)
         x, _ = self.run(self.upper, x, upper, selections=selections, outputs=outputs)
         if outputs is not None and text is not None:
             outputs[1:] = [output[:, text] for output in outputs[1:]]

@@ -1,5 +1,6 @@
 """Sequences of a batch that see each other's chunks."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -61,3 +62,31 @@ def test_texts_reach_each_other_only_if_they_share(variant: str) -> None:
         for in_batch in (False, True):
             before, after = (model.hidden(texts, in_batch_memory=in_batch)[0] for texts in (tokens, other))
             assert torch.equal(before, after) != in_batch
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("position", [0, 10])
+def test_a_query_is_told_the_chunk_of_its_source_among_those_of_all_rows(in_batch: bool, position: int) -> None:
+    found, query = chunks(3, 4), torch.randn(3, 10, 2, 10)
+    found.landmarks.requires_grad_()
+    sources = torch.tensor([[-1, 0, 4, 5, 9, 10, 14, 15, 19, 3]] * 3)
+    losses = SequenceMemory(found, in_batch=in_batch).source_losses(query, sources, position)
+    for row, token in itertools.product(range(3), range(10)):
+        source, complete = int(sources[row, token]), (position + token) // 5
+        if not 0 <= source < 5 * complete:
+            assert losses[row, token] == 0
+            continue
+        rivals = [(b, n) for b in range(3) for n in range(4) if b != row or n < complete]
+        scores = torch.stack([(found.landmarks[at] * query[row, token]).sum(-1) for at in rivals])
+        expected = -scores.log_softmax(0)[rivals.index((row, source // 5))].mean()
+        torch.testing.assert_close(losses[row, token], expected)
+    losses.sum().backward()
+    assert found.landmarks.grad is not None
+    assert found.landmarks.grad.all()
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_without_a_complete_chunk_no_query_is_told_anything(length: int) -> None:
+    query = torch.randn(2, length, 2, 10)
+    memory = SequenceMemory(chunks(2, length // 5), in_batch=True)
+    assert memory.source_losses(query, torch.zeros(2, length, dtype=torch.int64), 0).tolist() == [[0.0] * length] * 2

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa_compile.kernels.hsa_attention.op import hsa_attention
@@ -110,11 +111,13 @@ class Selection:
         indices: `[B, T, H, K]` int32, −1 where a slot is empty.
         weights: `[B, T, H, K]`.
         fetched: the chunks themselves, where they lie with other processes.
+        losses: `[B, T]`, what `SequenceMemory.source_losses` returns, where sources were given.
     """
 
     indices: Tensor
     weights: Tensor
     fetched: FetchedChunks | None = None
+    losses: Tensor | None = None
 
 
 class Memory(Protocol):
@@ -181,6 +184,36 @@ class SequenceMemory:
                 noise_seed=noise_seed,
             )
 
+    def source_losses(self, query: Tensor, sources: Tensor, position: int) -> Tensor:
+        """Returns the cross entropy of landmark scores against the chunk that holds each token's source.
+
+        As dense retrievers are trained (arXiv 2004.04906), the other chunks are those of all rows, but for the own ones
+        that a token does not see yet.
+
+        Args:
+            query: `[B, T, H, Dr]`.
+            sources: `[B, T]`, the place of a source in its row, −1 for none.
+            position: where the first token stands.
+
+        Returns:
+            `[B, T]`, float32 at least, the mean over H; 0 where there is no source, or where its chunk is not complete.
+        """
+        context, (query, landmarks) = without_cpu_autocast(query, self.landmarks[:, self._num_others :])
+        rows, num_chunks = landmarks.shape[:2]
+        chunk = sources.div(self.chunk_size, rounding_mode="floor")
+        seen = (position + torch.arange(sources.shape[1], device=sources.device)) // self.chunk_size
+        row, token = ((chunk >= 0) & (chunk < seen)).nonzero(as_tuple=True)
+        with context:
+            scores = torch.einsum("phd,bnhd->phbn", query[row, token], landmarks)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        own = torch.arange(rows, device=row.device) == row[:, None]
+        coming = torch.arange(num_chunks, device=row.device) >= seen[token, None]
+        scores = scores.masked_fill((own[:, :, None] & coming[:, None])[:, None], -math.inf)
+        heads = scores.shape[1]
+        right = (row * num_chunks + chunk[row, token]).repeat_interleave(heads)
+        losses = F.cross_entropy(scores.flatten(2).flatten(0, 1), right, reduction="none")
+        return losses.new_zeros(sources.shape).index_put((row, token), losses.unflatten(0, (-1, heads)).mean(1))
+
     def fetch(self, selection: Selection) -> Selection:
         """Adds the chunks of a selection to it where processes hold parts of them; all of these call it together."""
         if self._owners is None:
@@ -231,9 +264,19 @@ class Retrieval(nn.Module):
         self.q_proj = nn.Linear(config.dim, self.num_heads * self.retrieval_dim, bias=False)
         self.q_norm = RMSNorm(self.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
-    def forward(self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None = None) -> Selection:
-        """Chooses the chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`."""
-        return self._select(x, memory, positions, noise_seed, once_a_chunk=False)
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory,
+        positions: list[int],
+        noise_seed: int | None = None,
+        sources: Tensor | None = None,
+    ) -> Selection:
+        """Chooses the chunks for each token of `x [B, T, dim]`, whose rows begin at `positions`.
+
+        With `sources [B, T]`, the selection has the losses of `SequenceMemory.source_losses`.
+        """
+        return self._select(x, memory, positions, noise_seed, once_a_chunk=False, sources=sources)
 
     def once_a_chunk(
         self,
@@ -281,7 +324,14 @@ class Retrieval(nn.Module):
         )
 
     def _select(
-        self, x: Tensor, memory: Memory, positions: list[int], noise_seed: int | None, *, once_a_chunk: bool
+        self,
+        x: Tensor,
+        memory: Memory,
+        positions: list[int],
+        noise_seed: int | None,
+        *,
+        once_a_chunk: bool,
+        sources: Tensor | None = None,
     ) -> Selection:
         query = self.q_norm(self.q_proj(self.norm(x)).view(*x.shape[:2], self.num_heads, self.retrieval_dim))
         query = query * self.scale
@@ -290,7 +340,11 @@ class Retrieval(nn.Module):
             assert isinstance(memory, SequenceMemory), "noise is for training"
             select = functools.partial(memory.select, noise_seed=noise_seed)
         indices, weights = select(query, positions, top_k=self.top_k, fusion=self.fusion, once_a_chunk=once_a_chunk)
-        return Selection(indices=indices, weights=weights)
+        losses = None
+        if sources is not None:
+            assert isinstance(memory, SequenceMemory), "sources are known in training"
+            losses = memory.source_losses(query, sources, positions[0])
+        return Selection(indices=indices, weights=weights, losses=losses)
 
 
 class HSAttention(nn.Module):

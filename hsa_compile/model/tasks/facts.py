@@ -6,13 +6,14 @@ text, and draw anew what stands in that text by chance. Texts of a kind are equa
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from hsa_compile.errors import InvalidArgument
 
 Text = bytes | bytearray
 
+NAME_BYTES = len("abc=")
 NEEDLE_BYTES = len(" abc=1234.")
 QUERY_BYTES = len(" ?abc=1234.")
 CHAIN_LENGTH = 3
@@ -80,6 +81,20 @@ class Facts:
     def question(self) -> Question:
         """The first question."""
         return self.questions[0]
+
+
+def copied_values(text: Text, answer_spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yields where each value in the answers stands, where it stood first after the same name, and its size.
+
+    The answer to `?ghi=def=abc=1234` has three values. Answers to other questions have none.
+    """
+    for start, end in answer_spans:
+        for value in text[start:end].split(b"="):
+            name = max(0, start - NAME_BYTES)
+            first = text.find(text[name : start + len(value)], 0, name)
+            if text[start - 1 : start] == b"=" and first >= 0:
+                yield start, first + start - name, len(value)
+            start += len(value) + 1
 
 
 def draw_fresh(rng: random.Random, count: int, draw: Callable[[random.Random], bytes], text: Text) -> list[bytes]:

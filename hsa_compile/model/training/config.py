@@ -1,5 +1,6 @@
 """What a person decides about a training run: optimization, data, and the stages that follow each other."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -45,6 +46,8 @@ class TrainConfig:
             row to each process, once for all layers; `travel` brings those that its tokens picked, once a retrieval,
             and needs less memory where tokens pick few of them. `auto` takes what sends less if tokens pick at random.
         loss_chunk: how many tokens have logits at a time.
+        retrieval_loss: what the cross entropy of landmark scores against the chunk that an answer's byte is copied from
+            counts, in the mean over answers. Answers of needles alone have such bytes.
         bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
             that trains with sharper scores gets used to them.
@@ -80,6 +83,7 @@ class TrainConfig:
     expert_parallel: int = 1
     chunk_exchange: str = AUTO
     loss_chunk: int = 4096
+    retrieval_loss: float = 0.0
     bias_update_rate: float = 1e-3
     sharpen_scores: float = 1.0
     log_every: int = 10
@@ -108,6 +112,18 @@ class TrainConfig:
             raise InvalidArgument(f"train.wandb_project = {self.wandb_project!r} must be a string")
         if self.lr == 0:
             raise InvalidArgument("train.lr = 0 must be more than 0")
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0: linear warm-up, constant, then the last part's decay."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        decay_steps = round(self.steps * self.decay_share)
+        into = step - (self.steps - decay_steps) + 1
+        if self.decay == "constant" or into <= 0:
+            return self.lr
+        progress = min(1.0, into / decay_steps)
+        falling = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * falling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +323,7 @@ _NUMBERS = (
     ("decay_share", 0, 1),
     ("final_lr", 0, 1),
     ("clip", 0, 1e9),
+    ("retrieval_loss", 0, 1e3),
     ("bias_update_rate", 0, 1),
     ("sharpen_scores", 1e-3, 1e3),
     ("peak_tflops", 0, 1e9),

@@ -19,7 +19,7 @@ from hsa_compile.model.data.manifest import TRAIN, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
 from hsa_compile.model.layers.hs_attention import Retrieval
 from hsa_compile.model.layers.window_attention import WindowAttention
-from hsa_compile.model.tasks.facts import END
+from hsa_compile.model.tasks.facts import END, copied_values
 from hsa_compile.model.tasks.haystack import (
     MADE,
     NOISE,
@@ -141,12 +141,15 @@ class StepBatch:
         tokens: `[B, T]` int64.
         weights: `[B, T]` float32, what each token's prediction counts, in answers and text alike; 0 for the first.
         is_answer: `[B, T]` bool, answers and the full stops that end them.
+        sources: `[B, T]` int64, where in its row the byte stands that an answer's byte is copied from; −1 for none.
+            None if nothing is.
     """
 
     plan: StepPlan
     tokens: Tensor
     weights: Tensor
     is_answer: Tensor
+    sources: Tensor | None = None
 
 
 def make_batch(
@@ -179,9 +182,12 @@ def keep_own(batch: StepBatch, own: slice) -> StepBatch:
 def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
     """Turns rows of equal length into tensors."""
     is_answer = np.zeros((len(samples), plan.length), bool)
+    sources = np.full(is_answer.shape, -1, np.int64)
     for row, sample in enumerate(samples):
         for start, end in sample.answer_spans:
             is_answer[row, start : end + len(END)] = True
+        for place, source, size in copied_values(sample.tokens.tobytes(), sample.answer_spans):
+            sources[row, place : place + size] = range(source, source + size)
     tokens = np.empty(is_answer.shape, np.int64)
     weights = np.empty(is_answer.shape, np.float32)
     for row, sample in enumerate(samples):
@@ -191,6 +197,7 @@ def stack_samples(plan: StepPlan, samples: list[TrainingSample]) -> StepBatch:
         tokens=torch.from_numpy(tokens),
         weights=torch.from_numpy(weights),
         is_answer=torch.from_numpy(is_answer),
+        sources=torch.from_numpy(sources),
     )
 
 

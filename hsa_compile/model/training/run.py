@@ -116,7 +116,7 @@ class TrainingRun:
         self.model = HSATransformer(config.model).to(processes.device).train()
         self.model.checkpoint_activations = config.train.checkpoint_activations
         self.model.chunk_exchange = config.train.chunk_exchange
-        self.loss_model = LossModel(self.model, config.train.loss_chunk)
+        self.loss_model = LossModel(self.model, config.train.loss_chunk, config.train.retrieval_loss)
         shard(self.loss_model, self.model, processes)
         is_alone = processes.world_size == 1
         self._own_time = OwnTime(None if is_alone or config.train.compile else self.model, processes.device)

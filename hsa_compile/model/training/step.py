@@ -44,19 +44,6 @@ def _by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(groups.values())
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Returns the learning rate of a step, counted from 0: linear warm-up, constant, then the last part's decay."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    decay_steps = round(config.steps * config.decay_share)
-    into = step - (config.steps - decay_steps) + 1
-    if config.decay == "constant" or into <= 0:
-        return config.lr
-    progress = min(1.0, into / decay_steps)
-    falling = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
-
-
 def weighted_cross_entropy(
     hidden: Tensor, output_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -138,11 +125,12 @@ class LossModel(nn.Module):
     Args:
         model: the model that is trained.
         loss_chunk: how many tokens have logits at a time.
+        retrieval_loss: what the losses of selections count.
     """
 
-    def __init__(self, model: HSATransformer, loss_chunk: int) -> None:
+    def __init__(self, model: HSATransformer, loss_chunk: int, retrieval_loss: float = 0.0) -> None:
         super().__init__()
-        self.model, self.loss_chunk = model, loss_chunk
+        self.model, self.loss_chunk, self.retrieval_loss = model, loss_chunk, retrieval_loss
 
     def forward(
         self,
@@ -151,8 +139,9 @@ class LossModel(nn.Module):
         noise_seed: int | None,
         selections: list[Selection] | None = None,
         in_batch_memory: bool = False,
+        sources: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the weighted sum of the cross entropy over all predictions.
+        """Returns the weighted sum of the cross entropy over all predictions, and of the retrieval loss.
 
         Args:
             tokens: `[B, T]` int64.
@@ -160,6 +149,7 @@ class LossModel(nn.Module):
             noise_seed: the seed of the selection noise, which training adds if the model's config asks for it.
             selections: a list that is filled with what each retrieval chose.
             in_batch_memory: whether each row also sees the chunks of all others.
+            sources: `[B, T]`, the place that each token is copied from, −1 for none; None for no retrieval loss.
 
         Returns:
             the sum, and the cross entropy of the predictions, `[B, T − 1]`. Where processes share the rows, it is the
@@ -168,8 +158,14 @@ class LossModel(nn.Module):
         config = self.model.config
         if not (self.training and config.selection_noise and config.has_memory):
             noise_seed = None
+        if sources is not None:
+            selections, sources = [] if selections is None else selections, sources[:, 1:]
         hidden = self.model.hidden(
-            tokens[:, :-1], noise_seed=noise_seed, selections=selections, in_batch_memory=in_batch_memory
+            tokens[:, :-1],
+            noise_seed=noise_seed,
+            selections=selections,
+            in_batch_memory=in_batch_memory,
+            sources=sources,
         )
         own = self.model.own_text(tokens.shape[1] - 1)
         output = self.model.embedding if self.model.output is None else self.model.output
@@ -182,6 +178,9 @@ class LossModel(nn.Module):
                 chunk=self.loss_chunk,
             )
         losses = losses.view(tokens.shape[0], -1)
+        for selection in selections or ():
+            if selection.losses is not None:
+                total = total + self.retrieval_loss * (selection.losses * weights[:, 1:][:, own]).sum()
         return total, F.pad(losses, (own.start, tokens.shape[1] - 1 - own.stop))
 
     def predict(self, tokens: Tensor, last: int, selections: list[Selection] | None = None) -> Tensor:
@@ -303,7 +302,7 @@ def run_step(
     """
     step = batch.plan.step
     weights, counts = normalized_weights(batch, processes)
-    lr = learning_rate(step, config)
+    lr = config.learning_rate(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     sums = _add_gradients(loss_model, batch, weights, config, processes, selections)
@@ -359,10 +358,12 @@ def _add_gradients(
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
+        sources = None
+        if batch.sources is not None and config.retrieval_loss:
+            sources = batch.sources[rows].to(device)
+        chosen = selections if number == 0 else None
         with autocast(config.precision, device):
-            loss, losses = loss_model(
-                tokens, part, noise, selections if number == 0 else None, batch.plan.in_batch_memory
-            )
+            loss, losses = loss_model(tokens, part, noise, chosen, batch.plan.in_batch_memory, sources)
         # FSDP takes the mean over processes; the loss is already divided by the counts of all.
         (loss * processes.world_size).backward()
         is_answer = (batch.is_answer[rows, 1:]).to(device)

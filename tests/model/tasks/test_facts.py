@@ -13,6 +13,7 @@ from hsa_compile.model.tasks.facts import (
     NEEDLE_BYTES,
     QUERY_BYTES,
     chain_facts,
+    copied_values,
     draw_keys,
     draw_similar_keys,
     lookup_facts,
@@ -59,3 +60,17 @@ def test_a_chain_reads_as_documented() -> None:
     assert text[slice(*spans[1])] == b"mno=jkl=%b" % second
     assert len(text) == 2 * CHAIN_QUERY_BYTES
     assert facts.asked == (0, 1, 2, 3, 4, 5)
+
+
+def test_each_value_of_an_answer_is_copied_from_the_needle_of_its_name() -> None:
+    text = b"gxe=1. lvp=3214. some=3214. gxe=lvp. 77=5 ?gxe=lvp=3214. ?abc=3214. Where? 3214."
+    spans = [(text.index(b"lvp=3214.", 40), text.index(b". ?abc")), (text.index(b"3214. W"), text.index(b". W"))]
+    spans.append((len(text) - 5, len(text) - 1))
+    found = list(copied_values(text, spans))
+    assert [(text[a : a + n], text[b : b + n]) for a, b, n in found] == [(b"lvp", b"lvp"), (b"3214", b"3214")]
+    assert [text[b - 4 : b] for _, b, _ in found] == [b"gxe=", b"lvp="]
+    assert [b < text.index(b"some") or b == text.index(b"lvp. ") for _, b, _ in found] == [True, True]
+
+
+def test_a_text_may_begin_with_an_answer() -> None:
+    assert list(copied_values(b"1234. abc=1234.", [(0, 4)])) == []

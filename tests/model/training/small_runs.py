@@ -60,7 +60,7 @@ class Trainer:
         self.model = HSATransformer(run.model).to(dtype).train()
         self.model.checkpoint_activations = run.train.checkpoint_activations
         self.model.chunk_exchange = run.train.chunk_exchange
-        self.loss_model = LossModel(self.model, run.train.loss_chunk)
+        self.loss_model = LossModel(self.model, run.train.loss_chunk, run.train.retrieval_loss)
         shard(self.loss_model, self.model, self.processes)
         self.optimizer = make_optimizer(self.model, run.train)
 

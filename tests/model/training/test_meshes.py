@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.layers.exchange import SharedRows, share_rows
+from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.processes import Processes, with_meshes
@@ -25,7 +26,9 @@ from hsa_compile.model.transformer import HSATransformer
 PROCESSES = 4
 CPU = torch.device("cpu")
 # A length that parts of whole chunks divide, one that they do not, one chunk a process.
-ROWS: tuple[tuple[int, dict[str, Any]], ...] = ((60, {"in_batch_memory": True}), (43, {}), (17, {}))
+ROWS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (60, {"in_batch_memory": True, "sources": torch.arange(120).view(2, 60) % 37 - 5}), (43, {}), (17, {})
+)  # fmt: skip
 STAGES = [
     {"share": 0.5, "min_seq_len": 50, "seq_len": 70, "batch_tokens": 400},
     {"share": 0.5, "min_seq_len": 60, "seq_len": 90, "batch_tokens": 400, "window": 12, "top_k": 2},
@@ -37,11 +40,13 @@ WAYS = ("gather", "travel")
 def gradients(model: HSATransformer, tokens: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The model's output at this process's part of the rows, and the gradient of a function of it."""
     model.zero_grad()
-    hidden = model.hidden(tokens, **options)
+    selections: list[Selection] = []
+    hidden = model.hidden(tokens, selections=selections, **options)
     own = model.own_text(tokens.shape[1])
     shape = (*tokens.shape, hidden.shape[2])
     factors = torch.randn(shape, dtype=hidden.dtype, generator=torch.Generator().manual_seed(1))
-    (hidden * factors[:, own]).sum().backward()
+    losses = [chosen.losses.sum() for chosen in selections if chosen.losses is not None]
+    ((hidden * factors[:, own]).sum() + sum(losses)).backward()
     found = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad
              for name, weight in model.named_parameters()}  # fmt: skip
     return hidden.detach(), found

@@ -5,12 +5,12 @@ import torch
 from small_runs import small_run
 
 from hsa_compile.model.training.config import TrainConfig
-from hsa_compile.model.training.step import learning_rate, make_optimizer
+from hsa_compile.model.training.step import make_optimizer
 
 
 def rates(**changes: object) -> list[float]:
     config = TrainConfig(steps=10, lr=1.0, warmup_steps=4, decay_share=0.4, final_lr=0.1, **changes)  # type: ignore[arg-type]
-    return [learning_rate(step, config) for step in range(10)]
+    return [config.learning_rate(step) for step in range(10)]
 
 
 def test_warm_up_is_linear_and_then_it_stays() -> None:

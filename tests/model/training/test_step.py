@@ -1,10 +1,13 @@
 """One step: what is minimized, and that it does not depend on how its rows are computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_runs import small_run
 
 from hsa_compile.errors import TrainingError
+from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.training import step as step_module
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
@@ -63,6 +66,33 @@ def test_the_loss_is_the_mean_over_text_and_the_mean_over_answers(alone: Process
     assert result.text_loss == pytest.approx(text, rel=1e-5)
     assert result.answer_loss == pytest.approx(answers, rel=1e-5)
     assert result.loss == pytest.approx(0.2 * text + answers, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["hsa-ultralong", "ramba", "drt"])
+def test_the_retrieval_loss_is_a_mean_over_answers(variant: str, alone: Processes) -> None:
+    rows = batch()
+    sources = torch.full_like(rows.tokens, -1)
+    sources[0, -4:-2], sources[1, -3] = torch.tensor([9, 10]), 3
+    found = []
+    for count in (0.0, 1.0, 3.0):
+        run = small_run(model={**NO_NOISE, "variant": variant}, retrieval_loss=count)
+        torch.manual_seed(0)
+        loss_model = LossModel(HSATransformer(run.model).train(), run.train.loss_chunk, count)
+        result = run_step(
+            loss_model, make_optimizer(loss_model, run.train), replace(rows, sources=sources), run.train, alone
+        )
+        found.append(result.loss)
+    plain, once, thrice = found
+    if variant == "drt":  # its tokens do not choose
+        assert plain == once
+        return
+    torch.manual_seed(0)
+    selections: list[Selection] = []
+    HSATransformer(run.model).hidden(rows.tokens[:, :-1], sources=sources[:, 1:], selections=selections)
+    told = sum(chosen.losses.sum().item() for chosen in selections if chosen.losses is not None)
+    assert told > 0
+    assert once - plain == pytest.approx(told / 12, rel=1e-4)  # 12 bytes are answers, 3 of which have a source
+    assert thrice - plain == pytest.approx(3 * told / 12, rel=1e-4)
 
 
 def test_without_answers_there_is_text_alone(alone: Processes) -> None:
