@@ -47,7 +47,8 @@ class TrainConfig:
             and needs less memory where tokens pick few of them. `auto` takes what sends less if tokens pick at random.
         loss_chunk: how many tokens have logits at a time.
         retrieval_loss: what the cross entropy of landmark scores against the chunk that an answer's byte is copied from
-            counts, in the mean over answers. Answers of needles alone have such bytes.
+            counts, in the mean over answers. Only answers that are values of needles have such bytes, and only models
+            whose tokens choose chunks for themselves have this loss.
         bias_update_rate: by how much MoE's balancing biases move in a step.
         sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
             that trains with sharper scores gets used to them.

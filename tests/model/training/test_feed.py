@@ -116,6 +116,12 @@ def test_answers_are_marked_and_carry_their_weight() -> None:
     assert re.fullmatch(rb"([0-9]{4}\.)+", answers)  # the full stops that end them are among them
     assert (batch.weights[batch.is_answer] == 1).all()
     assert (batch.weights[:, 0] == 0).all()
+    assert batch.sources is not None
+    rows, places = (batch.sources >= 0).nonzero(as_tuple=True)
+    assert bytes(batch.tokens[rows, places].tolist()) == answers.replace(b".", b"")
+    sources = batch.sources[rows, places]
+    assert (sources < places - 4).all()
+    assert torch.equal(batch.tokens[rows, sources], batch.tokens[rows, places])
 
 
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
