@@ -86,10 +86,10 @@ class Facts:
 def copied_values(text: Text, answer_spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """Yields where each value in the answers stands, where it stood first after the same name, and its size.
 
-    The answer to `?ghi=def=abc=1234` has three values. Answers to other questions have none.
+    The answer to `?ghi=def=abc=1234.` has three values, the last of which is `1234.`. Other questions have none.
     """
     for start, end in answer_spans:
-        for value in text[start:end].split(b"="):
+        for value in text[start : end + len(END)].split(b"="):
             name = max(0, start - NAME_BYTES)
             first = text.find(text[name : start + len(value)], 0, name)
             if text[start - 1 : start] == b"=" and first >= 0:
