@@ -31,7 +31,7 @@ MARKS = (1, 16, 32, 64)  # the millions whose rates are printed: the mean of up 
 @click.option("--tokens", default=64 * MILLION, show_default=True, help="The length of the text.")
 @click.option("--depth", default=0.5, show_default=True, help="Where the needle lies, from 0 to 1.")
 @click.option("--memory", type=click.Choice(["device", "host", "disk"]), default="disk", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="That of the weights.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Dtype of the weights.")
 @click.option("--memory-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there, after each million.")
 def main(tokens: int, depth: float, memory: str, dtype: str, memory_dtype: str, out: Path | None) -> None:

@@ -106,7 +106,7 @@ class HSATransformer(nn.Module):
 
         The arguments are those of `forward`. With `in_batch_memory` each text also sees the chunks of all others: see
         `SequenceMemory`. With `sources [B, T]`, where the token stands that is copied after each one, selections have
-        their losses, but in DRT, whose tokens do not choose for themselves. The list `outputs` is filled with the
+        their losses, except in DRT, whose tokens do not choose for themselves. The list `outputs` is filled with the
         embeddings and the output of each layer. Where a `context_mesh` of processes shares each text, all get the same
         tokens, and each returns the output at its own part of them, `own_text`.
         """

@@ -69,7 +69,6 @@ def test_each_value_of_an_answer_is_copied_from_the_needle_of_its_name() -> None
     found = list(copied_values(text, spans))
     assert [(text[a : a + n], text[b : b + n]) for a, b, n in found] == [(b"lvp", b"lvp"), (b"3214.", b"3214.")]
     assert [text[b - 4 : b] for _, b, _ in found] == [b"gxe=", b"lvp="]
-    assert [b < text.index(b"some") or b == text.index(b"lvp. ") for _, b, _ in found] == [True, True]
 
 
 def test_a_text_may_begin_with_an_answer() -> None:
