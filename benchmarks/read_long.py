@@ -15,6 +15,7 @@ import click
 import torch
 from tqdm import tqdm
 
+from hsa_compile.cli.models.argument import keep_freed_memory
 from hsa_compile.model.config import GREEDY, TEACHER_FORCED
 from hsa_compile.model.evaluation.retrieval import answered
 from hsa_compile.model.inference.inference import PIECE, new_state, prefill
@@ -36,6 +37,7 @@ MARKS = (1, 16, 32, 64)  # the millions whose rates are printed: the mean of up 
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there, after each million.")
 def main(tokens: int, depth: float, memory: str, dtype: str, memory_dtype: str, out: Path | None) -> None:
     """The text is RULER's noise around one needle; rates are by the clock and, for a shared machine, by CPU time."""
+    keep_freed_memory()  # as `generate` and `eval` do
     model = from_pretrained(CHECKPOINT_DIR / "tiny").to(getattr(torch, dtype))
     sample = make_sample("s-niah", length=tokens, seed=0, index=0, haystack=NoiseHaystack(), depth=depth)
     end = sample.answer_spans[0][0] - 1  # `answered` reads the rest

@@ -1,6 +1,8 @@
 """`PRESET|DIR`: how commands name a model, and the device, dtype and processes that they load it to."""
 
 import contextlib
+import ctypes
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.pretrained import from_pretrained, read_config, read_extra, read_tokenizer
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import CHECKPOINT_DIR
+
+# These are the numbers of settings in glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
 
 
 def config_of(model: str, variant: str | None) -> ModelConfig:
@@ -127,6 +133,22 @@ class Readers:
         return values[0]
 
 
+def keep_freed_memory() -> bool:
+    """Tells the C library to keep what is freed, for the rest of the process; does nothing where it is not glibc.
+
+    By default glibc gives large blocks back at once, so each step of a training on a CPU, and each piece of a text that
+    is read, has its activations mapped and zeroed anew: 5 % of the CPU time of training `tiny`, 9 % of that of
+    evaluating it. What the process holds at most stays the same.
+
+    Returns:
+        whether the C library accepted all of it.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return sum(libc.mallopt(name, value) for name, value in _SETTINGS) == len(_SETTINGS)
+
+
 @contextlib.contextmanager
 def joined_readers(device: str) -> Iterator[Readers]:
     """Joins the others that `torchrun` started, if it did, and leaves them at the end.
@@ -139,6 +161,8 @@ def joined_readers(device: str) -> Iterator[Readers]:
         TrainingError: another process ended while this one waited for it.
     """
     own = device_of(device)
+    if own.type == "cpu":
+        keep_freed_memory()
     if not dist.is_torchelastic_launched():
         yield Readers(device=own)
         return

@@ -186,7 +186,8 @@ def _stop_signals(minutes: float | None, pace: Pace) -> Iterator[_Stop]:
 
 
 def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop: _Stop, pace: Pace) -> None:
-    from hsa_compile.model.training.run import MODEL, TrainingRun, keep_freed_memory
+    from hsa_compile.cli.models.argument import keep_freed_memory
+    from hsa_compile.model.training.run import MODEL, TrainingRun
     from hsa_compile.model.training.step import chosen_precision
 
     line = _Line(config.train.steps, config.train.log_every, stop, pace, shown=processes.is_first)

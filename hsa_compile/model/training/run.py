@@ -4,9 +4,7 @@
 trained model as `from_pretrained`, `generate` and `eval` read it.
 """
 
-import ctypes
 import math
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -63,9 +61,6 @@ CONFIG_FILE, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
 _LOCK = ".lock"
 
 Record = Mapping[str, Any]
-# These are the numbers of settings in glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
 
 
 def saved_config(directory: Path) -> RunConfig | None:
@@ -347,21 +342,6 @@ def _locked(directory: Path) -> filelock.BaseFileLock:
     except OSError as error:
         raise SaveError(f"{directory} cannot be written: {error.strerror}") from error
     return lock
-
-
-def keep_freed_memory() -> bool:
-    """Tells the C library to keep what is freed, for the rest of the process; does nothing where it is not glibc.
-
-    By default glibc gives large blocks back at once, so each step of a training on a CPU has its activations mapped and
-    zeroed anew: 5 % of the CPU time of `tiny`. What the process holds at most stays the same.
-
-    Returns:
-        whether the C library accepted all of it.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return sum(libc.mallopt(name, value) for name, value in _SETTINGS) == len(_SETTINGS)
 
 
 def run_problems(run: RunConfig, device: torch.device, world_size: int = 1) -> list[Problem]:

@@ -8,7 +8,7 @@ import pytest
 
 _FAULTS_OF_TEN_BLOCKS = """
 import ctypes, resource
-from hsa_compile.model.training.run import keep_freed_memory
+from hsa_compile.cli.models.argument import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def faults():
