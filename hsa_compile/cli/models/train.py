@@ -277,6 +277,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     parts = [f"loss {record['loss']:.3f}"]
     if record["answer_loss"] is not None:
         parts.append(f"answers {record['answer_loss']:.3f}")
+    if "retrieval_loss" in record:
+        parts.append(f"retrieval {record['retrieval_loss']:.3f}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")

@@ -236,6 +236,9 @@ class TrainingRun:
             "tokens_per_second": tokens_a_second,
             "seconds": self.state.seconds,
         }
+        config = self.config.model
+        if result.retrieval_loss is not None and config.has_memory and not config.has_landmark_tokens:
+            record["retrieval_loss"] = result.retrieval_loss
         if result.router_load is not None:
             record["router_max_over_mean_load"] = result.router_load
         if self._peak is not None:

@@ -227,6 +227,7 @@ class StepResult:
     Attributes:
         loss: the loss that was minimized.
         text_loss, answer_loss: mean cross entropy without weights; None where there was no text or no answer.
+        retrieval_loss: the mean retrieval loss of answers, its sum over the retrievals; None if the loss has none.
         grad_norm: the norm of the gradient before clipping.
         lr: the learning rate of the step.
         router_load: the largest load of an expert over the mean, in the worst layer; None without MoE.
@@ -237,6 +238,7 @@ class StepResult:
     loss: float
     text_loss: float | None
     answer_loss: float | None
+    retrieval_loss: float | None
     grad_norm: float
     lr: float
     router_load: float | None
@@ -306,9 +308,9 @@ def run_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     sums = _add_gradients(loss_model, batch, weights, config, processes, selections)
-    sums[3] = stopping  # over all processes, how many want to stop
-    sums[4 + processes.rank] = own_time
-    loss_sum, text, answer, stops, *own_times = processes.sum(sums).tolist()
+    sums[4] = stopping  # over all processes, how many want to stop
+    sums[5 + processes.rank] = own_time
+    loss_sum, text, answer, retrieval, stops, *own_times = processes.sum(sums).tolist()
     if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
         raise TrainingError(
             f"the loss of step {step} is {loss_sum}; a lower train.lr than {config.lr:g} or a longer warm-up than "
@@ -330,6 +332,7 @@ def run_step(
         loss=loss_sum,
         text_loss=text / num_text if num_text else None,
         answer_loss=answer / num_answers if num_answers else None,
+        retrieval_loss=retrieval / config.retrieval_loss if num_answers and config.retrieval_loss else None,
         grad_norm=norm,
         lr=lr,
         router_load=load,
@@ -349,27 +352,26 @@ def _add_gradients(
     """Adds the gradients of this process's rows, part by part.
 
     Returns:
-        in float64: the loss, the cross entropy of text and of answers, and for what the caller adds a place and one
-        for each process.
+        in float64: the loss, cross entropy of text and of answers, what retrieval adds to the loss, and room for more.
     """
     step, device = batch.plan.step, processes.device
-    sums = torch.zeros(4 + processes.world_size, dtype=torch.float64, device=device)
+    sums = torch.zeros(5 + processes.world_size, dtype=torch.float64, device=device)
     parts = min(config.accumulation, batch.plan.num_rows // processes.num_row_groups)  # as many in each process
     for number, rows in enumerate(torch.arange(batch.tokens.shape[0]).tensor_split(parts)):
         tokens, part = batch.tokens[rows].to(device), weights[rows].to(device)
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
-        sources = None
-        if batch.sources is not None and config.retrieval_loss:
-            sources = batch.sources[rows].to(device)
-        chosen = selections if number == 0 else None
+        sources = batch.sources if config.retrieval_loss else None
+        sources = sources[rows].to(device) if sources is not None else None
         with autocast(config.precision, device):
+            chosen = selections if number == 0 else None
             loss, losses = loss_model(tokens, part, noise, chosen, batch.plan.in_batch_memory, sources)
         # FSDP takes the mean over processes; the loss is already divided by the counts of all.
         (loss * processes.world_size).backward()
-        is_answer = (batch.is_answer[rows, 1:]).to(device)
+        part, is_answer = part[:, 1:], batch.is_answer[rows, 1:].to(device)
         sums[0] += loss.detach()
-        sums[1] += losses[(part[:, 1:] > 0) & ~is_answer].double().sum()
-        sums[2] += losses[(part[:, 1:] > 0) & is_answer].double().sum()
+        sums[1] += losses[(part > 0) & ~is_answer].double().sum()
+        sums[2] += losses[(part > 0) & is_answer].double().sum()
+        sums[3] += loss.detach() - (losses * part).sum()
     return sums
 
 

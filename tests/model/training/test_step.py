@@ -91,6 +91,7 @@ def test_the_retrieval_loss_is_a_mean_over_answers(variant: str, alone: Processe
     HSATransformer(run.model).hidden(rows.tokens[:, :-1], sources=sources[:, 1:], selections=selections)
     told = sum(chosen.losses.sum().item() for chosen in selections if chosen.losses is not None)
     assert told > 0
+    assert result.retrieval_loss == pytest.approx(told / 12, rel=1e-4)
     assert once - plain == pytest.approx(told / 12, rel=1e-4)  # 12 bytes are answers, 3 of which have a source
     assert thrice - plain == pytest.approx(3 * told / 12, rel=1e-4)
 
