@@ -188,7 +188,7 @@ def _places_before(count: int, part: int, parts: int) -> float:
 def _sums(paper: Paper, split: Split) -> Message:
     """Counts of text and answers, sums and own times of devices, the norm of the gradient; the loads of all experts."""
     loads = paper.num_moe * paper.config.num_experts
-    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 4 + split.devices + loads) + 4), group=split.devices)
+    return Message(kind=ALL_REDUCE, bytes=2 * (_COUNT_BYTES * (2 + 5 + split.devices + loads) + 4), group=split.devices)
 
 
 def sent_figures(paper: Paper, split: Split) -> list[Figure]:
