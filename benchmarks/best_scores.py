@@ -52,15 +52,14 @@ def _count(model: HSATransformer, batch: StepBatch, best: Counter[int], asked: C
     with torch.no_grad():
         model.hidden(batch.tokens[:, :-1], in_batch_memory=True, selections=chosen)
     (rows, length), chunk_size = batch.tokens[:, :-1].shape, model.config.chunk_size
-    sources = batch.sources[:, 1:]
-    chunks = sources // chunk_size
+    chunks = batch.sources[:, 1:] // chunk_size
     told = (chunks >= 0) & (chunks < torch.arange(length) // chunk_size)
     is_first = batch.tokens[:, :-1] == ord("=")
     right = (rows - 1) * (length // chunk_size) + chunks  # the chunks of the other rows come first
     texts = [bytes(row.tolist()) for row in batch.tokens]
     for selection in chosen:
-        first = selection.weights.argmax(-1, keepdim=True)
-        picked = selection.indices.gather(-1, first)[..., 0]  # [B, T, H]
+        best_slot = selection.weights.argmax(-1, keepdim=True)
+        picked = selection.indices.gather(-1, best_slot)[..., 0]  # [B, T, H]
         hits = (picked == right[..., None])[told].flatten().tolist()
         best[ALL] += sum(hits)
         asked[ALL] += len(hits)

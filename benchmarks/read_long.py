@@ -37,8 +37,8 @@ MARKS = (1, 16, 32, 64)  # the millions whose rates are printed: the mean of up 
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there, after each million.")
 def main(tokens: int, depth: float, memory: str, dtype: str, memory_dtype: str, out: Path | None) -> None:
     """The text is RULER's noise around one needle; rates are by the clock and, for a shared machine, by CPU time."""
-    keep_freed_memory()  # as `generate` and `eval` do
     model = from_pretrained(CHECKPOINT_DIR / "tiny").to(getattr(torch, dtype))
+    keep_freed_memory(model.device)  # as `generate` and `eval` do
     sample = make_sample("s-niah", length=tokens, seed=0, index=0, haystack=NoiseHaystack(), depth=depth)
     end = sample.answer_spans[0][0] - 1  # `answered` reads the rest
     rates, by_cpu, anonymous = [], [], []

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 _FAULTS_OF_TEN_BLOCKS = """
-import ctypes, resource
+import ctypes, resource, torch
 from hsa_compile.cli.models.argument import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -19,7 +19,8 @@ def faults():
         libc.free(ctypes.c_void_p(block))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = faults()
-assert keep_freed_memory()
+assert not keep_freed_memory(torch.device("meta"))
+assert keep_freed_memory(torch.device("cpu"))
 faults()
 print(given_back, faults())
 """

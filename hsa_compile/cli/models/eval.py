@@ -162,7 +162,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     """
     import torch
 
-    from hsa_compile.cli.models.argument import joined_readers
+    from hsa_compile.cli.models.argument import joined_readers, keep_freed_memory
     from hsa_compile.model.evaluation.settings import RetrievalSettings
     from hsa_compile.model.evaluation.subject import Subject
 
@@ -179,6 +179,7 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
         min_distance=min_distance,
     )
     with joined_readers(device) as readers:
+        keep_freed_memory(readers.device)
         if run is not None and readers.mesh is not None:
             raise InvalidArgument(f"--harness {harness} runs in one process, and torchrun started several")
         model, tokenizer = _load(name, readers.device, dtype, top_k)

@@ -109,7 +109,7 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
       torchrun --nproc-per-node 4 -m hsa_compile generate --model DIR \\
           --prompt-file book.txt
     """
-    from hsa_compile.cli.models.argument import joined_readers, load_model
+    from hsa_compile.cli.models.argument import joined_readers, keep_freed_memory, load_model
     from hsa_compile.model.inference.generate import Sampling, TextStream
     from hsa_compile.model.inference.inference import new_state
     from hsa_compile.model.inference.reading import load_state
@@ -124,6 +124,7 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
     if memory == "disk" and memory_dir is None and load_memory is None:
         raise InvalidArgument("--memory disk needs --memory-dir DIR for its file")
     with joined_readers(device) as readers:
+        keep_freed_memory(readers.device)
         saved = [flag for flag, place in (("--save-memory", save_memory), ("--load-memory", load_memory)) if place]
         if saved and readers.mesh is not None:
             raise InvalidArgument(f"{saved[0]} is for one process, and torchrun started several")

@@ -191,8 +191,7 @@ def _run(config: RunConfig, out: Path, processes: Processes, resume: bool, stop:
     from hsa_compile.model.training.step import chosen_precision
 
     line = _Line(config.train.steps, config.train.log_every, stop, pace, shown=processes.is_first)
-    if processes.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(processes.device)
     run = TrainingRun(config, out, processes, resume=resume, on_record=line.show)
     try:
         if processes.is_first and not run.has_tensorboard:

@@ -362,8 +362,8 @@ def _add_gradients(
         noise = random.Random(f"noise {config.seed} {step} {number} {processes.row_group}").getrandbits(62)
         sources = batch.sources if config.retrieval_loss else None
         sources = sources[rows].to(device) if sources is not None else None
+        chosen = selections if number == 0 else None
         with autocast(config.precision, device):
-            chosen = selections if number == 0 else None
             loss, losses = loss_model(tokens, part, noise, chosen, batch.plan.in_batch_memory, sources)
         # FSDP takes the mean over processes; the loss is already divided by the counts of all.
         (loss * processes.world_size).backward()

@@ -71,6 +71,19 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["hsa-ultralong", "drt", "swa"])
+def test_records_have_the_retrieval_loss_of_models_whose_tokens_choose(
+    variant: str, tmp_path: Path, alone: Processes
+) -> None:
+    train(small_run(model={"variant": variant}, retrieval_loss=0.5), tmp_path, alone)
+    told = [record.get("retrieval_loss") for record in records(tmp_path) if "loss" in record]
+    assert told
+    if variant == "hsa-ultralong":
+        assert all(loss > 0 for loss in told)
+    else:
+        assert told == [None] * len(told)
+
+
 def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
     model = {"retrieval_scale": 0.5}
     for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
