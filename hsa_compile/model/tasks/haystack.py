@@ -115,6 +115,16 @@ class NeedleHaystack:
         return _cut(rows, length, rng)
 
 
+def grid_of(haystack: Haystack, text: bytes | bytearray) -> range:
+    """Returns where in a filled text needles may begin: anywhere, but among other needles only where those begin.
+
+    A needle that lay across two others would be told from all others by the pieces beside it, without its name.
+    """
+    if haystack.name != NEEDLES:
+        return range(len(text))
+    return range(text.find(b" ") % NEEDLE_BYTES, len(text), NEEDLE_BYTES)
+
+
 def _words(rng: random.Random, count: int) -> npt.NDArray[np.uint8]:
     """Draws `count` words with a blank behind each; two bytes a letter make all equally likely, but for 0.04 %."""
     drawn = np.frombuffer(rng.randbytes(2 * count * WORD_BYTES), "<u2") % len(LETTERS)

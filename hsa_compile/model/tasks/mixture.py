@@ -23,8 +23,8 @@ from hsa_compile.model.tasks.facts import (
     lookup_facts,
 )
 from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
-from hsa_compile.model.tasks.haystack import TEXT, Haystack
-from hsa_compile.model.tasks.retrieval import position, write_sample
+from hsa_compile.model.tasks.haystack import TEXT, Haystack, grid_of
+from hsa_compile.model.tasks.retrieval import from_place, position, starts_in, write_sample
 
 _LATE_BYTES = 32
 
@@ -127,9 +127,12 @@ def training_sample(
         return plain_sample(mixture.corpus.sample(index, length, seed=seed), mixture.corpus_weight)
     if length < mixture.least_length:
         raise InvalidArgument(f"length {length}; a synthetic row takes {mixture.least_length} or more")
-    text = _draw_haystack(mixture, rng).fill(length, rng)
+    haystack = _draw_haystack(mixture, rng)
+    text = haystack.fill(length, rng)
+    grid = grid_of(haystack, text)
     bounds = _bounds(mixture, length, rng)
-    if mixture.task_share and rng.random() < mixture.task_share and (spans := _write_tasks(text, bounds, mixture, rng)):
+    has_tasks = mixture.task_share > 0 and rng.random() < mixture.task_share
+    if has_tasks and (spans := _write_tasks(text, grid, bounds, mixture, rng)):
         return _weighted(text, spans, mixture)
     episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
     has_similar = mixture.similar_share > 0 and rng.random() < mixture.similar_share
@@ -137,7 +140,7 @@ def training_sample(
     spans = []
     for (begin, end), size in zip(bounds, episodes, strict=True):
         own, keys = keys[: size.num_needles], keys[size.num_needles :]
-        spans += _write_episode(text, begin, end, own, size, mixture, rng)
+        spans += _write_episode(text, grid, begin, end, own, size, mixture, rng)
     return _weighted(text, spans, mixture)
 
 
@@ -200,23 +203,32 @@ def _bounds(mixture: Mixture, length: int, rng: random.Random) -> list[tuple[int
 
 
 def _write_episode(
-    text: bytearray, begin: int, end: int, keys: list[bytes], size: _Size, mixture: Mixture, rng: random.Random
+    text: bytearray,
+    grid: range,
+    begin: int,
+    end: int,
+    keys: list[bytes],
+    size: _Size,
+    mixture: Mixture,
+    rng: random.Random,
 ) -> list[tuple[int, int]]:
     """Hides needles, writes the question at the end, and returns where its answers are."""
     facts = (chain_facts if size.has_chains else lookup_facts)(rng, keys, size.num_queries)
     asked_at = end - len(facts.question.text)
     space = asked_at - mixture.min_distance - 1 - begin
+    allowed = starts_in(from_place(grid, begin), len(facts.needles), NEEDLE_BYTES, space)
     fixed = None
     if mixture.late_share and rng.random() < mixture.late_share:
-        fixed = _late_start(len(facts.needles), space, rng)
-    for start, needle in zip(position(facts, rng, NEEDLE_BYTES, space, fixed), facts.needles, strict=True):
+        late = _late_start(len(facts.needles), space, rng)
+        fixed = None if late is None else allowed[max(late - allowed.start, 0) // allowed.step]
+    for start, needle in zip(position(facts, rng, NEEDLE_BYTES, allowed, fixed), facts.needles, strict=True):
         text[begin + start : begin + start + len(needle)] = needle
     text[asked_at:end] = facts.question.text
     return [(asked_at + start, asked_at + stop) for start, stop in facts.question.answer_spans]
 
 
 def _write_tasks(
-    text: bytearray, bounds: list[tuple[int, int]], mixture: Mixture, rng: random.Random
+    text: bytearray, grid: range, bounds: list[tuple[int, int]], mixture: Mixture, rng: random.Random
 ) -> list[tuple[int, int]]:
     """Writes a sample of one of the tasks over each episode in which one fits, and returns where the answers are."""
     spans: list[tuple[int, int]] = []
@@ -226,7 +238,10 @@ def _write_tasks(
         if fitting:
             names, weights = zip(*fitting, strict=True)
             task = rng.choices(names, weights)[0]
+            own = from_place(grid, begin)
             if TASKS[task].haystack != TEXT:
-                text[begin:end] = haystack_of(task, None).fill(end - begin, rng)
-            spans += write_sample(task, text, begin, end, rng, min_distance=mixture.min_distance)
+                made = haystack_of(task, None)
+                text[begin:end] = made.fill(end - begin, rng)
+                own = grid_of(made, text[begin:end])
+            spans += write_sample(task, text, begin, end, rng, grid=own, min_distance=mixture.min_distance)
     return spans

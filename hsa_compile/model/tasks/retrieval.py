@@ -3,6 +3,7 @@
 A sample depends on its arguments alone.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.data.tokenizer import BYTES, BytesTokenizer, TokenArray, Tokenizer
 from hsa_compile.model.tasks.facts import END, Facts, Question
 from hsa_compile.model.tasks.family import TASKS
-from hsa_compile.model.tasks.haystack import FREQUENT, Haystack
+from hsa_compile.model.tasks.haystack import FREQUENT, Haystack, grid_of
 from hsa_compile.model.tasks.sample import Edit, TaskPlan, TaskSample
 
 PHASES = 64  # needles of a cell begin at so many places, as many as the largest chunk in use has
@@ -142,6 +143,8 @@ def make_edits(
     if task not in TASKS:
         raise InvalidArgument(f"task {task!r}; allowed are {', '.join(TASKS)}")
     tokens, text = _filled(haystack, length, random.Random(f"{task} {seed} base {length} {number}"), tokenizer)
+    is_bytes = tokenizer is None or tokenizer.digest == BYTES
+    grid = grid_of(haystack, text) if is_bytes else range(length)
     encode = (tokenizer or BytesTokenizer()).encode
     plans = []
     for each in asked:
@@ -152,37 +155,55 @@ def make_edits(
         facts = TASKS[task].make(rng, text)
         first_phase = random.Random(f"{task} {seed} phase {length} {each.depth}").randrange(PHASES)
         phase = (first_phase + _PHASE_STEP * each.index) % PHASES
-        plans.append(_plan(task, facts, length, rng, each.depth, phase, min_distance, encode))
+        plans.append(_plan(task, facts, length, rng, each.depth, phase, min_distance, encode, grid))
     return tokens, tuple(plans)
 
 
 def write_sample(
-    task: str, text: bytearray, begin: int, end: int, rng: random.Random, *, min_distance: int = 0
+    task: str, text: bytearray, begin: int, end: int, rng: random.Random, *, grid: range, min_distance: int = 0
 ) -> tuple[tuple[int, int], ...]:
     """Writes a sample over a part of a text of bytes, and returns where its answers are; no name is one of the text's.
+
+    Needles begin on the `grid` of the part, as `grid_of` has it.
 
     Raises:
         InvalidArgument: the part is too short.
     """
     whole = bytes(text[begin:end]) if TASKS[task].haystack == FREQUENT else bytes(text)
     facts = TASKS[task].make(rng, whole)
-    plan = _plan(task, facts, end - begin, rng, None, 0, min_distance, BytesTokenizer().encode)
+    plan = _plan(task, facts, end - begin, rng, None, 0, min_distance, BytesTokenizer().encode, grid)
     for edit in plan.edits:
         text[begin + edit.start : begin + edit.end] = bytes(edit.tokens)
     return tuple((begin + start, begin + stop) for start, stop in plan.answer_spans)
 
 
-def position(facts: Facts, rng: random.Random, size: int, space: int, fixed: int | None = None) -> list[int]:
-    """Draws where each needle begins in `[0, space)`; the order within a chain is that of the text.
+def from_place(grid: range, begin: int) -> range:
+    """Returns the part of a grid from `begin` on, with places that count from there."""
+    return range((grid.start - begin) % grid.step, max(grid.stop - begin, 0), grid.step)
+
+
+def starts_in(grid: range, count: int, size: int, space: int) -> range:
+    """Returns where `count` needles of a size may begin in `[0, space)`: on the grid, or anywhere if that is tight."""
+    on_grid = range(grid.start, space - size + 1, grid.step)
+    units = -(-size // grid.step)
+    return on_grid if len(on_grid) - 1 >= count * units else range(space - size + 1)
+
+
+def position(facts: Facts, rng: random.Random, size: int, allowed: range, fixed: int | None = None) -> list[int]:
+    """Draws where each needle begins; the order within a chain is that of the text.
 
     Args:
         facts: the facts whose needles are placed.
         rng: the source of randomness.
         size: how much room a needle takes.
-        space: the size of what holds them all.
-        fixed: the start of the first asked needle, or of one of the first chain; None if it is random too.
+        allowed: where one may begin, as `starts_in` has it.
+        fixed: the start of the first asked needle, or of one of the first chain, which is one of those that are
+            allowed; None if it is random too.
     """
-    starts = place(rng, len(facts.needles), size, space, fixed=fixed)
+    units = -(-size // allowed.step)
+    place_of_fixed = None if fixed is None else allowed.index(fixed)
+    places = place(rng, len(facts.needles), units, len(allowed) + units - 1, fixed=place_of_fixed)
+    starts = [allowed.start + number * allowed.step for number in places]
     return in_order(starts, facts.num_chains, rng) if facts.num_chains else starts
 
 
@@ -212,6 +233,7 @@ def _plan(
     phase: int,
     min_distance: int,
     encode: Callable[[str], TokenArray],
+    grid: range,
 ) -> TaskPlan:
     """Places needles and question; in a task without a depth, or at none, they may lie anywhere."""
     needles = [tuple(encode(needle.decode()).tolist()) for needle in facts.needles]
@@ -222,8 +244,11 @@ def _plan(
     if last < 0 or min_distance < 0 or length < TASKS[task].least:
         least = max(length - last + max(min_distance, 0) - min_distance, TASKS[task].least)
         raise InvalidArgument(f"length {length} with distance {min_distance}; {task} takes {least} or more")
-    fixed = None if depth is None or not TASKS[task].has_depth else _near(depth, last, phase)
-    starts = position(facts, rng, size, space, fixed) if needles else []
+    allowed = starts_in(grid, len(needles), size, space)
+    fixed = None
+    if depth is not None and TASKS[task].has_depth:
+        fixed = allowed[_near(depth, len(allowed) - 1, phase, PHASES // math.gcd(allowed.step, PHASES))]
+    starts = position(facts, rng, size, allowed, fixed) if needles else []
     placed = None
     if TASKS[task].has_depth:
         placed = starts.index(fixed) if fixed is not None else rng.randrange(len(questions))
@@ -243,9 +268,9 @@ def _plan(
     )
 
 
-def _near(depth: float, last: int, phase: int) -> int:
-    """Returns the place of a phase among the `PHASES` places next to a depth; all that there are, where it is tight."""
-    window = min(PHASES, last + 1)
+def _near(depth: float, last: int, phase: int, count: int) -> int:
+    """Returns the place of a phase among `count` places next to a depth; all that there are, where it is tight."""
+    window = min(count, last + 1)
     first = min(max(round(depth * last) - window // 2, 0), last + 1 - window)
     return first + (phase - first) % window
 

@@ -15,7 +15,7 @@ from hsa_compile.model.data.corpus import TokenCorpus, TrainingSample
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.tasks.family import TASKS, sizes
-from hsa_compile.model.tasks.haystack import NoiseHaystack, TextHaystack
+from hsa_compile.model.tasks.haystack import MADE, NoiseHaystack, TextHaystack
 from hsa_compile.model.tasks.mixture import Mixture, training_sample
 
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
@@ -23,6 +23,7 @@ NOISE = ((NoiseHaystack(), 1.0),)
 # Code that assigns to every fifth name or so.
 CODE_TEXT = b"x = f()\n" + b", ".join(b"%c%c%c=1" % (a, b, c) for a in b"aeiou" for b in LETTERS for c in LETTERS)
 CODE = ((TextHaystack("code", CODE_TEXT), 1.0),)
+NEEDLES = ((MADE["needles"], 1.0),)
 numbers = st.integers(0, 2**32)
 
 
@@ -37,7 +38,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
     fewest, least = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     min_distance = draw(st.integers(0, 64))
     return Mixture(
-        haystacks=draw(st.sampled_from((NOISE, CODE, NOISE + CODE))),
+        haystacks=draw(st.sampled_from((NOISE, CODE, NEEDLES, NOISE + CODE))),
         chain_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
         late_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
         similar_share=draw(st.sampled_from((0.0, 0.5, 1.0))),
@@ -227,3 +228,21 @@ def test_episodes_of_tasks_come_by_their_share() -> None:
 def test_a_row_in_which_no_task_fits_has_needles() -> None:
     mixture = Mixture(haystacks=NOISE, task_share=1.0, tasks=(("fwe", 1.0),), min_distance=0)
     assert questions(training_sample(mixture, 300, 0, 0))
+
+
+def test_hidden_needles_cut_no_others_in_pieces() -> None:
+    mixture = Mixture(
+        haystacks=NEEDLES,
+        num_needles=(2, 5),
+        num_queries=(1, 3),
+        min_distance=0,
+        min_episode=150,
+        late_share=0.5,
+        similar_share=0.5,
+        task_share=0.5,
+        tasks=(("mv-niah", 1.0),),
+    )
+    for index in range(60):
+        row = training_sample(mixture, 600, 0, index).tokens.tobytes()
+        for between in re.split(rb"(?: \?[a-z]{3}=[0-9]{4}\.)+", row):
+            assert re.fullmatch(rb".{0,9}(?: [a-z]{3}=[0-9]{4}\.)*.{0,9}", between), between

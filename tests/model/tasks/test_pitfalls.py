@@ -26,6 +26,19 @@ def test_the_needles_of_a_cell_begin_at_all_offsets_of_their_chunk(chunk_size: i
     assert {plan.needles[0].start % chunk_size for plan in plans} == set(range(chunk_size))
 
 
+@pytest.mark.parametrize("task", ["mk-niah-needles", "mk-niah-similar"])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0, None])
+def test_a_needle_among_needles_cuts_none_in_pieces(task: str, depth: float | None) -> None:
+    asked = [Asked(depth=depth, index=index) for index in range(32)]
+    base, plans = make_edits(task, length=4096, seed=0, haystack=MADE["needles"], asked=asked)
+    for plan in plans:
+        text = plan.apply(base).tokens.tobytes()[: plan.question.start]
+        assert re.fullmatch(rb"[^ ]{0,9}( [a-z]{3}=[0-9]{4}\.)+.{0,9}", text)
+        assert depth is None or plan.depth == pytest.approx(depth, abs=0.1)
+    if depth is not None:  # every tenth place, so that an even chunk has half of its offsets
+        assert len({plan.needles[0].start % 32 for plan in plans}) == 16
+
+
 def test_offsets_are_spread_by_few_samples_too() -> None:
     asked = [Asked(depth=0.5, index=index) for index in range(4)]
     _, plans = make_edits("s-niah", length=4096, seed=0, haystack=MADE["noise"], asked=asked)
