@@ -107,6 +107,8 @@ class ModelConfig:
         chunk_size, top_k: `C` and `K` of the memory.
         memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
         retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
+        landmark_pooling: whether a landmark also has the maximum, over the tokens of its chunk, of a projection. The
+            others there do not dilute what one token says, as they do in the mean that attention takes.
         retrieval_norm: whether retrieval queries and landmarks are normalised, which is an option of the authors' code.
         retrieval_scale: factor on the scores of landmarks. The larger it is, the less weight goes to chunks that were
             chosen only because no others were better.
@@ -147,6 +149,7 @@ class ModelConfig:
     memory_kv_heads: int
     memory_head_dim: int
     retrieval_dim: int
+    landmark_pooling: bool = False
     retrieval_norm: bool = False
     retrieval_scale: float = 1.0
     softmax_off_by_one: bool = False
@@ -183,7 +186,7 @@ class ModelConfig:
             raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
         for name in ("rope_theta", "retrieval_scale", "norm_eps", "init_std"):
             check_number(name, getattr(self, name), 1e-30, 1e30)
-        for name in ("retrieval_norm", "softmax_off_by_one", "selection_noise", "tie_embeddings"):
+        for name in ("landmark_pooling", "retrieval_norm", "softmax_off_by_one", "selection_noise", "tie_embeddings"):
             check_flag(name, getattr(self, name))
         self._check_experts()
         if self.variant == "drt" and self.chunk_size < 2:

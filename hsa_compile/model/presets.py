@@ -24,6 +24,7 @@ _TINY = ModelConfig(
     memory_kv_heads=1,
     memory_head_dim=32,
     retrieval_dim=128,
+    landmark_pooling=True,
     encoder_ffn_dim=256,
     num_experts=8,
     experts_per_token=2,

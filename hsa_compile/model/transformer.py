@@ -50,7 +50,7 @@ class HSATransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights anew: normal with `init_std`, norms one, biases and the convolution zero."""
+        """Draws the weights anew: normal with `init_std`, or 0.2 (convolution); norms 1, biases and pooling 0."""
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -60,11 +60,13 @@ class HSATransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, ShortConvolution):
-                nn.init.zeros_(module.weight)  # drawn weights blur names (docs/model.md, "Seeds and other recipes")
+                nn.init.normal_(module.weight, std=0.2)  # see docs/model.md, "Seeds and other recipes"
             elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:
                 nn.init.normal_(module.cls, std=std)
+        if self.chunk_encoder is not None and self.chunk_encoder.token_proj is not None:
+            nn.init.zeros_(self.chunk_encoder.token_proj.weight)
         if self.landmark_token is not None:
             nn.init.normal_(self.landmark_token, std=std)
 

@@ -29,6 +29,7 @@ SMALL = ModelConfig(
     memory_kv_heads=2,
     memory_head_dim=8,
     retrieval_dim=10,
+    landmark_pooling=True,
     retrieval_norm=True,
     encoder_ffn_dim=32,
     num_experts=4,
@@ -49,8 +50,8 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0
     """A model with reproducible weights, in evaluation mode."""
     torch.manual_seed(seed)
     model = HSATransformer(config)
-    if model.convolution is not None:
-        torch.nn.init.uniform_(model.convolution.weight, -0.5, 0.5)  # as if trained: at first it does nothing
+    if model.chunk_encoder is not None and model.chunk_encoder.token_proj is not None:
+        torch.nn.init.normal_(model.chunk_encoder.token_proj.weight, std=0.3)  # as if trained: at first it is zero
     return model.to(dtype).eval()
 
 

@@ -28,7 +28,7 @@ def test_the_dense_model_has_as_many_parameters_as_published(variant: str, param
     [
         ("8b-a1b", "swa", 8.01e9, 0.84e9),
         ("8b-a1b", "hsa-ultralong", 8.08e9, 0.91e9),
-        ("tiny", "hsa-ultralong", 1.9e6, 1.01e6),
+        ("tiny", "hsa-ultralong", 1.91e6, 1.03e6),
         ("small", "hsa-ultralong", 29.8e6, 14.3e6),
     ],
 )

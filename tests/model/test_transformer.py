@@ -1,5 +1,7 @@
 """The model as a whole: causality, gradients against reference ops in float64, published parameter counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import build, combinations, small_config
@@ -49,9 +51,31 @@ def test_embeddings_are_made_of_those_of_a_window_of_tokens() -> None:
     for place in range(9):
         expected = sum(weight * rows[:, 3 + place - back] for back, weight in enumerate(weights))
         torch.testing.assert_close(mixed[:, place], expected)
-    torch.testing.assert_close(HSATransformer(model.config).with_tokens_before(x, before), x)  # before training
     alone = model.with_tokens_before(x)
     torch.testing.assert_close(alone, model.with_tokens_before(x, torch.zeros(2, 3, 24)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_pooling_adds_the_maximum_over_the_tokens_of_a_chunk_to_its_landmark(norm: bool) -> None:
+    config = small_config("hsa-ultralong", retrieval_norm=norm)
+    pooled = build(config, torch.float64).chunk_encoder
+    plain = build(replace(config, landmark_pooling=False), torch.float64).chunk_encoder
+    assert pooled is not None
+    assert pooled.token_proj is not None
+    assert plain is not None
+    plain.load_state_dict({name: x for name, x in pooled.state_dict().items() if not name.startswith("token_proj")})
+    outputs: list[torch.Tensor] = []
+    plain.norm.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    chunks = torch.randn(2, 3, config.chunk_size, config.dim, dtype=torch.float64)
+    encoded, landmarks = plain(chunks), pooled(chunks).landmarks
+    cls, tokens = plain.landmark_proj(outputs[0][:, -1]), outputs[0][:, :-1]
+    for chunk, row in enumerate(landmarks.flatten(0, 1)):
+        of_tokens = torch.stack([pooled.token_proj.weight @ token for token in tokens[chunk]])
+        expected = (cls[chunk] + of_tokens.max(dim=0).values).view_as(row)
+        torch.testing.assert_close(row, pooled.landmark_norm(expected))
+    torch.testing.assert_close(encoded.k, pooled(chunks).k)
+    torch.nn.init.zeros_(pooled.token_proj.weight)  # as before training
+    torch.testing.assert_close(pooled(chunks).landmarks, encoded.landmarks)
 
 
 def test_a_config_from_before_the_window_of_embeddings_has_one_of_a_token() -> None:

@@ -262,7 +262,8 @@ def _encoder_flops(model: HSATransformer) -> float:
     assert encoder is not None
     length = config.chunk_size + (encoder.cls is not None)
     attention = 2 * config.encoder_layers * config.num_heads * config.head_dim * length**2
-    tokens = _multiplied(encoder.k_proj) + _multiplied(encoder.v_proj)
+    of_tokens = (encoder.k_proj, encoder.v_proj, encoder.token_proj)
+    tokens = sum(_multiplied(part) for part in of_tokens if part is not None)
     products = length * _multiplied(encoder.layers) + config.chunk_size * tokens + _multiplied(encoder.landmark_proj)
     return 2 * (products + attention) / config.chunk_size
 

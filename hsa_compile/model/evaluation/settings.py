@@ -16,7 +16,7 @@ from hsa_compile.model.tasks.haystack import Haystack
 HAYSTACK_TOKENS = 2**18  # how many tokens all haystacks of a length have together; a longer one is alone
 MAX_HAYSTACKS = 64
 MAX_SAMPLES = 2**20
-DEFINITION = 3  # grows when a task's samples change, so that outcomes of others are not taken for theirs
+DEFINITION = 4  # grows when a task's samples change, so that outcomes of others are not taken for theirs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

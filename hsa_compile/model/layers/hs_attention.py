@@ -61,7 +61,8 @@ class ChunkEncoder(nn.Module):
 
     A learned CLS is appended to a chunk, and its output, through a linear layer, is the chunk's landmark. Keys (with QK
     norm) and values come from the outputs at the tokens. In DRT the chunk's last token is the landmark token and takes
-    the place of the CLS.
+    the place of the CLS. With `landmark_pooling`, which is our own, the tokens' outputs pass another linear layer, and
+    the maximum of each channel over the tokens is added to the landmark.
 
     Args:
         config: the config of the model that the encoder belongs to.
@@ -79,6 +80,11 @@ class ChunkEncoder(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.memory_kv_heads * config.memory_head_dim, bias=False)
         self.k_norm = RMSNorm(config.memory_head_dim, config.norm_eps)
         self.landmark_proj = nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
+        self.token_proj = (
+            nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
+            if config.landmark_pooling
+            else None
+        )
         self.landmark_norm = RMSNorm(config.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, chunks: Tensor) -> EncodedChunks:
@@ -93,13 +99,14 @@ class ChunkEncoder(nn.Module):
             x = layer(x, rope)
         x = self.norm(x)
         tokens = x[:, :num_tokens]
+        landmarks = self.landmark_proj(x[:, -1])
+        if self.token_proj is not None:
+            landmarks = landmarks + self.token_proj(tokens).amax(dim=1)
         heads = (*shape, num_tokens, self.num_kv_heads, self.head_dim)
         return EncodedChunks(
             k=self.k_norm(self.k_proj(tokens).view(heads)),
             v=self.v_proj(tokens).view(heads),
-            landmarks=self.landmark_norm(
-                self.landmark_proj(x[:, -1]).view(*shape, self.num_kv_heads, self.retrieval_dim)
-            ),
+            landmarks=self.landmark_norm(landmarks.view(*shape, self.num_kv_heads, self.retrieval_dim)),
         )
 
 
