@@ -142,9 +142,7 @@ def make_edits(
     """
     if task not in TASKS:
         raise InvalidArgument(f"task {task!r}; allowed are {', '.join(TASKS)}")
-    tokens, text = _filled(haystack, length, random.Random(f"{task} {seed} base {length} {number}"), tokenizer)
-    is_bytes = tokenizer is None or tokenizer.digest == BYTES
-    grid = grid_of(haystack, text) if is_bytes else range(length)
+    tokens, text, grid = _filled(haystack, length, random.Random(f"{task} {seed} base {length} {number}"), tokenizer)
     encode = (tokenizer or BytesTokenizer()).encode
     plans = []
     for each in asked:
@@ -209,11 +207,11 @@ def position(facts: Facts, rng: random.Random, size: int, allowed: range, fixed:
 
 def _filled(
     haystack: Haystack, length: int, rng: random.Random, tokenizer: Tokenizer | None
-) -> tuple[TokenArray, bytes | bytearray]:
-    """Returns a haystack as tokens, and the text that they stand for."""
+) -> tuple[TokenArray, bytes | bytearray, range]:
+    """Returns a haystack as tokens, the text that they stand for, and at which tokens needles may begin."""
     if tokenizer is None or tokenizer.digest == BYTES:
         text = haystack.fill(length, rng)
-        return np.frombuffer(text, np.uint8), text
+        return np.frombuffer(text, np.uint8), text, grid_of(haystack, text)
     parts: list[TokenArray] = []
     missing = length
     while missing > 0:
@@ -221,7 +219,8 @@ def _filled(
         part = tokenizer.encode(filled.decode(errors="ignore"))[:missing]
         parts.append(part)
         missing -= len(part)
-    return np.concatenate(parts), b"".join(tokenizer.decode(part).encode() for part in parts)
+    decoded = b"".join(tokenizer.decode(part).encode() for part in parts)
+    return np.concatenate(parts), decoded, range(length)
 
 
 def _plan(

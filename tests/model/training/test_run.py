@@ -84,6 +84,7 @@ def test_records_have_the_retrieval_loss_of_models_whose_tokens_choose(
         assert told == [None] * len(told)
 
 
+@pytest.mark.slow
 def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
     model = {"retrieval_scale": 0.5}
     for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
