@@ -122,7 +122,8 @@ def make_edits(
 
     A model that has read a very long haystack once can read again only what an edit touches. At a depth, needles begin
     at one of the `PHASES` places next to it: consecutive samples go over all of them, so that no depth stands for one
-    place in a chunk.
+    place in a chunk. Among other needles they begin where those begin, and go over as many of these places as reach
+    all offsets that there are.
 
     Args:
         task: one of `TASKS`.
