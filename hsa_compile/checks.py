@@ -59,11 +59,11 @@ def check_text(name: str, value: object, *, error: type[HSACompileError] = Inval
 
 
 def check_choice(
-    name: str, value: object, allowed: Collection[str], *, error: type[HSACompileError] = InvalidArgument
+    name: str, value: object, allowed: Collection[str | int], *, error: type[HSACompileError] = InvalidArgument
 ) -> None:
     """Raises the error unless the value is one of the allowed."""
-    if not isinstance(value, str) or value not in allowed:
-        raise error(f"{name} = {shown(value)} is not one of {', '.join(allowed)}")
+    if type(value) not in (str, int) or value not in allowed:
+        raise error(f"{name} = {shown(value)} is not one of {', '.join(map(str, allowed))}")
 
 
 def check_texts(name: str, value: object) -> None:

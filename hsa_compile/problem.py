@@ -33,6 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 MAX_RETRIEVAL_DIM = 1024  # the largest head dim in select_chunks
 MAX_SELECTED = 128  # the most chunks that select_chunks keeps for a token
+LANDMARKS_PER_CHUNK = (1, 2, 4, 8, 16)  # how many landmarks a chunk may have in select_chunks
 MAX_CHUNK_SIZE = 1024
 MAX_DECODE_TOKENS = 16  # the most tokens in one call of hsa_decode
 
@@ -55,6 +56,7 @@ class Problem:
         softmax_off_by_one: an extra 1 in the normaliser of each chunk.
         per_head_weights: chunk weights for each query head rather than for each kv head.
         mask_last_token: the last key of each chunk is a landmark and is not attended to.
+        landmarks_per_chunk: `R`; in `select_chunks`, a chunk's score is the largest of those of its `R` landmarks.
         fusion: in `select_chunks`, how the picked scores become weights, one of `FUSIONS`.
         noise: in `select_chunks`, whether Gumbel noise is added to the scores that are compared.
         paged: in `hsa_decode`, whether a table says in which page a chunk of a sequence lies.
@@ -80,6 +82,7 @@ class Problem:
     per_head_weights: bool = False
     mask_last_token: bool = False
     packed: bool = False
+    landmarks_per_chunk: int = 1
     fusion: str = "softmax"
     noise: bool = False
     paged: bool = False
@@ -94,6 +97,7 @@ class Problem:
         check_choice("op", self.op, ALL_OPS, error=InvalidProblem)
         check_choice("dtype", self.dtype, DTYPES, error=InvalidProblem)
         check_choice("fusion", self.fusion, FUSIONS, error=InvalidProblem)
+        check_choice("landmarks_per_chunk", self.landmarks_per_chunk, LANDMARKS_PER_CHUNK, error=InvalidProblem)
         for name in (*OPTIONS, "deterministic"):
             check_flag(name, getattr(self, name), error=InvalidProblem)
         for name in ("batch", "seq_len", "kv_len", "num_heads", "num_kv_heads", "top_k"):
@@ -139,6 +143,11 @@ class Problem:
         return self.kv_len // self.chunk_size
 
     @property
+    def num_landmarks(self) -> int:
+        """`N · R`, the landmarks that queries are compared with in `select_chunks`."""
+        return self.num_chunks * self.landmarks_per_chunk
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element of q, k or v."""
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
@@ -175,7 +184,7 @@ class Problem:
         options = [name for name in OPTIONS if getattr(self, name)]
         shape = f"G {self.group}, D {self.head_dim}, Dv {self.value_dim}, C {self.chunk_size}"
         if self.selects:
-            shape = f"Dr {self.head_dim}, C {self.chunk_size}, {self.fusion}"
+            shape = f"Dr {self.head_dim}, R {self.landmarks_per_chunk}, C {self.chunk_size}, {self.fusion}"
         return ", ".join([self.dtype, shape, *options])
 
     def in_words(self) -> str:
@@ -189,6 +198,8 @@ class Problem:
         if not self.selects:
             heads = f"{self.num_heads} query heads on {heads}"
         options = [name.replace("_", " ") for name in (*OPTIONS, "deterministic") if getattr(self, name)]
+        if self.landmarks_per_chunk > 1:
+            options.insert(0, f"{self.landmarks_per_chunk} landmarks a chunk")
         if self.fusion != FUSIONS[0]:
             options.append(self.fusion.replace("_", " "))
         parts = [
@@ -207,6 +218,8 @@ class Problem:
             text += f" S{self.kv_len}"
         if self.value_dim != self.head_dim:
             text += f" Dv{self.value_dim}"
+        if self.landmarks_per_chunk > 1:
+            text += f" R{self.landmarks_per_chunk}"
         if self.fusion != "softmax":
             text += f" {self.fusion}"
         for flag in (*OPTIONS, "deterministic"):

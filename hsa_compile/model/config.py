@@ -10,7 +10,7 @@ from typing import Any
 
 from hsa_compile.checks import check_choice, check_count, check_flag, check_number, one_line, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.problem import MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
+from hsa_compile.problem import LANDMARKS_PER_CHUNK, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM, MAX_SELECTED
 
 VARIANTS = ("hsa-ultralong", "ramba", "drt", "swa", "full")
 
@@ -107,8 +107,9 @@ class ModelConfig:
         chunk_size, top_k: `C` and `K` of the memory.
         memory_heads, memory_kv_heads, memory_head_dim: `HQ`, `H`, `D` of the attention to chunks.
         retrieval_dim: `Dr` of one of the `memory_kv_heads` retrieval heads.
-        landmark_pooling: whether a landmark also has the maximum, over the tokens of its chunk, of a projection. The
-            others there do not dilute what one token says, as they do in the mean that attention takes.
+        pooled_landmarks: how many landmarks a chunk has, each of which also has the maximum, over its share of the
+            chunk's tokens, of a projection. Other tokens do not dilute there what one says, as they do in the mean that
+            attention takes, and a chunk that holds several names can be found by each. 0: one without a maximum.
         retrieval_norm: whether retrieval queries and landmarks are normalised, which is an option of the authors' code.
         retrieval_scale: factor on the scores of landmarks. The larger it is, the less weight goes to chunks that were
             chosen only because no others were better.
@@ -149,7 +150,7 @@ class ModelConfig:
     memory_kv_heads: int
     memory_head_dim: int
     retrieval_dim: int
-    landmark_pooling: bool = False
+    pooled_landmarks: int = 0
     retrieval_norm: bool = False
     retrieval_scale: float = 1.0
     softmax_off_by_one: bool = False
@@ -186,7 +187,12 @@ class ModelConfig:
             raise InvalidArgument(f"head_dim = {self.head_dim} must be even, since RoPE turns pairs")
         for name in ("rope_theta", "retrieval_scale", "norm_eps", "init_std"):
             check_number(name, getattr(self, name), 1e-30, 1e30)
-        for name in ("landmark_pooling", "retrieval_norm", "softmax_off_by_one", "selection_noise", "tie_embeddings"):
+        check_choice("pooled_landmarks", self.pooled_landmarks, (0, *LANDMARKS_PER_CHUNK))
+        if self.chunk_size % self.landmarks_per_chunk:
+            raise InvalidArgument(
+                f"pooled_landmarks = {self.pooled_landmarks} must divide chunk_size = {self.chunk_size}"
+            )
+        for name in ("retrieval_norm", "softmax_off_by_one", "selection_noise", "tie_embeddings"):
             check_flag(name, getattr(self, name))
         self._check_experts()
         if self.variant == "drt" and self.chunk_size < 2:
@@ -218,6 +224,11 @@ class ModelConfig:
     def has_memory(self) -> bool:
         """Whether there are chunks to retrieve from; the baselines have none."""
         return self.variant not in ("swa", "full")
+
+    @property
+    def landmarks_per_chunk(self) -> int:
+        """`R`, how many landmarks a chunk has."""
+        return max(1, self.pooled_landmarks)
 
     @property
     def has_landmark_tokens(self) -> bool:

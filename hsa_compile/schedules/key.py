@@ -55,6 +55,7 @@ class ScheduleKey:
     packed: bool = _near(0.25, "one more load a chunk")
     stick_breaking: bool = _near(0.25, "other weights from the same picks")
     paged: bool = _near(0.25, "one more load a chunk")
+    landmarks_per_chunk: int = _near(0.5, "so many scores for each chunk that competes")
     noise: bool = _near(0.5, "a hash and two logarithms a score")
     device: str = _near(2.0, "another product of the same architecture: other clocks, caches and bandwidths")
 
@@ -95,6 +96,7 @@ class ScheduleKey:
             packed=bucket.packed,
             stick_breaking=bucket.fusion == "stick_breaking",
             paged=bucket.paged,
+            landmarks_per_chunk=bucket.landmarks_per_chunk,
             noise=bucket.noise,
             device=target.name,
             driver=(versions or {}).get("driver", ""),

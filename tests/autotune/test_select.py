@@ -30,8 +30,8 @@ def kernel_of(problem: Problem) -> Kernel:
 @pytest.mark.parametrize("distribution", ["random", "local", "hot"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_a_right_kernel_passes(op: str, distribution: str, dtype: str) -> None:
-    for fusion, noise in (("softmax", True), ("stick_breaking", False)):
-        problem = replace(FORWARD, op=op, dtype=dtype, fusion=fusion, noise=noise)
+    for fusion, noise, landmarks in (("softmax", True, 1), ("stick_breaking", False, 4)):
+        problem = replace(FORWARD, op=op, dtype=dtype, fusion=fusion, noise=noise, landmarks_per_chunk=landmarks)
         inputs = make_select_inputs(problem, torch.device("cpu"), distribution=distribution)
         check_select(kernel_of(problem), problem, inputs)
 
@@ -69,6 +69,18 @@ def test_a_wrong_forward_is_named(spoil, message: str) -> None:
     wrong = replace(kernel, entry=lambda *x, **y: spoil(*kernel.entry(*x, **y)))
     with pytest.raises(WrongResult, match=message):
         check_select(wrong, FORWARD, make_select_inputs(FORWARD, torch.device("cpu")))
+
+
+def test_a_landmark_that_is_not_the_best_of_its_chunk_is_named() -> None:
+    problem = replace(FORWARD, landmarks_per_chunk=2)
+    kernel = kernel_of(problem)
+
+    def other_landmark(*arguments: Tensor, **options: int) -> tuple[Tensor, Tensor]:
+        picks, weights = kernel.entry(*arguments, **options)
+        return torch.where(picks < 0, -1, picks ^ 1), weights
+
+    with pytest.raises(WrongResult, match="not the best of its chunk"):
+        check_select(replace(kernel, entry=other_landmark), problem, make_select_inputs(problem, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", ["dquery", "dlandmarks"])

@@ -130,13 +130,14 @@ def selected(query: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
     return select_chunks(query, landmarks, chunk_size=C, top_k=K, noise_seed=3)
 
 
-def test_opcheck_of_selection() -> None:
-    query, landmarks = torch.randn(2, 40, 2, 16, requires_grad=True), torch.randn(2, 5, 2, 16, requires_grad=True)
-    options = (C, K, 0, "softmax", None, False)
+@pytest.mark.parametrize("landmarks_per_chunk", [1, 2])
+def test_opcheck_of_selection(landmarks_per_chunk: int) -> None:
+    query, landmarks = (torch.randn(2, n, 2, 16, requires_grad=True) for n in (40, 5 * landmarks_per_chunk))
+    options = (landmarks_per_chunk, C, K, 0, "softmax", None, False)
     torch.library.opcheck(select_ops.select_chunks, (query, landmarks, *options))
     _, indices = select_ops.select_chunks(query, landmarks, *options)
     plain = (query.detach(), landmarks.detach(), indices, torch.randn(indices.shape))
-    torch.library.opcheck(select_ops.select_chunks_backward, (*plain, C, "softmax", False))
+    torch.library.opcheck(select_ops.select_chunks_backward, (*plain, landmarks_per_chunk, C, "softmax", False))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

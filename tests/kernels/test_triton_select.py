@@ -37,10 +37,10 @@ BACKWARD = [
 ]
 
 
-def problem(op: str, *, T: int, N: int, D: int, K: int, C: int = 1, **more: Any) -> Problem:
+def problem(op: str, *, T: int, N: int, D: int, K: int, C: int = 1, R: int = 1, **more: Any) -> Problem:
     return Problem(
         op=op, batch=2, seq_len=max(T, 1), kv_len=max(N * C, 1), num_heads=2, num_kv_heads=2, head_dim=D, chunk_size=C,
-        top_k=K, **more,
+        landmarks_per_chunk=R, top_k=K, **more,
     )  # fmt: skip
 
 
@@ -51,9 +51,11 @@ def tensors(T: int, N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 CASES = [
-    {"T": 21, "N": 19, "D": 16, "K": 3, "C": 1, "offset": 0},
-    {"T": 1, "N": 39, "D": 20, "K": 5, "C": 2, "offset": 101},
-    {"T": 3, "N": 4, "D": 200, "K": 8, "C": 2, "offset": 2**33},  # K > N, several slices of D, large positions
+    {"T": 21, "N": 19, "D": 16, "K": 3, "C": 1, "R": 1, "offset": 0},
+    {"T": 1, "N": 39, "D": 20, "K": 5, "C": 2, "R": 1, "offset": 101},
+    {"T": 3, "N": 4, "D": 200, "K": 8, "C": 2, "R": 1, "offset": 2**33},  # K > N, several slices of D, large positions
+    {"T": 19, "N": 11, "D": 20, "K": 3, "C": 2, "R": 4, "offset": 3},
+    {"T": 2, "N": 5, "D": 16, "K": 2, "C": 2, "R": 2, "offset": 9},
 ]
 
 
@@ -65,16 +67,22 @@ def test_picks_and_weights_equal_the_reference(
     case: tuple[dict[str, int], str, int | None], schedule: Schedule
 ) -> None:
     sizes, fusion, seed = case
-    T, N, D, K, C, offset = sizes.values()
-    query, landmarks = tensors(T, N, D, torch.float32)
+    T, N, D, K, C, R, offset = sizes.values()
+    query, landmarks = tensors(T, N * R, D, torch.float32)
     keys = noise_keys(seed, 2, 2, torch.arange(T) + offset) if seed is not None else None
-    wanted = problem("select_chunks", T=T, N=N, D=D, K=K, C=C, fusion=fusion, noise=seed is not None)
+    wanted = problem("select_chunks", T=T, N=N, D=D, K=K, C=C, R=R, fusion=fusion, noise=seed is not None)
     entry = compile_kernel(emit(wanted, schedule, HOPPER)).entry
-    indices, weights = entry(query, landmarks, keys, top_k=K, offset=offset)
+    picks, weights = entry(query, landmarks, keys, top_k=K, offset=offset)
+    of_chunks = landmarks.double().unflatten(1, (N, R))
     expected, expected_weights = select_chunks_reference(
-        query.double(), landmarks.double(), chunk_size=C, top_k=K, offset=offset, fusion=fusion, noise_seed=seed
+        query.double(), of_chunks, chunk_size=C, top_k=K, offset=offset, fusion=fusion, noise_seed=seed
     )
-    assert torch.equal(indices, expected)
+    assert torch.equal(picks.div(R, rounding_mode="floor").int(), expected)
+    # Each pick is the landmark whose score the chunk has, the first of equals.
+    chunk = expected.clamp(min=0).long()
+    batch, head = torch.arange(2).view(2, 1, 1, 1), torch.arange(2).view(2, 1)
+    scores = torch.einsum("bthd,bthkrd->bthkr", query.double(), of_chunks.transpose(2, 3)[batch, chunk, head])
+    assert torch.equal(picks, torch.where(expected < 0, -1, chunk * R + scores.argmax(-1)).int())
     # Where there is noise it is taken off again, which costs a last digit.
     assert relative_error(weights, expected_weights) <= 1e-5
 
@@ -157,7 +165,7 @@ print(json.dumps(rows))
 """
 COMPILED_SHAPES = [
     (65536, 64, 8, {}),
-    (65536, 128, 16, {"fusion": "stick_breaking"}),
+    (65536, 128, 16, {"fusion": "stick_breaking", "landmarks_per_chunk": 4}),
     (65536, 128, 32, {"noise": True}),
     (1, 128, 16, {}),
     (65536, 1024, 64, {"fusion": "stick_breaking", "noise": True}),

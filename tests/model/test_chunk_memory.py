@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarni
 PLACEMENTS = ("device", "host", "disk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-C, H, D, DV, DR = 3, 2, 8, 5, 6
+C, H, D, DV, DR, R = 3, 2, 8, 5, 6, 2
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def texts(counts: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) 
         Text(
             torch.randn(n, C, H, D, generator=random).to(dtype),
             torch.randn(n, C, H, DV, generator=random).to(dtype),
-            torch.randint(-2, 3, (n, H, DR), generator=random).to(dtype),
+            torch.randint(-2, 3, (n, R, H, DR), generator=random).to(dtype),
         )
         for n in counts
     ]
@@ -69,6 +69,7 @@ def memory_of(
         value_dim=DV,
         chunk_size=C,
         retrieval_dim=DR,
+        landmarks_per_chunk=R,
         dtype=dtype,
         **options,
     )
@@ -179,7 +180,7 @@ def test_of_equal_chunks_the_lowest_win(T: int) -> None:
 @pytest.mark.parametrize("T", [3, 40])
 def test_random_scores_agree_with_one_shot(T: int) -> None:
     rows = texts([300])
-    rows[0].landmarks[:] = torch.randn(300, H, DR)
+    rows[0].landmarks[:] = torch.randn(300, R, H, DR)
     assert_selects_as_one_shot(memory_of(rows), rows, torch.randn(1, T, H, DR), [850], top_k=16)
 
 
@@ -288,7 +289,7 @@ def test_growing_moves_nothing(place: dict[str, Any]) -> None:
 def test_nbytes_says_what_lies_where(place: dict[str, Any]) -> None:
     memory = memory_of(texts([6, 3]), dtype=torch.float16, **place)
     pages = 3 + 3 + 6
-    expected = {"landmarks": 8 * 2 * H * DR * 2, "device": 0, "host": 0, "disk": 0}
+    expected = {"landmarks": 8 * 2 * R * H * DR * 2, "device": 0, "host": 0, "disk": 0}
     expected[place["placement"]] = pages * C * H * (D + DV) * 2
     assert dict(memory.nbytes) == expected
 
@@ -357,6 +358,7 @@ def test_any_history_selects_and_attends_as_one_shot(
         ({"batch": 0}, "batch = 0"),
         ({"head_dim": 257}, "head_dim = 257 must be an integer in 1 … 256"),
         ({"chunk_size": 2.0}, "chunk_size = 2.0"),
+        ({"landmarks_per_chunk": 3}, "landmarks_per_chunk = 3 is not one of 1, 2, 4, 8, 16"),
         ({"dtype": torch.int8}, r"dtype = torch\.int8 is not one of"),
         ({"placement": "moon"}, "placement = 'moon' is not one of device, host, disk"),
         ({"placement": "disk"}, "directory = None"),

@@ -113,7 +113,7 @@ def write_sum(path: Path, content: dict[str, Any]) -> None:
 
 def make_memory(folder: Path) -> None:
     memory = ChunkMemory(batch=2, num_kv_heads=2, head_dim=4, value_dim=3, chunk_size=2, retrieval_dim=5)
-    memory.append(torch.rand(2, 6, 2, 2, 4), torch.rand(2, 6, 2, 2, 3), torch.rand(2, 6, 2, 5), counts=[6, 2])
+    memory.append(torch.rand(2, 6, 2, 2, 4), torch.rand(2, 6, 2, 2, 3), torch.rand(2, 6, 1, 2, 5), counts=[6, 2])
     memory.save(folder)
 
 

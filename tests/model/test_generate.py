@@ -285,7 +285,7 @@ def test_a_flipped_bit_in_any_file_of_a_reading_is_found_and_its_file_named(tmp_
         ({"rows": [{"positions": [30], "num_upper_past": [30.5], "carried": []}]}, "num_upper_past = 30.5 must be"),
         ({"rows": [{"positions": [30], "num_upper_past": [], "carried": []}]}, "contradicts itself"),
         ({"rows": [{"positions": [31], "num_upper_past": [31], "carried": []}]}, None),
-        ({"rows": [{"positions": [35], "num_upper_past": [35], "carried": []}]}, "says that .35. tokens were read"),
+        ({"rows": [{"positions": [36], "num_upper_past": [36], "carried": []}]}, "says that .36. tokens were read"),
         ({"rows": [{"positions": [30] * 2, "num_upper_past": [30] * 2, "carried": []}]}, "does not belong to reading"),
         ({"rows": [{"positions": [30], "num_upper_past": [30], "carried": [7]}]}, "it lacks 'carried.7.indices'"),
         ({"by_rows": "no"}, "by_rows = 'no' must be a bool"),

@@ -163,16 +163,16 @@ def test_shared_chunks_outlive_what_another_memory_does_with_its_own() -> None:
     prefill(model, PROMPT[:1], state)
     memory = state.memory
     assert memory is not None
-    before = memory.read(0, 0, 6)
+    before = memory.read(0, 0, 5)
     taken = memory.take([0, 0])
-    taken.overwrite(0, 4, *(part[:2] + 1 for part in before))
+    taken.overwrite(0, 4, *(part[:1] + 1 for part in before))
     memory.truncate([3])
     taken.append(*(part[None, :1].expand(2, *part[:1].shape) for part in before))
-    for row, first in ((0, 4), (1, 6)):
+    for row, first in ((0, 4), (1, 5)):
         for part, kept in zip(taken.read(row, 0, first), before, strict=True):
             assert torch.equal(part, kept[:first])
     assert torch.equal(taken.read(0, 4, 5)[0], before[0][:1] + 1)
-    assert taken.num_chunks == [7, 7]
+    assert taken.num_chunks == [6, 6]
     assert memory.num_chunks == [3]
 
 

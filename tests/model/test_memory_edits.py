@@ -11,7 +11,7 @@ from hsa_compile.model.memory import landmarks as memory_landmarks
 from hsa_compile.model.memory import pages as memory_pages
 from hsa_compile.model.memory.memory import ChunkMemory
 
-C, H, D, DV, DR = 3, 2, 8, 5, 6
+C, H, D, DV, DR, R = 3, 2, 8, 5, 6, 2
 PLACEMENTS = ("device", "host", "disk")
 
 
@@ -24,14 +24,14 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chunks(n: int, seed: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
-    shapes = ((batch, n, C, H, D), (batch, n, C, H, DV), (batch, n, H, DR))
+    shapes = ((batch, n, C, H, D), (batch, n, C, H, DV), (batch, n, R, H, DR))
     k, v, landmarks = (torch.randn(shape, generator=random) for shape in shapes)
     return k, v, landmarks
 
 
 def empty(batch: int = 1, **options: object) -> ChunkMemory:
     sizes = {"num_kv_heads": H, "head_dim": D, "value_dim": DV, "chunk_size": C, "retrieval_dim": DR}
-    return ChunkMemory(batch=batch, **sizes, **options)
+    return ChunkMemory(batch=batch, landmarks_per_chunk=R, **sizes, **options)
 
 
 def assert_holds(memory: ChunkMemory, row: int, first: int, expected: tuple[Tensor, ...]) -> None:

@@ -22,7 +22,10 @@ from hsa_compile.model.memory.memory import ChunkMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
 
-SHAPE = {"batch": 3, "num_kv_heads": 2, "head_dim": 8, "value_dim": 5, "chunk_size": 3, "retrieval_dim": 6}
+SHAPE = {
+    "batch": 3, "num_kv_heads": 2, "head_dim": 8, "value_dim": 5, "chunk_size": 3, "retrieval_dim": 6,
+    "landmarks_per_chunk": 4,
+}  # fmt: skip
 COUNTS = [9, 0, 14]
 PLACEMENTS = ("device", "host", "disk")
 
@@ -37,7 +40,7 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def chunks(n: int, seed: int = 0, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     k, v = torch.randn(batch, n, 3, 2, 8, generator=random), torch.randn(batch, n, 3, 2, 5, generator=random)
-    return k, v, torch.randn(batch, n, 2, 6, generator=random)
+    return k, v, torch.randn(batch, n, 4, 2, 6, generator=random)
 
 
 def book(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> ChunkMemory:
@@ -249,14 +252,14 @@ def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     [
         (lambda c: c.update(counts=[9, 0, 13]), "contradicts itself"),
         (lambda c: c.update(counts=[23]), "1 counts for a batch of 3"),
-        (lambda c: c.update(counts=["a"]), "not a manifest of version 1"),
+        (lambda c: c.update(counts=["a"]), "not a manifest of version 2"),
         (lambda c: c.update(data="../elsewhere"), "contradicts itself"),
-        (lambda c: c["shards"][0].update(name="../../x"), "not a manifest of version 1"),
-        (lambda c: c["shards"][0].update(num_bytes="many"), "not a manifest of version 1"),
+        (lambda c: c["shards"][0].update(name="../../x"), "not a manifest of version 2"),
+        (lambda c: c["shards"][0].update(num_bytes="many"), "not a manifest of version 2"),
         (lambda c: c["shape"].update(head_dim=9), "00000.safetensors is not a shard of this memory"),
         (lambda c: c["shape"].update(dtype="int8"), "dtype = 'int8' is not one of"),
         (lambda c: c["shape"].pop("batch"), "missing 1 required keyword"),
-        (lambda c: c.pop("shape"), "not a manifest of version 1"),
+        (lambda c: c.pop("shape"), "not a manifest of version 2"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused(
@@ -271,8 +274,8 @@ def test_a_manifest_that_is_wrong_is_refused(
 def test_another_version_is_refused(tmp_path: Path) -> None:
     book().save(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(InvalidArgument, match=r"manifest\.json is of version 2; version 1 can be read"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(InvalidArgument, match=r"manifest\.json is of version 1; version 2 can be read"):
         ChunkMemory.load(tmp_path)
 
 

@@ -40,8 +40,8 @@ def test_the_way_that_brings_less_is_favoured() -> None:
 
 def test_a_config_says_how_often_tokens_pick() -> None:
     traffic = ChunkTraffic.of(small_config("hsa-ultralong", top_k=3), parts=4, rows=2, places=103, forwards=2)
-    assert traffic == ChunkTraffic(parts=4, rows=2, chunks=20, picks=75, retrievals=2, forwards=2)
-    assert ChunkTraffic.of(small_config("drt", top_k=3), parts=4, rows=2, places=103, forwards=2).picks == 15
+    assert traffic == ChunkTraffic(parts=4, rows=2, chunks=17, picks=75, retrievals=2, forwards=2)
+    assert ChunkTraffic.of(small_config("drt", top_k=3), parts=4, rows=2, places=103, forwards=2).picks == 12
     assert not traffic.travels("auto")
     assert [traffic.travels(way) for way in ("gather", "travel")] == [False, True]
 
@@ -52,7 +52,7 @@ def test_fetched_chunks_are_read_as_those_that_are_here(in_batch: bool, monkeypa
     """Of four processes, the third has no chunk; what they hold together stands in for what they would send."""
     torch.manual_seed(0)
     bounds, batch = (0, 2, 5, 5, 8), 3
-    k, v, landmarks = (torch.randn(batch, 8, *shape) for shape in ((5, 2, 8), (5, 2, 6), (2, 10)))
+    k, v, landmarks = (torch.randn(batch, 8, *shape) for shape in ((5, 2, 8), (5, 2, 6), (2, 2, 10)))
     here = SequenceMemory(EncodedChunks(k=k, v=v, landmarks=landmarks), in_batch=in_batch)
     owners = SharedRows(mesh=None, bounds=bounds)  # type: ignore[arg-type]
     own = EncodedChunks(k=k[:, 2:5], v=v[:, 2:5], landmarks=landmarks)

@@ -60,7 +60,7 @@ def hold_shares(size: int) -> None:
     assert isinstance(memory, SharedMemory)
     held: list[Any] = [None] * size
     dist.all_gather_object(held, memory.own.num_chunks[0])
-    assert sum(held) == memory.num_chunks[0] == state.positions[0] // 5
+    assert sum(held) == memory.num_chunks[0] == state.positions[0] // 6
     assert max(held) - min(held) <= 3 + size
 
 

@@ -56,10 +56,11 @@ def test_embeddings_are_made_of_those_of_a_window_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_pooling_adds_the_maximum_over_the_tokens_of_a_chunk_to_its_landmark(norm: bool) -> None:
-    config = small_config("hsa-ultralong", retrieval_norm=norm)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pooling_adds_the_maximum_over_a_part_of_the_tokens_to_each_landmark(parts: int, norm: bool) -> None:
+    config = small_config("hsa-ultralong", retrieval_norm=norm, pooled_landmarks=parts)
     pooled = build(config, torch.float64).chunk_encoder
-    plain = build(replace(config, landmark_pooling=False), torch.float64).chunk_encoder
+    plain = build(replace(config, pooled_landmarks=0), torch.float64).chunk_encoder
     assert pooled is not None
     assert pooled.token_proj is not None
     assert plain is not None
@@ -69,13 +70,16 @@ def test_pooling_adds_the_maximum_over_the_tokens_of_a_chunk_to_its_landmark(nor
     chunks = torch.randn(2, 3, config.chunk_size, config.dim, dtype=torch.float64)
     encoded, landmarks = plain(chunks), pooled(chunks).landmarks
     cls, tokens = plain.landmark_proj(outputs[0][:, -1]), outputs[0][:, :-1]
-    for chunk, row in enumerate(landmarks.flatten(0, 1)):
-        of_tokens = torch.stack([pooled.token_proj.weight @ token for token in tokens[chunk]])
+    assert landmarks.shape == (2, 3, parts, config.memory_kv_heads, config.retrieval_dim)
+    for number, row in enumerate(landmarks.flatten(0, 2)):
+        chunk, part = divmod(number, parts)
+        own = tokens[chunk].chunk(parts)[part]
+        of_tokens = torch.stack([pooled.token_proj.weight @ token for token in own])
         expected = (cls[chunk] + of_tokens.max(dim=0).values).view_as(row)
         torch.testing.assert_close(row, pooled.landmark_norm(expected))
     torch.testing.assert_close(encoded.k, pooled(chunks).k)
     torch.nn.init.zeros_(pooled.token_proj.weight)  # as before training
-    torch.testing.assert_close(pooled(chunks).landmarks, encoded.landmarks)
+    torch.testing.assert_close(pooled(chunks).landmarks, encoded.landmarks.expand_as(landmarks))
 
 
 def test_a_config_from_before_the_window_of_embeddings_has_one_of_a_token() -> None:

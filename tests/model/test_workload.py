@@ -69,12 +69,12 @@ def test_a_forward_pass_without_gradients_asks_for_these(variant: str, length: i
 def test_decoding_asks_for_this(variant: str, batch: int, asked: list[Problem]) -> None:
     model = build(small_config(variant))
     state = new_state(model, batch)
-    text = tokens(batch, 64)
+    text = tokens(batch, 66)
     prefill(model, text[:, :60], state)
     asked.clear()
     for token in text[:, 60:].split(1, dim=1):
         extend(model, token, state)
-    said = [problem for problem in problems(model.config, batch, 64, training=False) if problem.decodes]
+    said = [problem for problem in problems(model.config, batch, 66, training=False) if problem.decodes]
     assert {problem for problem in asked if problem.decodes} == set(said)
 
 

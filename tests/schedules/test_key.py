@@ -24,6 +24,7 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head_dim": ({"head_dim": 128, "value_dim": 64}, {}),
     "value_dim": ({"value_dim": 128}, {}),
     "chunk_size": ({"chunk_size": 32}, {}),
+    "landmarks_per_chunk": ({"landmarks_per_chunk": 4}, {}),
     "group": ({"num_heads": 16}, {}),
     "deterministic": ({"deterministic": True}, {}),
     "seq_len": ({"seq_len": 16384, "kv_len": 4096}, {}),

@@ -53,9 +53,10 @@ def _small_case(problem: Problem, device: torch.device) -> SelectInputs:
 def _check_picks(
     results: tuple[Tensor, Tensor], inputs: SelectInputs, tokens: Tensor, problem: Problem, where: str
 ) -> None:
-    indices, weights = (x[:, tokens] for x in results)
+    picks, weights = (x[:, tokens] for x in results)
     query, landmarks = inputs.query[:, tokens].double(), inputs.landmarks.double()
-    num_chunks = landmarks.shape[1]
+    indices = picks.div(problem.landmarks_per_chunk, rounding_mode="floor")
+    num_chunks = landmarks.shape[1] // problem.landmarks_per_chunk
     visible = (inputs.positions()[tokens] // problem.chunk_size).clamp(max=num_chunks).view(1, -1, 1, 1)
     slot = torch.arange(problem.top_k, device=indices.device)
     if not ((indices >= 0) == (slot < visible)).all() or not (indices < visible).all():
@@ -64,7 +65,13 @@ def _check_picks(
         raise WrongResult(f"chunk_indices do not fall on {where}")
     if num_chunks == 0:  # all slots are empty, as was just checked
         return
-    scores = torch.einsum("bthd,bnhd->bthn", query, landmarks) * problem.head_dim**-0.5
+    of_landmarks = torch.einsum("bthd,bnhd->bthn", query, landmarks) * problem.head_dim**-0.5
+    scores = of_landmarks.unflatten(3, (num_chunks, -1)).amax(4)
+    largest = of_landmarks.abs().max().clamp(min=1)
+    filled = indices >= 0
+    behind = scores.gather(3, indices.clamp(min=0).long()) - of_landmarks.gather(3, picks.clamp(min=0).long())
+    if (behind[filled] > SCORE_TOLERANCE * largest).any():
+        raise WrongResult(f"a landmark was picked that is not the best of its chunk on {where}")
     chunks = torch.arange(num_chunks, device=indices.device)
     if inputs.noise_keys is not None:
         scores = scores + gumbel(inputs.noise_keys[:, tokens].unsqueeze(-1), chunks)
@@ -72,10 +79,9 @@ def _check_picks(
     picked = scores.gather(3, indices.clamp(min=0).long()).masked_fill(indices < 0, float("inf"))
     left_out = scores.scatter(3, indices.clamp(min=0).long(), float("-inf")).amax(dim=3)
     gap = left_out - picked.amin(dim=3)
-    largest = scores.masked_fill(scores.isinf(), 0).abs().max().clamp(min=1)
     if (gap > SCORE_TOLERANCE * largest).any():
         raise WrongResult(f"a chunk that was left out scores {float(gap.max()):.1e} more than one picked on {where}")
-    expected = select_weights_reference(query, landmarks, indices, fusion=problem.fusion)
+    expected = select_weights_reference(query, landmarks, picks, fusion=problem.fusion)
     compare("chunk_weights", weights, expected, WEIGHT_TOLERANCE, where)
 
 
@@ -89,17 +95,17 @@ def _check_gradients(
             raise NotFinite(f"{name} has values that are not finite")
     expected, _ = _reference_gradients(_at_tokens(inputs, tokens), problem)
     compare("dquery", dquery[:, tokens], expected, tolerance, where)
-    # The reference gets all tokens that picked one chunk: its gradient is then whole.
-    chunk = int(inputs.chunk_indices[0, inputs.query.shape[1] // 2].max())
-    picked = (inputs.chunk_indices == chunk).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
-    if chunk >= 0:
+    # The reference gets all tokens that picked one landmark: its gradient is then whole.
+    landmark = int(inputs.landmark_indices[0, inputs.query.shape[1] // 2].max())
+    picked = (inputs.landmark_indices == landmark).any(dim=-1).any(dim=-1).any(dim=0).nonzero().flatten()
+    if landmark >= 0:
         _, expected = _reference_gradients(_at_tokens(inputs, picked), problem)
-        compare("dlandmarks", dlandmarks[:, chunk], expected[:, chunk], tolerance, f"chunk {chunk}")
+        compare("dlandmarks", dlandmarks[:, landmark], expected[:, landmark], tolerance, f"landmark {landmark}")
 
 
 def _at_tokens(inputs: SelectInputs, tokens: Tensor) -> SelectInputs:
     fields: dict[str, Any] = {
-        name: getattr(inputs, name)[:, tokens] for name in ("query", "chunk_indices", "grad_weights")
+        name: getattr(inputs, name)[:, tokens] for name in ("query", "landmark_indices", "grad_weights")
     }
     return replace(inputs, **fields)
 
@@ -108,6 +114,6 @@ def _reference_gradients(inputs: SelectInputs, problem: Problem) -> tuple[Tensor
     with torch.enable_grad():
         query = inputs.query.double().requires_grad_()
         landmarks = inputs.landmarks.double().requires_grad_()
-        weights = select_weights_reference(query, landmarks, inputs.chunk_indices, fusion=problem.fusion)
+        weights = select_weights_reference(query, landmarks, inputs.landmark_indices, fusion=problem.fusion)
         dquery, dlandmarks = torch.autograd.grad(weights, (query, landmarks), inputs.grad_weights.double())
         return dquery, dlandmarks

@@ -19,12 +19,12 @@ MAX_OFFSET = 2**40
 
 _library = torch.library.Library("hsa_compile", "FRAGMENT")
 _library.define(
-    "select_chunks(Tensor query, Tensor landmarks, int chunk_size, int top_k, SymInt offset, str fusion, "
-    "SymInt? noise_seed, bool deterministic) -> (Tensor, Tensor)"
+    "select_chunks(Tensor query, Tensor landmarks, int landmarks_per_chunk, int chunk_size, int top_k, SymInt offset, "
+    "str fusion, SymInt? noise_seed, bool deterministic) -> (Tensor, Tensor)"
 )
 _library.define(
-    "select_chunks_backward(Tensor query, Tensor landmarks, Tensor chunk_indices, Tensor grad_weights, "
-    "int chunk_size, str fusion, bool deterministic) -> (Tensor, Tensor)"
+    "select_chunks_backward(Tensor query, Tensor landmarks, Tensor landmark_indices, Tensor grad_weights, "
+    "int landmarks_per_chunk, int chunk_size, str fusion, bool deterministic) -> (Tensor, Tensor)"
 )
 
 select_chunks = torch.ops.hsa_compile.select_chunks.default
@@ -34,6 +34,7 @@ select_chunks_backward = torch.ops.hsa_compile.select_chunks_backward.default
 def _run_forward(
     query: Tensor,
     landmarks: Tensor,
+    landmarks_per_chunk: int,
     chunk_size: int,
     top_k: int,
     offset: int,
@@ -41,54 +42,65 @@ def _run_forward(
     noise_seed: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (chunk_weights, chunk_indices), where there is something to select; the differentiable one is first."""
+    """Returns (chunk_weights, landmark_indices), where there is something to select; the differentiable one is first.
+
+    Of each chunk that is picked it names the landmark that scored highest; `backward` needs no more than that.
+    """
     query, landmarks = query.contiguous(), landmarks.contiguous()
     check_count("offset", offset, 0, MAX_OFFSET)
     noise = noise_seed is not None
-    kernel = _kernel("select_chunks", (query, landmarks), chunk_size, top_k, fusion, noise, deterministic)
+    options = (landmarks_per_chunk, chunk_size, top_k, fusion, noise, deterministic)
+    kernel = _kernel("select_chunks", (query, landmarks), *options)
     keys = None
     if noise_seed is not None:
         batch, seq_len, num_heads, _ = query.shape
         positions = torch.arange(offset, offset + seq_len, device=query.device)
         keys = noise_keys(noise_seed % 2**64, batch, num_heads, positions)
-    chunk_indices, chunk_weights = kernel.run(query, landmarks, keys, top_k=top_k, offset=offset)
-    return chunk_weights, chunk_indices
+    landmark_indices, chunk_weights = kernel.run(query, landmarks, keys, top_k=top_k, offset=offset)
+    return chunk_weights, landmark_indices
 
 
 def _run_backward(
     query: Tensor,
     landmarks: Tensor,
-    chunk_indices: Tensor,
+    landmark_indices: Tensor,
     grad_weights: Tensor,
+    landmarks_per_chunk: int,
     chunk_size: int,
     fusion: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of query and landmarks, from those of the weights `[B, T, H, K]`."""
-    tensors = tuple(x.contiguous() for x in (query, landmarks, chunk_indices, grad_weights))
-    top_k = chunk_indices.shape[3] if chunk_indices.dim() == 4 else 1  # what has other dimensions does not fit
-    kernel = _kernel("select_chunks_backward", tensors, chunk_size, top_k, fusion, False, deterministic)
-    if chunk_indices.device.type == "cpu":
-        _check_values(chunk_indices, landmarks.shape[1])
+    tensors = tuple(x.contiguous() for x in (query, landmarks, landmark_indices, grad_weights))
+    top_k = landmark_indices.shape[3] if landmark_indices.dim() == 4 else 1  # what has other dimensions does not fit
+    options = (landmarks_per_chunk, chunk_size, top_k, fusion, False, deterministic)
+    kernel = _kernel("select_chunks_backward", tensors, *options)
+    if landmark_indices.device.type == "cpu":
+        _check_values(landmark_indices, landmarks.shape[1])
     dquery, dlandmarks = kernel.run(*tensors)
     return dquery, dlandmarks
 
 
-def _kernel(
-    op: str, tensors: tuple[Tensor, ...], chunk_size: int, top_k: int, fusion: str, noise: bool, deterministic: bool
-) -> Kernel:
+def _kernel(op: str, tensors: tuple[Tensor, ...], *options: Any) -> Kernel:
     """Returns the kernel for these tensors: a dictionary access, except the first time.
 
-    The key is all that decides whether they fit, so what is remembered was checked.
+    The options are the last arguments of `_problem`. The key is all that decides whether tensors fit, so what is
+    remembered was checked.
     """
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    options = (chunk_size, top_k, fusion, noise, deterministic)
+    options = (*options[:-1], options[-1] or torch.are_deterministic_algorithms_enabled())
     key = (op, *[(x.shape, x.dtype, x.device) for x in tensors], *options)
     return remembered(key, Target.of(tensors[0].device), lambda: _problem(op, tensors, *options))
 
 
 def _problem(
-    op: str, tensors: tuple[Tensor, ...], chunk_size: int, top_k: int, fusion: str, noise: bool, deterministic: bool
+    op: str,
+    tensors: tuple[Tensor, ...],
+    landmarks_per_chunk: int,
+    chunk_size: int,
+    top_k: int,
+    fusion: str,
+    noise: bool,
+    deterministic: bool,
 ) -> Problem:
     """Returns the problem that the tensors of a call stand for; raises InvalidArgument if they do not fit."""
     query, landmarks = tensors[:2]
@@ -96,7 +108,7 @@ def _problem(
     if op == "select_chunks_backward":
         slots = (*query.shape[:3], top_k)
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        check_grad("chunk_indices", tensors[2], slots, torch.int32, query.device)
+        check_grad("landmark_indices", tensors[2], slots, torch.int32, query.device)
         check_grad("grad_weights", tensors[3], slots, dtype, query.device)
         if query.device.type == "cpu" and tensors[2].numel():
             _check_values(tensors[2], landmarks.shape[1])  # before a kernel is built in vain
@@ -104,11 +116,12 @@ def _problem(
         op=op,
         batch=query.shape[0],
         seq_len=query.shape[1],
-        kv_len=landmarks.shape[1] * chunk_size,
+        kv_len=landmarks.shape[1] // landmarks_per_chunk * chunk_size,
         num_heads=query.shape[2],
         num_kv_heads=query.shape[2],
         head_dim=query.shape[3],
         chunk_size=chunk_size,
+        landmarks_per_chunk=landmarks_per_chunk,
         top_k=top_k,
         dtype=DTYPE_NAMES[query.dtype],
         fusion=fusion,
@@ -117,10 +130,10 @@ def _problem(
     )
 
 
-def _check_values(chunk_indices: Tensor, num_chunks: int) -> None:
-    most = int(chunk_indices.max())
-    if most >= num_chunks:
-        raise InvalidArgument(f"chunk_indices holds {most}; allowed are 0 … {num_chunks - 1}, and -1 (empty)")
+def _check_values(landmark_indices: Tensor, num_landmarks: int) -> None:
+    most = int(landmark_indices.max())
+    if most >= num_landmarks:
+        raise InvalidArgument(f"landmark_indices holds {most}; allowed are 0 … {num_landmarks - 1}, and -1 (empty)")
 
 
 def check_arguments(query: Tensor, landmarks: Tensor) -> None:
@@ -144,7 +157,8 @@ def check_arguments(query: Tensor, landmarks: Tensor) -> None:
         raise InvalidArgument(f"retrieval dim Dr = {dim} must be in 1 … {MAX_RETRIEVAL_DIM}")
 
 
-def _fake_forward(query: Tensor, landmarks: Tensor, chunk_size: int, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, landmarks: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _, _, top_k, *_ = options
     shape = (*query.shape[:3], top_k)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int32)
@@ -155,16 +169,16 @@ def _fake_backward(query: Tensor, landmarks: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, landmarks, chunk_size, _, _, fusion, _, deterministic = inputs
+    query, landmarks, landmarks_per_chunk, chunk_size, _, _, fusion, _, deterministic = inputs
     ctx.save_for_backward(query, landmarks, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (chunk_size, fusion, deterministic)
+    ctx.options = (landmarks_per_chunk, chunk_size, fusion, deterministic)
 
 
 def _gradient(ctx: Any, grad_weights: Tensor, grad_indices: Tensor | None) -> tuple[Tensor | None, ...]:
     del grad_indices  # picks are integers
     dquery, dlandmarks = select_chunks_backward(*ctx.saved_tensors, grad_weights, *ctx.options)
-    return (dquery, dlandmarks, *(None,) * 6)
+    return (dquery, dlandmarks, *(None,) * 7)
 
 
 for _device in ("CPU", "CUDA"):

@@ -18,8 +18,9 @@ class SelectInputs:
     """The arguments of both kernels of one selection problem.
 
     Attributes:
-        query `[B, T, H, Dr]`, landmarks `[B, N, H, Dr]`, noise_keys `[B, T, H]` int32 or None, chunk_indices and
+        query `[B, T, H, Dr]`, landmarks `[B, N·R, H, Dr]`, noise_keys `[B, T, H]` int32 or None, landmark_indices and
         grad_weights `[B, T, H, K]`, as the backward kernel gets them.
+        landmarks_per_chunk: `R`.
         top_k: `K`.
         offset: the position of the first query row: queries are the last `T` of `N·C` positions.
     """
@@ -27,8 +28,9 @@ class SelectInputs:
     query: Tensor
     landmarks: Tensor
     noise_keys: Tensor | None
-    chunk_indices: Tensor
+    landmark_indices: Tensor
     grad_weights: Tensor
+    landmarks_per_chunk: int
     top_k: int
     offset: int
 
@@ -36,7 +38,7 @@ class SelectInputs:
         """Returns the positional arguments of the emitted entry of `op`."""
         if op == "select_chunks":
             return (self.query, self.landmarks, self.noise_keys)
-        return (self.query, self.landmarks, self.chunk_indices, self.grad_weights)
+        return (self.query, self.landmarks, self.landmark_indices, self.grad_weights)
 
     def options(self, op: str) -> dict[str, int]:
         """Returns the keyword arguments of the emitted entry of `op`."""
@@ -44,7 +46,8 @@ class SelectInputs:
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Returns the positional and keyword arguments of `select_chunks`."""
-        return (self.query, self.landmarks), {"chunk_size": problem.chunk_size, "top_k": self.top_k}
+        landmarks = self.landmarks.unflatten(1, (problem.num_chunks, self.landmarks_per_chunk))
+        return (self.query, landmarks), {"chunk_size": problem.chunk_size, "top_k": self.top_k}
 
     def filled(self) -> float:
         """Returns 1: all slots count, since a selection scores every visible chunk, whatever is picked."""
@@ -68,26 +71,30 @@ def make_select_inputs(
     """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, problem.dtype)
-    B, T, H, N, D = problem.batch, problem.seq_len, problem.num_kv_heads, problem.num_chunks, problem.head_dim
+    B, T, H, N, D = problem.batch, problem.seq_len, problem.num_kv_heads, problem.num_landmarks, problem.head_dim
+    R = problem.landmarks_per_chunk
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    picks = pick_chunks(problem, distribution, generator)
+    chunks = pick_chunks(problem, distribution, generator).sort(dim=-1, descending=True).values
+    one_of_each = torch.arange(problem.top_k, dtype=torch.int32, device=device) % R
+    picks = torch.where(chunks < 0, -1, chunks * R + one_of_each)
     query, landmarks = normal(B, T, H, D), normal(B, N, H, D)
     token = torch.arange(T, device=device)
     if distribution in ("local", "trained"):
         query = 0.3 * query + query[:, token // LOCAL_BLOCK * LOCAL_BLOCK]
     if distribution == "hot":
         landmarks[:, : N // 8] *= 3
-    offset = max(0, N * problem.chunk_size - T)
+    offset = max(0, problem.num_chunks * problem.chunk_size - T)
     grad_dtype = torch.float64 if problem.dtype == "float64" else torch.float32
     return SelectInputs(
         query=query.to(dtype),
         landmarks=landmarks.to(dtype),
         noise_keys=noise_keys(NOISE_SEED, B, H, token + offset) if problem.noise else None,
-        chunk_indices=picks.sort(dim=-1, descending=True).values,
+        landmark_indices=picks,
         grad_weights=normal(B, T, H, problem.top_k).to(grad_dtype),
+        landmarks_per_chunk=R,
         top_k=problem.top_k,
         offset=offset,
     )

@@ -19,13 +19,13 @@ def select_chunks_reference(
 ) -> tuple[Tensor, Tensor]:
     """Selects the `top_k` chunks that score highest for each token, most recent first, and their weights.
 
-    Chunk `i` is visible to row `t`, at position `offset + t`, iff `offset + t ≥ (i + 1)·C`. Scores are
-    `query · landmark / √Dr`; if scores are equal, the lower chunk wins. The weights are differentiable in query and
-    landmarks, in any float dtype (float64 for checks), on any device.
+    Chunk `i` is visible to row `t`, at position `offset + t`, iff `offset + t ≥ (i + 1)·C`. Its score is
+    `query · landmark / √Dr`, the largest of these if it has several landmarks; of equal ones the lower chunk wins. The
+    weights are differentiable in query and landmarks, in any float dtype (float64 for checks), on any device.
 
     Args:
         query: `[B, T, H, Dr]`.
-        landmarks: `[B, N, H, Dr]`.
+        landmarks: `[B, N, H, Dr]`, or `[B, N, R, H, Dr]` for R landmarks a chunk.
         chunk_size: `C`, keys in a chunk.
         top_k: `K`, chunks to pick for each token.
         offset: the position of the first query row.
@@ -41,7 +41,7 @@ def select_chunks_reference(
     (batch, seq_len, num_heads, _), num_chunks = query.shape, landmarks.shape[1]
     positions = torch.arange(seq_len, device=query.device) + offset
     chunks = torch.arange(num_chunks, device=query.device)
-    scores = _scores(query.detach(), landmarks.detach())  # [B, T, H, N]
+    scores = _scores(query.detach(), several(landmarks).detach())  # [B, T, H, N]
     if noise_seed is not None:
         keys = noise_keys(noise_seed, batch, num_heads, positions)
         scores = scores + gumbel(keys.unsqueeze(-1), chunks)
@@ -59,7 +59,7 @@ def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Te
 
     Args:
         query: `[B, T, H, Dr]`.
-        landmarks: `[B, N, H, Dr]`.
+        landmarks: `[B, N, H, Dr]`, or `[B, N, R, H, Dr]`.
         chunk_indices: `[B, T, H, K]`, most recent first; −1 is an empty slot.
         fusion: `softmax` or `stick_breaking`.
     """
@@ -68,8 +68,8 @@ def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Te
         return query.new_zeros(chunk_indices.shape) + 0 * (query.sum() + landmarks.sum())
     b = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1)
     h = torch.arange(query.shape[2], device=query.device).view(1, 1, -1, 1)
-    picked = landmarks[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, Dr]
-    scores = torch.einsum("bthd,bthkd->bthk", query, picked) * query.shape[-1] ** -0.5
+    picked = several(landmarks).transpose(2, 3)[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, R, Dr]
+    scores = torch.einsum("bthd,bthkrd->bthkr", query, picked).max(-1).values * query.shape[-1] ** -0.5
     if fusion == "softmax":
         # A row without picks gets a finite score, and then a weight of zero: no NaN on the way back.
         scores = scores.masked_fill(~filled & filled.any(dim=-1, keepdim=True), float("-inf"))
@@ -80,4 +80,9 @@ def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Te
 
 
 def _scores(query: Tensor, landmarks: Tensor) -> Tensor:
-    return torch.einsum("bthd,bnhd->bthn", query, landmarks) * query.shape[-1] ** -0.5
+    return torch.einsum("bthd,bnrhd->bthnr", query, landmarks).amax(-1) * query.shape[-1] ** -0.5
+
+
+def several(landmarks: Tensor) -> Tensor:
+    """Returns landmarks `[B, N, H, Dr]` as one for each chunk, `[B, N, 1, H, Dr]`, and several as they are."""
+    return landmarks if landmarks.dim() == 5 else landmarks.unsqueeze(2)

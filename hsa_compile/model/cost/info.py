@@ -216,7 +216,7 @@ def _memory(config: ModelConfig, context: int, parameters: int, itemsize: int) -
         + (config.chunk_size - 1 + config.embedding_window - 1) * config.dim * itemsize,
         chunk_keys=keys,
         chunk_values=keys,
-        landmarks=num_chunks * config.memory_kv_heads * config.retrieval_dim * itemsize,
+        landmarks=num_chunks * config.landmarks_per_chunk * config.memory_kv_heads * config.retrieval_dim * itemsize,
     )
 
 
@@ -247,7 +247,8 @@ def _flops(
         parts[half] += _mixing_flops(config, spec.mixer, T)
         if layer.retrieval is not None:
             parts["retrieval"] += 2 * queries * _multiplied(layer.retrieval)
-            kernels["retrieval"] += 2 * queries * config.memory_kv_heads * config.retrieval_dim * visible
+            of_a_chunk = config.landmarks_per_chunk * config.memory_kv_heads * config.retrieval_dim
+            kernels["retrieval"] += 2 * queries * of_a_chunk * visible
         if layer.memory_attention is not None:
             parts["chunk attention"] += 2 * _multiplied(layer.memory_attention)
             kernels["chunk attention"] += 4 * config.memory_heads * config.memory_head_dim * keys

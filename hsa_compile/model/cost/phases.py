@@ -195,7 +195,7 @@ def _kept_by_encoder(config: ModelConfig) -> int:
         return 0
     pairs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = config.encoder_layers * (6 * config.dim + 3 * pairs + 4 * config.encoder_ffn_dim)
-    pooled = config.memory_kv_heads * config.retrieval_dim if config.landmark_pooling else 0
+    pooled = config.memory_kv_heads * config.retrieval_dim if config.pooled_landmarks else 0
     return (width + 2 * config.dim) * (config.chunk_size + 1) // config.chunk_size + pooled
 
 

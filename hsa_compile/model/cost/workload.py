@@ -117,6 +117,7 @@ def _select(
         num_heads=config.memory_kv_heads,
         num_kv_heads=config.memory_kv_heads,
         head_dim=config.retrieval_dim,
+        landmarks_per_chunk=config.landmarks_per_chunk,
         chunk_size=chunk_size,
         top_k=config.top_k,
         dtype=dtype,

@@ -91,6 +91,7 @@ def new_state(
             head_dim=config.memory_head_dim,
             chunk_size=config.chunk_size,
             retrieval_dim=config.retrieval_dim,
+            landmarks_per_chunk=config.landmarks_per_chunk,
             dtype=memory_dtype or weight.dtype,
             landmark_dtype=weight.dtype,
             device=weight.device,

@@ -27,7 +27,7 @@ class EncodedChunks:
 
     Attributes:
         k, v: `[..., C, H, D]`.
-        landmarks: `[..., H, Dr]`.
+        landmarks: `[..., R, H, Dr]`.
     """
 
     k: Tensor
@@ -61,8 +61,9 @@ class ChunkEncoder(nn.Module):
 
     A learned CLS is appended to a chunk, and its output, through a linear layer, is the chunk's landmark. Keys (with QK
     norm) and values come from the outputs at the tokens. In DRT the chunk's last token is the landmark token and takes
-    the place of the CLS. With `landmark_pooling`, which is our own, the tokens' outputs pass another linear layer, and
-    the maximum of each channel over the tokens is added to the landmark.
+    the place of the CLS. With `pooled_landmarks`, which are our own, the tokens' outputs pass another linear layer. The
+    chunk is cut into as many parts as it has landmarks, and the maximum of each channel over a part is added to its
+    landmark.
 
     Args:
         config: the config of the model that the encoder belongs to.
@@ -71,7 +72,8 @@ class ChunkEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_kv_heads, self.head_dim = config.memory_kv_heads, config.memory_head_dim
-        self.retrieval_dim, self.encoder_head_dim = config.retrieval_dim, config.head_dim
+        self.landmarks_per_chunk, self.retrieval_dim = config.landmarks_per_chunk, config.retrieval_dim
+        self.encoder_head_dim = config.head_dim
         self.rope_theta = config.rope_theta
         self.cls = None if config.has_landmark_tokens else nn.Parameter(torch.zeros(config.dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
@@ -82,7 +84,7 @@ class ChunkEncoder(nn.Module):
         self.landmark_proj = nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
         self.token_proj = (
             nn.Linear(config.dim, config.memory_kv_heads * config.retrieval_dim, bias=False)
-            if config.landmark_pooling
+            if config.pooled_landmarks
             else None
         )
         self.landmark_norm = RMSNorm(config.retrieval_dim, config.norm_eps) if config.retrieval_norm else nn.Identity()
@@ -99,14 +101,15 @@ class ChunkEncoder(nn.Module):
             x = layer(x, rope)
         x = self.norm(x)
         tokens = x[:, :num_tokens]
-        landmarks = self.landmark_proj(x[:, -1])
+        landmarks = self.landmark_proj(x[:, -1:])
         if self.token_proj is not None:
-            landmarks = landmarks + self.token_proj(tokens).amax(dim=1)
+            landmarks = landmarks + self.token_proj(tokens).unflatten(1, (self.landmarks_per_chunk, -1)).amax(dim=2)
         heads = (*shape, num_tokens, self.num_kv_heads, self.head_dim)
+        landmarks = landmarks.view(*shape, self.landmarks_per_chunk, self.num_kv_heads, self.retrieval_dim)
         return EncodedChunks(
             k=self.k_norm(self.k_proj(tokens).view(heads)),
             v=self.v_proj(tokens).view(heads),
-            landmarks=self.landmark_norm(landmarks.view(*shape, self.num_kv_heads, self.retrieval_dim)),
+            landmarks=self.landmark_norm(landmarks),
         )
 
 
@@ -148,7 +151,7 @@ class SequenceMemory:
     """The chunks of the sequences that are being trained on; gradients reach them.
 
     Args:
-        chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, H, Dr]`.
+        chunks: k, v `[B, N, C, H, D]` and landmarks `[B, N, R, H, Dr]`.
         in_batch: whether each sequence also sees the chunks of all others, as if they were text before it. A model that
             finds a chunk among B · N in training finds it in a longer text.
         owners: the parts of the chunks that processes hold, where k and v are those of the own part alone; each
@@ -211,7 +214,7 @@ class SequenceMemory:
         seen = (position + torch.arange(sources.shape[1], device=sources.device)) // self.chunk_size
         row, token = ((chunk >= 0) & (chunk < seen)).nonzero(as_tuple=True)
         with context:
-            scores = torch.einsum("phd,bnhd->phbn", query[row, token], landmarks)
+            scores = torch.einsum("phd,bnrhd->phbnr", query[row, token], landmarks).amax(-1)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         own = torch.arange(rows, device=row.device) == row[:, None]
         coming = torch.arange(num_chunks, device=row.device) >= seen[token, None]

@@ -27,7 +27,7 @@ from hsa_compile.model.memory.landmarks import LandmarkStore
 from hsa_compile.model.memory.pages import PagePool, mapped_tensor
 from hsa_compile.model.memory.shape import PageTable
 
-FORMAT, VERSION = "hsa-compile chunk memory", 1
+FORMAT, VERSION = "hsa-compile chunk memory", 2
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2**27
 _OURS = re.compile(r"manifest\.json(\.new)?|(\.writing|chunks)-\w+")
@@ -37,7 +37,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A file with k `[n, H, C, D]`, v `[n, H, C, Dv]` and landmarks `[n, H, Dr]` of chunks that follow one another."""
+    """A file with k `[n, H, C, D]`, v `[n, H, C, Dv]` and landmarks `[n, R, H, Dr]` of successive chunks."""
 
     name: str
     num_chunks: int
@@ -233,10 +233,10 @@ def restore(pages: PagePool, table: PageTable, landmarks: LandmarkStore, directo
     shape, first = pages.shape, 0
     for shard in saved.shards:
         n = shard.num_chunks
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "k": (shape.keys(n), shape.dtype),
             "v": (shape.values(n), shape.dtype),
-            "landmarks": ((n, shape.num_kv_heads, shape.retrieval_dim), shape.landmark_dtype),
+            "landmarks": (shape.landmarks(n), shape.landmark_dtype),
         }
         tensors, mapping = map_shard(directory / saved.data / shard.name, expected)
         k, v, near = (tensors[name] for name in ("k", "v", "landmarks"))

@@ -1,5 +1,6 @@
 """The landmarks of the whole past, in segments that never move, and the search for the best chunks among them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,8 +37,8 @@ class Run:
 class LandmarkStore:
     """The landmarks of a memory, by row and chunk.
 
-    All rows share segments `[B, n, H, Dr]`, so that rows of equal length take one call of a kernel. On a CPU the part
-    of a row that is not filled takes addresses but no RAM.
+    All rows share segments `[B, n, R, H, Dr]`, so that rows of equal length take one call of a kernel. On a CPU the
+    part of a row that is not filled takes addresses but no RAM.
 
     Args:
         shape: the shape of the memory.
@@ -46,7 +47,7 @@ class LandmarkStore:
 
     def __init__(self, shape: MemoryShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
-        self._segments: list[tuple[int, Tensor]] = []  # the first chunk, [B, n, H, Dr]
+        self._segments: list[tuple[int, Tensor]] = []  # the first chunk, [B, n, R, H, Dr]
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +55,7 @@ class LandmarkStore:
         return sum(data.nbytes for _, data in self._segments)
 
     def write(self, row: int, chunk: int, landmarks: Tensor) -> None:
-        """Puts `landmarks [n, H, Dr]` of any dtype at chunks `chunk …` of a row."""
+        """Puts `landmarks [n, R, H, Dr]` of any dtype at chunks `chunk …` of a row."""
         while self._capacity < chunk + len(landmarks):
             self._grow()
         for data, first, last in self._parts(chunk, chunk + len(landmarks)):
@@ -62,7 +63,7 @@ class LandmarkStore:
             landmarks = landmarks[last - first :]
 
     def read(self, row: int, first: int, last: int) -> Tensor:
-        """Returns landmarks `[last − first, H, Dr]` of a row."""
+        """Returns landmarks `[last − first, R, H, Dr]` of a row."""
         return torch.cat([data[row, begin:end] for data, begin, end in self._parts(first, last)])
 
     def take(self, rows: Sequence[int]) -> "LandmarkStore":
@@ -74,7 +75,7 @@ class LandmarkStore:
     def select(
         self, query: Tensor, positions: list[int], counts: list[int], *, chunk_size: int, top_k: int, fusion: str
     ) -> tuple[Tensor, Tensor]:
-        """Returns what `select_chunks` finds among the first `counts` landmarks of each row.
+        """Returns what `select_chunks` finds among the first `counts` chunks of each row.
 
         Args:
             query: `[B, T, H, Dr]`, in the dtype of the landmarks.
@@ -161,11 +162,11 @@ class LandmarkStore:
     def _grow(self) -> None:
         """Adds as many landmarks again as there are, within bounds."""
         shape = self.shape
-        chunk_bytes = shape.batch * shape.num_kv_heads * shape.retrieval_dim * shape.landmark_dtype.itemsize
+        chunk_bytes = shape.batch * math.prod(shape.landmarks(1)) * shape.landmark_dtype.itemsize
         size = max(1, min(SEGMENT_BYTES // chunk_bytes, max(FIRST_SEGMENT_CHUNKS, self._capacity)))
         # Zeros are needed, since kernels may compute a score before they mask it; a CPU's system gives RAM as they are
         # used.
-        whole = (shape.batch, size, shape.num_kv_heads, shape.retrieval_dim)
+        whole = (shape.batch, *shape.landmarks(size))
         self._segments.append((self._capacity, torch.zeros(whole, dtype=shape.landmark_dtype, device=self.device)))
 
     def _parts(self, first: int, last: int) -> Iterator[tuple[Tensor, int, int]]:
@@ -208,21 +209,22 @@ def _joined(found: list[tuple[Tensor, Tensor]], query: Tensor, top_k: int) -> tu
 
 def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k: int) -> Tensor:
     """Computes the indices of `select_chunks` for few tokens on a CPU, one pass over the landmarks for each token."""
-    B, T, H, dim = query.shape
+    (B, T, H, dim), R = query.shape, landmarks.shape[2]
     query = query if query.dtype == torch.float64 else query.float()
     picks = torch.full((B, T, H, top_k), -1, dtype=torch.int32)
     n = min(landmarks.shape[1], (offset + T - 1) // chunk_size)
-    rows = max(1, SCAN_ELEMENTS // (B * H * dim))
-    # All tiles share one buffer: memory of its own for each would cost more than the arithmetic.
-    products, all_scores = query.new_empty(B, min(rows, n), H, dim), query.new_empty(B, n, H)
+    rows = max(1, SCAN_ELEMENTS // (B * R * H * dim))
+    # All tiles share buffers: memory of its own for each would cost more than the arithmetic.
+    products, all_scores = query.new_empty(B, min(rows, n), R, H, dim), query.new_empty(B, n, H)
+    sums = products.new_empty(products.shape[:-1])
     for t in range(T):
         scores = all_scores[:, : (offset + t) // chunk_size]
         for begin in range(0, scores.shape[1], rows):
             part, out = landmarks[:, begin : begin + rows], scores[:, begin : begin + rows]
             # Multiply and add up row by row: a matrix product may round equal rows differently by their place.
             part = part[:, : out.shape[1]]
-            product = torch.mul(part, query[:, t, None], out=products[:, : out.shape[1]])
-            torch.sum(product, dim=-1, out=out)
+            product = torch.mul(part, query[:, t, None, None], out=products[:, : out.shape[1]])
+            torch.amax(torch.sum(product, dim=-1, out=sums[:, : out.shape[1]]), dim=2, out=out)
         columns = stable_topk(scores.transpose(1, 2).flatten(0, 1), min(top_k, scores.shape[1]))
         best = columns.view(B, H, columns.shape[1])
         picks[:, t, :, : best.shape[2]] = best.flip(-1)
@@ -231,14 +233,14 @@ def _scan(query: Tensor, landmarks: Tensor, offset: int, chunk_size: int, top_k:
 
 def _scores(query: Tensor, landmarks: Tensor, picks: Tensor) -> Tensor:
     """Returns float64 scores `[b, T, H, K]` of landmarks that were picked, −∞ for empty slots."""
-    B, _, H, K = picks.shape
+    (B, _, H, K), R = picks.shape, landmarks.shape[2]
     b = torch.arange(B, device=query.device).view(-1, 1, 1, 1)
     h = torch.arange(H, device=query.device).view(-1, 1)
-    tokens = max(1, GATHER_ELEMENTS // max(1, B * H * K * query.shape[3]))
+    tokens = max(1, GATHER_ELEMENTS // max(1, B * H * K * R * query.shape[3]))
     scores = []
     for q, index in zip(query.split(tokens, dim=1), picks.split(tokens, dim=1), strict=True):
-        picked = landmarks[b, index.clamp(min=0), h].double()  # [b, t, H, K, Dr]
-        scores.append((picked * q.unsqueeze(3).double()).sum(-1) * query.shape[3] ** -0.5)
+        picked = landmarks[b, index.clamp(min=0), :, h].double()  # [b, t, H, K, R, Dr]
+        scores.append((picked * q[:, :, :, None, None].double()).sum(-1).amax(-1) * query.shape[3] ** -0.5)
     return torch.cat(scores, dim=1).masked_fill(picks < 0, float("-inf"))
 
 

@@ -32,6 +32,7 @@ class ChunkMemory:
         head_dim, value_dim: `D` and `Dv`, which is `D` if None.
         chunk_size: `C`.
         retrieval_dim: `Dr` of each retrieval head.
+        landmarks_per_chunk: `R`; a chunk's score is the largest of those of its landmarks.
         dtype: the dtype in which keys and values are kept: float32, bfloat16 or float16; float64 on a CPU.
         landmark_dtype: the dtype of landmarks; `dtype` if None.
         device: where landmarks, queries and results are.
@@ -52,6 +53,7 @@ class ChunkMemory:
         value_dim: int | None = None,
         chunk_size: int,
         retrieval_dim: int,
+        landmarks_per_chunk: int = 1,
         dtype: torch.dtype = torch.float32,
         landmark_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -68,6 +70,7 @@ class ChunkMemory:
             value_dim=head_dim if value_dim is None else value_dim,
             chunk_size=chunk_size,
             retrieval_dim=retrieval_dim,
+            landmarks_per_chunk=landmarks_per_chunk,
             dtype=dtype,
             landmark_dtype=landmark_dtype or dtype,
         )
@@ -97,7 +100,7 @@ class ChunkMemory:
         Args:
             k: `[B, n, C, H, D]`, of any float dtype.
             v: `[B, n, C, H, Dv]`.
-            landmarks: `[B, n, H, Dr]`.
+            landmarks: `[B, n, R, H, Dr]`.
             counts: how many of the n chunks each row takes, from the first on; all if None.
 
         Raises:
@@ -126,7 +129,7 @@ class ChunkMemory:
             first_chunk: the first chunk that is replaced.
             k: `[n, C, H, D]`, of any float dtype.
             v: `[n, C, H, Dv]`.
-            landmarks: `[n, H, Dr]`.
+            landmarks: `[n, R, H, Dr]`.
 
         Raises:
             InvalidArgument: a shape, the row or a chunk is not allowed.
@@ -151,7 +154,7 @@ class ChunkMemory:
         """Returns chunks `first_chunk … last_chunk − 1` of a row, as `overwrite` takes them.
 
         Returns:
-            k `[n, C, H, D]`, v `[n, C, H, Dv]`, landmarks `[n, H, Dr]`, in the dtypes in which they are kept.
+            k `[n, C, H, D]`, v `[n, C, H, Dv]`, landmarks `[n, R, H, Dr]`, in the dtypes in which they are kept.
 
         Raises:
             InvalidArgument: the row or a chunk is not there.

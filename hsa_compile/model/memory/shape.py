@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count, one_line, shown
+from hsa_compile.checks import check_choice, check_count, one_line, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention.dispatch import DTYPE_NAMES
-from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM
+from hsa_compile.problem import DTYPES, LANDMARKS_PER_CHUNK, MAX_CHUNK_SIZE, MAX_HEAD_DIM, MAX_RETRIEVAL_DIM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class MemoryShape:
         head_dim, value_dim: `D`, `Dv`.
         chunk_size: `C`.
         retrieval_dim: `Dr`, the size of each of the `H` retrieval heads.
+        landmarks_per_chunk: `R`.
         dtype, landmark_dtype: the dtype of keys and values, and that of landmarks.
     """
 
@@ -32,6 +33,7 @@ class MemoryShape:
     value_dim: int
     chunk_size: int
     retrieval_dim: int
+    landmarks_per_chunk: int
     dtype: torch.dtype
     landmark_dtype: torch.dtype
 
@@ -45,6 +47,7 @@ class MemoryShape:
             ("retrieval_dim", MAX_RETRIEVAL_DIM),
         ):
             check_count(name, getattr(self, name), 1, high)
+        check_choice("landmarks_per_chunk", self.landmarks_per_chunk, LANDMARKS_PER_CHUNK)
         for name in ("dtype", "landmark_dtype"):
             if getattr(self, name) not in DTYPE_NAMES:
                 raise InvalidArgument(f"{name} = {shown(getattr(self, name))} is not one of {', '.join(DTYPES)}")
@@ -76,6 +79,10 @@ class MemoryShape:
         """Returns the shape of the values of so many pages."""
         return num_pages, self.num_kv_heads, self.chunk_size, self.value_dim
 
+    def landmarks(self, num_chunks: int) -> tuple[int, int, int, int]:
+        """Returns the shape of the landmarks of so many chunks."""
+        return num_chunks, self.landmarks_per_chunk, self.num_kv_heads, self.retrieval_dim
+
     @property
     def page_bytes(self) -> int:
         """How many bytes a page takes."""
@@ -87,14 +94,14 @@ class MemoryShape:
         Args:
             k: `[*lead, C, H, D]`.
             v: `[*lead, C, H, Dv]`.
-            landmarks: `[*lead, H, Dr]`.
+            landmarks: `[*lead, R, H, Dr]`.
             lead: `B, n` or `n`.
         """
         rows = (*lead, self.chunk_size, self.num_kv_heads)
         for name, x, expected in (
             ("k", k, (*rows, self.head_dim)),
             ("v", v, (*rows, self.value_dim)),
-            ("landmarks", landmarks, (*lead, self.num_kv_heads, self.retrieval_dim)),
+            ("landmarks", landmarks, (*lead[:-1], *self.landmarks(lead[-1]))),
         ):
             if tuple(x.shape) != expected or not x.is_floating_point():
                 raise InvalidArgument(f"{name} is {x.dtype} {list(x.shape)}; floats {list(expected)} are needed")

@@ -101,7 +101,7 @@ class SharedMemory:
         shape, n = self.own.shape, last_chunk - first_chunk
         k = torch.zeros(n, shape.chunk_size, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype)
         v = torch.zeros(n, shape.chunk_size, shape.num_kv_heads, shape.value_dim, dtype=shape.dtype)
-        landmarks = torch.zeros(n, shape.num_kv_heads, shape.retrieval_dim, dtype=shape.landmark_dtype)
+        landmarks = torch.zeros(shape.landmarks(n), dtype=shape.landmark_dtype)
         whole = tuple(x.to(self.own.device) for x in (k, v, landmarks))
         for run, place in self._runs_within(row, first_chunk, last_chunk):
             for x, part in zip(whole, self.own.read(row, run.first, run.first + run.count), strict=True):

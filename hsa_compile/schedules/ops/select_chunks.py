@@ -38,8 +38,9 @@ def _why_not(problem: Problem, schedule: Schedule, target: Target) -> str | None
             return f"block_tokens = {tokens} gathers {tokens * kept} landmarks, at most {_MAX_GATHERED_ROWS}"
         return None
     landmarks = schedule.number("block_n")
-    if schedule["selection"] == "merge" and landmarks < kept:
-        return f"block_n = {landmarks} is less than the {kept} slots that a merge compares it with"
+    chunks = landmarks // problem.landmarks_per_chunk
+    if schedule["selection"] == "merge" and chunks < max(4, kept):
+        return f"block_n = {landmarks} holds {chunks} chunks, fewer than the slots that a merge compares them with"
     if tokens > 16 and tokens * kept > _MAX_KEPT:
         return f"block_tokens = {tokens} keeps {tokens * kept} picks in registers, at most {_MAX_KEPT}"
     if tokens * landmarks > _MAX_SCORES:
@@ -67,7 +68,7 @@ def _triton_forward(problem: Problem, target: Target) -> list[Schedule]:
         "num_stages": 1 if one_stage else 2,
     }
     programs = problem.batch * problem.num_kv_heads * -(-problem.seq_len // block_tokens)
-    tiles = -(-problem.num_chunks // block_n)
+    tiles = -(-problem.num_landmarks // block_n)
     splits = min(tiles, _FEW_PROGRAMS * target.num_cores // programs, 64)
     stream = Schedule.of("stream", **knobs)
     if splits < 2:
@@ -86,13 +87,13 @@ def _work(problem: Problem, schedule: Schedule) -> Work:
     """Counts the scores of all visible landmarks, read once a block of tokens; backward, K landmarks a token."""
     tokens = problem.batch * problem.seq_len * problem.num_kv_heads
     row = problem.head_dim * problem.itemsize
-    landmarks = problem.batch * problem.num_kv_heads * problem.num_chunks
+    landmarks = problem.batch * problem.num_kv_heads * problem.num_landmarks
     results = tokens * problem.top_k * 8
     if problem.op == "select_chunks_backward":
         flops = 6.0 * tokens * problem.top_k * problem.head_dim  # the score again, and both gradients
         memory = 2 * (tokens + landmarks) * row + results
         return Work(flops=flops, memory_bytes=memory, cache_bytes=memory + 2 * tokens * problem.top_k * row)
-    visible = max(0.5, 1 - problem.seq_len / (2 * problem.kv_len)) * problem.num_chunks
+    visible = max(0.5, 1 - problem.seq_len / (2 * problem.kv_len)) * problem.num_landmarks
     block = schedule.number("block_tokens") if "block_tokens" in schedule else 1
     memory = (tokens + landmarks) * row + results
     return Work(
