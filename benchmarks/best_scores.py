@@ -4,7 +4,7 @@
 
 A model may read a needle among the best 24 of 200 chunks; among 32,768 its chunk has to be the best. The rows are those
 of 20 steps of the last stage of the recipe of `tiny`, drawn with a seed that no run has. The share is printed for all
-bytes of answers, and for the first byte of a name's only value by how many names stand in the chunk: its landmark has
+bytes of answers, and for the first byte of a name's only value by how many names stand in the chunk: its landmarks have
 to tell of all of them.
 """
 

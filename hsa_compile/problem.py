@@ -1,8 +1,8 @@
 """A problem: what a kernel is asked to compute, which is one op on one shape and dtype.
 
 Letters used all over the project: `B` batch, `T` query length, `S` key length, `HQ` query heads, `H` key/value
-heads, `G = HQ // H` group size, `D` head dim, `Dv` value dim, `C` chunk size, `N = S // C` chunks, `K` selected
-chunks, `E` experts, `V` vocabulary.
+heads, `G = HQ // H` group size, `D` head dim, `Dv` value dim, `C` chunk size, `N = S // C` chunks, `R` landmarks of
+a chunk, `K` selected chunks, `E` experts, `V` vocabulary.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -83,7 +83,7 @@ def ratio(problem: Problem, text: str, monkeypatch: pytest.MonkeyPatch, indices:
     assert space.why_invalid(schedule) is None
     inputs = inputs_of(problem, torch.device("cpu"))
     if indices is not None:
-        inputs = replace(inputs, chunk_indices=indices)
+        inputs = replace(inputs, **{"landmark_indices" if problem.selects else "chunk_indices": indices})
     entry = compile_kernel(emit(problem, schedule, TARGET)).entry
     with counting(monkeypatch) as counted:
         entry(*inputs.arguments(problem.op), **inputs.options(problem.op))
@@ -174,6 +174,10 @@ SELECT = Problem(
         ({}, "stream block_tokens=16 block_n=16 selection=insert num_warps=4 num_stages=2"),
         ({"head_dim": 200}, "stream block_tokens=16 block_n=32 selection=merge num_warps=4 num_stages=2"),
         ({}, "split block_tokens=16 block_n=16 selection=insert num_warps=4 num_stages=2 num_splits=4"),
+        (
+            {"landmarks_per_chunk": 4, "seq_len": 186, "kv_len": 186},
+            "stream block_tokens=16 block_n=32 selection=insert num_warps=4 num_stages=2",
+        ),
         ({"op": "select_chunks_backward"}, "token block_tokens=4 num_warps=4"),
         ({"op": "select_chunks_backward"}, "chunk block_tokens=4 num_warps=4 chunk_t=8 chunk_warps=4"),
     ],

@@ -46,7 +46,9 @@ class SelectInputs:
 
     def call(self, problem: Problem) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Returns the positional and keyword arguments of `select_chunks`."""
-        landmarks = self.landmarks.unflatten(1, (problem.num_chunks, self.landmarks_per_chunk))
+        landmarks = self.landmarks
+        if self.landmarks_per_chunk > 1:
+            landmarks = landmarks.unflatten(1, (problem.num_chunks, self.landmarks_per_chunk))
         return (self.query, landmarks), {"chunk_size": problem.chunk_size, "top_k": self.top_k}
 
     def filled(self) -> float:
