@@ -41,7 +41,7 @@ def select_chunks_reference(
     (batch, seq_len, num_heads, _), num_chunks = query.shape, landmarks.shape[1]
     positions = torch.arange(seq_len, device=query.device) + offset
     chunks = torch.arange(num_chunks, device=query.device)
-    scores = _scores(query.detach(), several(landmarks).detach())  # [B, T, H, N]
+    scores = _scores(query.detach(), _several(landmarks).detach())  # [B, T, H, N]
     if noise_seed is not None:
         keys = noise_keys(noise_seed, batch, num_heads, positions)
         scores = scores + gumbel(keys.unsqueeze(-1), chunks)
@@ -68,7 +68,7 @@ def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Te
         return query.new_zeros(chunk_indices.shape) + 0 * (query.sum() + landmarks.sum())
     b = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1)
     h = torch.arange(query.shape[2], device=query.device).view(1, 1, -1, 1)
-    picked = several(landmarks).transpose(2, 3)[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, R, Dr]
+    picked = _several(landmarks).transpose(2, 3)[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, R, Dr]
     scores = torch.einsum("bthd,bthkrd->bthkr", query, picked).max(-1).values * query.shape[-1] ** -0.5
     if fusion == "softmax":
         # A row without picks gets a finite score, and then a weight of zero: no NaN on the way back.
@@ -83,6 +83,6 @@ def _scores(query: Tensor, landmarks: Tensor) -> Tensor:
     return torch.einsum("bthd,bnrhd->bthnr", query, landmarks).amax(-1) * query.shape[-1] ** -0.5
 
 
-def several(landmarks: Tensor) -> Tensor:
+def _several(landmarks: Tensor) -> Tensor:
     """Returns landmarks `[B, N, H, Dr]` as one for each chunk, `[B, N, 1, H, Dr]`, and several as they are."""
     return landmarks if landmarks.dim() == 5 else landmarks.unsqueeze(2)
