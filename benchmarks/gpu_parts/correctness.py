@@ -148,7 +148,7 @@ def _listed(target: Target, draw: random.Random) -> Iterator[Case]:
     problems = [_small(op, dtype, group) for op in ALL_OPS for dtype in DTYPES for group in GROUPS]
     for op in ALL_OPS:
         changes = [{name: True} for name in _OPTIONS[op]]
-        changes += [{"fusion": "stick_breaking"}] if op in SELECT_OPS else []
+        changes += [{"fusion": "stick_breaking"}, {"landmarks_per_chunk": 8}] if op in SELECT_OPS else []
         problems += [replace(_small(op, "bfloat16", group), **change) for change in changes for group in GROUPS[:2]]
     for problem in problems:
         for dataflow in SearchSpace.of(problem, target).choices:
@@ -177,6 +177,7 @@ def _drawn(target: Target, draw: random.Random) -> Case | None:
         value_dim=draw.choice((head_dim, 64)) if attends else head_dim,
         chunk_size=chunk_size,
         top_k=draw.choice((1, 3, 8, 16)),
+        landmarks_per_chunk=draw.choice((1, 1, 2, 16)) if not attends else 1,
         dtype=draw.choice(("bfloat16", "bfloat16", "float16", "float32")),
         fusion=draw.choice(("softmax", "stick_breaking")) if not attends else "softmax",
         **options,
