@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count
+from hsa_compile.checks import check_choice, check_count
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gradient import register_gradient, register_no_gradient
 from hsa_compile.kernels.gumbel import noise_keys
 from hsa_compile.kernels.hsa_attention.dispatch import DEVICE_TYPES, DTYPE_NAMES, check_grad
 from hsa_compile.kernels.resolve import remembered
-from hsa_compile.problem import DTYPES, MAX_RETRIEVAL_DIM, Problem
+from hsa_compile.problem import DTYPES, LANDMARKS_PER_CHUNK, MAX_RETRIEVAL_DIM, Problem
 from hsa_compile.target import Target
 
 MAX_OFFSET = 2**40
@@ -105,6 +105,9 @@ def _problem(
     """Returns the problem that the tensors of a call stand for; raises InvalidArgument if they do not fit."""
     query, landmarks = tensors[:2]
     check_arguments(query, landmarks)
+    check_choice("landmarks_per_chunk", landmarks_per_chunk, LANDMARKS_PER_CHUNK)
+    if landmarks.shape[1] % landmarks_per_chunk:
+        raise InvalidArgument(f"{landmarks.shape[1]} landmarks; a multiple of {landmarks_per_chunk} is needed")
     if op == "select_chunks_backward":
         slots = (*query.shape[:3], top_k)
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
