@@ -54,6 +54,8 @@ def test_a_files_stages_replace_those_of_the_recipe(tmp_path: Path) -> None:
         ("train.steps=1.5", "train.steps = 1.5 must be an integer"),
         ("train.decay=exponential", "train.decay = 'exponential' is not one of constant, linear, cosine"),
         ("train.speed=1", "train has no field 'speed'; allowed are steps, seed"),
+        ("model.pooled_landmarks=3", "pooled_landmarks = 3 is not one of 0, 1, 2, 4, 8, 16"),
+        ("model.chunk_size=20", "pooled_landmarks = 8 must divide chunk_size = 20"),
         ("model.top_k=0", "top_k = 0 must be an integer in 1 … 128"),
         ("model.depth=3", "model has no field 'depth'"),
         ("stages.0.seq_len=1", "stages.0.seq_len = 1 must be an integer in 2 …"),
