@@ -1,76 +1,67 @@
-"""How often the chunk that an answer is copied from has the best score of all chunks of a training step's rows.
+"""How often the chunk that a byte of an answer is copied from has the best score of all, in a text of needles.
 
-    python benchmarks/best_scores.py [MODEL ...]
+    python benchmarks/best_scores.py [MODEL ...] [--tokens 1048576]
 
-A model may read a needle among the best 24 of 200 chunks; among 32,768 its chunk has to be the best. The rows are those
-of 20 steps of the last stage of the recipe of `tiny`, drawn with a seed that no run has. The share is printed for all
-bytes of answers, and for the first byte of a name's only value by how many names stand in the chunk: its landmarks have
-to tell of all of them.
+Every byte of an answer is read from the chunks of the best scores, and the best one counts most. So what `eval` finds
+among needles is about the product of these shares over an answer's four bytes. The names that are asked for differ from
+all others of the text, which has seven eighths of all names there are, each several times if the text is long.
 """
 
-import re
-from collections import Counter
+import random
 from pathlib import Path
 
 import click
 import torch
 
-from hsa_compile.model.layers.hs_attention import Selection
+from hsa_compile.model.inference.inference import extend, new_state, prefill
+from hsa_compile.model.inference.snapshot import rewind, snapshot
+from hsa_compile.model.layers.hs_attention import Retrieval, Selection
 from hsa_compile.model.pretrained import from_pretrained
-from hsa_compile.model.training.config_file import resolve
-from hsa_compile.model.training.feed import StepBatch, make_batch, mixtures, open_corpus, plan_step
-from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.model.tasks.facts import NAME_BYTES, NEEDLE_BYTES, draw_keys
+from hsa_compile.model.tasks.haystack import NeedleHaystack, grid_of
 from hsa_compile.paths import CHECKPOINT_DIR
 
-STEPS, SEED = 20, 12345
-_NAME = re.compile(rb"[a-z]{3}=")
-ALL = -1
+SEED = 5
+VALUE_BYTES = 4
 
 
 @click.command()
 @click.argument("models", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(models: tuple[Path, ...]) -> None:
+@click.option("--tokens", default=2**20, show_default=True, help="The length of the text.")
+@click.option("--samples", default=240, show_default=True, help="How many names are asked for.")
+@torch.no_grad()
+def main(models: tuple[Path, ...], tokens: int, samples: int) -> None:
     """Each MODEL is a directory that `train` wrote; without any, the shipped `tiny` is asked."""
-    recipe = resolve(preset_name="tiny")
-    by_stage = mixtures(recipe, open_corpus(recipe))
-    plans = [plan_step(recipe, recipe.train.steps - 1 - number) for number in range(STEPS)]
-    batches = [make_batch(by_stage[plan.stage], plan, seed=SEED) for plan in plans]
+    rng = random.Random(SEED)
+    text = NeedleHaystack().fill(tokens, rng)
+    names = draw_keys(rng, samples, text)
+    values = [b"%04d" % rng.randrange(10**VALUE_BYTES) for _ in names]
+    starts = rng.sample(grid_of(NeedleHaystack(), text)[:-1], samples)
+    for start, name, value in zip(starts, names, values, strict=True):
+        text[start : start + NEEDLE_BYTES] = b" %b=%b." % (name, value)
+    chosen: list[Selection] = []
     for path in models or (CHECKPOINT_DIR / "tiny",):
         model = from_pretrained(path)
-        best, asked = Counter[int](), Counter[int]()
-        for batch in batches:
-            _count(model, batch, best, asked)
-        for names in sorted(asked):
-            what = "all bytes" if names == ALL else f"first bytes, {names} names in the chunk"
-            print(f"{path}, {what}: {best[names]:,} of {asked[names]:,} ({best[names] / asked[names]:.1%})")
+        (retrieval,) = (module for module in model.modules() if isinstance(module, Retrieval))
+        retrieval.register_forward_hook(lambda _module, _inputs, selection: chosen.append(selection))
+        state = new_state(model)
+        prefill(model, _tokens(text), state)
+        end = snapshot(state)
+        best = torch.zeros(VALUE_BYTES)
+        for start, name, value in zip(starts, names, values, strict=True):
+            rewind(state, end)
+            chosen.clear()
+            extend(model, _tokens(b" ?%b=%b" % (name, value)), state)
+            (selection,) = chosen
+            picked = selection.indices.gather(-1, selection.weights.argmax(-1, keepdim=True))[0, -VALUE_BYTES - 1 : -1]
+            places = start + 1 + NAME_BYTES + torch.arange(VALUE_BYTES)
+            best += picked[:, 0, 0] == places // model.config.chunk_size
+        shares = ", ".join(f"{share:.1%}" for share in best / samples)
+        print(f"{path}: {shares} of the first to the fourth byte; their product is {(best / samples).prod():.1%}")
 
 
-def _count(model: HSATransformer, batch: StepBatch, best: Counter[int], asked: Counter[int]) -> None:
-    """Counts the bytes of answers, and those whose chunk has the best score, by the names in that chunk."""
-    assert batch.sources is not None
-    chosen: list[Selection] = []
-    with torch.no_grad():
-        model.hidden(batch.tokens[:, :-1], in_batch_memory=True, selections=chosen)
-    (rows, length), chunk_size = batch.tokens[:, :-1].shape, model.config.chunk_size
-    chunks = batch.sources[:, 1:] // chunk_size
-    told = (chunks >= 0) & (chunks < torch.arange(length) // chunk_size)
-    is_first = batch.tokens[:, :-1] == ord("=")
-    right = (rows - 1) * (length // chunk_size) + chunks  # the chunks of the other rows come first
-    texts = [bytes(row.tolist()) for row in batch.tokens]
-    for selection in chosen:
-        best_slot = selection.weights.argmax(-1, keepdim=True)
-        picked = selection.indices.gather(-1, best_slot)[..., 0]  # [B, T, H]
-        hits = (picked == right[..., None])[told].flatten().tolist()
-        best[ALL] += sum(hits)
-        asked[ALL] += len(hits)
-        places = [place for place in told.nonzero().tolist() for _ in range(picked.shape[2])]
-        for (row, token), is_best in zip(places, hits, strict=True):
-            name = texts[row][token - 3 : token + 1]
-            if is_first[row, token] and texts[row].count(b" " + name) == 1:
-                start = int(chunks[row, token]) * chunk_size
-                names = len(_NAME.findall(texts[row], start, start + chunk_size))
-                best[names] += is_best
-                asked[names] += 1
+def _tokens(text: bytes | bytearray) -> torch.Tensor:
+    return torch.tensor([list(text)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ NUM_KEYS = len(LETTERS) ** 3
 NUM_VALUES = 10_000
 MAX_NEEDLES = 1_000  # out of 17,576 keys, so that enough are left where a text holds many
 WORD_BYTES = 5
+NUM_SAME = 4
 _TRIES = 20_000
+_LEAST_LETTERS = 6
 _BLOCK = 2**20
 
 # All are equally long, so that samples of a task are.
@@ -125,8 +127,14 @@ def _stands_in(text: Text, word: bytes) -> bool:
     return False
 
 
-def draw_keys(rng: random.Random, count: int, text: Text) -> list[bytes]:
+def draw_keys(rng: random.Random, count: int, text: Text, letters: bytes = LETTERS) -> list[bytes]:
     """Draws different keys, none of which the text assigns a value to already.
+
+    Args:
+        rng: draws them.
+        count: how many to draw.
+        text: the haystack.
+        letters: what they are made of, each letter once.
 
     Raises:
         InvalidArgument: the text leaves too few keys.
@@ -136,11 +144,12 @@ def draw_keys(rng: random.Random, count: int, text: Text) -> list[bytes]:
     is_free = b"=" not in text
     keys: list[bytes] = []
     shuffled: dict[int, int] = {}  # all numbers in random order, drawn one at a time
-    for place in range(NUM_KEYS):
-        other = rng.randrange(place, NUM_KEYS)
+    num_keys = len(letters) ** 3
+    for place in range(num_keys):
+        other = rng.randrange(place, num_keys)
         number = shuffled.get(other, other)
         shuffled[other] = shuffled.get(place, place)
-        key = key_of(number)
+        key = _key_of(number, letters)
         if is_free or key + b"=" not in text:
             keys.append(key)
             if len(keys) == count:
@@ -148,25 +157,19 @@ def draw_keys(rng: random.Random, count: int, text: Text) -> list[bytes]:
     raise InvalidArgument(f"the haystack assigns to too many names to hide {count} needles in it")
 
 
-def key_of(number: int) -> bytes:
-    """Returns one of `NUM_KEYS` keys."""
-    return bytes((LETTERS[number // 676], LETTERS[number // 26 % 26], LETTERS[number % 26]))
+def few_letters(rng: random.Random, length: int) -> bytes:
+    """Draws so few letters that nothing but needles on `length` bytes would take two fifths of the keys made of them.
 
-
-def draw_similar_keys(rng: random.Random, count: int, text: Text) -> list[bytes]:
-    """Draws keys as `draw_keys` does, but about half of them differ from an earlier one in a single letter.
-
-    Raises:
-        InvalidArgument: the text leaves too few keys.
+    Then most keys have others that differ in a single letter, or have the same letters in another order, as any key has
+    among a million bytes of needles.
     """
-    keys = draw_keys(rng, count, text)
-    used = set(keys)
-    for index in range(1, count):
-        similar = _with_another_letter(rng, keys[rng.randrange(index)])
-        if rng.random() < 0.5 and similar not in used and similar + b"=" not in text:
-            keys[index] = similar
-            used.add(similar)
-    return keys
+    enough = (number for number in range(_LEAST_LETTERS, len(LETTERS)) if 4 * number**3 >= length)
+    return bytes(rng.sample(LETTERS, next(enough, len(LETTERS))))
+
+
+def _key_of(number: int, letters: bytes) -> bytes:
+    base = len(letters)
+    return bytes((letters[number // base**2], letters[number // base % base], letters[number % base]))
 
 
 def _with_another_letter(rng: random.Random, key: bytes) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hsa_compile.model.tasks.facts import (
+    NUM_SAME,
     PLACES,
     Facts,
     Text,
@@ -79,7 +80,7 @@ TASKS: Mapping[str, Task] = {
         haystack=NEEDLES, public="RULER niah_multikey_3", chance=_FOUR_DIGITS,
     ),
     "mv-niah": Task(
-        make=partial(several_values, num_needles=4),
+        make=partial(several_values, num_needles=NUM_SAME),
         haystack=TEXT, public="RULER niah_multivalue", chance=24 * _FOUR_DIGITS**4, any_needle=24 / 4**4,
     ),
     "mq-niah": Task(

@@ -1,7 +1,7 @@
 """Training rows: plain text, and rows of several needles with several questions, whose answers carry the loss.
 
 One question a row teaches nothing in the time that several take, so a row has many: it is cut in episodes of random
-length, each with needles, then a distance, then questions. A name is assigned once in a row, and at no other place.
+length, each with needles, then a distance, then questions. A name belongs to one episode, and stands nowhere else.
 """
 
 import random
@@ -15,17 +15,20 @@ from hsa_compile.model.tasks.facts import (
     CHAIN_LENGTH,
     CHAIN_QUERY_BYTES,
     END,
+    LETTERS,
     NEEDLE_BYTES,
+    NUM_SAME,
     QUERY_BYTES,
     chain_facts,
     draw_keys,
-    draw_similar_keys,
+    few_letters,
     lookup_facts,
 )
 from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
-from hsa_compile.model.tasks.haystack import TEXT, Haystack, grid_of
+from hsa_compile.model.tasks.haystack import NEEDLES, TEXT, Haystack, grid_of
 from hsa_compile.model.tasks.retrieval import from_place, position, starts_in, write_sample
 
+SHARES = ("synthetic_share", "chain_share", "late_share", "similar_share", "value_share", "task_share")
 _LATE_BYTES = 32
 
 
@@ -41,8 +44,9 @@ class Mixture:
         chain_share: the share of episodes that track variables in chains instead of looking up needles, 0 to 1.
         late_share: the share of episodes whose first asked needle lies as late as `min_distance` allows, or a little
             earlier, 0 to 1. Otherwise a long row would have needles within a window of their question too seldom.
-        similar_share: the share of rows in which many names differ in a single letter, 0 to 1. Among a million bytes of
-            real text some names come close to any; among those of a training row hardly one does by chance.
+        similar_share: the share of rows whose names are made of few letters, 0 to 1. Among a million bytes of needles
+            many names come close to any, in all but a letter or the order of letters; in other rows hardly one does.
+        value_share: the share of episodes in which each name has `NUM_SAME` values, all of which are asked for, 0 to 1.
         task_share: the share of synthetic rows whose episodes are samples of `tasks` instead, 0 to 1.
         tasks: (name of one of `TASKS`, weight); those that are asked in real text take one of `haystacks`.
         num_needles: the fewest and the most that an episode has; fewer where they do not fit.
@@ -61,6 +65,7 @@ class Mixture:
     chain_share: float = 0.0
     late_share: float = 0.0
     similar_share: float = 0.0
+    value_share: float = 0.0
     task_share: float = 0.0
     tasks: tuple[tuple[str, float], ...] = ()
     num_needles: tuple[int, int] = (2, 6)
@@ -72,7 +77,7 @@ class Mixture:
     corpus_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("synthetic_share", "chain_share", "late_share", "similar_share", "task_share"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidArgument(f"{name} {getattr(self, name)}; allowed is 0 to 1")
         for name in ("num_needles", "num_queries"):
@@ -136,7 +141,10 @@ def training_sample(
         return _weighted(text, spans, mixture)
     episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
     has_similar = mixture.similar_share > 0 and rng.random() < mixture.similar_share
-    keys = (draw_similar_keys if has_similar else draw_keys)(rng, sum(size.num_needles for size in episodes), text)
+    letters = few_letters(rng, length) if has_similar else LETTERS
+    if has_similar and haystack.name == NEEDLES:
+        text = text.translate(bytes.maketrans(LETTERS, (letters * len(LETTERS))[: len(LETTERS)]))
+    keys = draw_keys(rng, sum(size.num_needles for size in episodes), text, letters)
     spans = []
     for (begin, end), size in zip(bounds, episodes, strict=True):
         own, keys = keys[: size.num_needles], keys[size.num_needles :]
@@ -158,7 +166,8 @@ class _Size:
 
     num_needles: int
     num_queries: int
-    has_chains: bool
+    has_chains: bool = False
+    has_values: bool = False
 
     @classmethod
     def draw(cls, mixture: Mixture, length: int, rng: random.Random) -> "_Size":
@@ -171,8 +180,11 @@ class _Size:
             queries = min(queries, chains, (room - chains * chain_bytes) // CHAIN_QUERY_BYTES)
             return cls(num_needles=chains * CHAIN_LENGTH, num_queries=queries, has_chains=True)
         needles = min(needles, (room - QUERY_BYTES) // NEEDLE_BYTES)
+        names = min(needles // NUM_SAME, queries // NUM_SAME, room // (NUM_SAME * (NEEDLE_BYTES + QUERY_BYTES)))
+        if mixture.value_share and rng.random() < mixture.value_share and names:
+            return cls(num_needles=names * NUM_SAME, num_queries=names * NUM_SAME, has_values=True)
         queries = min(queries, needles, (room - needles * NEEDLE_BYTES) // QUERY_BYTES)
-        return cls(num_needles=needles, num_queries=queries, has_chains=False)
+        return cls(num_needles=needles, num_queries=queries)
 
 
 def _late_start(num_needles: int, space: int, rng: random.Random) -> int | None:
@@ -213,6 +225,8 @@ def _write_episode(
     rng: random.Random,
 ) -> list[tuple[int, int]]:
     """Hides needles, writes the question at the end, and returns where its answers are."""
+    if size.has_values:
+        keys = [key for key in keys[::NUM_SAME] for _ in range(NUM_SAME)]
     facts = (chain_facts if size.has_chains else lookup_facts)(rng, keys, size.num_queries)
     asked_at = end - len(facts.question.text)
     space = asked_at - mixture.min_distance - 1 - begin

@@ -10,6 +10,7 @@ from hsa_compile.errors import InvalidArgument
 from hsa_compile.model.config import AUTO, CHUNK_EXCHANGES, ModelConfig
 from hsa_compile.model.tasks.family import TASKS
 from hsa_compile.model.tasks.haystack import NEEDLES, NOISE
+from hsa_compile.model.tasks.mixture import SHARES
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -176,8 +177,8 @@ class Stage:
         in_batch_memory: whether rows that a process takes together also see each other's chunks, as if they were
             earlier text, so that there are more chunks from which the right ones are to be told.
         synthetic_share: the share of rows that are retrieval samples; the others are plain text of the corpus.
-        chain_share, late_share, similar_share, task_share, num_needles, num_queries, min_episode: as in
-            `tasks.mixture.Mixture`.
+        chain_share, late_share, similar_share, value_share, task_share: as in `tasks.mixture.Mixture`.
+        num_needles, num_queries, min_episode: as there.
         tasks: the weight of each task of the evaluation in rows of `task_share`.
         min_distance: the least distance between needles and questions; None takes the window.
         haystacks: the weight of each haystack of retrieval samples: `noise`, `needles`, `corpus`, and `assignments`,
@@ -197,6 +198,7 @@ class Stage:
     chain_share: float = 0.0
     late_share: float = 0.0
     similar_share: float = 0.0
+    value_share: float = 0.0
     task_share: float = 0.0
     tasks: Mapping[str, float] = field(default_factory=dict)
     num_needles: tuple[int, int] = (2, 6)
@@ -214,7 +216,7 @@ class Stage:
                 check_count(f"stages.{name}", getattr(self, name), low, 2**30)
         if self.shortest > self.seq_len:
             raise InvalidArgument(f"stages.min_seq_len = {self.shortest} must be at most seq_len = {self.seq_len}")
-        for name in ("synthetic_share", "chain_share", "late_share", "similar_share", "task_share"):
+        for name in SHARES:
             check_number(f"stages.{name}", getattr(self, name), 0, 1)
         for name in ("num_needles", "num_queries"):
             object.__setattr__(self, name, pair(f"stages.{name}", getattr(self, name)))

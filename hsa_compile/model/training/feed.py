@@ -284,6 +284,7 @@ def _mixture(
         chain_share=stage.chain_share,
         late_share=stage.late_share,
         similar_share=stage.similar_share,
+        value_share=stage.value_share,
         task_share=stage.task_share,
         tasks=tuple(stage.tasks.items()),
         num_needles=stage.num_needles,

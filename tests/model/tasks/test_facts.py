@@ -1,7 +1,6 @@
 """Names, needles and questions before they are placed."""
 
 import random
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -15,23 +14,35 @@ from hsa_compile.model.tasks.facts import (
     chain_facts,
     copied_values,
     draw_keys,
-    draw_similar_keys,
+    few_letters,
     lookup_facts,
 )
 
-Draw = Callable[[random.Random, int, bytes], list[bytes]]
 LETTERS = range(97, 123)
 NAMES = [b"%c%c%c" % (a, b, c) for a in LETTERS for b in LETTERS for c in LETTERS]
 
 
-@pytest.mark.parametrize("draw", [draw_keys, draw_similar_keys])
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 20))
-def test_names_that_the_text_assigns_to_are_not_drawn(draw: Draw, seed: int, count: int) -> None:
+def test_names_that_the_text_assigns_to_are_not_drawn(seed: int, count: int) -> None:
     free = set(NAMES[::2])
     text = b", ".join(b"long_%b=1" % name for name in NAMES[1::2])
-    keys = draw(random.Random(seed), count, text)
+    keys = draw_keys(random.Random(seed), count, text)
     assert len(set(keys)) == count
     assert set(keys) <= free
+
+
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 10**5))
+def test_few_letters_leave_names_for_as_many_needles_as_fit(seed: int, length: int) -> None:
+    rng = random.Random(seed)
+    letters = few_letters(rng, length)
+    assert len(set(letters)) == len(letters) >= 6
+    assert len(letters) == 26 or 4 * len(letters) ** 3 >= length
+    assert len(letters) == 6 or 4 * (len(letters) - 1) ** 3 < length
+    count = min(length // (2 * NEEDLE_BYTES) + 1, 1000)
+    told, asked = (draw_keys(rng, count, b"", letters) for _ in range(2))
+    left = draw_keys(rng, count, b"".join(b" %b=1234." % name for name in told), letters)
+    assert not set(left) & set(told)
+    assert set(b"".join((*asked, *left))) <= set(letters)
 
 
 def test_a_thousand_needles_are_the_most() -> None:
