@@ -36,7 +36,7 @@ def main(models: tuple[Path, ...], tokens: int, samples: int) -> None:
     text = NeedleHaystack().fill(tokens, rng)
     names = draw_keys(rng, samples, text)
     values = [b"%04d" % rng.randrange(10**VALUE_BYTES) for _ in names]
-    starts = rng.sample(grid_of(NeedleHaystack(), text)[:-1], samples)
+    starts = rng.sample(grid_of(NeedleHaystack(), text)[:-1], samples)  # the text may end within the last needle
     for start, name, value in zip(starts, names, values, strict=True):
         text[start : start + NEEDLE_BYTES] = b" %b=%b." % (name, value)
     chosen: list[Selection] = []

@@ -28,6 +28,7 @@ from hsa_compile.model.tasks.family import TASKS, haystack_of, sizes
 from hsa_compile.model.tasks.haystack import NEEDLES, TEXT, Haystack, grid_of
 from hsa_compile.model.tasks.retrieval import from_place, position, starts_in, write_sample
 
+# The fields of a mixture, and of a stage of training, that are shares of 1.
 SHARES = ("synthetic_share", "chain_share", "late_share", "similar_share", "value_share", "task_share")
 _LATE_BYTES = 32
 
