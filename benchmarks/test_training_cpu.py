@@ -7,7 +7,8 @@ import torch
 
 from hsa_compile.model.presets import preset
 from hsa_compile.model.training.config_file import resolve
-from hsa_compile.model.training.step import LossModel, autocast, make_optimizer
+from hsa_compile.model.training.optimizer import make_optimizer
+from hsa_compile.model.training.step import LossModel, autocast
 from hsa_compile.model.transformer import HSATransformer
 
 TOKENS = 8192  # of a step, whatever the length of its rows

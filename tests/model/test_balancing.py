@@ -8,7 +8,7 @@ import torch
 
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config_file import resolve
-from hsa_compile.model.training.step import make_optimizer, update_routers
+from hsa_compile.model.training.optimizer import make_optimizer, update_routers
 from hsa_compile.model.transformer import HSATransformer
 
 

@@ -41,9 +41,9 @@ from hsa_compile.model.training.checkpoint import RunState, load_checkpoint, rea
 from hsa_compile.model.training.config import DataConfig, RunConfig, Stage, TrainConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.feed import lengths, plan_step
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.run import saved_config
-from hsa_compile.model.training.step import make_optimizer
 from hsa_compile.model.transformer import HSATransformer
 
 if sys.version_info >= (3, 11):

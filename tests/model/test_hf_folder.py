@@ -19,8 +19,9 @@ from hsa_compile.model.evaluation.subject import Subject
 from hsa_compile.model.pretrained import from_pretrained, read_tokenizer, save_pretrained
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
-from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
+from hsa_compile.model.training.step import LossModel, run_step
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 hf = pytest.importorskip("hsa_compile.model.hf")

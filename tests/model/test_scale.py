@@ -18,7 +18,7 @@ from hsa_compile.model.cost.traffic import Split, messages
 from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.training.config import TrainConfig
-from hsa_compile.model.training.step import make_optimizer
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.schedules.ops import count_work
 from hsa_compile.schedules.space import SearchSpace
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.kernels.chunk_gradients import add_chunk_gradients
 from hsa_compile.kernels.native import pointer, sizes
-from hsa_compile.kernels.worker_pool import run_on_workers
+from hsa_compile.kernels.worker_pool import add_chunk_gradients, run_on_workers
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 

@@ -25,8 +25,9 @@ from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.tensor_files import write_tensors
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
-from hsa_compile.model.training.step import LossModel, make_optimizer, run_step
+from hsa_compile.model.training.step import LossModel, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import quiet_profiler
 from hsa_compile.problem import PICKS_ENDING

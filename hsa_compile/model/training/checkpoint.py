@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 STATE_FILE, TENSORS_FILE, SHARDS = "state.json", "tensors.safetensors", "shards"
 _PREFIX = "step-"
 _NEW, _OLD = ".new", ".old"  # endings of hidden names, of what is being written and what is being removed
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAMW_MOMENTS, _MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 _FILES = "files"
 _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
 
@@ -240,15 +240,17 @@ def remove_leftovers(root: Path) -> None:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns weights, buffers and moments by name; they are the run's own tensors, which a load fills."""
     found = {f"model.{saved_name(name)}": tensor for name, tensor in model.state_dict().items()}
+    by_muon = {weight for group in optimizer.param_groups if "ns_steps" in group for weight in group["params"]}
     for name, weight in ((saved_name(name), weight) for name, weight in model.named_parameters()):
         state: dict[str, Any] = optimizer.state[weight]
+        moments = _MUON_MOMENTS if weight in by_muon else _ADAMW_MOMENTS
         if not state:  # the optimizer has made no step yet
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
-            for moment in _MOMENTS:
-                state[moment] = torch.zeros_like(weight)
-        for moment in _MOMENTS:
-            found[f"optimizer.{name}.{moment}"] = state[moment]
-        found[f"optimizer.{name}.step"] = state["step"].view(1)
+            state |= {moment: torch.zeros_like(weight) for moment in moments}
+            if weight not in by_muon:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
+        found |= {f"optimizer.{name}.{moment}": state[moment] for moment in moments}
+        if "step" in state:
+            found[f"optimizer.{name}.step"] = state["step"].view(1)
     return found
 
 

@@ -17,6 +17,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK = "corpus", "assignments"
 MADE_HAYSTACKS = (NOISE, NEEDLES)
 HAYSTACKS = (*MADE_HAYSTACKS, CORPUS_HAYSTACK, ASSIGNMENT_HAYSTACK)
+ADAMW, MUON = "adamw", "muon"
+OPTIMIZERS = (ADAMW, MUON)
 WINDOWS, DOCUMENTS = "windows", "documents"
 ORDERS = (WINDOWS, DOCUMENTS)
 MAX_ROWS = 2**20  # the most rows of a step
@@ -29,8 +31,10 @@ class TrainConfig:
     Attributes:
         steps: how many optimizer steps the whole run makes.
         seed: the seed of weights, data and selection noise.
-        lr: AdamW's learning rate, after warm-up and before decay.
-        beta1, beta2, eps, weight_decay: AdamW's other settings; vectors (norms, biases) do not decay.
+        optimizer: `adamw`; or `muon`, which moves the weights of linear layers by Muon, and all others by AdamW.
+        lr: the learning rate of both, after warm-up and before decay.
+        beta1, beta2, eps: AdamW's other settings.
+        weight_decay: how fast matrices decay, as a share of the learning rate; vectors (norms, biases) do not.
         warmup_steps: in how many steps the learning rate rises linearly from 0.
         decay: `constant`, or `linear` or `cosine` down to `final_lr` × lr over the last part of the run.
         decay_share: how long that part is, as a share of the steps.
@@ -67,6 +71,7 @@ class TrainConfig:
 
     steps: int
     seed: int = 0
+    optimizer: str = ADAMW
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -107,6 +112,7 @@ class TrainConfig:
         for name in ("context_parallel", "expert_parallel"):
             if self.compile and getattr(self, name) > 1:
                 raise InvalidArgument(f"train.{name} = {getattr(self, name)} does not go together with train.compile")
+        check_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.chunk_exchange", self.chunk_exchange, CHUNK_EXCHANGES)

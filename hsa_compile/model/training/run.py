@@ -51,9 +51,10 @@ from hsa_compile.model.training.feed import (
     stage_at,
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.pace import RECENT, OwnTime, straggler
 from hsa_compile.model.training.processes import Processes, shard, with_meshes
-from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, make_optimizer, run_step
+from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, run_step
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.problem import Problem
 

@@ -11,37 +11,16 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from hsa_compile.errors import TrainingError
 from hsa_compile.model.layers.basic import traced
 from hsa_compile.model.layers.hs_attention import Selection
-from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch
+from hsa_compile.model.training.optimizer import clip_gradients, update_routers
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.target import cpu_multiplies_bfloat16
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Makes AdamW (arXiv 1711.05101); matrices decay, norms and biases do not."""
-    parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": same, "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for is_matrix in (True, False)
-        for same in _by_mesh([weight for weight in parameters if (weight.dim() >= 2) == is_matrix])
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-def _by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Groups weights by the processes that they are spread over; one kernel cannot update weights of several groups."""
-    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for weight in weights:
-        groups.setdefault(weight.device_mesh if isinstance(weight, DTensor) else None, []).append(weight)
-    return list(groups.values())
 
 
 def weighted_cross_entropy(
@@ -373,28 +352,3 @@ def _add_gradients(
         sums[2] += losses[(part > 0) & is_answer].double().sum()
         sums[3] += loss.detach() - (losses * part).sum()
     return sums
-
-
-def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float | None:
-    """Moves the balancing biases; returns the largest load over the mean, of the worst layer on this process."""
-    loads = []
-    for module in modules:
-        if isinstance(module, MoE):
-            loads.append(module.max_over_mean_load)
-            module.update_bias(config.bias_update_rate)
-    return max(loads, default=None)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, processes: Processes) -> float:
-    """Scales all gradients so that the norm of all together is at most `largest`; returns the norm before that.
-
-    Each process has a part of each gradient, and no part is with two, however the weights are spread.
-    """
-    groups = _by_mesh([weight for weight in parameters if weight.grad is not None])
-    grads = [weight.grad for group in groups for weight in group if weight.grad is not None]
-    norm = nn.utils.get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads])
-    if processes.world_size > 1:
-        norm = processes.sum(norm.square()).sqrt()
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, largest, norm)
-    return float(norm)

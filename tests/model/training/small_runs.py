@@ -9,8 +9,9 @@ from small_models import SMALL
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
 from hsa_compile.model.training.feed import apply_stage, keep_own, make_batch, mixtures, plan_step
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes, shard, with_meshes
-from hsa_compile.model.training.step import LossModel, StepResult, make_optimizer, run_step
+from hsa_compile.model.training.step import LossModel, StepResult, run_step
 from hsa_compile.model.transformer import HSATransformer
 
 SECTIONS: dict[str, Any] = {

@@ -15,9 +15,10 @@ from small_runs import small_run, write_toml
 
 from hsa_compile.errors import SaveError, TrainingError
 from hsa_compile.model.training.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes, saying_who_is_gone, shard
 from hsa_compile.model.training.run import CHECKPOINTS
-from hsa_compile.model.training.step import LossModel, make_optimizer
+from hsa_compile.model.training.step import LossModel
 from hsa_compile.model.transformer import HSATransformer
 
 pytestmark = pytest.mark.exhaustive

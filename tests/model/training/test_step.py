@@ -11,6 +11,7 @@ from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.training import step as step_module
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
+from hsa_compile.model.training.optimizer import make_optimizer
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.step import (
     LossModel,
@@ -18,7 +19,6 @@ from hsa_compile.model.training.step import (
     autocast,
     chosen_precision,
     compiled,
-    make_optimizer,
     normalized_weights,
     run_step,
 )
