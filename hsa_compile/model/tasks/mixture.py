@@ -45,9 +45,11 @@ class Mixture:
         chain_share: the share of episodes that track variables in chains instead of looking up needles, 0 to 1.
         late_share: the share of episodes whose first asked needle lies as late as `min_distance` allows, or a little
             earlier, 0 to 1. Otherwise a long row would have needles within a window of their question too seldom.
-        similar_share: the share of rows whose names are made of few letters, 0 to 1. Among a million bytes of needles
-            many names come close to any, in all but a letter or the order of letters; in other rows hardly one does.
-        value_share: the share of episodes in which each name has `NUM_SAME` values, all of which are asked for, 0 to 1.
+        similar_share: the share of rows of nothing but needles whose names are made of few letters, 0 to 1. Among a
+            million bytes of needles many names come close to any, in all but a letter or the order of letters; among
+            two thousand hardly one does.
+        value_share: the share of episodes without chains in which each name has `NUM_SAME` values, all of which are
+            asked for, 0 to 1; fewer where four values do not fit.
         task_share: the share of synthetic rows whose episodes are samples of `tasks` instead, 0 to 1.
         tasks: (name of one of `TASKS`, weight); those that are asked in real text take one of `haystacks`.
         num_needles: the fewest and the most that an episode has; fewer where they do not fit.
@@ -141,9 +143,9 @@ def training_sample(
     if has_tasks and (spans := _write_tasks(text, grid, bounds, mixture, rng)):
         return _weighted(text, spans, mixture)
     episodes = [_Size.draw(mixture, end - begin, rng) for begin, end in bounds]
-    has_similar = mixture.similar_share > 0 and rng.random() < mixture.similar_share
-    letters = few_letters(rng, length) if has_similar else LETTERS
-    if has_similar and haystack.name == NEEDLES:
+    letters = LETTERS
+    if haystack.name == NEEDLES and rng.random() < mixture.similar_share:
+        letters = few_letters(rng, length)
         text = text.translate(bytes.maketrans(LETTERS, (letters * len(LETTERS))[: len(LETTERS)]))
     keys = draw_keys(rng, sum(size.num_needles for size in episodes), text, letters)
     spans = []
@@ -181,8 +183,8 @@ class _Size:
             queries = min(queries, chains, (room - chains * chain_bytes) // CHAIN_QUERY_BYTES)
             return cls(num_needles=chains * CHAIN_LENGTH, num_queries=queries, has_chains=True)
         needles = min(needles, (room - QUERY_BYTES) // NEEDLE_BYTES)
-        names = min(needles // NUM_SAME, queries // NUM_SAME, room // (NUM_SAME * (NEEDLE_BYTES + QUERY_BYTES)))
-        if mixture.value_share and rng.random() < mixture.value_share and names:
+        names = min(max(1, min(needles, queries) // NUM_SAME), room // (NUM_SAME * (NEEDLE_BYTES + QUERY_BYTES)))
+        if names and mixture.value_share and rng.random() < mixture.value_share:
             return cls(num_needles=names * NUM_SAME, num_queries=names * NUM_SAME, has_values=True)
         queries = min(queries, needles, (room - needles * NEEDLE_BYTES) // QUERY_BYTES)
         return cls(num_needles=needles, num_queries=queries)

@@ -140,8 +140,10 @@ def test_chains_come_by_their_share() -> None:
     assert 60 < chains < 120
 
 
-@pytest.mark.parametrize("haystack", [NOISE, NEEDLES])
-def test_names_of_few_letters_come_by_their_share(haystack: tuple[tuple[Haystack, float], ...]) -> None:
+@pytest.mark.parametrize(("haystack", "least", "most"), [(NOISE, 0, 0), (NEEDLES, 90, 150)])
+def test_only_among_needles_names_of_few_letters_come_by_their_share(
+    haystack: tuple[tuple[Haystack, float], ...], least: int, most: int
+) -> None:
     mixture = Mixture(haystacks=haystack, similar_share=0.4, num_needles=(12, 12), min_distance=0)
     similar = 0
     for index in range(300):
@@ -149,7 +151,14 @@ def test_names_of_few_letters_come_by_their_share(haystack: tuple[tuple[Haystack
         names = re.findall(rb" ([a-z]{3})=\d{4}\.", text)
         assert len(names) >= 12
         similar += len(set(b"".join(names))) <= 6
-    assert 90 < similar < 150
+    assert least <= similar <= most
+
+
+@pytest.mark.parametrize(("length", "share"), [(150, 1.0), (90, 1.0), (80, 0.0)])
+def test_a_name_has_four_values_wherever_they_fit(length: int, share: float) -> None:
+    mixture = Mixture(haystacks=NOISE, value_share=1.0, num_needles=(1, 2), num_queries=(1, 2), min_distance=0)
+    rows = [training_sample(mixture, length, 0, index) for index in range(20)]
+    assert sum(len(row.answer_spans) == 4 for row in rows) == share * len(rows)
 
 
 def test_all_values_of_a_name_are_asked_for_one_after_the_other() -> None:
