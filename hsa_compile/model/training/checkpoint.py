@@ -240,6 +240,7 @@ def remove_leftovers(root: Path) -> None:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns weights, buffers and moments by name; they are the run's own tensors, which a load fills."""
     found = {f"model.{saved_name(name)}": tensor for name, tensor in model.state_dict().items()}
+    # Groups of Muon, and no others, say how many steps its iteration has.
     by_muon = {weight for group in optimizer.param_groups if "ns_steps" in group for weight in group["params"]}
     for name, weight in ((saved_name(name), weight) for name, weight in model.named_parameters()):
         state: dict[str, Any] = optimizer.state[weight]

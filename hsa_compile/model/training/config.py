@@ -34,7 +34,7 @@ class TrainConfig:
         optimizer: `adamw`; or `muon`, which moves the weights of linear layers by Muon, and all others by AdamW.
         lr: the learning rate of both, after warm-up and before decay.
         beta1, beta2, eps: AdamW's other settings.
-        weight_decay: how fast matrices decay, as a share of the learning rate; vectors (norms, biases) do not.
+        weight_decay: a step takes lr × weight_decay of each matrix away; vectors (norms, biases) do not decay.
         warmup_steps: in how many steps the learning rate rises linearly from 0.
         decay: `constant`, or `linear` or `cosine` down to `final_lr` × lr over the last part of the run.
         decay_share: how long that part is, as a share of the steps.

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, or Muon and AdamW, the largest gradient, and the balancing biases of experts."""
+"""The optimizers, the clipping of gradients before a step, and the balancing of experts after it."""
 
 from collections.abc import Callable, Iterable
 
@@ -37,7 +37,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW (arXiv 1711.05101), or Muon with it (2502.16982); matrices decay, norms and biases do not.
 
-    Muon moves the weights of linear layers but for the router and the output: those of a hidden size each way.
+    Muon moves the weights of linear layers; the router and the output layer are left to AdamW, as embeddings are.
     """
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     hidden = _hidden_matrices(model) if config.optimizer == MUON else set()

@@ -27,15 +27,22 @@ def assert_close(one: dict[int, float], other: dict[int, float], most: float = 1
     assert max(abs(one[step] - other[step]) for step in one) <= most
 
 
-@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 1e-5), ("muon", 1e-3)])  # Muon computes in bfloat16
-def test_two_processes_equal_one(optimizer: str, most: float, tmp_path: Path) -> None:
-    file = config(tmp_path, optimizer=optimizer)
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    file = config(tmp_path)
     finish(start(tmp_path / "one", "--config", file))
     finish(start(tmp_path / "two", "--config", file, "train.accumulation=2", num_processes=2))
-    assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), most)
+    assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"))
     one, two = (from_pretrained(tmp_path / name / MODEL).state_dict() for name in ("one", "two"))
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=10 * most)
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_muon_sees_whole_matrices_in_two_processes(tmp_path: Path) -> None:
+    file = config(tmp_path, optimizer="muon")
+    finish(start(tmp_path / "one", "--config", file))
+    finish(start(tmp_path / "two", "--config", file, "train.accumulation=2", num_processes=2))
+    # It computes in bfloat16: losses differ by 1e-4, and by 2e-2 if each process makes its own part orthogonal.
+    assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), most=1e-3)
 
 
 @pytest.mark.exhaustive
