@@ -5,6 +5,7 @@ heads, `G = HQ // H` group size, `D` head dim, `Dv` value dim, `C` chunk size, `
 a chunk, `K` selected chunks, `E` experts, `V` vocabulary.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +37,15 @@ MAX_SELECTED = 128  # the most chunks that select_chunks keeps for a token
 LANDMARKS_PER_CHUNK = (1, 2, 4, 8, 16)  # how many landmarks a chunk may have in select_chunks
 MAX_CHUNK_SIZE = 1024
 MAX_DECODE_TOKENS = 16  # the most tokens in one call of hsa_decode
+_SHAPE = {
+    "B": "batch", "T": "seq_len", "HQ": "num_heads", "H": "num_kv_heads", "D": "head_dim", "C": "chunk_size",
+    "K": "top_k",
+}  # fmt: skip
+_LETTERS = {**_SHAPE, "S": "kv_len", "Dv": "value_dim", "R": "landmarks_per_chunk"}
+_WORDS: dict[str, tuple[str, Any]] = {
+    word: (name, word) for name, words in (("op", ALL_OPS), ("dtype", DTYPES), ("fusion", FUSIONS)) for word in words
+} | {flag: (flag, True) for flag in (*OPTIONS, "deterministic")}
+_FORM = "one is written like 'hsa_forward B1 T4096 HQ16 H1 D64 C64 K8 float32'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,13 +179,17 @@ class Problem:
         """Returns plain values, ready for JSON."""
         return asdict(self)
 
+    @property
+    def stands_for_layer(self) -> bool:
+        """Whether the flags of `hsa-compile tune` say it all, which then tunes the selection with the attention."""
+        return self.op in OPS and self.top_k <= MAX_SELECTED and self.describe().endswith(self.dtype)
+
     def tune_flags(self) -> str:
-        """Returns the flags with which `hsa-compile tune` tunes this shape."""
-        # Without --op, the selection of chunks is tuned with the attention, as a layer needs it.
-        op = "" if self.op in OPS and self.top_k <= MAX_SELECTED else f"--op {self.family} "
-        seq_len = self.kv_len if self.decodes else self.seq_len
+        """Returns the flags with which `hsa-compile tune` tunes this problem."""
+        if not self.stands_for_layer:
+            return f'--problem "{self.describe()}"'
         return (
-            f"{op}--batch {self.batch} --seq-len {seq_len} --heads {self.num_heads} --kv-heads {self.num_kv_heads} "
+            f"--batch {self.batch} --seq-len {self.seq_len} --heads {self.num_heads} --kv-heads {self.num_kv_heads} "
             f"--head-dim {self.head_dim} --chunk-size {self.chunk_size} --top-k {self.top_k} --dtype {self.dtype}"
         )
 
@@ -208,12 +222,32 @@ class Problem:
         ]  # fmt: skip
         return f"{_TITLES.get(self.op, self.op)}: {', '.join(parts)}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Problem":
+        """Makes the problem of which `describe` returns a text, in any order of its words.
+
+        Raises:
+            InvalidProblem: a word is unknown, missing or given twice, or a value is out of range.
+        """
+        fields: dict[str, Any] = {}
+        for word in text.split():
+            sized = re.fullmatch("([A-Za-z]+)([0-9]{1,18})", word)
+            if word in _WORDS:
+                name, value = _WORDS[word]
+            elif sized and sized[1] in _LETTERS:
+                name, value = _LETTERS[sized[1]], int(sized[2])
+            else:
+                raise InvalidProblem(f"problem {text!r} has a word that no problem has: {word!r}; {_FORM}")
+            if name in fields:
+                raise InvalidProblem(f"problem {text!r} gives {name} twice; {_FORM}")
+            fields[name] = value
+        if missing := [name for name in ("op", *_SHAPE.values(), "dtype") if name not in fields]:
+            raise InvalidProblem(f"problem {text!r} lacks {', '.join(missing)}; {_FORM}")
+        return cls(**fields)
+
     def describe(self) -> str:
-        """Returns the problem in one line for people."""
-        text = (
-            f"{self.op} B{self.batch} T{self.seq_len} HQ{self.num_heads} H{self.num_kv_heads} D{self.head_dim} "
-            f"C{self.chunk_size} K{self.top_k} {self.dtype}"
-        )
+        """Returns the problem in one line for people, which `parse` reads."""
+        text = " ".join([self.op, *(f"{letter}{getattr(self, name)}" for letter, name in _SHAPE.items()), self.dtype])
         if self.kv_len != self.seq_len:
             text += f" S{self.kv_len}"
         if self.value_dim != self.head_dim:

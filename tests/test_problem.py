@@ -1,9 +1,21 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hsa_compile.errors import HSACompileError, InvalidProblem
-from hsa_compile.problem import DTYPES, OPS, Problem, next_power_of_2
+from hsa_compile.problem import (
+    ALL_OPS,
+    DTYPES,
+    FUSIONS,
+    LANDMARKS_PER_CHUNK,
+    MAX_DECODE_TOKENS,
+    OPS,
+    OPTIONS,
+    Problem,
+    next_power_of_2,
+)
 
 SHAPE: dict[str, Any] = {"seq_len": 129, "num_heads": 6, "num_kv_heads": 2, "head_dim": 48, "top_k": 3}
 
@@ -102,3 +114,48 @@ def test_describe_names_what_differs_from_the_plain_case() -> None:
     assert Problem(**SHAPE).describe() == "hsa_forward B1 T129 HQ6 H2 D48 C64 K3 float32"
     odd = Problem(**SHAPE, kv_len=300, value_dim=32, softmax_off_by_one=True, deterministic=True)
     assert odd.describe().endswith(" S300 Dv32 softmax_off_by_one deterministic")
+
+
+@given(
+    op=st.sampled_from(ALL_OPS),
+    sizes=st.tuples(*[st.integers(1, MAX_DECODE_TOKENS)] * 6),
+    num_heads=st.integers(1, 4),
+    dtype=st.sampled_from(DTYPES),
+    fusion=st.sampled_from(FUSIONS),
+    landmarks=st.sampled_from(LANDMARKS_PER_CHUNK),
+    flags=st.sets(st.sampled_from((*OPTIONS, "deterministic"))),
+)
+def test_parse_reads_what_describe_writes(
+    op: str,
+    sizes: tuple[int, ...],
+    num_heads: int,
+    dtype: str,
+    fusion: str,
+    landmarks: int,
+    flags: set[str],
+) -> None:
+    batch, seq_len, kv_len, head_dim, value_dim, top_k = sizes
+    problem = Problem(
+        op=op, batch=batch, seq_len=seq_len, kv_len=kv_len, num_heads=2 * num_heads, num_kv_heads=num_heads,
+        head_dim=head_dim, value_dim=value_dim, chunk_size=16, top_k=top_k, dtype=dtype, fusion=fusion,
+        landmarks_per_chunk=landmarks, **dict.fromkeys(flags, True),
+    )  # fmt: skip
+    assert Problem.parse(problem.describe()) == problem
+    assert Problem.parse(" ".join(reversed(problem.describe().split()))) == problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hsa_forward B1 T8 HQ4 H1 D16 C16 K2 float32 X3", "has a word that no problem has: 'X3'"),
+        ("hsa_forward B1 T8 HQ4 H1 D16 C16 K-2 float32", "has a word that no problem has: 'K-2'"),
+        ("hsa_forward B1 T8 T9 HQ4 H1 D16 C16 K2 float32", "gives seq_len twice"),
+        ("B1 T8 HQ4 H1 D16 C16 K2", "lacks op, dtype; one is written like"),
+        ("", "lacks op, batch, seq_len, num_heads, num_kv_heads, head_dim, chunk_size, top_k, dtype"),
+        ("hsa_forward B1 T8 HQ4 H3 D16 C16 K2 float32", "num_heads = 4 must be a multiple of num_kv_heads = 3"),
+    ],
+)
+def test_a_text_that_is_no_problem_is_refused_with_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(InvalidProblem) as caught:
+        Problem.parse(text)
+    assert message in str(caught.value)

@@ -74,6 +74,21 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return after
 
 
+def test_problems_are_tuned_as_warnings_write_them(run: Shell) -> None:
+    texts = [
+        "select_chunks B2 T63 HQ2 H2 D16 C8 K3 float32 S256 R8 noise",
+        "hsa_decode B2 T1 HQ4 H1 D16 C16 K2 float32 S256",
+    ]
+    flags = [word for text in texts for word in ("--problem", text)]
+    done = run("tune", *TUNE[TUNE.index("--device") :], *flags)
+    assert done.code == 0
+    stored = default_cache().entries()
+    assert [record.problem.describe() for origin, record in stored if origin == "user"] == texts
+    wrong = run("tune", "--problem", "hsa_forwards")
+    assert wrong.code == 2
+    assert "has a word that no problem has: 'hsa_forwards'" in wrong.err
+
+
 def test_ctrl_c_stores_the_best_so_far_and_the_same_command_goes_on(run: Shell, interrupting: list[int]) -> None:
     interrupting.append(5)
     stopped = run(*TUNE)

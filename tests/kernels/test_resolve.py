@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -69,6 +70,18 @@ def test_an_untuned_problem_runs_on_the_default_and_says_once_how_to_tune_it() -
     assert "the default runs; tune it with: hsa-compile tune --device cpu" in message
     assert "--head-dim 8" in message
     assert warned() == []
+
+
+def test_the_command_names_all_that_flags_of_a_shape_cannot_say() -> None:
+    asked = replace(PROBLEM, op="select_chunks", num_heads=2, kv_len=256, landmarks_per_chunk=8, noise=True)
+    (message,) = warned(asked)
+    words = shlex.split(message.split("tune it with: ")[1])
+    assert words[:-1] == ["hsa-compile", "tune", "--device", "cpu", "--problem"]
+    assert Problem.parse(words[-1]) == asked
+    (message,) = warned(replace(PROBLEM, softmax_off_by_one=True))
+    assert message.endswith(' --problem "hsa_forward B1 T64 HQ4 H2 D8 C16 K2 float64 softmax_off_by_one"')
+    (message,) = warned(replace(PROBLEM, op="hsa_backward", softmax_off_by_one=True))
+    assert "hsa_backward" in message.split("tune it with: ")[1]
 
 
 def test_an_exact_and_a_near_entry_run_without_a_word() -> None:

@@ -76,6 +76,16 @@ class Outcome:
     metavar="NAME|DIR",
     help="Tune what a bundled or saved model asks for, instead of --op.",
 )
+@click.option(
+    "--problem",
+    "written",
+    multiple=True,
+    cls=RestrictedOption,
+    excludes=("--op", *SHAPE_NAMES, "--preset"),
+    because="a problem has its op and its whole shape",
+    metavar="PROBLEM",
+    help="Tune this one, as warnings, tables and traces write it; may stand several times.",
+)
 @click.option("--report-prediction", is_flag=True, help="Show how well that model orders what was timed on this GPU.")
 @click.option(
     "--record",
@@ -88,15 +98,16 @@ class Outcome:
 @click.option(
     "--verify",
     cls=RestrictedOption,
-    excludes=("--op", *SHAPE_NAMES, *SEARCH_NAMES, "--preset", "--report-prediction", "--force", "--json"),
+    excludes=("--op", *SHAPE_NAMES, *SEARCH_NAMES, "--preset", "--problem", "--report-prediction", "--force", "--json"),
     because="what is stored for the device is timed again as it is",
     is_flag=True,
     help="Time this device's stored winners against the default again, and drop the losers.",
 )
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
-def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, report_prediction: bool,
-         record: Path | None, verify: bool, force: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
+def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, written: tuple[str, ...],
+         report_prediction: bool, record: Path | None, verify: bool, force: bool, as_json: bool,
+         **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags it tunes what an attention layer of a default shape needs on the device that is found: attention
@@ -114,6 +125,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
       hsa-compile tune --chunk-size 32,64,128 --top-k 8,16 --op forward
       hsa-compile tune --device cuda:0,cuda:1 --dtype bf16,fp16 --trials 100
       hsa-compile tune --preset tiny --seq-len 2k --batch 4
+      hsa-compile tune --problem "select_chunks B1 T4096 … float32 R4"
       hsa-compile tune --storage postgresql://user@host/tuning   # on each host
       hsa-compile tune --target h100         # without one
       hsa-compile tune --verify              # after an upgrade of PyTorch
@@ -128,9 +140,8 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
         from hsa_compile.cli.tuning.predicted import tune_for_absent_target
 
         named = Target.parse(absent)
-        tune_for_absent_target(
-            _problems(preset, named, shape, ops), named, budget_s=flags["timeout"], force=force, as_json=as_json
-        )
+        problems = _problems(written, preset, named, shape, ops)
+        tune_for_absent_target(problems, named, budget_s=flags["timeout"], force=force, as_json=as_json)
         return
     devices, target = _devices(device)
     if verify:
@@ -142,7 +153,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if report_prediction:
         check_predictable(target)
     options = replace(tune_options(flags), storage=flags["storage"], anew=force)
-    problems = _problems(preset, target, shape, ops)
+    problems = _problems(written, preset, target, shape, ops)
     for problem in problems:  # all are checked first, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
@@ -164,7 +175,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if as_json:
         print_json([_values(outcome) for outcome in outcomes])
         return
-    _print_outcomes(outcomes, len(outcomes) if preset else len(ops))
+    _print_outcomes(outcomes, len(outcomes) if written or preset else len(ops))
     if any(outcome.record.shortfall is None for outcome in outcomes):
         click.echo(f"\nstored in {default_cache().path(target)}")
 
@@ -194,8 +205,14 @@ def _verify(target: Target, device: str) -> None:
 
 
 def _problems(
-    preset: str | None, target: Target, shape: Mapping[str, Sequence[Any]], ops: Sequence[str]
+    written: Sequence[str],
+    preset: str | None,
+    target: Target,
+    shape: Mapping[str, Sequence[Any]],
+    ops: Sequence[str],
 ) -> list[Problem]:
+    if written:
+        return [Problem.parse(text) for text in written]
     if not preset:
         return expand(target, shape, ops)
     from hsa_compile.cli.tuning.search_options import preset_problems
