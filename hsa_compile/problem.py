@@ -181,7 +181,7 @@ class Problem:
 
     @property
     def stands_for_layer(self) -> bool:
-        """Whether the flags of `hsa-compile tune` say it all, which then tunes the selection with the attention."""
+        """Whether flags of a shape can name it, for which `hsa-compile tune` tunes the selection with the attention."""
         return self.op in OPS and self.top_k <= MAX_SELECTED and self.describe().endswith(self.dtype)
 
     def tune_flags(self) -> str:
@@ -224,7 +224,7 @@ class Problem:
 
     @classmethod
     def parse(cls, text: str) -> "Problem":
-        """Makes the problem of which `describe` returns a text, in any order of its words.
+        """Reads a problem that `describe` wrote; its words may stand in any order.
 
         Raises:
             InvalidProblem: a word is unknown, missing or given twice, or a value is out of range.

@@ -84,7 +84,7 @@ class Outcome:
     excludes=("--op", *SHAPE_NAMES, "--preset"),
     because="a problem has its op and its whole shape",
     metavar="PROBLEM",
-    help="Tune this one, as warnings, tables and traces write it; may stand several times.",
+    help="Tune this problem, written as in warnings, tables and traces; may be given several times.",
 )
 @click.option("--report-prediction", is_flag=True, help="Show how well that model orders what was timed on this GPU.")
 @click.option(
