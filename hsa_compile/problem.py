@@ -181,7 +181,7 @@ class Problem:
 
     @property
     def stands_for_layer(self) -> bool:
-        """Whether flags of a shape can name it, for which `hsa-compile tune` tunes the selection with the attention."""
+        """Whether the flags of a shape say all of it; with them `hsa-compile tune` tunes the selection, too."""
         return self.op in OPS and self.top_k <= MAX_SELECTED and self.describe().endswith(self.dtype)
 
     def tune_flags(self) -> str:
