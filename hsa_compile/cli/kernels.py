@@ -11,14 +11,14 @@ import click
 
 from hsa_compile.autotune.cost.roofline import occupancy, predict
 from hsa_compile.cli.options import (
-    SHAPE_FIELDS,
+    OP_NAMES,
     SHAPE_NAMES,
     RestrictedOption,
+    asked_problems,
     expand,
     json_option,
-    op_option,
     print_rows,
-    shape_options,
+    problem_options,
 )
 from hsa_compile.errors import CacheError, InvalidArgument
 from hsa_compile.kernels.emit import emit as emit_source
@@ -62,15 +62,14 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
     show_default=True,
     help="Which GPU.",
 )
-@op_option("every")
-@shape_options
+@problem_options("every")
 @click.option(
     "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
 )
 @click.option(
     "--matrix",
     cls=RestrictedOption,
-    excludes=("--schedule", *SHAPE_NAMES),
+    excludes=("--schedule", *SHAPE_NAMES, "--problem"),
     because="the matrix has its own shapes and schedules",
     is_flag=True,
     help="Inspect the default schedules over dtype x head dim x group x chunk size.",
@@ -81,8 +80,7 @@ _TEXTS = ("ptx", "sass", "ttgir", "amdgcn")
 @click.option("--amdgcn", is_flag=True, help="Write the machine code of each kernel (AMD).")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", help="Where files are written.")
 @json_option
-def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, matrix: bool, out: Path,
-            as_json: bool, **flags: Any) -> None:  # fmt: skip
+def inspect(target_name: str, schedule_text: str | None, matrix: bool, out: Path, as_json: bool, **flags: Any) -> None:
     """Compile kernels for a named GPU, without the GPU, and show registers, spills and what bounds them.
 
     Occupancy counts resident threads; FLOPs and bytes are counted from the shape, and the predicted time is the
@@ -99,9 +97,8 @@ def inspect(target_name: str, ops: tuple[str, ...], schedule_text: str | None, m
     from hsa_compile.kernels.compile import compile_kernel
 
     target = Target.parse(target_name)
-    chosen = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     texts = [name for name in _TEXTS if flags[name]]
-    problems = list(_matrix_problems(target, ops)) if matrix else expand(target, chosen, ops)
+    problems = list(_matrix_problems(target, OP_NAMES[flags["op"]])) if matrix else asked_problems(target, flags)
     rows, bar = [], progress_bar(len(problems), "compile", hidden=not matrix)
     for problem in problems:
         schedule = Schedule.parse(schedule_text) if schedule_text else _schedule_of(problem, target)
@@ -170,13 +167,12 @@ def _write_texts(resources: KernelResources, texts: Sequence[str], stem: Path) -
     show_default=True,
     help="The device to emit for: auto, cpu, cuda:0, h100, sm_90, …",
 )
-@op_option("forward")
-@shape_options
+@problem_options("forward")
 @click.option(
     "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
 )
-def emit(target_name: str, ops: tuple[str, ...], schedule_text: str | None, **shape: Any) -> None:
-    """Print the kernel that would run, for this device or for one that is not there.
+def emit(target_name: str, schedule_text: str | None, **flags: Any) -> None:
+    """Print the kernels that would run, for this device or for one that is not there.
 
     \b
     Examples:
@@ -185,10 +181,7 @@ def emit(target_name: str, ops: tuple[str, ...], schedule_text: str | None, **sh
       hsa-compile emit --target gfx942 --schedule 'token num_warps=4 num_stages=2'
     """
     target = Target.parse(target_name)
-    problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
-    if len(problems) > len(ops):
-        raise InvalidArgument(f"{len(problems) // len(ops)} shapes are named; emit prints one")
-    for problem in problems:
+    for problem in asked_problems(target, flags):
         found = default_cache().lookup(problem, target)
         if schedule_text is not None:
             schedule = Schedule.parse(schedule_text)

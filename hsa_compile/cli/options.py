@@ -130,18 +130,38 @@ def shape_options(command: F) -> F:
     return command
 
 
-def op_option(default: str) -> Callable[[F], F]:
-    """Adds `--op`, which gives a tuple of op names."""
-    return click.option(
+def problem_options(default_op: str) -> Callable[[F], F]:
+    """Adds the flags that say which problems are meant, and which `asked_problems` reads."""
+    add_op = click.option(
         "--op",
-        "ops",
         type=click.Choice(list(OP_NAMES)),
-        default=default,
+        default=default_op,
         show_default=True,
-        callback=lambda ctx, param, value: OP_NAMES[value],
         help="Which op: hsa_attention forward, backward or both (attention); select_chunks; all that a layer needs, "
         "which is both; hsa_decode, for one new token; or every one.",
     )
+    add_problem = click.option(
+        "--problem",
+        multiple=True,
+        cls=RestrictedOption,
+        excludes=("--op", *SHAPE_NAMES),
+        because="a problem has its op and its whole shape",
+        metavar="PROBLEM",
+        help="A problem as warnings, tables and traces write it, instead of an op and a shape; may be given several "
+        "times.",
+    )
+    return lambda command: add_op(shape_options(add_problem(command)))
+
+
+def asked_problems(target: Target, flags: Mapping[str, Any]) -> list[Problem]:
+    """Returns the problems that the flags of `problem_options` stand for.
+
+    Raises:
+        InvalidProblem: a value is out of range, or `--problem` is not written as `Problem.describe` writes it.
+    """
+    if flags["problem"]:
+        return [Problem.parse(text) for text in flags["problem"]]
+    return expand(target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]}, OP_NAMES[flags["op"]])
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

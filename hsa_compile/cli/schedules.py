@@ -8,13 +8,11 @@ import click
 
 from hsa_compile.cli.options import (
     GAIN,
-    SHAPE_FIELDS,
-    expand,
+    asked_problems,
     json_option,
-    op_option,
     print_json,
     print_rows,
-    shape_options,
+    problem_options,
 )
 from hsa_compile.cli.schedule_diff import diff, entry_number
 from hsa_compile.errors import InvalidArgument
@@ -38,11 +36,10 @@ _MAX_RIVALS = 5
 
 @click.command(short_help="Show which schedule a problem would run on, and why.")
 @click.option("--device", default="auto", show_default=True, help="The device: auto, cpu, cuda:0, h100, sm_90, …")
-@op_option("all")
-@shape_options
+@problem_options("all")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all entries, not only the nearest {_MAX_RIVALS}.")
 @json_option
-def explain(device: str, ops: tuple[str, ...], show_all: bool, as_json: bool, **shape: Any) -> None:
+def explain(device: str, show_all: bool, as_json: bool, **flags: Any) -> None:
     """Show which schedule a problem would run on, what that is expected to lose, and why no other entry serves.
 
     \b
@@ -52,7 +49,7 @@ def explain(device: str, ops: tuple[str, ...], show_all: bool, as_json: bool, **
       hsa-compile schedules explain --device sm_90 --head-dim 128 --all
     """
     target = Target.parse(device)
-    problems = expand(target, {name: shape[name] for name in SHAPE_FIELDS if shape[name]}, ops)
+    problems = asked_problems(target, flags)
     explanations = [explain_problem(default_cache(), problem, target) for problem in problems]
     if as_json:
         print_json([_values(explanation) for explanation in explanations])

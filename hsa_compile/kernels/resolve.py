@@ -124,10 +124,7 @@ def _lookup(problem: Problem, target: Target, on_miss: OnMiss | None) -> Lookup 
 
 def _warn_once(problem: Problem, target: Target, what: str, category: type[UntunedWarning] = UntunedWarning) -> None:
     """Says what is missing and which command tunes it, once for each kind of problem."""
-    name = problem.family if problem.stands_for_layer else problem.op
-    kind = (
-        target, name, problem.dtype, problem.head_dim, problem.value_dim, problem.chunk_size, problem.group,
-    )  # fmt: skip
+    kind = (target, problem.family if problem.stands_for_layer else problem.op, problem.describe_kernel())
     # The backward of select_chunks has next to nothing to tune.
     if kind in _warned or problem.op == "select_chunks_backward":
         return

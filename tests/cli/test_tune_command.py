@@ -24,9 +24,15 @@ from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.options import stop_on_ctrl_c
+from hsa_compile.kernels.emit import emit
+from hsa_compile.model.cost.workload import problems
+from hsa_compile.model.presets import preset
+from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
+from hsa_compile.target import Target
 
 SHAPE = [
     "--seq-len", "130", "--heads", "4", "--kv-heads", "1", "--head-dim", "16", "--chunk-size", "16", "--top-k", "2",
@@ -74,19 +80,40 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return after
 
 
+WRITTEN = (
+    "select_chunks B2 T63 HQ2 H2 D16 C8 K3 float32 S256 R8 noise",
+    "hsa_decode B2 T1 HQ4 H1 D16 C16 K2 float32 S256",
+)
+PROBLEMS = tuple(word for text in WRITTEN for word in ("--problem", text))
+
+
 def test_problems_are_tuned_as_warnings_write_them(run: Shell) -> None:
-    texts = [
-        "select_chunks B2 T63 HQ2 H2 D16 C8 K3 float32 S256 R8 noise",
-        "hsa_decode B2 T1 HQ4 H1 D16 C16 K2 float32 S256",
-    ]
-    flags = [word for text in texts for word in ("--problem", text)]
-    done = run("tune", *TUNE[TUNE.index("--device") :], *flags)
-    assert done.code == 0
+    planned = ["plan", "--device", "cpu", *PROBLEMS, "--json"]
+    assert [(row["problem"], row["cached"]) for row in run(*planned).json] == [(text, "no") for text in WRITTEN]
+    assert run("tune", *TUNE[TUNE.index("--device") :], *PROBLEMS).code == 0
     stored = default_cache().entries()
-    assert [record.problem.describe() for origin, record in stored if origin == "user"] == texts
-    wrong = run("tune", "--problem", "hsa_forwards")
-    assert wrong.code == 2
-    assert "has a word that no problem has: 'hsa_forwards'" in wrong.err
+    assert tuple(record.problem.describe() for origin, record in stored if origin == "user") == WRITTEN
+    assert [(row["problem"], row["cached"]) for row in run(*planned).json] == [(text, "yes") for text in WRITTEN]
+
+
+def test_every_command_about_problems_reads_them_as_warnings_write_them(run: Shell) -> None:
+    explained = run("schedules", "explain", "--device", "cpu", *PROBLEMS, "--json").json
+    assert tuple(Problem(**row["problem"]).describe() for row in explained) == WRITTEN
+    emitted = run("emit", "--target", "sm_90", *PROBLEMS)
+    target = Target.parse("sm_90")
+    written = [Problem.parse(text) for text in WRITTEN]
+    texts = [emit(problem, default_schedule(problem, target), target).text for problem in written]
+    assert emitted.out == "".join(texts)
+    for command in (["tune"], ["plan"], ["schedules", "explain"], ["emit"], ["inspect"]):
+        wrong = run(*command, "--problem", "hsa_forwards")
+        assert wrong.code == 2
+        assert "has a word that no problem has: 'hsa_forwards'" in wrong.err
+
+
+def test_a_plan_for_a_model_has_its_problems(run: Shell) -> None:
+    rows = run("plan", "--device", "cpu", "--preset", "tiny", "--seq-len", "512", "--batch", "2", "--json").json
+    expected = problems(preset("tiny"), 2, 512, "float32", training=True)
+    assert [row["problem"] for row in rows][: len(expected)] == [problem.describe() for problem in expected]
 
 
 def test_ctrl_c_stores_the_best_so_far_and_the_same_command_goes_on(run: Shell, interrupting: list[int]) -> None:

@@ -72,6 +72,14 @@ def test_an_untuned_problem_runs_on_the_default_and_says_once_how_to_tune_it() -
     assert warned() == []
 
 
+def test_problems_whose_kernels_differ_are_each_warned_about() -> None:
+    select = replace(PROBLEM, op="select_chunks", num_heads=2)
+    variants = [select, replace(select, landmarks_per_chunk=8), replace(select, noise=True), PROBLEM]
+    variants += [replace(PROBLEM, softmax_off_by_one=True), replace(PROBLEM, packed=True)]
+    assert [len(warned(problem)) for problem in variants] == [1] * len(variants)
+    assert [len(warned(replace(problem, batch=2))) for problem in variants] == [0] * len(variants)
+
+
 def test_the_command_names_all_that_flags_of_a_shape_cannot_say() -> None:
     asked = replace(PROBLEM, op="select_chunks", num_heads=2, kv_len=256, landmarks_per_chunk=8, noise=True)
     (message,) = warned(asked)

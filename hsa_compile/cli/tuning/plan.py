@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsa_compile.cli.options import SHAPE_FIELDS, expand, json_option, op_option, print_rows, shape_options
-from hsa_compile.cli.tuning.search_options import search_options, tune_options
+from hsa_compile.cli.options import json_option, print_rows, problem_options
+from hsa_compile.cli.tuning.search_options import search_options, searched_problems, tune_options
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import MIN_TIMED
@@ -38,12 +38,11 @@ _START_S, _TRIAL_S = 4.0, 2.0  # seconds that a search takes to start, and a can
     show_default=True,
     help="The device to plan for: auto, cpu, cuda, cuda:1, h100, sm_90, …",
 )
-@op_option("all")
-@shape_options
+@problem_options("all")
 @search_options
 @click.option("--force", is_flag=True, help="Plan as if nothing were cached.")
 @json_option
-def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags: Any) -> None:
+def plan(device: str, force: bool, as_json: bool, **flags: Any) -> None:
     """Show what `tune` with the same flags would do: problems, candidates, minutes, and what is cached.
 
     Minutes are estimated from what candidates took on this device before, and are at most the timeout.
@@ -51,15 +50,14 @@ def plan(device: str, ops: tuple[str, ...], force: bool, as_json: bool, **flags:
     \b
     Examples:
       hsa-compile plan --seq-len 4k,16k --top-k 8,16
-      hsa-compile plan --trials 200 --timeout 600
+      hsa-compile plan --preset tiny --trials 200 --timeout 600
     """
     from hsa_compile.autotune.study.ledger import Ledger, default_ledger
 
     options = replace(tune_options(flags), anew=force)
     target = Target.parse(device.split(",")[0])
-    problems = expand(target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]}, ops)
     past = [(key["problem"], outcome) for key, outcome in Ledger(default_ledger(target)).lines()]
-    rows = [_row(problem, target, options, past) for problem in problems]
+    rows = [_row(problem, target, options, past) for problem in searched_problems(target, flags)]
     print_rows(rows, as_json=as_json, legend=_LEGEND)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")

@@ -1,4 +1,4 @@
-"""Flags of a search, which `tune` and `plan` share, and the problems that `--preset` stands for."""
+"""Flags that `tune` and `plan` share: what problems are asked for, and how they are searched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from hsa_compile.autotune.options import (
     TOGETHER,
     TuneOptions,
 )
+from hsa_compile.cli.options import SHAPE_FIELDS, RestrictedOption, asked_problems
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS, PICKS_ENDING, Problem
 from hsa_compile.target import Target
@@ -21,8 +22,20 @@ from hsa_compile.target import Target
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def searched_problems(target: Target, flags: Mapping[str, Any]) -> list[Problem]:
+    """Returns the problems that the flags stand for: those of `--preset`, or else those of `problem_options`.
+
+    Raises:
+        InvalidArgument: the model is not known, has no memory, or decides on what is given.
+        InvalidProblem: a value is out of range, or a problem is not written as `Problem.describe` writes it.
+    """
+    if not flags["preset"]:
+        return asked_problems(target, flags)
+    return preset_problems(flags["preset"], target, {name: flags[name] for name in SHAPE_FIELDS if flags[name]})
+
+
 def search_options(command: F) -> F:
-    """Adds the flags of a search's budget, sampler and storage."""
+    """Adds the flags of a search: for which model, its budget, its sampler and its storage."""
     for add in reversed(_OPTIONS):
         command = add(command)
     return command
@@ -65,6 +78,14 @@ class Percent(click.ParamType):
 
 
 _OPTIONS = (
+    click.option(
+        "--preset",
+        cls=RestrictedOption,
+        excludes=("--op", "--problem"),
+        because="a model decides on its problems",
+        metavar="NAME|DIR",
+        help="Take what a bundled or saved model asks for, instead of --op.",
+    ),
     click.option(
         "--inputs",
         metavar="NAMES|FILE",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +11,22 @@ import click
 
 from hsa_compile.cli.options import (
     GAIN,
-    SHAPE_FIELDS,
+    OP_NAMES,
     SHAPE_NAMES,
     RestrictedOption,
     counted,
-    expand,
     json_option,
-    op_option,
     print_json,
     print_rows,
-    shape_options,
+    problem_options,
     stop_on_ctrl_c,
 )
-from hsa_compile.cli.tuning.search_options import SEARCH_NAMES, search_options, tune_options
+from hsa_compile.cli.tuning.search_options import (
+    SEARCH_NAMES,
+    search_options,
+    searched_problems,
+    tune_options,
+)
 from hsa_compile.errors import InvalidArgument, InvalidTarget
 from hsa_compile.problem import ALL_OPS, Problem
 from hsa_compile.schedules.cache import default_cache
@@ -56,8 +59,7 @@ class Outcome:
     show_default=True,
     help="Where to run: auto, cpu, cuda, cuda:1, or several GPUs at once: cuda:0,cuda:1.",
 )
-@op_option("all")
-@shape_options
+@problem_options("all")
 @search_options
 @click.option(
     "--target",
@@ -67,24 +69,6 @@ class Outcome:
     because="for a GPU that is not here, schedules are predicted within --timeout, and nothing is run",
     type=click.Choice([*NAMED_TARGETS, *PRODUCTS]),
     help="Predict for a GPU that is not here: candidates are compiled for it and ranked by a model.",
-)
-@click.option(
-    "--preset",
-    cls=RestrictedOption,
-    excludes=("--op",),
-    because="a model decides on its ops",
-    metavar="NAME|DIR",
-    help="Tune what a bundled or saved model asks for, instead of --op.",
-)
-@click.option(
-    "--problem",
-    "written",
-    multiple=True,
-    cls=RestrictedOption,
-    excludes=("--op", *SHAPE_NAMES, "--preset"),
-    because="a problem has its op and its whole shape",
-    metavar="PROBLEM",
-    help="Tune this problem, written as in warnings, tables and traces; may be given several times.",
 )
 @click.option("--report-prediction", is_flag=True, help="Show how well that model orders what was timed on this GPU.")
 @click.option(
@@ -105,9 +89,8 @@ class Outcome:
 )
 @click.option("--force", is_flag=True, help="Tune anew what is cached or was begun, and time all of it again.")
 @json_option
-def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | None, written: tuple[str, ...],
-         report_prediction: bool, record: Path | None, verify: bool, force: bool, as_json: bool,
-         **flags: Any) -> None:  # fmt: skip
+def tune(device: str, absent: str | None, report_prediction: bool, record: Path | None, verify: bool, force: bool,
+         as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Find the fastest schedule for a problem on this machine, and store it.
 
     Without flags it tunes what an attention layer of a default shape needs on the device that is found: attention
@@ -135,12 +118,11 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     from hsa_compile.autotune.bench.device import check_memory
     from hsa_compile.autotune.cost.predict_schedule import check_predictable
 
-    shape = {name: flags[name] for name in SHAPE_FIELDS if flags[name]}
     if absent:
         from hsa_compile.cli.tuning.predicted import tune_for_absent_target
 
         named = Target.parse(absent)
-        problems = _problems(written, preset, named, shape, ops)
+        problems = searched_problems(named, flags)
         tune_for_absent_target(problems, named, budget_s=flags["timeout"], force=force, as_json=as_json)
         return
     devices, target = _devices(device)
@@ -153,7 +135,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if report_prediction:
         check_predictable(target)
     options = replace(tune_options(flags), storage=flags["storage"], anew=force)
-    problems = _problems(written, preset, target, shape, ops)
+    problems = searched_problems(target, flags)
     for problem in problems:  # all are checked first, so that the last does not end the run
         check_memory(problem, torch.device(devices[0]))
     click.echo(f"device    {target.name} ({target.kind} {target.arch}, {counted(target.num_cores, 'core')})", err=True)
@@ -175,7 +157,7 @@ def tune(device: str, ops: tuple[str, ...], absent: str | None, preset: str | No
     if as_json:
         print_json([_values(outcome) for outcome in outcomes])
         return
-    _print_outcomes(outcomes, len(outcomes) if written or preset else len(ops))
+    _print_outcomes(outcomes, len(outcomes) if flags["problem"] or flags["preset"] else len(OP_NAMES[flags["op"]]))
     if any(outcome.record.shortfall is None for outcome in outcomes):
         click.echo(f"\nstored in {default_cache().path(target)}")
 
@@ -202,22 +184,6 @@ def _verify(target: Target, device: str) -> None:
                 f"{record.problem.describe()}: kept, {found.speedup:.2f}x the default ({record.speedup:.2f}x then)"
             )
     click.echo(f"{counted(len(stored), 'stored winner')} timed again in {cache.path(target)}")
-
-
-def _problems(
-    written: Sequence[str],
-    preset: str | None,
-    target: Target,
-    shape: Mapping[str, Sequence[Any]],
-    ops: Sequence[str],
-) -> list[Problem]:
-    if written:
-        return [Problem.parse(text) for text in written]
-    if not preset:
-        return expand(target, shape, ops)
-    from hsa_compile.cli.tuning.search_options import preset_problems
-
-    return preset_problems(preset, target, shape)
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
