@@ -172,7 +172,7 @@ def _write_texts(resources: KernelResources, texts: Sequence[str], stem: Path) -
     "--schedule", "schedule_text", help="A schedule, 'DATAFLOW KNOB=VALUE …'; otherwise the tuned one, or the default."
 )
 def emit(target_name: str, schedule_text: str | None, **flags: Any) -> None:
-    """Print the kernels that would run, for this device or for one that is not there.
+    """Print the kernels that would run, for this device or for one that is not there; equal ones once.
 
     \b
     Examples:
@@ -181,10 +181,7 @@ def emit(target_name: str, schedule_text: str | None, **flags: Any) -> None:
       hsa-compile emit --target gfx942 --schedule 'token num_warps=4 num_stages=2'
     """
     target = Target.parse(target_name)
-    for problem in asked_problems(target, flags):
-        found = default_cache().lookup(problem, target)
-        if schedule_text is not None:
-            schedule = Schedule.parse(schedule_text)
-        else:
-            schedule = found.schedule if found else default_schedule(problem, target)
-        click.echo(emit_source(problem, schedule, target).text, nl=False)
+    given = None if schedule_text is None else Schedule.parse(schedule_text)
+    problems = asked_problems(target, flags)
+    texts = [emit_source(problem, given or _schedule_of(problem, target), target).text for problem in problems]
+    click.echo("".join(dict.fromkeys(texts)), nl=False)
