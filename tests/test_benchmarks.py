@@ -39,3 +39,9 @@ def test_the_pictures_of_the_lessons_are_those_that_the_script_draws() -> None:
     drawn = _script("lesson_pictures").pictures()
     folder = _BENCHMARKS.parent / "docs" / "pictures"
     assert {name: (folder / name).read_text(encoding="utf-8") for name in drawn} == drawn
+
+
+def test_the_tables_of_what_models_find_are_those_of_the_committed_results() -> None:
+    script, page = _script("retrieval_table"), (_BENCHMARKS.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    for table in (script.seeds_table(), script.variants_table(4096), script.variants_table(65536)):
+        assert table in page

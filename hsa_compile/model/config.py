@@ -21,7 +21,7 @@ TEACHER_FORCED, GREEDY = "teacher-forced", "greedy"
 PROTOCOLS = {
     TEACHER_FORCED: "the authors' protocol: arg-max at each token of an answer given the true tokens before it; "
     "every token of every answer must be right",
-    GREEDY: "greedy generation, token by token, from each question, with the true answers to earlier questions; "
+    GREEDY: "greedy generation, token by token, from each question, with its own answers to earlier questions; "
     "the text up to the first full stop must be the answer",
 }
 PERPLEXITY = "ppl"  # a task of the evaluation beside the retrieval tasks

@@ -60,7 +60,7 @@ class HSATransformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, ShortConvolution):
-                nn.init.normal_(module.weight, std=0.2)  # see docs/model.md, "Seeds and other recipes"
+                nn.init.normal_(module.weight, std=0.2)  # see docs/results.md, "Earlier recipes"
             elif isinstance(module, MoE | Mamba2):
                 module.reset_parameters(std)
             elif isinstance(module, ChunkEncoder) and module.cls is not None:

@@ -55,8 +55,9 @@ class TrainConfig:
             counts, in the mean over answers. Only answers that are values of needles have such bytes, and only models
             whose tokens choose chunks for themselves have this loss.
         bias_update_rate: by how much MoE's balancing biases move in a step.
-        sharpen_scores: what the saved model's `retrieval_scale` is multiplied by; training goes on without it. A model
-            that trains with sharper scores gets used to them.
+        sharpen_scores: what the saved model's `retrieval_scale` is multiplied by if its weights are a softmax of the
+            scores; training goes on without it. A model that trains with sharper scores gets used to them. In `ramba`
+            each pick breaks its share off the stick by its own score, so that all shares would change.
         log_every: how many steps lie between lines and records with router load and retrieval entropy.
         save_every: how many steps lie between checkpoints; 0 saves only at the end and when stopped.
         keep_last: how many checkpoints are kept beside the best.

@@ -293,7 +293,9 @@ class TrainingRun:
         if not self.processes.is_first:
             return
         config = self._model_config(stage_at(self.config, self.state.step - 1))
-        scale = config.retrieval_scale * self.config.train.sharpen_scores
+        scale = config.retrieval_scale
+        if config.fusion == "softmax":
+            scale *= self.config.train.sharpen_scores
         with torch.device("meta"):
             model = HSATransformer(replace(config, retrieval_scale=scale))
         model.load_state_dict(weights, assign=True)

@@ -85,13 +85,16 @@ def test_records_have_the_retrieval_loss_of_models_whose_tokens_choose(
 
 
 @pytest.mark.slow
-def test_scores_are_sharper_in_the_saved_model_alone(tmp_path: Path, alone: Processes) -> None:
-    model = {"retrieval_scale": 0.5}
+@pytest.mark.parametrize(("variant", "sharper"), [("hsa-ultralong", 2.0), ("drt", 2.0), ("ramba", 0.5)])
+def test_scores_are_sharper_in_the_saved_model_alone_and_where_weights_are_a_softmax(
+    variant: str, sharper: float, tmp_path: Path, alone: Processes
+) -> None:
+    model = {"variant": variant, "retrieval_scale": 0.5}
     for name, sharpen in (("as it is", 1.0), ("sharper", 4.0)):
         assert train(small_run(model=model, sharpen_scores=sharpen, steps=2), tmp_path / name, alone)
     assert losses(tmp_path / "as it is") == losses(tmp_path / "sharper")
     one, two = (from_pretrained(tmp_path / name / MODEL) for name in ("as it is", "sharper"))
-    assert (one.config.retrieval_scale, two.config.retrieval_scale) == (0.5, 2.0)
+    assert (one.config.retrieval_scale, two.config.retrieval_scale) == (0.5, sharper)
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
