@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from small_models import SMALL
+from torch import nn
 
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
@@ -59,6 +60,10 @@ class Trainer:
     def __init__(self, run: RunConfig, processes: Processes, dtype: torch.dtype = torch.float32) -> None:
         self.run, self.processes = run, with_meshes(processes, run)
         self.model = HSATransformer(run.model).to(dtype).train()
+        encoder = self.model.chunk_encoder
+        if encoder is not None and encoder.token_proj is not None:
+            # While these weights are zero, all landmarks of a chunk are equal, and rounding chooses one of them.
+            nn.init.normal_(encoder.token_proj.weight, std=run.model.init_std)
         self.model.checkpoint_activations = run.train.checkpoint_activations
         self.model.chunk_exchange = run.train.chunk_exchange
         self.loss_model = LossModel(self.model, run.train.loss_chunk, run.train.retrieval_loss)
