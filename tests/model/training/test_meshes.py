@@ -27,7 +27,7 @@ PROCESSES = 4
 CPU = torch.device("cpu")
 # A length that parts of whole chunks divide, one that they do not, one chunk a process.
 ROWS: tuple[tuple[int, dict[str, Any]], ...] = (
-    (60, {"in_batch_memory": True, "sources": torch.arange(120).view(2, 60) % 37 - 5}), (43, {}), (17, {})
+    (72, {"in_batch_memory": True, "sources": torch.arange(144).view(2, 72) % 37 - 5}), (43, {}), (22, {})
 )  # fmt: skip
 STAGES = [
     {"share": 0.5, "min_seq_len": 50, "seq_len": 70, "batch_tokens": 400},
