@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.autotune.options import MAX_SEED
-from hsa_compile.cli.options import SHAPE_FIELDS, counted, expand, print_rows, shape_options
+from hsa_compile.cli.options import SHAPE_FIELDS, by_device, counted, expand, print_rows, shape_flags, shape_options
 from hsa_compile.comparison import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.log import progress_bar
@@ -51,7 +51,7 @@ Entry = tuple[str, Problem]
 @click.command()
 @click.option("--op", "kind", type=click.Choice([*KINDS, ALL]), default=ALL, show_default=True,
               help="Time hsa_attention forward, or with backward (both); select_chunks; hsa_decode.")  # fmt: skip
-@shape_options
+@shape_options(seq_len=by_device(*(",".join(map(str, lengths)) for lengths in _LENGTHS.values())))
 @click.option(
     "--inputs",
     type=click.Choice(DISTRIBUTIONS),
@@ -117,7 +117,7 @@ def bench(kind: str, inputs: str, seed: int, device: str, against: tuple[str, ..
     click.echo(f"device    {_device_name(target)}", err=True)
     peaks = {dtype: peaks_of(target, dtype) for dtype in dict.fromkeys(problem.dtype for _, problem in entries)}
     race = Race(contenders, place, peaks, seconds=seconds, distribution=inputs, seed=seed)
-    for line in _untuned(entries, target):
+    for line in _untuned(entries, target, chosen):
         click.echo(line, err=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntunedWarning)  # each would name a small shape that only the checks use
@@ -162,7 +162,7 @@ def _run(
     return results, True
 
 
-def _untuned(entries: Sequence[Entry], target: Target) -> list[str]:
+def _untuned(entries: Sequence[Entry], target: Target, chosen: dict[str, list[Any]]) -> list[str]:
     """Says how many problems run on a default schedule, if some do, since our figures hang on it."""
     problems = dict.fromkeys(
         problem.with_op(op) for kind, problem in entries for op in (problem.op, *([OPS[1]] if kind == BOTH else []))
@@ -170,7 +170,8 @@ def _untuned(entries: Sequence[Entry], target: Target) -> list[str]:
     count = sum(tuned_for(problem, target) is None for problem in problems)
     if not count:
         return []
-    return [f"untuned   {count} of {len(problems)} problems, which run on defaults; first: hsa-compile tune --op every"]
+    command = f"hsa-compile tune --op every{shape_flags(_shape(target, chosen))}"
+    return [f"untuned   {count} of {len(problems)} problems, which run on defaults; tune them with: {command}"]
 
 
 def _better(before: Peaks | None, after: Peaks | None) -> Peaks | None:
@@ -178,10 +179,13 @@ def _better(before: Peaks | None, after: Peaks | None) -> Peaks | None:
 
 
 def _entries(target: Target, chosen: dict[str, list[Any]], kinds: Sequence[str]) -> list[Entry]:
-    lengths = _LENGTHS["cpu" if target.kind == "cpu" else "cuda"]
-    fields = {"seq_len": lengths, **chosen}
+    fields = _shape(target, chosen)
     # Several values of --heads make one problem of selection, which has only those of --kv-heads.
     return list(dict.fromkeys((kind, problem) for kind in kinds for problem in expand(target, fields, [KINDS[kind]])))
+
+
+def _shape(target: Target, chosen: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {"seq_len": _LENGTHS["cpu" if target.kind == "cpu" else "cuda"], **chosen}
 
 
 def _in_order(results: Sequence[Result], entries: Sequence[Entry]) -> list[Result]:

@@ -108,12 +108,22 @@ class Dtypes(click.ParamType):
         return names
 
 
+# What `tune` takes where no flag is given: the published HSA shapes (head group of 16, chunks of 64) at a size that
+# a CPU tunes in two minutes, or at one that keeps a GPU busy.
+_CPU_DEFAULTS = {
+    "batch": 1, "seq_len": 4096, "num_heads": 16, "num_kv_heads": 1, "head_dim": 64, "chunk_size": 64, "top_k": 8,
+    "dtype": "float32",
+}  # fmt: skip
+_GPU_DEFAULTS = {
+    "batch": 1, "seq_len": 16384, "num_heads": 32, "num_kv_heads": 2, "head_dim": 128, "chunk_size": 64, "top_k": 16,
+    "dtype": "bfloat16",
+}  # fmt: skip
 _SHAPE_FLAGS = (
     ("--batch", "batch", Counts(), "How many sequences a batch has."),
     ("--seq-len", "seq_len", Counts(), "How many tokens a sequence has (16k works)."),
-    ("--heads", "num_heads", Counts(), "Query heads."),
-    ("--kv-heads", "num_kv_heads", Counts(), "Key/value heads."),
-    ("--head-dim", "head_dim", Counts(), "Size of a head."),
+    ("--heads", "num_heads", Counts(), "How many query heads."),
+    ("--kv-heads", "num_kv_heads", Counts(), "How many key/value heads."),
+    ("--head-dim", "head_dim", Counts(), "How wide a head is."),
     ("--chunk-size", "chunk_size", Counts(), "How many keys a chunk has."),
     ("--top-k", "top_k", Counts(), "How many chunks a token picks."),
     ("--dtype", "dtype", Dtypes(), "Dtype of q, k and v."),
@@ -123,11 +133,31 @@ SHAPE_NAMES = tuple(flag for flag, _, _, _ in _SHAPE_FLAGS)
 GAIN = "the default schedule's time over that of this one"  # what a column says that shows a gain
 
 
-def shape_options(command: F) -> F:
-    """Adds the flags of a problem's shape; each accepts several values."""
-    for flag, field, kind, text in reversed(_SHAPE_FLAGS):
-        command = click.option(flag, field, type=kind, help=text)(command)
-    return command
+def shape_options(**defaults: str) -> Callable[[F], F]:
+    """Adds the flags of a problem's shape; each accepts several values.
+
+    Args:
+        defaults: what help says of fields whose default is not that of `default_fields`.
+    """
+
+    def add(command: F) -> F:
+        for flag, field, kind, text in reversed(_SHAPE_FLAGS):
+            default = defaults.get(field, by_device(_CPU_DEFAULTS[field], _GPU_DEFAULTS[field]))
+            command = click.option(flag, field, type=kind, show_default=default, help=text)(command)
+        return command
+
+    return add
+
+
+def by_device(on_cpu: object, on_gpu: object) -> str:
+    """Writes a default that may be another one on a GPU."""
+    return str(on_cpu) if on_cpu == on_gpu else f"{on_cpu}; on a GPU {on_gpu}"
+
+
+def shape_flags(chosen: Mapping[str, Sequence[Any]]) -> str:
+    """Writes the flags of a shape as a person types them, each after a blank."""
+    named = ((flag, chosen[field]) for flag, field, _, _ in _SHAPE_FLAGS if field in chosen)
+    return "".join(f" {flag} {','.join(map(str, values))}" for flag, values in named)
 
 
 def problem_options(default_op: str) -> Callable[[F], F]:
@@ -137,8 +167,9 @@ def problem_options(default_op: str) -> Callable[[F], F]:
         type=click.Choice(list(OP_NAMES)),
         default=default_op,
         show_default=True,
-        help="Which op: hsa_attention forward, backward or both (attention); select_chunks; all that a layer needs, "
-        "which is both; hsa_decode, for one new token; or every one.",
+        help="What is meant: forward or backward of hsa_attention, or attention, which is both; select: select_chunks; "
+        "all: attention and select; decode: hsa_decode, for one new token; every: all of these, and the backward pass "
+        "of select_chunks.",
     )
     add_problem = click.option(
         "--problem",
@@ -150,7 +181,7 @@ def problem_options(default_op: str) -> Callable[[F], F]:
         help="A problem as warnings, tables and traces write it, instead of an op and a shape; may be given several "
         "times.",
     )
-    return lambda command: add_op(shape_options(add_problem(command)))
+    return lambda command: add_op(shape_options()(add_problem(command)))
 
 
 def asked_problems(target: Target, flags: Mapping[str, Any]) -> list[Problem]:
@@ -271,18 +302,6 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# What `tune` takes where no flag is given: the published HSA shapes (head group of 16, chunks of 64) at a size that
-# a CPU tunes in two minutes, or at one that keeps a GPU busy.
-_CPU_DEFAULTS = {
-    "batch": 1, "seq_len": 4096, "num_heads": 16, "num_kv_heads": 1, "head_dim": 64, "chunk_size": 64, "top_k": 8,
-    "dtype": "float32",
-}  # fmt: skip
-_GPU_DEFAULTS = {
-    "batch": 1, "seq_len": 16384, "num_heads": 32, "num_kv_heads": 2, "head_dim": 128, "chunk_size": 64, "top_k": 16,
-    "dtype": "bfloat16",
-}  # fmt: skip
 
 
 def default_fields(target: Target) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def test_every_op_is_timed_beside_what_one_would_run_instead(run: Shell, tmp_pat
     assert done.code == 0, done.err
     assert "forward, both, decode: B1 HQ4 H2 D16 C16 K3 float32" in done.out
     assert "untuned   8 of 8 problems" in done.err
+    assert f"tune them with: hsa-compile tune --op every {' '.join(SHAPE[:-2])}\n" in done.err
     assert "warning" not in done.err
     assert "select: B1 H2 D16 C16 K3 float32" in done.out
     found = json.loads(file.read_text())

@@ -170,6 +170,7 @@ def test_without_matplotlib_everything_else_is_there(
         (["--depths", "x"], "neither depths from 0 to 1"),
         (["--depths", "nan"], "neither depths from 0 to 1"),
         (["--depths", "1001"], "neither depths from 0 to 1"),
+        (["--depths", "10005"], "neither depths from 0 to 1"),
         (["--samples", "0"], "0"),
         (["--haystack", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--protocol", "free"], "free"),

@@ -66,22 +66,25 @@ def load_model(
     if name in PRESETS and random_seed is not None:
         torch.manual_seed(random_seed)
         return HSATransformer(config).to(device, chosen or torch.float32).eval(), load_tokenizer(BYTES)
-    directory = Path(name)
-    if name in PRESETS:
-        directory = CHECKPOINT_DIR / name
-        if variant not in (None, VARIANTS[0]) or not directory.is_dir():
-            raise InvalidArgument(
-                f"model {name!r}{f' as {variant}' if variant else ''} has no trained weights; allowed are "
-                f"{', '.join(sorted(path.name for path in CHECKPOINT_DIR.iterdir()))} and the directory of a model"
-            )
+    directory = saved_in(name)
+    if variant not in (None, VARIANTS[0]) or not directory.is_dir():
+        raise InvalidArgument(
+            f"model {name!r}{f' as {variant}' if variant else ''} has no trained weights; allowed are "
+            f"{', '.join(sorted(path.name for path in CHECKPOINT_DIR.iterdir()))} and the directory of a model"
+        )
     tokenizer = read_tokenizer(directory)
     model = from_pretrained(directory, device=device, dtype=chosen)
     return model, load_tokenizer(BYTES if tokenizer == BYTES else directory / tokenizer)
 
 
+def saved_in(name: str) -> Path:
+    """Returns the directory of a saved model, or where a preset's trained weights are if it is shipped with some."""
+    return CHECKPOINT_DIR / name if name in PRESETS else Path(name)
+
+
 def trained_on(name: str) -> str:
     """Returns the corpus that a saved model was trained on, as its run named it; empty if it does not say."""
-    training = read_extra(CHECKPOINT_DIR / name if name in PRESETS else Path(name)).get("training", {})
+    training = read_extra(saved_in(name)).get("training", {})
     return str(training.get("config", {}).get("data", {}).get("corpus", ""))
 
 

@@ -43,7 +43,7 @@ class Depths(click.ParamType):
         if isinstance(value, tuple):
             return value
         words = [word.strip() for word in str(value).split(",")]
-        if len(words) == 1 and words[0].isdecimal() and 2 <= int(words[0][:4]) <= 1000:
+        if len(words) == 1 and words[0].isdecimal() and 2 <= int(words[0][:5]) <= 1000:
             count = int(words[0])
             return tuple(index / (count - 1) for index in range(count))
         try:
@@ -78,7 +78,8 @@ class Depths(click.ParamType):
     "--lengths", type=Counts(), default="4k,64k", show_default=True, help="Lengths of the texts in tokens; 4k is 4096."
 )
 @click.option("--depths", type=Depths(), default="0,0.25,0.5,0.75,1", show_default=True,
-              help="Where the asked needle lies, 1 next to the question; or a number of them.")  # fmt: skip
+              help="Where the asked needle lies: from 0, the beginning of the text, to 1, before the question; or how "
+              "many such places, 2 or more, are spread evenly.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=10, show_default=True,
               help="How many samples for each task, length and depth; for ppl how many texts.")  # fmt: skip
 @click.option("--haystack", default=PACKAGES, show_default=True, metavar="packages|stdlib|DIR",
@@ -112,7 +113,8 @@ def evaluate(name: str, tasks: tuple[str, ...], harness: str | None, harness_pat
     """Evaluate a model: tasks of retrieval by length and depth, and perplexity by context length.
 
     Samples are kept in OUT/samples.jsonl as they are finished; the same command goes on after an interruption, and
-    computes nothing twice. OUT also gets results.json, results.csv and pictures (with the extra `plots`).
+    computes nothing twice. OUT also gets results.json, results.csv and pictures (with the extra `plots`), in the place
+    of those of an evaluation before.
 
     \b
     Tasks (wording of our own; docs/tasks.md has the public task of each):

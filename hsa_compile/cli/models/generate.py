@@ -104,7 +104,8 @@ def generate(name: str, random_weights: bool, variant: str | None, prompt: str |
       cat notes.txt | hsa-compile generate --model DIR --prompt-file -
       hsa-compile generate --model DIR --prompt-file notes.txt \\
           --memory disk --memory-dir /tmp/memory
-      hsa-compile generate --model tiny --prompt 'abc=1234. Grass is green. ?abc='
+      hsa-compile generate --model tiny --max-new-tokens 5 \\
+          --prompt 'Here we go. abc=1234. The sky is blue. ?abc='
       hsa-compile generate --model small --random-weights --prompt hello
       torchrun --nproc-per-node 4 -m hsa_compile generate --model DIR \\
           --prompt-file book.txt

@@ -110,7 +110,7 @@ _COUNTS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 @click.group()
 def model() -> None:
-    """Show facts about the bundled language model."""
+    """Show what a bundled or saved language model costs."""
 
 
 @model.command(short_help="Show layers, parameters, memory and FLOPs; with --devices, scale.")

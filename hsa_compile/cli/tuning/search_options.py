@@ -154,6 +154,8 @@ _CPU_STEP, _GPU_STEP = (4, 2048), (1, 16384)
 def preset_problems(name: str, target: Target, chosen: Mapping[str, Sequence[Any]]) -> list[Problem]:
     """Returns what a model asks for in training and in reading, each problem once.
 
+    What reads is the shipped model where a preset has one: its recipe may have other chunks a token than the preset.
+
     Args:
         name: the name of a preset, or the directory of a saved model.
         target: the device, which decides what is not chosen: float32 on a CPU, bfloat16 on a GPU, and the size of a
@@ -163,8 +165,9 @@ def preset_problems(name: str, target: Target, chosen: Mapping[str, Sequence[Any
     Raises:
         InvalidArgument: the model is not known, has no memory, or something else is chosen.
     """
-    from hsa_compile.cli.models.argument import config_of
+    from hsa_compile.cli.models.argument import config_of, saved_in
     from hsa_compile.model.cost.workload import problems
+    from hsa_compile.model.pretrained import read_config
 
     chosen = dict(chosen)
     on_cpu = target.kind == "cpu"
@@ -175,12 +178,13 @@ def preset_problems(name: str, target: Target, chosen: Mapping[str, Sequence[Any
         flags = ", ".join(f"--{field.removeprefix('num_').replace('_', '-')}" for field in chosen)
         raise InvalidArgument(f"--preset {name} decides on {flags}; with it --batch, --seq-len and --dtype are allowed")
     config = config_of(name, None)
+    trained = read_config(saved_in(name)) if saved_in(name).is_dir() else config
     found: dict[Problem, None] = {}
     for b in batches:
         for length in lengths:
             for dtype in dtypes:
-                for training in (True, False):
-                    found |= dict.fromkeys(problems(config, b, length, dtype, training=training))
+                found |= dict.fromkeys(problems(config, b, length, dtype))
+                found |= dict.fromkeys(problems(trained, b, length, dtype, training=False))
     if not found:
         raise InvalidArgument(
             f"--preset {name} as {config.variant} with texts of {', '.join(map(str, lengths))} tokens asks for no "

@@ -110,7 +110,7 @@ def tune(device: str, absent: str | None, report_prediction: bool, record: Path 
       hsa-compile tune --preset tiny --seq-len 2k --batch 4
       hsa-compile tune --problem "select_chunks B1 T4096 … float32 R4"
       hsa-compile tune --storage postgresql://user@host/tuning   # on each host
-      hsa-compile tune --target h100         # without one
+      hsa-compile tune --target h100         # predicts, without the GPU
       hsa-compile tune --verify              # after an upgrade of PyTorch
     """
     import torch
