@@ -225,6 +225,35 @@ def test_the_recipe_of_small_takes_a_first_step_of_each_stage_at_reduced_lengths
     assert asked.code == 0, asked.err
 
 
+def test_resuming_alone_where_there_is_no_run_is_refused(run: Shell, tmp_path: Path) -> None:
+    refused = run("train", "--out", str(tmp_path / "run"), "--resume")
+    assert refused.code == 2
+    assert f"{tmp_path / 'run'} holds no run to resume" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_its_corpus_in_another_place(
+    run: Shell, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n" * 500)
+        assert run("prepare", f"{name}.txt", "--out", name, "--validation", "0").code == 0
+    begin = ["train", "--config", config, "--out", "run", "--corpus", "one", "--steps", "2",
+             "train.probe_every=0", "stages.0.synthetic_share=0.5"]  # fmt: skip
+    assert run(*begin).code == 0
+    (tmp_path / "one").rename(tmp_path / "moved")
+    go_on = ["train", "--out", "run", "--resume", "--seed", "0"]  # the run's own seed, as a flag
+    assert "one holds no finished corpus" in run(*go_on).err
+    refused = run(*go_on, "--corpus", "other")
+    assert refused.code == 1
+    assert "has other text than when run began" in refused.err
+    monkeypatch.chdir(tmp_path / "moved")
+    assert run("train", "--out", "../run", "--resume", "--corpus", ".").code == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["data"]["corpus"] == str(tmp_path / "moved")
+
+
 def test_resuming_where_there_is_no_run_says_that_one_begins(run: Shell, config: str, tmp_path: Path) -> None:
     begun = run("train", "--config", config, "--out", str(tmp_path / "run"), "--resume", "--steps", "1")
     assert begun.code == 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_bad_values_are_named(change: dict[str, object], message: str) -> None:
 # --- text
 
 
-def shown(tokens: bytes, stop: tuple[str, ...] = ()) -> list[str]:
+def shown(tokens: Iterable[int], stop: tuple[str, ...] = ()) -> list[str]:
     feed = TextStream(BytesTokenizer(), stop)
     return [*(feed.feed(token) for token in tokens), feed.finish()]
 
@@ -156,6 +157,8 @@ def shown(tokens: bytes, stop: tuple[str, ...] = ()) -> list[str]:
 def test_characters_are_shown_whole() -> None:
     assert shown("aé€😀".encode()) == ["a", "", "é", "", "", "€", "", "", "", "😀", ""]
     assert "".join(shown(b"a\xffb\xe2\x82")) == "a\ufffdb\ufffd"
+    # A model may have more tokens than there are bytes.
+    assert "".join(shown([*b"a\xe2\x82", 256, *b"b", 50_000])) == "a\ufffd\ufffdb\ufffd"
 
 
 def test_nothing_of_a_stop_string_is_shown() -> None:

@@ -83,6 +83,16 @@ def test_a_memory_in_any_place_can_be_saved(tmp_path: Path, placement: str) -> N
     assert_same(ChunkMemory.load(tmp_path / "save"), book())
 
 
+def test_others_may_read_a_save_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        book().save(tmp_path / "save")
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "save").rglob("*")}
+    assert modes == {True: 0o750, False: 0o640}
+
+
 def test_an_empty_memory_can_be_saved(tmp_path: Path) -> None:
     ChunkMemory(**SHAPE).save(tmp_path)
     loaded = ChunkMemory.load(tmp_path, placement="disk")

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -33,6 +34,17 @@ def test_a_model_comes_back_as_it_was(variant: str, tmp_path: Path) -> None:
     assert not any(tensor.is_meta for tensor in [*again.parameters(), *again.buffers()])
     assert read_extra(tmp_path / "deep" / "er") == {"step": 7}
     assert read_tokenizer(tmp_path / "deep" / "er") == "bytes"
+
+
+def test_others_may_read_a_model_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_pretrained(build(small_config("swa")), tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}
 
 
 def test_the_balancing_bias_is_saved_and_stays_float32(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the postfix says how much is left
 SECONDS_A_PROBLEM = 15.0  # for `--tune`
-# A run can go on with its processes arranged otherwise.
-ARRANGEMENT = ("train.context_parallel", "train.expert_parallel", "train.chunk_exchange")
+# A run can go on with its processes arranged otherwise, and with its corpus in another place: its checkpoints know the
+# text by its digest.
+MAY_CHANGE = ("train.context_parallel", "train.expert_parallel", "train.chunk_exchange", "data.corpus")
 FIRST_STEPS = 10  # after so many steps the time that the run will take is estimated
 
 
@@ -119,17 +121,22 @@ def _config(
     settings: Mapping[str, Any],
 ) -> RunConfig:  # fmt: skip
     """Makes the config from the flags; a run that goes on takes the saved one, with which all flags must agree."""
+    from hsa_compile.model.tasks.haystack import STDLIB
     from hsa_compile.model.training.config_file import resolve
     from hsa_compile.model.training.run import CONFIG_FILE, saved_config
 
     saved = saved_config(out) if resume else None
     if saved is not None and not is_told:
         return saved
-    if saved is not None and not (preset or file or settings):
+    if resume and saved is None and not is_told:
+        raise InvalidArgument(f"{out} holds no run to resume; give the flags that it was begun with to begin it anew")
+    if saved is not None and not (preset or file):
         file = out / CONFIG_FILE
     told = resolve(preset_name=preset, file=file, overrides=overrides, settings=settings)
+    if told.data.corpus not in ("", STDLIB):  # the run, and who evaluates its model, may be in another folder later
+        told = replace(told, data=replace(told.data, corpus=str(Path(told.data.corpus).expanduser().absolute())))
     for name, before, now in _differences(saved.to_dict(), told.to_dict()) if saved is not None else ():
-        if name in ARRANGEMENT:
+        if name in MAY_CHANGE:
             continue
         raise InvalidArgument(
             f"{out} was begun with {name} = {before!r}, not {now!r}; --resume goes on with the former"

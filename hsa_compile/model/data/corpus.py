@@ -155,6 +155,11 @@ class TokenCorpus:
         return len(self.tokens)
 
     @property
+    def has_bytes(self) -> bool:
+        """Whether the tokens are bytes, and not those of a tokenizer that may have as few."""
+        return self.manifest.settings.tokenizer_digest == BYTES
+
+    @property
     def ends(self) -> npt.NDArray[np.int64]:
         """Where each document ends, its separator included, `[num_documents]`."""
         return self._ends[:]

@@ -19,7 +19,7 @@ from hsa_compile.model.config import PERPLEXITY
 from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.manifest import MANIFEST, VALIDATION
 from hsa_compile.model.data.prepare import stdlib_corpus
-from hsa_compile.model.data.tokenizer import TokenArray
+from hsa_compile.model.data.tokenizer import BYTES, TokenArray
 from hsa_compile.model.evaluation.outcomes import Key, OutcomeFile, Values
 from hsa_compile.model.evaluation.settings import length_label
 from hsa_compile.model.evaluation.subject import Job, Subject, num_rows, piece_of
@@ -228,7 +228,7 @@ def _losses(logits: Tensor, tokens: Tensor) -> list[float]:
 
 
 def _num_bytes(subject: Subject, tokens: TokenArray) -> int:
-    return len(tokens) if tokens.dtype == np.uint8 else len(subject.tokenizer.decode(tokens).encode())
+    return len(tokens) if subject.tokenizer.digest == BYTES else len(subject.tokenizer.decode(tokens).encode())
 
 
 def _key(subject: Subject, row: TokenArray, num_scored: int) -> Key:

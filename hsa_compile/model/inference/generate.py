@@ -282,13 +282,13 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class _Bytes:
-    """Decodes UTF-8 byte by byte; bytes that are none become U+FFFD."""
+    """Decodes UTF-8 byte by byte; what is none becomes U+FFFD, also a token of a larger vocabulary."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
+        return self._decoder.decode(bytes([min(token, 0xFF)]))  # 0xFF stands nowhere in UTF-8
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)

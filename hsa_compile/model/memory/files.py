@@ -9,8 +9,8 @@ import json
 import mmap
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +88,8 @@ def write_save(
     """
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(directory)
-    made = Path(tempfile.mkdtemp(dir=directory, prefix=".writing-"))
+    made = directory / f".writing-{secrets.token_hex(8)}"
+    made.mkdir()
     final = made.with_name(made.name.replace(".writing-", "chunks-"))
     try:
         written = [_write_shard(made / f"{i:05d}.safetensors", shard) for i, shard in enumerate(shards)]

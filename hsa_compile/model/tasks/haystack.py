@@ -232,8 +232,9 @@ def corpus_haystack(corpus: TokenCorpus) -> TextHaystack:
 
 
 def _bytes_of(corpus: TokenCorpus) -> NumberFiles:
-    if corpus.tokens.dtype != np.uint8:
-        raise InvalidArgument(f"{corpus.directory} holds {corpus.tokens.dtype}; a haystack needs the tokenizer bytes")
+    if not corpus.has_bytes:
+        tokenizer = corpus.manifest.settings.tokenizer
+        raise InvalidArgument(f"{corpus.directory} has tokenizer {tokenizer}; a haystack needs the tokenizer bytes")
     return corpus.tokens
 
 

@@ -99,7 +99,7 @@ class Mixture:
             raise InvalidArgument(f"task_share {self.task_share} without a task; allowed is 0, or one of weight > 0")
         if self.synthetic_share < 1 and self.corpus is None:
             raise InvalidArgument(f"synthetic_share {self.synthetic_share} without a corpus; allowed is 1")
-        if self.synthetic_share and self.corpus is not None and self.corpus.tokens.dtype != np.uint8:
+        if self.synthetic_share and self.corpus is not None and not self.corpus.has_bytes:
             raise InvalidArgument(
                 "synthetic rows are bytes; the corpus needs the tokenizer bytes, or synthetic_share 0"
             )

@@ -52,7 +52,7 @@ def resolve(
         merged = _recipe(name or _DEFAULT_PRESET)
     for section in SECTIONS[:-1]:
         merged[section] = {**_section(merged, section), **_section(given, section)}
-    merged["stages"] = given.get("stages", merged["stages"])
+    merged["stages"] = _stages(given.get("stages", merged["stages"]))
     if not complete:
         merged["model"][_PRESET] = name or _DEFAULT_PRESET
     for dotted, value in (settings or {}).items():
@@ -72,9 +72,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         InvalidArgument: a section, field or value is not allowed.
     """
     _check_names("config", values, SECTIONS)
-    stages = values.get("stages", [])
-    if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
-        raise InvalidArgument(f"stages = {shown(stages)} must be a list of tables: [[stages]]")
+    stages = _stages(values.get("stages", []))
     return RunConfig(
         model=_model(_section(values, "model")),
         train=_build(TrainConfig, "train", _section(values, "train")),
@@ -117,6 +115,12 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         raise InvalidArgument(f"{name} = {shown(section)} must be a section: [{name}]")
     return dict(section)
+
+
+def _stages(stages: Any) -> list[dict[str, Any]]:
+    if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise InvalidArgument(f"stages = {shown(stages)} must be a list of tables: [[stages]]")
+    return [dict(stage) for stage in stages]
 
 
 def _build(cls: type[_SECTION], where: str, values: Mapping[str, Any]) -> _SECTION:

@@ -83,11 +83,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, processes
     return float(norm)
 
 
-def update_routers(modules: Iterable[nn.Module], config: TrainConfig) -> float | None:
-    """Moves the balancing biases; returns the largest load over the mean, of the worst layer on this process."""
-    loads = []
+def update_routers(
+    modules: Iterable[nn.Module], config: TrainConfig, frozen: Iterable[nn.Parameter] = ()
+) -> float | None:
+    """Moves the balancing biases; returns the largest load over the mean, of the worst layer on this process.
+
+    Args:
+        modules: all modules of the model.
+        config: says by how much.
+        frozen: the weights that stay as they are, and with them the bias of a layer whose router is among them.
+    """
+    loads, still = [], {id(weight) for weight in frozen}
     for module in modules:
         if isinstance(module, MoE):
             loads.append(module.max_over_mean_load)
-            module.update_bias(config.bias_update_rate)
+            module.update_bias(0.0 if id(module.router.weight) in still else config.bias_update_rate)
     return max(loads, default=None)

@@ -20,6 +20,34 @@ LEFT_OUT = 2  # how many first steps of a process do not count: they build kerne
 RECENT = 50  # how many of the latest steps count
 
 
+class StepFlops:
+    """Counts the FLOPs that all processes together make in a step, as its stage and the length of its rows have it.
+
+    Args:
+        run: the config of the run.
+        world_size: among how many processes, or groups that share each row, a step's rows are divided.
+    """
+
+    def __init__(self, run: RunConfig, world_size: int) -> None:
+        self._run, self._world_size = run, world_size
+        self._counted: dict[tuple[int, int], float] = {}
+
+    def __call__(self, number: int, length: int) -> float:
+        """Returns the FLOPs of a step of that stage with rows of that length."""
+        if (number, length) not in self._counted:
+            stage = self._run.stages[number]
+            rows = max(1, stage.batch_tokens // length)
+            apply_stage(self._model, self._run.model_in(stage))
+            together = max(1, rows // self._world_size // self._run.train.accumulation)
+            others = (together - 1) * (length // self._run.model.chunk_size) if stage.in_batch_memory else 0
+            self._counted[number, length] = rows * length * training_flops(self._model, length, others)
+        return self._counted[number, length]
+
+    @functools.cached_property
+    def _model(self) -> HSATransformer:
+        return empty_model(self._run.model)
+
+
 class Pace:
     """Seconds per FLOP of the latest steps; what is left is counted in FLOPs, since the stages of a run differ in them.
 
@@ -36,7 +64,7 @@ class Pace:
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._before = 0.0  # the time at which the record before came
         self._probe_seconds = 0.0
-        self._flops = functools.cache(self._count_flops)
+        self._flops = StepFlops(run, world_size)
         self.num_steps = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -94,19 +122,6 @@ class Pace:
         if not train.probe_every:
             return 0
         return -(-train.steps // train.probe_every) if step >= train.steps else step // train.probe_every
-
-    def _count_flops(self, number: int, length: int) -> float:
-        """Returns the FLOPs that all processes together make in a step of that stage with rows of that length."""
-        stage = self._run.stages[number]
-        rows = max(1, stage.batch_tokens // length)
-        apply_stage(self._model, self._run.model_in(stage))
-        together = max(1, rows // self._world_size // self._run.train.accumulation)
-        others = (together - 1) * (length // self._run.model.chunk_size) if stage.in_batch_memory else 0
-        return rows * length * training_flops(self._model, length, others)
-
-    @functools.cached_property
-    def _model(self) -> HSATransformer:
-        return empty_model(self._run.model)
 
 
 STRAGGLES = 1.25  # a process is named if its own time is so many times the median of all processes

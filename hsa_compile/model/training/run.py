@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from hsa_compile.errors import InvalidArgument, SaveError, TrainingError
 from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.cost.info import model_info, num_positions
+from hsa_compile.model.cost.info import num_positions
 from hsa_compile.model.cost.workload import of_a_part, problems
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import saved_name
@@ -52,7 +52,7 @@ from hsa_compile.model.training.feed import (
 )
 from hsa_compile.model.training.metrics import MetricsLog, Probe, peak_flops, retrieval_entropy
 from hsa_compile.model.training.optimizer import make_optimizer
-from hsa_compile.model.training.pace import RECENT, OwnTime, straggler
+from hsa_compile.model.training.pace import RECENT, OwnTime, StepFlops, straggler
 from hsa_compile.model.training.processes import Processes, shard, with_meshes
 from hsa_compile.model.training.step import LossModel, StepResult, chosen_precision, compiled, run_step
 from hsa_compile.model.transformer import HSATransformer
@@ -128,8 +128,8 @@ class TrainingRun:
         except BaseException:
             self.close()
             raise
-        info = model_info(config.model, context=config.stages[-1].seq_len)
-        self._flops_a_token, self._peak = info.training_flops, peak_flops(processes.device, config.train.peak_tflops)
+        self._flops = StepFlops(config, processes.num_row_groups)
+        self._peak = peak_flops(processes.device, config.train.peak_tflops)
         self._saved_step = self.state.step if checkpoints(self._checkpoints) else -1
 
     @property
@@ -243,7 +243,9 @@ class TrainingRun:
         if result.router_load is not None:
             record["router_max_over_mean_load"] = result.router_load
         if self._peak is not None:
-            record["mfu"] = tokens_a_second * self._flops_a_token / self._peak / self.processes.world_size
+            steps_a_second = tokens_a_second / (batch.plan.num_rows * batch.plan.length)
+            flops = self._flops(batch.plan.stage, batch.plan.length)
+            record["mfu"] = steps_a_second * flops / self._peak / self.processes.world_size
         if self.processes.device.type == "cuda":
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         return record
@@ -322,7 +324,6 @@ class TrainingRun:
             if not resume:
                 self._check_is_new()  # another process may have begun it since
             remove_leftovers(self._checkpoints)
-            write_json(self.directory / CONFIG_FILE, self.config.to_dict())
         self.processes.wait()
         if found := checkpoints(self._checkpoints):
             text = self.state.data_digest
@@ -334,6 +335,7 @@ class TrainingRun:
                 )
             self.state = replace(state, world_size=self.processes.world_size)
         if self.processes.is_first:
+            write_json(self.directory / CONFIG_FILE, self.config.to_dict())
             size, project = self.state.metrics_bytes, self.config.train.wandb_project
             self._log = MetricsLog(self.directory, size=size, wandb_project=project)
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -263,7 +263,7 @@ def run_step(
     stopping: bool = False,
     own_time: float = 0.0,
     selections: list[Selection] | None = None,
-    frozen: Iterable[nn.Parameter] = (),
+    frozen: Collection[nn.Parameter] = (),
 ) -> StepResult:
     """Moves the weights by one batch.
 
@@ -305,7 +305,7 @@ def run_step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    load = update_routers(loss_model.modules(), config)
+    load = update_routers(loss_model.modules(), config, frozen)
     num_text, num_answers = counts.tolist()
     return StepResult(
         loss=loss_sum,

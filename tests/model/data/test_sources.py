@@ -51,6 +51,15 @@ def test_a_dangling_link_is_listed_so_that_it_can_be_named(folder: Path) -> None
     assert "dangling.txt" in names(find_sources([folder]))
 
 
+def test_linked_folders_are_read_once_and_links_in_a_circle_end(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.txt").write_text("f")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub" / "again").symlink_to(tmp_path / "elsewhere")
+    assert names(find_sources([folder])) == ["a.jsonl", "b.txt", "f.txt", "e.txt", "c.parquet"]
+
+
 def test_kinds_go_by_the_name() -> None:
     kinds = [kind_of(Path(name)) for name in ("a.jsonl", "a.ndjson.zst", "a.parquet", "a.txt.gz", "a.py", "a")]
     assert kinds == [JSONL, JSONL, PARQUET, TEXT, TEXT, TEXT]

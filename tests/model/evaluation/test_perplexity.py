@@ -39,6 +39,20 @@ def corpus(tmp_path: Path) -> str:
     return str(tmp_path / "corpus")
 
 
+def test_bytes_are_those_of_the_text_and_not_its_tokens() -> None:
+    class Letters:
+        """Two letters a token, of which there are few."""
+
+        digest = "letters"
+
+        def decode(self, tokens: np.ndarray) -> str:
+            return "ab" * len(tokens)
+
+    tokens = np.zeros(5, np.uint8)
+    assert perplexity._num_bytes(subject_of(), tokens) == 5
+    assert perplexity._num_bytes(Subject(name="m", model=subject_of().model, tokenizer=Letters()), tokens) == 10
+
+
 def measure(subject: Subject, texts: Texts, out: Path) -> list[Perplexity]:
     with OutcomeFile(out) as outcomes:
         run_jobs(subject.model, perplexity_jobs(subject, texts, outcomes), lambda label, tokens: None)

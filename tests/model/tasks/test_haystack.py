@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.data.corpus import TokenCorpus
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
 from hsa_compile.model.tasks.facts import draw_keys
@@ -24,6 +25,7 @@ from hsa_compile.model.tasks.haystack import (
     WordHaystack,
     load_haystack,
 )
+from hsa_compile.model.tasks.mixture import Mixture
 
 CIRCLE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
@@ -122,14 +124,18 @@ def test_a_prepared_corpus_is_a_haystack(tmp_path: Path) -> None:
     assert (haystack.name, haystack.fill(6, random.Random(0))) == ("corpus", b"first\0")
 
 
-def test_a_corpus_of_words_is_no_haystack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_words", [30, 300])  # their ids take as many bytes as a byte, or more
+def test_a_corpus_of_words_is_no_haystack(num_words: int, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {f"w{number}": number for number in range(300)}
+    vocabulary = {f"w{number}": number for number in range(num_words)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "t.json"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "w1"}))
     prepare(find_sources([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer=tmp_path / "t.json", validation=0)
-    with pytest.raises(InvalidArgument, match="holds uint16; a haystack needs the tokenizer bytes"):
+    with pytest.raises(InvalidArgument, match=r"has tokenizer .*t\.json; a haystack needs the tokenizer bytes"):
         load_haystack(tmp_path / "out")
+    corpus = TokenCorpus(tmp_path / "out")
+    with pytest.raises(InvalidArgument, match="synthetic rows are bytes; the corpus needs the tokenizer bytes"):
+        Mixture(haystacks=((NoiseHaystack(), 1.0),), corpus=corpus, synthetic_share=0.5)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -104,6 +104,13 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, messag
         resolve(file=tmp_path / name)
 
 
+@pytest.mark.parametrize("stages", ["3", "[1]"])
+def test_stages_that_are_none_are_named_before_an_override_changes_one(tmp_path: Path, stages: str) -> None:
+    (tmp_path / "a.toml").write_text(f"stages = {stages}\n")
+    with pytest.raises(InvalidArgument, match=r"stages = .* must be a list of tables"):
+        resolve(file=tmp_path / "a.toml", overrides=["stages.0.window=16"])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"none\.toml cannot be read: No such file"):
         resolve(file=tmp_path / "none.toml")

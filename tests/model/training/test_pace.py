@@ -1,7 +1,6 @@
 """How long a run is said to take, from records with made-up times."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from hsa_compile.model.cost.info import model_info
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import resolve
 from hsa_compile.model.training.feed import stage_at
-from hsa_compile.model.training.pace import LEFT_OUT, OwnTime, Pace, straggler
+from hsa_compile.model.training.pace import LEFT_OUT, OwnTime, Pace, StepFlops, straggler
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.run import TrainingRun
 
@@ -92,10 +91,10 @@ def test_steps_within_a_time_are_those_that_it_is_enough_for() -> None:
 
 def test_rows_that_see_the_chunks_of_others_cost_more() -> None:
     alone, together = (
-        Pace(small_run(stages=[{"seq_len": 64, "batch_tokens": 1024, "in_batch_memory": shared}]), 1, time.monotonic)
+        StepFlops(small_run(stages=[{"seq_len": 64, "batch_tokens": 1024, "in_batch_memory": shared}]), 1)
         for shared in (False, True)
     )
-    assert together._count_flops(0, 64) > alone._count_flops(0, 64)
+    assert together(0, 64) > alone(0, 64)
 
 
 def test_the_time_of_a_training_on_a_quiet_machine_is_foretold_from_its_first_steps() -> None:

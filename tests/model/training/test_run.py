@@ -17,6 +17,7 @@ from hsa_compile.model.training import run as run_module
 from hsa_compile.model.training.checkpoint import best_checkpoint, checkpoints, read_state
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.training.config_file import from_dict
+from hsa_compile.model.training.pace import StepFlops
 from hsa_compile.model.training.processes import Processes
 from hsa_compile.model.training.run import CHECKPOINTS, MODEL, TrainingRun, saved_config
 from hsa_compile.model.training.step import chosen_precision
@@ -133,6 +134,28 @@ def test_frozen_parts_stay_as_they_are_until_a_stage_moves_them(tmp_path: Path, 
     assert saved_config(tmp_path / "parts") == config
     assert train(config, tmp_path / "parts", alone, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_the_routers_of_frozen_parts_stay_as_they_are(tmp_path: Path, alone: Processes) -> None:
+    stages = [{"seq_len": 64, "batch_tokens": 128, "frozen": ["upper"]}, {"seq_len": 64, "batch_tokens": 128}]
+    run = TrainingRun(small_run(model={"num_experts": 4}, stages=stages, steps=4, save_every=0), tmp_path, alone)
+    biases = {name: bias for name, bias in run.model.named_buffers() if name.endswith("balance_bias")}
+    moved: list[set[str]] = []
+    run.train(lambda: moved.append({name.partition(".")[0] for name, bias in biases.items() if bias.any()}) or False)
+    run.close()
+    assert moved[1] == {"lower"}
+    assert moved[3] == {"lower", "upper"}
+
+
+def test_the_share_of_the_peak_counts_what_each_stage_computes(tmp_path: Path, alone: Processes) -> None:
+    stages = [{"seq_len": 128, "batch_tokens": 256, "window": window} for window in (8, 64)]
+    config = small_run(stages=stages, steps=4, log_every=1, peak_tflops=1.0)
+    assert train(config, tmp_path, alone)
+    flops = StepFlops(config, 1)
+    assert flops(1, 128) > flops(0, 128)
+    for record in records(tmp_path):
+        expected = record["tokens_per_second"] * flops(record["stage"], 128) / 256 / 1e12
+        assert record["mfu"] == pytest.approx(expected)
 
 
 def test_it_learns(tmp_path: Path, alone: Processes) -> None:
