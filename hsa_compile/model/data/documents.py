@@ -103,9 +103,9 @@ def _files_under(root: Path, left_out: Path | None) -> Iterator[Path]:
     seen = {root}  # a link may lead back to a folder above it, or to one that is read anyway
     for folder, folders, files in os.walk(root, followlinks=True):
         here = Path(folder)
-        inside = {name: (here / name).resolve() for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [name for name, real in inside.items() if real not in seen and real != left_out]
-        seen |= set(inside.values())
+        inside = {(here / name).resolve(): name for name in sorted(folders, reverse=True) if not name.startswith(".")}
+        folders[:] = sorted(name for real, name in inside.items() if real not in seen and real != left_out)
+        seen |= set(inside)
         left = _SAVED if set(files) >= _SAVED else {_SPLITS}  # what describes a data set is no document of it
         if here != left_out:
             yield from (here / name for name in sorted(files) if not name.startswith(".") and name not in left)

@@ -56,6 +56,7 @@ def test_linked_folders_are_read_once_and_links_in_a_circle_end(folder: Path, tm
     (tmp_path / "elsewhere" / "f.txt").write_text("f")
     (tmp_path / "elsewhere" / "back").symlink_to(folder)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked again").symlink_to(tmp_path / "elsewhere")
     (folder / "sub" / "again").symlink_to(tmp_path / "elsewhere")
     assert names(find_sources([folder])) == ["a.jsonl", "b.txt", "f.txt", "e.txt", "c.parquet"]
 
