@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.model.data.tokenizer import Tokenizer
+from hsa_compile.model.data.tokenizer import BYTES, Tokenizer
 from hsa_compile.model.inference.generate import evaluating
 from hsa_compile.model.inference.inference import PIECE, ModelState, new_state
 from hsa_compile.model.inference.reading import fingerprint
@@ -62,7 +62,8 @@ class Subject:
     def key(self) -> dict[str, str]:
         """Returns what tells its results from those of others; where the memory lies changes none."""
         dtype = self.memory_dtype or self.model.embedding.weight.dtype
-        return {"model": self.fingerprint, "memory_dtype": str(dtype).removeprefix("torch.")}
+        key = {"model": self.fingerprint, "memory_dtype": str(dtype).removeprefix("torch.")}
+        return key if self.tokenizer.digest == BYTES else key | {"tokenizer": self.tokenizer.digest}
 
     def check_vocabulary(self) -> None:
         """Raises InvalidArgument unless the model has all tokens in which tasks are written."""

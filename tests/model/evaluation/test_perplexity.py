@@ -50,7 +50,9 @@ def test_bytes_are_those_of_the_text_and_not_its_tokens() -> None:
 
     tokens = np.zeros(5, np.uint8)
     assert perplexity._num_bytes(subject_of(), tokens) == 5
-    assert perplexity._num_bytes(Subject(name="m", model=subject_of().model, tokenizer=Letters()), tokens) == 10
+    other = Subject(name="m", model=subject_of().model, tokenizer=Letters())
+    assert perplexity._num_bytes(other, tokens) == 10
+    assert other.key() == subject_of().key() | {"tokenizer": "letters"}  # its results are no others'
 
 
 def measure(subject: Subject, texts: Texts, out: Path) -> list[Perplexity]:
