@@ -58,6 +58,17 @@ def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return paths.temporary_dir()
 
 
+def test_what_has_the_name_of_the_temporary_directory_does_not_end_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    paths._own_temporary_dir.cache_clear()
+    (tmp_path / f"hsa-compile-{os.getuid()}").touch()
+    found = paths.temporary_dir()
+    assert (found.parent, found.is_dir(), found.stat().st_mode & 0o777) == (tmp_path, True, 0o700)
+    paths._own_temporary_dir.cache_clear()
+
+
 def test_on_a_full_disk_a_kernel_is_kept_in_a_temporary_directory(spare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole = compile_module.write_whole
 
