@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
+    from hsa_compile.autotune.evaluate import Outcome
     from hsa_compile.autotune.options import TuneOptions
     from hsa_compile.autotune.study.ledger import Ledger
 
@@ -56,7 +58,8 @@ def plan(device: str, force: bool, as_json: bool, **flags: Any) -> None:
     options = replace(tune_options(flags), anew=force)
     target = Target.parse(device.split(",")[0])
     ledger = Ledger(default_ledger(target))
-    rows = [_row(problem, target, options, ledger) for problem in searched_problems(target, flags)]
+    past = [(key["problem"], outcome) for key, outcome in ledger.lines()]
+    rows = [_row(problem, target, options, ledger, past) for problem in searched_problems(target, flags)]
     print_rows(rows, as_json=as_json, legend=_LEGEND)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
@@ -64,14 +67,19 @@ def plan(device: str, force: bool, as_json: bool, **flags: Any) -> None:
             click.echo(f"nothing is stored: --trials {options.trials} is too few, {MIN_TIMED} are needed")
 
 
-def _row(problem: Problem, target: Target, options: TuneOptions, ledger: Ledger) -> dict[str, Any]:
+def _row(
+    problem: Problem,
+    target: Target,
+    options: TuneOptions,
+    ledger: Ledger,
+    past: Sequence[tuple[dict[str, Any], Outcome]],
+) -> dict[str, Any]:
     from hsa_compile.autotune.options import default_inputs, inputs_label
     from hsa_compile.autotune.study.ledger import ProblemLedger
 
     valid = sum(1 for _ in SearchSpace.of(problem, target).schedules())
     found = default_cache().finished(problem, target)
     cached = found is not None and options.takes(found.inputs)
-    past = [(key["problem"], outcome) for key, outcome in ledger.lines()]
     own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]
     same_op = [outcome.seconds for fields, outcome in past if fields["op"] == problem.op]
     seconds = own or same_op
