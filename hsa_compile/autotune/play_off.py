@@ -167,8 +167,8 @@ def verify(record: TuningRecord, device: str) -> TuningRecord | str:
         except FAILURES as error:
             return _runs_no_more(error)
         times, dropped = _rounds(default, challengers, timer.time, MIN_ROUNDS)
-    for error in dropped.values():
-        return _runs_no_more(error)
+    for failure in dropped.values():
+        return _runs_no_more(failure)
     if _is_faster(times[0], times[-1], 1 - CONFIDENCE):
         return "the default is faster now"
     return replace(

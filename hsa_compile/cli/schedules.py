@@ -280,6 +280,7 @@ def clear(device: str | None, yes: bool) -> None:
             return
     except click.Abort as error:
         if isinstance(error.__context__, EOFError):  # else it was Ctrl-C
+            click.echo(err=True)  # ends the line of the question
             raise InvalidArgument("nobody answers on standard input; --yes removes without asking") from None
         raise
     click.echo(f"removed {default_cache().clear(target)} schedules")

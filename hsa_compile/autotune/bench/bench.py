@@ -245,10 +245,11 @@ class LockedBench:
         with self._lock:
             return self._bench.prepare(schedule)
 
-    def time(self, schedules: Sequence[Schedule], rounds: int, *inputs: str) -> list[list[float]]:
+    def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
         """Times candidates, alone on the device."""
+        named = () if inputs is None else (inputs,)  # a bench that has one distribution need not know of others
         with self._lock:
-            return self._bench.time(schedules, rounds, *inputs)
+            return self._bench.time(schedules, rounds, *named)
 
 
 def open_bench(problem: Problem, target: Target, device: str, distribution: str, seed: int) -> LocalBench:
