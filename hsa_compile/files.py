@@ -96,11 +96,10 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: the directory cannot be written, the disk is full, or no regular file is there; what was there is
             untouched.
     """
-    _replace(path, lambda temporary: temporary.write_bytes(content))
+    _replace(Path(os.path.realpath(path)), lambda temporary: temporary.write_bytes(content))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    path = Path(os.path.realpath(path))
     if path.exists():
         _check_regular(path.stat().st_mode, path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
