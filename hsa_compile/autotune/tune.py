@@ -34,7 +34,7 @@ from hsa_compile.kernels.resolve import set_on_miss
 from hsa_compile.log import logger, progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.record import TuningRecord, num_passing
+from hsa_compile.schedules.record import TuningRecord, failed_in_passing, num_passing
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target, gpu_index
@@ -143,7 +143,7 @@ def tune(
             tie_set=verdict.tie_set,
             confidence=CONFIDENCE,
             clocks_mhz=clocks_mhz(devices[0]),
-            complete=not stopped and 2 * num_passing(result.failures) <= result.num_tried,
+            complete=not stopped and not failed_in_passing(result.failures, result.num_tried),
             by_inputs=timer.pairs(verdict.winner, session.first[0]),
         )
         if record.shortfall is None:

@@ -78,7 +78,7 @@ class TuningRecord:
         confidence: how sure the play-off is that the winner beats the default, and all that are not in the tie-set.
         clocks_mhz: the clocks of a GPU's multiprocessors and memory while it was timed, where they are known.
         complete: whether the search came to its end and did not fail with most candidates for reasons that may pass
-            (`num_passing`); one that is not complete goes on when it is asked for again.
+            (`failed_in_passing`); one that is not complete goes on when it is asked for again.
     """
 
     problem: Problem
@@ -145,8 +145,9 @@ class TuningRecord:
 
     @property
     def tried_all(self) -> bool:
-        """Whether the search tried every candidate that there is, and none failed for a reason that may pass."""
-        return self.trials - num_passing(self.failures) >= _num_candidates(self.problem, self.target)
+        """Whether the search tried every candidate that there is, and most did not fail for a reason that may pass."""
+        tried = self.trials >= _num_candidates(self.problem, self.target)
+        return tried and not failed_in_passing(self.failures, self.trials)
 
     @property
     def shortfall(self) -> str | None:
@@ -250,6 +251,11 @@ class TuningRecord:
 def num_passing(failures: Mapping[str, int]) -> int:
     """Counts the failures that another day may not repeat (`errors.may_pass`), from how many there are by name."""
     return sum(count for name, count in failures.items() if may_pass(name))
+
+
+def failed_in_passing(failures: Mapping[str, int], trials: int) -> bool:
+    """Returns whether most of the candidates that were tried failed for a reason that may pass."""
+    return 2 * num_passing(failures) > trials
 
 
 def _pairs(values: object) -> dict[str, tuple[Measurement, Measurement]]:

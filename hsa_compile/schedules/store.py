@@ -142,9 +142,9 @@ def outranks(known: TuningRecord, record: TuningRecord) -> bool:
     """
     if known.kind != record.kind:
         return known.kind == MEASURED
-    if not SearchSpace.of(known.problem, known.target).is_valid(known.schedule):
+    if (known.complete, record.complete) != (True, False):
         return False
-    return (known.complete, record.complete) == (True, False)
+    return SearchSpace.of(known.problem, known.target).is_valid(known.schedule)
 
 
 def put_record(path: Path, record: TuningRecord) -> None:

@@ -83,9 +83,10 @@ def _row(
     own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]
     same_op = [outcome.seconds for fields, outcome in past if fields["op"] == problem.op]
     seconds = own or same_op
-    label = inputs_label(options.distribution or default_inputs(target.kind))
-    own_ledger = ProblemLedger(ledger, problem, target, label, default_schedule(problem, target))
-    known = 0 if options.anew else len(own_ledger.known())
+    known = 0
+    if valid and not options.anew:
+        label = inputs_label(options.distribution or default_inputs(target.kind))
+        known = len(ProblemLedger(ledger, problem, target, label, default_schedule(problem, target)).known())
     trials = 0 if cached else min(valid - known, options.trials)
     estimate = _START_S + trials * (sum(seconds) / len(seconds) if seconds else _TRIAL_S)
     return {
