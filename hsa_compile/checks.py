@@ -24,9 +24,9 @@ def shown(value: object) -> str:
 
 def one_line(text: object, most: int = 300) -> str:
     """Writes a text that may hold anything in one line that any terminal can take; one longer than `most` is cut."""
-    words = " ".join(str(text).split())
-    words = words if len(words) <= most else f"{words[:most]}…"
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
+    words = " ".join(str(text).split())[: most + 1]
+    line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in words)
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def check_count(

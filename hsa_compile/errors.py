@@ -7,7 +7,9 @@ HSACompileError
 │   └── InvalidSchedule            … in a schedule, or a schedule that the problem cannot use
 ├── MissingDependency              a package that this feature needs is not installed
 ├── CompileError                   the compiler refused an emitted kernel
+│   └── CompilerCrashed            … or it died, or the machine did not let it work
 ├── OutOfResources                 a kernel needs more registers, shared memory or memory than there is
+│   └── OutOfMemory                … than was free when it ran
 ├── WrongResult                    a kernel disagrees with the reference
 │   └── NotFinite                  … by values that are infinite or not a number
 ├── CandidateCrashed               the process that ran a candidate died
@@ -27,6 +29,9 @@ HSACompileWarning (UserWarning)
     └── DistantWarning             … or one that was tuned too far away
 """
 
+import errno
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -60,8 +65,16 @@ class CompileError(HSACompileError):
     """The compiler refused an emitted kernel."""
 
 
+class CompilerCrashed(CompileError):
+    """The compiler died, or the machine did not let it do its work; the message shows what it said."""
+
+
 class OutOfResources(HSACompileError):
     """A kernel needs more registers, shared memory or memory than the device has."""
+
+
+class OutOfMemory(OutOfResources):
+    """A candidate needs more memory than was free when it ran, or Linux killed it for want of memory."""
 
 
 class WrongResult(HSACompileError):
@@ -86,6 +99,28 @@ class TimedOut(HSACompileError):
 
 class CompileTimedOut(TimedOut):
     """A candidate took longer to compile than its limit and was killed."""
+
+
+# Errors that another day may not repeat: the machine may be at fault.
+PASSING = (TimedOut, CandidateCrashed, CompilerCrashed, OutOfMemory)
+_MACHINE_ERRNOS = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE", "ETXTBSY")
+_OF_MACHINE = re.compile(
+    "|".join(
+        [re.escape(os.strerror(getattr(errno, name))) for name in _MACHINE_ERRNOS if hasattr(errno, name)]
+        + ["out of memory", "memory exhausted", "Killed", "signal terminated program", "due to signal"]
+    )
+)
+
+
+def compile_error(message: str) -> CompileError:
+    """Returns the error for what a compiler said: that it refuses the source, or that the machine is at fault."""
+    return CompilerCrashed(message) if _OF_MACHINE.search(message) else CompileError(message)
+
+
+def may_pass(failure: str) -> bool:
+    """Returns whether a candidate that failed with an error of this name may succeed on another day."""
+    kind = globals().get(failure)
+    return isinstance(kind, type) and issubclass(kind, PASSING)
 
 
 class StorageError(HSACompileError):

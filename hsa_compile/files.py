@@ -40,13 +40,19 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         OSError: there is no such file, it is no regular file, or it cannot be opened.
     """
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
-    mode = os.fstat(handle).st_mode
-    if stat.S_ISREG(mode):
-        return handle
-    os.close(handle)
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check_regular(mode: int, path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
@@ -84,13 +90,18 @@ def parse_json(text: bytes | str) -> Any:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: beside it, synced, renamed. Others may read it if the umask lets them.
 
+    A link stays, and the file that it names is replaced.
+
     Raises:
-        OSError: the directory cannot be written or the disk is full; what was there is untouched.
+        OSError: the directory cannot be written, the disk is full, or no regular file is there; what was there is
+            untouched.
     """
-    _replace(path, lambda temporary: temporary.write_bytes(content))
+    _replace(Path(os.path.realpath(path)), lambda temporary: temporary.write_bytes(content))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    if path.exists():
+        _check_regular(path.stat().st_mode, path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch()
@@ -151,7 +162,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write: fills the file whose path it is given.
 
     Raises:
-        SaveError: the file cannot be written; the old one is untouched.
+        SaveError: the file cannot be written, or is no regular one; the old one is untouched.
     """
     try:
         _replace(path, write)

@@ -126,7 +126,10 @@ def temporary_dir() -> Path:
         OSError: there is no place for temporary files.
     """
     directory = Path(tempfile.gettempdir()) / f"hsa-compile-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:  # something else has that name
+        return _own_temporary_dir()
     return _own_temporary_dir() if why_distrusted(directory, directory) else directory
 
 

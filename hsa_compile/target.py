@@ -99,12 +99,19 @@ class Target:
             return Target.current()
         if named := NAMED_TARGETS.get(text) or PRODUCTS.get(text):
             return named
-        if text == "cpu" or re.fullmatch(r"cuda(:\d+)?", text):
+        if text in ("cpu", "cuda"):
             import torch
 
             return Target.of(torch.device(text))
+        if (index := gpu_index(text)) is not None:
+            return _gpu(index)
         allowed = ", ".join(("auto", "cpu", "cuda", "cuda:N", *NAMED_TARGETS, *PRODUCTS))
         raise InvalidTarget(f"device {text!r} is not known; allowed are {allowed}")
+
+
+def gpu_index(text: str) -> int | None:
+    """Returns the number of the GPU that `cuda:N` names, without leading zeros; None where a text is no such name."""
+    return int(text.removeprefix("cuda:")) if re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", text) else None
 
 
 def _named(kind: str, name: str, arch: str, num_cores: int, shared_memory: int, warp_size: int) -> Target:

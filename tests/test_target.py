@@ -57,7 +57,7 @@ def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
 
 
 @without_gpu
-@pytest.mark.parametrize("name", ["cuda:0", "cuda:17"])
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:17", "cuda:999"])
 def test_a_gpu_that_is_not_present_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(InvalidTarget, match=rf"'{name}' is not present.*use cpu"):
         Target.parse(name)
@@ -69,7 +69,24 @@ def test_the_current_gpu_is_refused_as_any_other_where_there_is_none() -> None:
         Target.parse("cuda")
 
 
-@pytest.mark.parametrize("name", ["", "CPU ", "gpu", "sm_99", "gfx1100", "cuda:", "cuda:-1", "cuda:x", "mps", "cpu:0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "CPU ",
+        "gpu",
+        "sm_99",
+        "gfx1100",
+        "cuda:",
+        "cuda:-1",
+        "cuda:x",
+        "cuda:01",
+        "cuda:1000",
+        "cuda:٣",
+        "mps",
+        "cpu:0",
+    ],
+)
 def test_an_unknown_name_is_refused_with_all_that_are_allowed(name: str) -> None:
     with pytest.raises(InvalidTarget) as caught:
         Target.parse(name)

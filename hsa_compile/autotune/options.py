@@ -4,6 +4,7 @@ The command line reads the names and bounds here before it loads a search, so th
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("compile_s", "run_s", "first_s", "memory_bytes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidArgument(f"{name} = {value} must be more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidArgument(f"{name} = {value} must be more than 0 and finite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +91,8 @@ class TuneOptions:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise InvalidArgument(f"trials = {self.trials} must be at least 1")
-        if not self.timeout > 0:
-            raise InvalidArgument(f"timeout = {self.timeout} must be more than 0 seconds")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidArgument(f"timeout = {self.timeout} must be more than 0 seconds and finite")
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidArgument(f"seed = {self.seed} must be in 0 … {MAX_SEED}")
         if self.workers < 1:
@@ -105,6 +106,14 @@ class TuneOptions:
         if self.distribution is not None:
             check_inputs(self.distribution)
         check_choice("sampler", self.sampler, SAMPLERS)
+
+    def takes(self, inputs: str) -> bool:
+        """Returns whether the record of a finished search on such inputs (`inputs_label`) spares these options one.
+
+        Raises:
+            InvalidArgument: the file of picks that they name cannot be read.
+        """
+        return not self.anew and (self.distribution is None or inputs_label(self.distribution) == inputs)
 
 
 def default_inputs(kind: str) -> str:

@@ -16,17 +16,19 @@ from hsa_compile.autotune.bench.isolation import IsolatedBench
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.autotune.evaluate import Times, failure_of_default, median_ratio, time_on_all, together
 from hsa_compile.autotune.options import OPEN_BENCH, default_inputs, input_names
-from hsa_compile.errors import HSACompileError
+from hsa_compile.checks import one_line
+from hsa_compile.errors import PASSING, HSACompileError
 from hsa_compile.problem import DISTRIBUTIONS
 from hsa_compile.schedules.record import Measurement, TuningRecord
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import default_schedule
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.versions import installed_versions
 
 CONFIDENCE = 0.95
 MIN_GAIN = 0.01  # a smaller share of the default's time counts as no gain and no difference, however certain it is
 MIN_ROUNDS = 9  # with eight challengers, all of nine rounds must be won to be that confident
 _ROUNDS_AT_ONCE = 3
+_LONGEST_REASON = 100  # characters of what a verdict says of an error
 
 TimeAll = Callable[[Sequence[Schedule], int], list[list[float]]]
 Dropped = Mapping[Schedule, HSACompileError]  # the schedules that failed in a play-off, and why
@@ -57,6 +59,7 @@ def play_off(
     *,
     max_rounds: int,
     deadline: float,
+    should_stop: Callable[[], bool] = lambda: False,
     resources: Callable[[Schedule], Resources | None] = lambda schedule: None,
 ) -> Verdict:
     """Times default and challengers in turns and picks among the fastest that beat the default by more than noise.
@@ -73,12 +76,15 @@ def play_off(
         time_all: gives interleaved times of several candidates over a number of rounds.
         max_rounds: the most rounds; at least `MIN_ROUNDS` are run.
         deadline: `time.monotonic()` after which no rounds begin beyond the first `MIN_ROUNDS`.
+        should_stop: asked before each of the further rounds.
         resources: gives what a candidate uses, where that is known.
 
     Raises:
         HSACompileError: the default itself fails.
     """
-    times, dropped = _rounds(default, challengers, time_all, max_rounds, deadline)
+    times, dropped = _rounds(
+        default, challengers, time_all, max_rounds, lambda: time.monotonic() >= deadline or should_stop()
+    )
     entrants = [default, *(schedule for schedule in challengers if schedule not in dropped)]
     num_challengers = len(entrants) - 1
     level = (1 - CONFIDENCE) / max(1, num_challengers)
@@ -134,44 +140,53 @@ class TimesByInputs:
         return {name: (summarize(own[name]), summarize(other[name])) for name in self._inputs}
 
 
-def verify(record: TuningRecord, device: str) -> TuningRecord | None:
+def verify(record: TuningRecord, device: str) -> TuningRecord | str:
     """Times a stored winner in turns with the default once more, on the picks that it was tuned for.
 
     Where these came from a file, they are those that a search has by default.
 
     Returns:
-        the record with today's times, versions and date; None if the default is faster now by more than noise, or the
-        winner does not run any more.
+        the record with today's times, versions and date; or why the winner is none any more: the default is faster now
+        by more than noise, or the winner does not run.
 
     Raises:
-        HSACompileError: the default itself fails.
+        HSACompileError: the default itself fails, or the winner for a reason that may pass.
     """
     default = default_schedule(record.problem, record.target)
+    if why := SearchSpace.of(record.problem, record.target).why_invalid(record.schedule):
+        return _runs_no_more(why)
+    challengers = [record.schedule] if record.schedule != default else []
     known = all(name in DISTRIBUTIONS for name in input_names(record.inputs))
     distribution = record.inputs if known else default_inputs(record.target.kind)
     arguments = (record.problem, record.target, device, distribution, 0)
     with IsolatedBench(OPEN_BENCH, arguments, lock=device_lock(device)) as bench:
         bench.prepare(default)
+        timer = TimesByInputs(bench, input_names(distribution))
         try:
             bench.prepare(record.schedule)
-        except FAILURES:
-            return None
-        timer = TimesByInputs(bench, input_names(distribution))
-        (others, *rest), _ = _rounds(default, [record.schedule], timer.time, MIN_ROUNDS, deadline=0.0)
-    if not rest:
-        return None
-    (times,) = rest
-    if record.schedule != default and _is_faster(others, times, 1 - CONFIDENCE):
-        return None
+        except FAILURES as error:
+            return _runs_no_more(error)
+        times, dropped = _rounds(default, challengers, timer.time, MIN_ROUNDS)
+    for failure in dropped.values():
+        return _runs_no_more(failure)
+    if _is_faster(times[0], times[-1], 1 - CONFIDENCE):
+        return "the default is faster now"
     return replace(
         record,
         inputs=distribution,
-        measurement=summarize(times),
-        default_measurement=summarize(others),
+        measurement=summarize(times[-1]),
+        default_measurement=summarize(times[0]),
         by_inputs=timer.pairs(record.schedule, default),
         versions=installed_versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _runs_no_more(why: HSACompileError | str) -> str:
+    """Says that a winner does not run any more; a reason that may pass is raised instead."""
+    if isinstance(why, PASSING):
+        raise why
+    return f"it does not run any more: {one_line(why, _LONGEST_REASON)}"
 
 
 def num_changes(schedule: Schedule, default: Schedule) -> int:
@@ -183,12 +198,19 @@ def dropped_text(dropped: Dropped) -> str:
     """Returns what a verdict says of schedules that failed in the play-off; nothing where none did."""
     if not dropped:
         return ""
-    named = ", ".join(f"{schedule} ({type(error).__name__}: {error})" for schedule, error in dropped.items())
+    named = ", ".join(
+        f"{schedule} ({type(error).__name__}: {one_line(error, _LONGEST_REASON)})"
+        for schedule, error in dropped.items()
+    )
     return f"; dropped from the play-off: {named}"
 
 
 def _rounds(
-    default: Schedule, challengers: Sequence[Schedule], time_all: TimeAll, max_rounds: int, deadline: float
+    default: Schedule,
+    challengers: Sequence[Schedule],
+    time_all: TimeAll,
+    max_rounds: int,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> tuple[list[list[float]], Dropped]:
     """Returns the times of the default and of the challengers that did not fail, and those that did.
 
@@ -207,7 +229,7 @@ def _rounds(
             continue
         left = [i for i, own in enumerate(new) if own]
         entrants, times = [entrants[i] for i in left], [[*times[i], *new[i]] for i in left]
-        if len(times[0]) >= MIN_ROUNDS and time.monotonic() >= deadline:
+        if len(times[0]) >= MIN_ROUNDS and is_late():
             break
     return times, dropped
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import torch
 
-from hsa_compile.autotune.bench.bench import Bench
+from hsa_compile.autotune.bench.bench import Bench, LockedBench
 from hsa_compile.autotune.bench.child import by_name
 from hsa_compile.autotune.bench.device import device_lock, free_bytes
 from hsa_compile.autotune.bench.isolation import CompilePool, Compiler, IsolatedBench, LibraryBuilder
@@ -72,7 +72,9 @@ def _neighbours(problem: Problem, target: Target) -> Iterator[Schedule]:
     records = [
         record
         for _, record in cache.entries()
-        if record.problem.op == problem.op and backend_for(record.problem, record.target) == backend
+        if record.problem.op == problem.op
+        and backend_for(record.problem, record.target) == backend
+        and SearchSpace.of(record.problem, record.target).is_valid(record.schedule)
     ]
     records.sort(key=lambda record: _far(key, ScheduleKey.of(record.problem, record.target)))
     fitting = (
@@ -238,7 +240,9 @@ class Session:
     def _make_benches(self) -> "list[contextlib.AbstractContextManager[Bench]]":
         options = self.options
         if not options.isolate:
-            return [contextlib.nullcontext(by_name(options.bench)(*self._bench_arguments(self.devices[0])))]
+            device = self.devices[0]
+            bench = by_name(options.bench)(*self._bench_arguments(device))
+            return [contextlib.nullcontext(LockedBench(bench, device_lock(device)))]
         count = max(options.workers, len(self.devices))
         return [self._isolated(self.devices[i % len(self.devices)]) for i in range(count)]
 
@@ -265,7 +269,7 @@ class Session:
         size = max(1, min(cores - (self.target.kind != "cpu"), _MAX_COMPILERS))
         compilers: list[Compiler]
         if backend == "cpp" and self.options.bench == OPEN_BENCH:
-            compilers = [LibraryBuilder(self.problem, self.target) for _ in range(size)]
+            compilers = [LibraryBuilder(self.problem, self.target, self._limits()) for _ in range(size)]
         else:
             arguments = self._bench_arguments(self.devices[0])
             limits = self._limits()

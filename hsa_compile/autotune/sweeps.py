@@ -22,7 +22,7 @@ from hsa_compile.autotune.samplers.point import Point, PointTable, parameters_of
 from hsa_compile.autotune.study.ledger import ProblemLedger
 from hsa_compile.checks import check_number, check_text, from_mapping, shown
 from hsa_compile.errors import InvalidArgument
-from hsa_compile.files import MOST_BYTES, parse_json, read_regular
+from hsa_compile.files import MOST_BYTES, parse_json, read_regular, write_whole
 from hsa_compile.problem import DISTRIBUTIONS, Problem
 from hsa_compile.schedules.record import MAX_COUNT, MAX_MS, MIN_MS
 from hsa_compile.schedules.schedule import Schedule
@@ -89,7 +89,11 @@ class RecordedSweep:
         )
 
     def save(self, path: Path) -> None:
-        """Writes the sweep as JSON, compressed if the name ends in `.gz`."""
+        """Writes the sweep as JSON, compressed if the name ends in `.gz`, as a whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written; what was there is untouched.
+        """
         points = [
             {"parameters": dict(point), **({"failure": reason} if time is None else {"time": time})}
             for point, time, reason in zip(self.points, self.times, self.reasons, strict=True)
@@ -98,7 +102,7 @@ class RecordedSweep:
         text = json.dumps(values, indent=1).encode()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without a date in the header, equal sweeps are equal files.
-        path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+        write_whole(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
     @staticmethod
     def load(path: Path) -> "RecordedSweep":

@@ -27,17 +27,17 @@ from hsa_compile.autotune.search import SearchResult, Trial
 from hsa_compile.autotune.session import Session
 from hsa_compile.autotune.study.ledger import default_ledger
 from hsa_compile.autotune.study.storage import answering, default_storage
-from hsa_compile.checks import check_choice
+from hsa_compile.checks import MAX_TEXT, check_choice, one_line
 from hsa_compile.errors import HSACompileError, InvalidTarget
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.resolve import set_on_miss
 from hsa_compile.log import logger, progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
-from hsa_compile.schedules.record import TuningRecord
+from hsa_compile.schedules.record import TuningRecord, failed_in_passing, num_passing
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
-from hsa_compile.target import Target
+from hsa_compile.target import Target, gpu_index
 from hsa_compile.versions import installed_versions
 
 MODES = ("off", "on-miss")  # what `set_autotune` takes
@@ -96,7 +96,7 @@ def tune(
         device: where to run; the target's own by default (`cpu` or `cuda`). Several of a kind search at once.
         on_progress: called after each candidate.
         should_stop: asked before each candidate; once it says so, a play-off of what there is ends the search, and
-            the record is marked incomplete.
+            the record is marked incomplete. A play-off that has begun is cut short.
         on_record: called with the record before the study is marked as done; what it raises leaves the study as it is.
             It is not called where the search was too small (`TuningRecord.shortfall`): the next one goes on with its
             study.
@@ -126,7 +126,7 @@ def tune(
         result = session.run(start + chosen.timeout * (1 - _PLAY_OFF_SHARE), should_stop, report)
         stopped = should_stop()
         timer = TimesByInputs(session.main_bench, session.inputs)
-        verdict = _decide(session, result, timer, time.monotonic() if stopped else deadline)
+        verdict = _decide(session, result, timer, time.monotonic() if stopped else deadline, should_stop)
         record = TuningRecord(
             problem=problem,
             target=target,
@@ -139,17 +139,18 @@ def tune(
             fingerprint=emit(problem, verdict.winner, target).fingerprint,
             versions=installed_versions(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            verdict=verdict.text + conflict(result.trials, verdict.winner),
+            verdict=one_line(verdict.text + conflict(result.trials, verdict.winner), MAX_TEXT - 1),
             tie_set=verdict.tie_set,
             confidence=CONFIDENCE,
             clocks_mhz=clocks_mhz(devices[0]),
-            complete=not stopped,
+            complete=not stopped and not failed_in_passing(result.failures, result.num_tried),
             by_inputs=timer.pairs(verdict.winner, session.first[0]),
         )
         if record.shortfall is None:
             on_record(record)
-            if not stopped:
-                session.finish(record)
+        # A new study tries again what failed for a reason that may pass; this one takes it for tried.
+        if not stopped and (record.shortfall is None or num_passing(result.failures)):
+            session.finish(record)
     return record
 
 
@@ -165,7 +166,8 @@ def tune_missing(
     """Tunes a problem unless the cache holds the record of a finished search, and stores the winner.
 
     A search that was interrupted goes on with its study. Nothing is stored where there was time for too few
-    candidates (`TuningRecord.shortfall`), and an interrupted search does not replace the record of a finished one.
+    candidates (`TuningRecord.shortfall`), and an interrupted search does not replace the record of a finished one. The
+    record of a search on other inputs than the options ask for is none of theirs.
 
     Args:
         problem, target: what to tune, and for which device.
@@ -180,13 +182,8 @@ def tune_missing(
         HSACompileError: as in `tune`.
     """
     chosen, cache = options or TuneOptions(), default_cache()
-    if not chosen.anew and (found := cache.finished(problem, target)):
+    if (found := cache.finished(problem, target)) and chosen.takes(found.inputs):
         return found, True
-
-    def store(record: TuningRecord) -> None:
-        if record.complete or cache.finished(problem, record.target) is None:
-            cache.put(record)
-
     chosen = replace(
         chosen,
         storage=chosen.storage or default_storage(target),
@@ -199,7 +196,7 @@ def tune_missing(
         device=device,
         on_progress=on_progress,
         should_stop=should_stop,
-        on_record=store,
+        on_record=cache.put,
     )
     return record, False
 
@@ -246,7 +243,9 @@ def _best_on(name: str, trials: Sequence[Trial]) -> Trial:
     return min(trials, key=lambda trial: trial.ratios[name])
 
 
-def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadline: float) -> Verdict:
+def _decide(
+    session: Session, result: SearchResult, timer: TimesByInputs, deadline: float, should_stop: Callable[[], bool]
+) -> Verdict:
     """Holds the play-off of the best few, in the order of the space, which does not depend on their times."""
     default = session.first[0]
     typical_ms = result.trials[0].median_ms if result.trials else 1.0
@@ -267,6 +266,7 @@ def _decide(session: Session, result: SearchResult, timer: TimesByInputs, deadli
         timer.time,
         max_rounds=_PLAY_OFF_ROUNDS,
         deadline=deadline,
+        should_stop=should_stop,
         resources=known.get,
     )
     return replace(verdict, text=verdict.text + dropped_text(dropped))
@@ -306,16 +306,14 @@ def _devices(target: Target | None, device: str | torch.device | Sequence[str] |
         return [place]
     names = [str(device)] if isinstance(device, str | torch.device) else list(device)
     for name in names:
-        try:
-            torch.device(name)
-        except RuntimeError as error:
-            raise InvalidTarget(f"device {name!r} is not known; allowed are cpu, cuda and cuda:N") from error
+        if name not in ("cpu", "cuda") and gpu_index(name) is None:
+            raise InvalidTarget(f"device {name!r} is not known; allowed are cpu, cuda and cuda:N")
     return names
 
 
 def _target_of(devices: Sequence[str]) -> Target:
     """Returns the target that the devices are, which must be the same for all, since their times are compared."""
-    targets = [Target.of(torch.device(device)) for device in devices]
+    targets = [Target.parse(device) for device in devices]
     for device, target in zip(devices, targets, strict=True):
         if target != targets[0]:
             raise InvalidTarget(

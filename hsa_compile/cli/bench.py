@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hsa_compile.autotune.options import MAX_SEED
-from hsa_compile.cli.options import SHAPE_FIELDS, by_device, counted, expand, print_rows, shape_flags, shape_options
+from hsa_compile.cli.options import (
+    SHAPE_FIELDS,
+    FiniteFloat,
+    by_device,
+    counted,
+    expand,
+    print_rows,
+    shape_flags,
+    shape_options,
+)
 from hsa_compile.comparison import BOTH, FAMILIES, KINDS
 from hsa_compile.errors import InvalidArgument, UntunedWarning
 from hsa_compile.log import progress_bar
@@ -65,7 +74,7 @@ Entry = tuple[str, Problem]
               help="What to compare with; may be repeated.")  # fmt: skip
 @click.option("--contender", "files", multiple=True, metavar="FILE.py:FUNCTION",
               help="A function of your own that is called as the op is. May be repeated.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=260, show_default=True,
+@click.option("--seconds", type=FiniteFloat(min=0, min_open=True), default=260, show_default=True,
               help="How many seconds all shapes may take together.")  # fmt: skip
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for two pictures.")

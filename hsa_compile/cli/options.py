@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -91,6 +92,16 @@ class Counts(click.ParamType):
         if not digits.isdecimal() or len(digits) > _MAX_DIGITS or int(digits) < 1:
             self.fail(f"{word!r} is not a positive integer such as 64 or 16k", param, ctx)
         return int(digits) * factor
+
+
+class FiniteFloat(click.FloatRange):
+    """A number within bounds; `inf` and `nan`, which Python reads as numbers, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class Dtypes(click.ParamType):

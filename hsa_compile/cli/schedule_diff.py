@@ -1,12 +1,12 @@
 """`hsa-compile schedules diff`: what two entries, files or devices have in common, and where they differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hsa_compile.cli.options import json_option, print_rows
+from hsa_compile.cli.options import counted, json_option, print_rows
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
@@ -16,6 +16,8 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.store import read_records
 from hsa_compile.target import Target
 
+_Place = tuple[Problem, Target | None]  # what two files or devices are compared at
+
 
 @click.command(short_help="Compare two entries, files or devices.")
 @click.argument("one")
@@ -24,7 +26,8 @@ from hsa_compile.target import Target
 def diff(one: str, other: str, as_json: bool) -> None:
     """Show what differs between ONE and OTHER: numbers of the list, files, or names of devices.
 
-    Two entries are compared field by field; two files or devices, problem by problem.
+    Two entries are compared field by field; two files or devices, problem by problem, and where one of them has entries
+    of several devices, device by device.
 
     \b
     Examples:
@@ -36,7 +39,7 @@ def diff(one: str, other: str, as_json: bool) -> None:
         rows = list(_entry_rows(entry_number(int(one))[1], entry_number(int(other))[1]))
         print_rows(rows, as_json=as_json, legend=_ENTRY_LEGEND, empty="the entries are equal")
         return
-    rows = list(_problem_rows(_records(one), _records(other)))
+    rows = list(_problem_rows(*_by_place(_records(one), _records(other))))
     print_rows(rows, as_json=as_json, legend=_PROBLEM_LEGEND, empty="neither holds an entry")
 
 
@@ -46,6 +49,7 @@ _ENTRY_LEGEND = {
 }
 _PROBLEM_LEGEND = {
     "problem": "the op, and its shape in the letters of docs/hsa.md",
+    "device": "where it was tuned, since the one or the other has several devices",
     **dict.fromkeys(("one", "other"), "schedule, median time and kind of the entry there"),
     "verdict": "whether both have the problem, the schedule, the whole entry",
 }
@@ -75,13 +79,23 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _problem_rows(
-    one: Mapping[Problem, TuningRecord], other: Mapping[Problem, TuningRecord]
-) -> Iterator[dict[str, str]]:
-    for problem in {**one, **other}:
-        left, right = one.get(problem), other.get(problem)
+def _by_place(*sides: Sequence[TuningRecord]) -> Iterator[dict[_Place, TuningRecord]]:
+    """Yields each side's records by problem, with lengths rounded as in the cache; the last of a place counts.
+
+    Where a side has several devices, the device is part of the place.
+    """
+    has_several = any(len({record.target for record in side}) > 1 for side in sides)
+    for side in sides:
+        yield {(record.problem.bucketed(), record.target if has_several else None): record for record in side}
+
+
+def _problem_rows(one: Mapping[_Place, TuningRecord], other: Mapping[_Place, TuningRecord]) -> Iterator[dict[str, str]]:
+    for place in {**one, **other}:
+        problem, target = place
+        left, right = one.get(place), other.get(place)
         yield {
             "problem": problem.describe(),
+            **({"device": f"{target.name}, {counted(target.num_cores, 'core')}"} if target else {}),
             "one": _text(left),
             "other": _text(right),
             "verdict": _verdict(left, right),
@@ -100,19 +114,18 @@ def _verdict(left: TuningRecord | None, right: TuningRecord | None) -> str:
     return "same entry" if left == right else "same schedule"
 
 
-def _records(name: str) -> dict[Problem, TuningRecord]:
-    """Returns the entries of a file or a device by their problem, with lengths rounded as in the cache."""
+def _records(name: str) -> list[TuningRecord]:
+    """Returns the entries of a file, or those of a device: shipped ones, then the user's, which count for more."""
     path = Path(name)
     if path.is_file():
-        records = _records_in(path)
-    elif name.isdecimal():
+        return _records_in(path)
+    if name.isdecimal():
         raise InvalidArgument(f"{name} is the number of an entry; compare it with another number")
-    elif path.suffix:
+    if path.suffix:
         raise InvalidArgument(f"file {name!r} does not exist")
-    else:
-        slug = Target.parse(name).slug
-        records = [record for _, record in default_cache().entries() if record.target.slug == slug]
-    return {record.problem.bucketed(): record for record in records}
+    slug = Target.parse(name).slug
+    entries = sorted(default_cache().entries(), key=lambda entry: entry[0] == "user")
+    return [record for _, record in entries if record.target.slug == slug]
 
 
 def _records_in(path: Path) -> list[TuningRecord]:

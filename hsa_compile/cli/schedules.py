@@ -224,7 +224,7 @@ def list_(as_json: bool) -> None:
             "time": f"{record.measurement.median_ms:.3g} ms",
             "gain": f"{record.speedup:.2f}x",
             "tried": record.trials,
-            "tuned": record.date[:10] + ("" if record.complete else ", interrupted"),
+            "tuned": record.date[:10] + ("" if record.complete else ", not finished"),
             "timed under": record.outdated(versions) or "this compiler",
             "kernels": "these" if record.kernel_source == source_version(record.problem, record.target) else "others",
         }
@@ -272,9 +272,17 @@ def clear(device: str | None, yes: bool) -> None:
       hsa-compile schedules clear --device cpu --yes
     """
     target = Target.parse(device) if device else None
-    if not yes and not click.confirm(f"Remove all schedules of {target.name if target else 'every device'}?", err=True):
-        click.echo("removed nothing")
-        return
+    try:
+        if not yes and not click.confirm(
+            f"Remove all schedules of {target.name if target else 'every device'}?", err=True
+        ):
+            click.echo("removed nothing")
+            return
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):  # else it was Ctrl-C
+            click.echo(err=True)  # ends the line of the question
+            raise InvalidArgument("nobody answers on standard input; --yes removes without asking") from None
+        raise
     click.echo(f"removed {default_cache().clear(target)} schedules")
 
 

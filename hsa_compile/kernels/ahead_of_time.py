@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hsa_compile.errors import CompileError, OutOfResources
+from hsa_compile.errors import CompileError, OutOfResources, compile_error
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _compile_launch(launch: Mapping[str, Any], target: Target, sass: bool) -> Ke
         )
     # Triton's passes and LLVM raise RuntimeError; the assembler has an error of its own.
     except (CompilationError, PTXASError, RuntimeError) as error:
-        raise CompileError(f"{kernel.__name__} does not compile for {target.arch}: {error}") from error
+        raise compile_error(f"{kernel.__name__} does not compile for {target.arch}: {error}") from error
     if sass and target.kind == "cuda":
         compiled.asm["sass"]  # Triton disassembles when this is first asked for
     resources = _cuda_resources(compiled) if target.kind == "cuda" else _hip_resources(compiled)

@@ -20,7 +20,7 @@ from hsa_compile.kernels.emit import KernelSource
 from hsa_compile.kernels.hsa_attention.native import attention_entry
 from hsa_compile.kernels.hsa_decode.native import decode_entry
 from hsa_compile.kernels.launch import quicken
-from hsa_compile.kernels.native import build_library
+from hsa_compile.kernels.native import CxxRunner, build_library
 from hsa_compile.kernels.select_chunks.native import select_entry
 from hsa_compile.paths import cache_dir, kernel_dir, make_cache_dir, temporary_dir, why_distrusted
 from hsa_compile.problem import Problem
@@ -74,6 +74,7 @@ def compile_kernel(source: KernelSource) -> Kernel:
     Raises:
         MissingDependency: the target needs Triton and it is not installed.
         CompileError: the module cannot be imported, or the C++ compiler refuses it.
+        CompileTimedOut: the C++ compiler takes minutes.
         CacheError: C++ can be built in no directory.
     """
     if source.backend == "cpp":
@@ -89,13 +90,17 @@ def compile_kernel(source: KernelSource) -> Kernel:
     return Kernel(source=source, path=Path(module.__file__), entry=getattr(module, source.entry), module=module)
 
 
-def build_native(source: KernelSource) -> Path:
+def build_native(source: KernelSource, runner: CxxRunner | None = None) -> Path:
     """Builds emitted C++ without loading it into this process; returns the library's file.
 
+    Args:
+        source: the emitted source.
+        runner: what runs the compiler, as in `build_library`.
+
     Raises:
-        CompileError, CacheError: as in `compile_kernel`.
+        CompileError, CompileTimedOut, CacheError: as in `compile_kernel`.
     """
-    return _in_some_directory(functools.partial(_build, source))
+    return _in_some_directory(functools.partial(_build, source, runner=runner))
 
 
 def _compile_native(source: KernelSource) -> Kernel:
@@ -144,11 +149,11 @@ def _load(source: KernelSource, directory: Path) -> tuple[Path, ctypes.CDLL]:
     return _path(source, directory), library
 
 
-def _build(source: KernelSource, directory: Path) -> Path:
+def _build(source: KernelSource, directory: Path, runner: CxxRunner | None = None) -> Path:
     root = cache_dir() if directory == kernel_dir() else directory
     if reason := why_distrusted(directory, root):
         raise PermissionError(errno.EPERM, reason)
-    return build_library(_write(source, directory), source.target.arch)
+    return build_library(_write(source, directory), source.target.arch, runner)
 
 
 def _write(source: KernelSource, directory: Path) -> Path:

@@ -1,14 +1,21 @@
 """Builds emitted C++ into shared libraries, once for each machine, and converts arguments to what they take."""
 
+import contextlib
 import ctypes
 import hashlib
+import os
+import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from hsa_compile.errors import CompileError
+from hsa_compile.errors import CompileError, CompilerCrashed, CompileTimedOut, compile_error
 from hsa_compile.files import read_regular, write_whole
 from hsa_compile.paths import cxx_compiler, why_distrusted
 
@@ -19,19 +26,83 @@ _VECTOR_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
 }
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
-_BUILD_TIMEOUT_S = 300
+_BUILD_ENDING = ".build"  # what the names of folders end in, in which libraries are built
+_STALE_S = 86_400.0  # a folder of that age is what a killed process left
 
 
-def build_library(source: Path, arch: str) -> Path:
+class CxxRunner:
+    """Runs C++ compilers, each in a session of its own, so that Ctrl-C does not look like a failure of theirs.
+
+    Args:
+        timeout_s: how long one may take before it is killed with all that it started.
+    """
+
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Runs a compiler; returns its exit code and what it says.
+
+        Raises:
+            CompileTimedOut: it took too long.
+            CompilerCrashed: it was killed, or the runner is closed.
+            OSError: it cannot be started.
+        """
+        with self._lock:
+            if self._closed:
+                raise CompilerCrashed("the search has ended")
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+        with process:
+            try:
+                _, said = process.communicate(timeout=self._timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise CompileTimedOut(f"{command[0]} was killed after {self._timeout_s:.0f} s") from error
+            finally:
+                self._running.discard(process)
+                _kill(process)
+        if process.returncode < 0:
+            raise CompilerCrashed(f"{command[0]} died of {signal.Signals(-process.returncode).name}")
+        return process.returncode, said
+
+    def close(self) -> None:
+        """Kills what is running, and lets nothing more run; it may be called from another thread."""
+        with self._lock:
+            self._closed = True
+            for process in tuple(self._running):
+                _kill(process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """Kills a process that has not ended, with all that it started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def build_library(source: Path, arch: str, runner: CxxRunner | None = None) -> Path:
     """Builds the shared library of an emitted C++ file unless it is there as a whole, and returns its path.
 
+    Args:
+        source: the file.
+        arch: the vector extension that it is built for.
+        runner: what runs the compiler; one with a limit of five minutes if None.
+
     Raises:
-        CompileError: there is no compiler, or it refuses the file.
+        CompileError: there is no compiler, it refuses the file, or it cannot do its work (`CompilerCrashed`).
+        CompileTimedOut: it took too long.
         OSError: the library cannot be written.
     """
     library, checksum = source.with_suffix(".so"), source.with_suffix(".so.sha256")
     if not _is_whole(library, checksum):
-        _build(source, library, arch)
+        _build(source, library, arch, runner or CxxRunner())
         write_whole(checksum, _digest(library))
     return library
 
@@ -44,29 +115,33 @@ def _is_whole(library: Path, checksum: Path) -> bool:
         return False
 
 
-def _build(source: Path, library: Path, arch: str) -> None:
+def _build(source: Path, library: Path, arch: str, runner: CxxRunner) -> None:
     compiler = cxx_compiler()
     if compiler is None:
         raise CompileError("no C++ compiler is found (CXX, c++, g++ or clang++)")
     name = " ".join(compiler)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as directory:
+    _remove_stale(library.parent)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.", suffix=_BUILD_ENDING) as directory:
         built = Path(directory) / library.name
         command = [*compiler, *_FLAGS, *_VECTOR_FLAGS.get(arch, ()), str(source), "-o", str(built)]
         try:
-            # The build has a session of its own: Ctrl-C ends a search after it, and must not look like its failure.
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False, start_new_session=True
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{name} took more than {_BUILD_TIMEOUT_S} s for {source}") from error
+            code, said = runner.run(command)
         except OSError as error:
-            raise CompileError(f"the C++ compiler {name} cannot be run: {error.strerror}") from error
-        if done.returncode:
-            raise CompileError(f"{name} refuses {source}: {done.stderr.strip()[-2000:]}")
+            raise compile_error(f"the C++ compiler {name} cannot be run: {error.strerror}") from error
+        if code:
+            raise compile_error(f"{name} fails with {source}: {said.strip()[-2000:]}")
         if not (built.is_file() and built.stat().st_size):
             raise CompileError(f"the C++ compiler {name} says that all is well, but wrote no library")
         built.chmod(0o755)  # whatever the umask is: it is loaded only if nobody else can write it
         built.replace(library)
+
+
+def _remove_stale(directory: Path) -> None:
+    """Removes the folders in which processes built that were killed."""
+    for folder in directory.glob(f".*{_BUILD_ENDING}"):
+        with contextlib.suppress(OSError):  # another process removes it at the same time
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder)
 
 
 def _digest(path: Path) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hsa_compile.errors import (
     CacheError,
     CompileError,
+    CompileTimedOut,
     DistantWarning,
     HSACompileError,
     HSACompileWarning,
@@ -77,7 +78,7 @@ def _resolve(problem: Problem, target: Target, on_miss: OnMiss | None) -> Kernel
     schedule = _schedule(problem, target, on_miss)
     try:
         return compile_kernel(emit(problem, schedule, target))
-    except (CompileError, CacheError) as error:
+    except (CompileError, CompileTimedOut, CacheError) as error:
         if backend_for(problem, target) != "cpp":
             raise
         if (text := f"{error}; the slower PyTorch kernel runs instead") not in _warned:

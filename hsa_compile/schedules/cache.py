@@ -17,6 +17,7 @@ from hsa_compile.schedules.store import (
     Records,
     add,
     drop_journal,
+    outranks,
     put_record,
     read_records,
     set_aside,
@@ -112,8 +113,8 @@ class ScheduleCache:
     def put(self, record: TuningRecord) -> Path:
         """Stores a record in the user's file of its device, replacing one with the same key.
 
-        A predicted record never replaces a measured one. Two writers lose nothing: the file is changed under its
-        lock; a damaged one is copied aside before it is written over.
+        A predicted record never replaces a measured one, and one of half a search none of a whole one. Two writers
+        lose nothing: the file is changed under its lock; a damaged one is copied aside before it is written over.
 
         Returns:
             the file.
@@ -131,7 +132,8 @@ class ScheduleCache:
     def merge(self, records: Iterable[TuningRecord]) -> Merged:
         """Stores records that came from elsewhere, each only if it is better than the user's entry of the same key.
 
-        A measured record is better than a predicted one; among equals, the later one is better.
+        A measured record is better than a predicted one, and one of a whole search than one of half a search; among
+        equals, the later one is better.
 
         Raises:
             CacheError: a file cannot be locked or written; the files of other devices may have been.
@@ -147,7 +149,7 @@ class ScheduleCache:
                     set_aside(path)
                 for record in incoming:
                     mine = known.get(ScheduleKey.of_record(record))
-                    if mine and _quality(mine) >= _quality(record):
+                    if mine and (outranks(mine, record) or (mine.date >= record.date and not outranks(record, mine))):
                         kept += 1
                         continue
                     added, replaced = (added, replaced + 1) if mine else (added + 1, replaced)
@@ -158,15 +160,17 @@ class ScheduleCache:
         return Merged(added=added, replaced=replaced, kept=kept)
 
     def remove(self, record: TuningRecord) -> None:
-        """Removes the user's entry that has a record's key.
+        """Removes the user's entry that has a record's key; a damaged file is copied aside first.
 
         Raises:
             CacheError: the file cannot be locked or written; what was there is untouched.
         """
         path = self.path(record.target)
         with _locked(path):
-            records, _ = read_records(path)
+            records, damages = read_records(path)
             if records.pop(ScheduleKey.of_record(record), None) is not None:
+                if damages:
+                    set_aside(path)
                 write_records(path, records.values())
         self._origins["user"].pop(ScheduleKey.of_record(record), None)
         self._changed()
@@ -256,10 +260,6 @@ def tuned_for(problem: Problem, target: Target | None = None) -> Lookup | None:
         the lookup, or None if no tuned schedule can serve the problem and the default one would run.
     """
     return default_cache().lookup(problem, target or Target.current())
-
-
-def _quality(record: TuningRecord) -> tuple[bool, str]:
-    return record.kind == MEASURED, record.date
 
 
 def _read_all(directory: Path) -> Records:

@@ -123,12 +123,12 @@ def _exact_loss(record: TuningRecord) -> str:
     if record.shortfall:
         reasons.append(record.shortfall)
     elif not record.complete:
-        reasons.append(f"its search was interrupted after {record.trials} candidates")
+        reasons.append(f"its search is not finished after {record.trials} candidates")
     if before := record.outdated(installed_versions()):
         reasons.append(f"it was timed under {before}; hsa-compile tune --verify times it again")
     if reasons:
         return f"not known: {', and '.join(reasons)}"
-    return f"none: it is the best of {record.trials} candidates that were tried for this shape"
+    return f"none: it is the best of {record.timed} candidates that were timed for this shape"
 
 
 def _loss(target: Target, found: Lookup | None, used: Candidate | None) -> str:

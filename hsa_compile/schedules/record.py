@@ -14,7 +14,7 @@ from hsa_compile.checks import (
     from_mapping,
     shown,
 )
-from hsa_compile.errors import InvalidArgument
+from hsa_compile.errors import InvalidArgument, may_pass
 from hsa_compile.markup import facts_table
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.ops import source_version
@@ -77,7 +77,8 @@ class TuningRecord:
         tie_set: the schedules that the play-off cannot tell from the winner, which is the first; any of them would do.
         confidence: how sure the play-off is that the winner beats the default, and all that are not in the tie-set.
         clocks_mhz: the clocks of a GPU's multiprocessors and memory while it was timed, where they are known.
-        complete: whether the search came to its end; an interrupted one goes on when it is asked for again.
+        complete: whether the search came to its end and did not fail with most candidates for reasons that may pass
+            (`failed_in_passing`); one that is not complete goes on when it is asked for again.
     """
 
     problem: Problem
@@ -138,9 +139,15 @@ class TuningRecord:
         return self.measurement == self.default_measurement
 
     @property
+    def timed(self) -> int:
+        """How many candidates were timed."""
+        return self.trials - sum(self.failures.values())
+
+    @property
     def tried_all(self) -> bool:
-        """Whether the search tried every candidate that there is."""
-        return self.trials >= _num_candidates(self.problem, self.target)
+        """Whether the search tried every candidate that there is, and most did not fail for a reason that may pass."""
+        tried = self.trials >= _num_candidates(self.problem, self.target)
+        return tried and not failed_in_passing(self.failures, self.trials)
 
     @property
     def shortfall(self) -> str | None:
@@ -148,11 +155,10 @@ class TuningRecord:
 
         It was if fewer than `MIN_TIMED` candidates were timed although there are more.
         """
-        timed = self.trials - sum(self.failures.values())
-        if self.kind == PREDICTED or timed >= MIN_TIMED or self.tried_all:
+        if self.kind == PREDICTED or self.timed >= MIN_TIMED or self.tried_all:
             return None
-        count = _num_candidates(self.problem, self.target)
-        return f"only {timed} of {count} candidates {'was' if timed == 1 else 'were'} timed, {MIN_TIMED} are needed"
+        count, were = _num_candidates(self.problem, self.target), "was" if self.timed == 1 else "were"
+        return f"only {self.timed} of {count} candidates {were} timed, {MIN_TIMED} are needed"
 
     def outdated(self, now: Mapping[str, str]) -> str:
         """Says under which other compiler the schedule was timed: empty, or such as `torch 2.6.0, triton 3.5.0`.
@@ -240,6 +246,16 @@ class TuningRecord:
             complete=values.get("complete", True),
             by_inputs=_pairs(values.get("by_inputs", {})),
         )
+
+
+def num_passing(failures: Mapping[str, int]) -> int:
+    """Counts the failures that another day may not repeat (`errors.may_pass`), from how many there are by name."""
+    return sum(count for name, count in failures.items() if may_pass(name))
+
+
+def failed_in_passing(failures: Mapping[str, int], trials: int) -> bool:
+    """Returns whether most of the candidates that were tried failed for a reason that may pass."""
+    return 2 * num_passing(failures) > trials
 
 
 def _pairs(values: object) -> dict[str, tuple[Measurement, Measurement]]:

@@ -21,7 +21,8 @@ from hsa_compile.checks import MAX_TEXT, shown
 from hsa_compile.errors import CacheWarning, warn_user
 from hsa_compile.files import append_line, parse_json, read_regular, write_whole
 from hsa_compile.schedules.key import ScheduleKey
-from hsa_compile.schedules.record import MEASURED, PREDICTED, TuningRecord
+from hsa_compile.schedules.record import MEASURED, TuningRecord
+from hsa_compile.schedules.space import SearchSpace
 
 FORMAT = "hsa-compile schedules"
 VERSION = 2  # from 2 on, knobs have the names of today; older files are set aside
@@ -125,13 +126,25 @@ def why(error: Exception) -> str:
 
 
 def add(records: Records, record: TuningRecord) -> None:
-    """Puts a record in the place of one with the same key; a prediction never replaces a measurement."""
+    """Puts a record in the place of one with the same key, unless that one stays (`outranks`)."""
     key = ScheduleKey.of_record(record)
     known = records.get(key)
-    if known is None or (record.kind, known.kind) != (PREDICTED, MEASURED):
+    if known is None or not outranks(known, record):
         # The old key is removed first, so that the recorded fields of the key are those of the new record.
         records.pop(key, None)
         records[key] = record
+
+
+def outranks(known: TuningRecord, record: TuningRecord) -> bool:
+    """Returns whether a record with the same key stays whatever their dates are.
+
+    A prediction never replaces a measurement, and half a search none that is finished and can still be used.
+    """
+    if known.kind != record.kind:
+        return known.kind == MEASURED
+    if (known.complete, record.complete) != (True, False):
+        return False
+    return SearchSpace.of(known.problem, known.target).is_valid(known.schedule)
 
 
 def put_record(path: Path, record: TuningRecord) -> None:

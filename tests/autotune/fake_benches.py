@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -161,9 +162,9 @@ def cuda_errors() -> dict[str, tuple[Exception, str]]:
         "shared memory": (TritonOutOfResources(300000, 232448, "shared memory"), "OutOfResources"),
         "tensor memory": (TritonOutOfResources(1024, 512, "tensor memory"), "OutOfResources"),
         "registers": (pytorch("too many resources requested for launch"), "OutOfResources"),
-        "loader": (RuntimeError("Triton Error [CUDA]: out of memory"), "OutOfResources"),
-        "allocator": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "OutOfResources"),
-        "driver": (pytorch("out of memory"), "OutOfResources"),
+        "loader": (RuntimeError("Triton Error [CUDA]: out of memory"), "OutOfMemory"),
+        "allocator": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "OutOfMemory"),
+        "driver": (pytorch("out of memory"), "OutOfMemory"),
         # The process can use the device no more after these: it ends, and the next candidate gets another one.
         "illegal access": (pytorch("an illegal memory access was encountered"), "CandidateError"),
         "assertion": (pytorch("device-side assert triggered"), "CandidateError"),
@@ -203,6 +204,9 @@ class DyingBench:
     def crash(self) -> None:
         ctypes.string_at(0)
 
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def leave(self, code: int) -> None:
         sys.stderr.write("not the error\n")
         sys.stderr.flush()
@@ -219,6 +223,7 @@ class DyingBench:
             "wrong": WrongResult("o is off"),
             "nan": NotFinite("o is not finite"),
             "memory": MemoryError("20 GiB"),
+            "disk": OSError(28, "No space left on device"),
             "bug": KeyError("a bug"),
             "cuda": RuntimeError(f"CUDA error: an illegal memory access was encountered\n{ADVICE}"),
         }[name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsa_compile.autotune.bench.bench import LocalBench, prepare
-from hsa_compile.errors import CompileError, InvalidSchedule, OutOfResources, WrongResult
+from hsa_compile.errors import CompileError, CompilerCrashed, InvalidSchedule, OutOfMemory, OutOfResources, WrongResult
 from hsa_compile.kernels.hsa_attention.inputs import make_inputs
 from hsa_compile.kernels.hsa_attention.reference import hsa_attention_reference
 from hsa_compile.problem import Problem
@@ -42,9 +42,9 @@ def test_a_wrong_result_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(PROBLEM, TOKEN, Target.parse("cpu"), INPUTS)
 
 
-def test_too_little_memory_is_out_of_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(torch.OutOfMemoryError("20 GiB")))
-    with pytest.raises(OutOfResources, match="not enough memory: 20 GiB"):
+    with pytest.raises(OutOfMemory, match="not enough memory: 20 GiB"):
         prepare(PROBLEM, TOKEN, Target.parse("cpu"), INPUTS)
 
 
@@ -64,24 +64,26 @@ def test_tritons_errors_of_a_first_launch_get_names_of_ours(monkeypatch: pytest.
     translations = (
         (TritonOutOfResources(300000, 232448, "shared memory"), OutOfResources),
         (PTXASError("ptxas died"), CompileError),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfResources),
-        (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), OutOfResources),
+        (PTXASError("ptxas fatal: No space left on device"), CompilerCrashed),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemory),
+        (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), OutOfMemory),
         (RuntimeError("Triton Error [CUDA]: too many resources requested for launch"), OutOfResources),
-        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), OutOfResources),
-        (RuntimeError("CUDA driver error: out of memory"), OutOfResources),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), OutOfMemory),
+        (RuntimeError("CUDA driver error: out of memory"), OutOfMemory),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), RuntimeError),
         (RuntimeError("CUDA error: unspecified launch failure"), RuntimeError),
         (ZeroDivisionError("a bug"), ZeroDivisionError),
     )
     for error, expected in translations:
         monkeypatch.setattr("hsa_compile.autotune.bench.bench.check", failing(error))
-        with pytest.raises(expected):
+        with pytest.raises(expected) as raised:
             prepare(PROBLEM, token, target, INPUTS)
+        assert type(raised.value) is expected
 
 
 def test_an_error_while_a_candidate_is_timed_gets_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = LocalBench(PROBLEM, Target.parse("cpu"), "cpu")
     bench.prepare(TOKEN)
     monkeypatch.setattr("hsa_compile.autotune.bench.bench.measure", failing(torch.OutOfMemoryError("256 MiB")))
-    with pytest.raises(OutOfResources, match="not enough memory: 256 MiB"):
+    with pytest.raises(OutOfMemory, match="not enough memory: 256 MiB"):
         bench.time([TOKEN], 1)

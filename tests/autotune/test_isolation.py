@@ -1,14 +1,17 @@
 """Candidates that do harm, in real processes: the search outlives them, and says what became of each."""
 
 import os
+import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_benches import HARM, cuda_errors, fake_time, harmful
 
-from hsa_compile.autotune.bench.isolation import IsolatedBench, WorkerProcess
+from hsa_compile.autotune.bench.isolation import IsolatedBench, LibraryBuilder, WorkerProcess
 from hsa_compile.autotune.evaluate import Outcome
 from hsa_compile.autotune.options import Limits
 from hsa_compile.autotune.tune import tune
@@ -16,10 +19,12 @@ from hsa_compile.errors import (
     CandidateCrashed,
     CandidateError,
     CompileError,
+    CompilerCrashed,
+    CompileTimedOut,
     HSACompileError,
     InvalidArgument,
     NotFinite,
-    OutOfResources,
+    OutOfMemory,
     TimedOut,
     WrongResult,
 )
@@ -51,7 +56,7 @@ def test_a_search_outlives_seven_hostile_candidates_finds_the_good_one_and_count
         "CandidateCrashed": 1,  # the segmentation fault
         "TimedOut": 1,
         "CompileTimedOut": 1,
-        "OutOfResources": 1,
+        "OutOfMemory": 1,
         "WrongResult": 1,
         "NotFinite": 1,
         "CandidateError": 1,
@@ -121,7 +126,13 @@ def test_what_a_candidate_prints_goes_nowhere(worker: WorkerProcess, capfd: pyte
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("compile", CompileError), ("wrong", WrongResult), ("nan", NotFinite), ("memory", OutOfResources)],
+    [
+        ("compile", CompileError),
+        ("wrong", WrongResult),
+        ("nan", NotFinite),
+        ("memory", OutOfMemory),
+        ("disk", CandidateCrashed),
+    ],
 )
 def test_an_error_with_a_name_here_comes_back_by_it_and_the_worker_lives(
     name: str, error: type[HSACompileError], worker: WorkerProcess
@@ -141,6 +152,7 @@ def test_an_error_with_a_name_here_comes_back_by_it_and_the_worker_lives(
         pytest.param("fail", ("bug",), CandidateError, "KeyError: 'a bug'", marks=pytest.mark.exhaustive),
         ("fail", ("cuda",), CandidateError, "^RuntimeError: CUDA error: an illegal memory access was encountered$"),
         ("spin", (), TimedOut, "killed after 1 s"),
+        ("kill", (), OutOfMemory, "was killed, as Linux does where memory runs out"),
     ],
 )
 def test_a_death_is_told_by_its_cause(
@@ -165,7 +177,6 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 @pytest.mark.slow
 def test_a_worker_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     import subprocess
-    import sys
 
     script = """
 import os, sys, time
@@ -184,6 +195,23 @@ time.sleep(600)
     parent.stdout.close()
     while is_running(pid):  # for ever, if it does not die
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_worker_outlives_the_thread_that_asked_for_it() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        worker = threads.submit(WorkerProcess, "fake_benches:DyingBench", ("hello",)).result()
+        threads.submit(worker.wait_until_open).result()  # from then on it dies with the thread that started it
+    assert worker.call("greet", "you", timeout_s=60).startswith("hello, you, from ")
+    worker.close()
+
+
+def test_what_is_no_text_in_the_path_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.path.insert(0, tmp_path)  # type: ignore[arg-type]
+    worker = WorkerProcess("fake_benches:DyingBench", ("hello",))
+    assert worker.call("chat", timeout_s=60) == "done"
+    worker.close()
 
 
 def is_running(pid: int) -> bool:
@@ -212,6 +240,21 @@ def test_a_replaced_worker_has_what_it_needs_prepared_again(monkeypatch: pytest.
 def test_a_limit_must_be_positive(name: str) -> None:
     with pytest.raises(InvalidArgument, match=f"{name} = 0 must be more than 0"):
         Limits(**{name: 0})
+
+
+def test_a_library_is_built_within_the_limit_for_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "c++"
+    program.write_text("#!/bin/sh\nsleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    target = Target(kind="cpu", name="A CPU", arch="avx2", num_cores=2, has_compiler=True)
+    problem = replace(PROBLEM, top_k=1)  # nobody has built that one
+    builder = LibraryBuilder(problem, target, Limits(compile_s=0.01))
+    with pytest.raises(CompileTimedOut, match="was killed after 0 s"):
+        builder.compile(default_schedule(problem, target))
+    builder.close()
+    with pytest.raises(CompilerCrashed, match="the search has ended"):
+        builder.compile(default_schedule(problem, target))
 
 
 def test_an_outcome_is_times_or_a_failure() -> None:

@@ -15,8 +15,10 @@ from hsa_compile.autotune.study.ledger import Ledger, ProblemLedger
 from hsa_compile.autotune.tune import tune
 from hsa_compile.errors import (
     CandidateCrashed,
+    CompilerCrashed,
     CompileTimedOut,
     HSACompileError,
+    OutOfMemory,
     StorageError,
     TimedOut,
     WrongResult,
@@ -129,12 +131,15 @@ def test_a_timing_of_another_source_is_not_known(ledger: Ledger, monkeypatch: py
     assert view.known() == {schedule: TIMED}
 
 
-@pytest.mark.parametrize("passing", [CandidateCrashed, CompileTimedOut, TimedOut])
+@pytest.mark.parametrize("passing", [CandidateCrashed, CompilerCrashed, CompileTimedOut, OutOfMemory, TimedOut])
 def test_a_failure_that_another_day_may_not_repeat_is_not_known(passing: type[HSACompileError], ledger: Ledger) -> None:
-    crashed, wrong, *_ = some_schedules()
-    of_problem(ledger).add(crashed, Outcome.failed("prepare", passing("SIGSEGV, or killed after 20 s")))
-    of_problem(ledger).add(wrong, Outcome.failed("prepare", WrongResult("o is off")))
-    assert set(of_problem(ledger).known()) == {wrong}
+    crashed, timed, wrong, *_ = some_schedules()
+    view = of_problem(ledger)
+    view.add(timed, TIMED)
+    for schedule in (crashed, timed):
+        view.add(schedule, Outcome.failed("prepare", passing("SIGSEGV, or killed after 20 s")))
+    view.add(wrong, Outcome.failed("prepare", WrongResult("o is off")))
+    assert view.known() == {timed: TIMED, wrong: Outcome.failed("prepare", WrongResult("o is off"))}
 
 
 def test_a_new_value_of_a_knob_times_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

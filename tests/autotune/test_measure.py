@@ -1,12 +1,24 @@
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from hsa_compile.autotune.bench import device as device_module
 from hsa_compile.autotune.bench.bench import measure, quantile, summarize
+from hsa_compile.autotune.bench.device import free_bytes
 from hsa_compile.errors import InvalidArgument
 
 CPU = torch.device("cpu")
+
+
+def test_pages_of_files_that_nobody_used_lately_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{(1 << 20) - 100}\n")
+    assert free_bytes(CPU) == 100
+    (tmp_path / "memory.stat").write_text("anon 7\nfile 9000\ninactive_file 8000\nactive_file 1000\n")
+    assert free_bytes(CPU) == 8100
 
 
 def test_calls_take_turns_in_alternating_order() -> None:

@@ -140,6 +140,27 @@ def test_a_challenger_that_fails_in_any_round_is_dropped_by_name_and_the_best_of
     )
 
 
+def test_what_a_challenger_failed_with_is_told_in_a_few_words() -> None:
+    errors = {schedule: (0, CandidateCrashed("no room:\n" + "x" * 5000)) for schedule in ENTRANTS[1:]}
+    verdict = play_off(ENTRANTS[0], ENTRANTS[1:], Failing(errors).time_all, max_rounds=ROUNDS, deadline=float("inf"))
+    assert "(CandidateCrashed: no room: xxx" in verdict.text
+    assert verdict.text.isprintable()
+    assert len(verdict.text) < 600
+
+
+def test_a_play_off_that_is_told_to_stop_ends_with_the_rounds_that_are_needed() -> None:
+    verdict = play_off(
+        ENTRANTS[0],
+        ENTRANTS[1:],
+        Failing({}).time_all,
+        max_rounds=ROUNDS,
+        deadline=float("inf"),
+        should_stop=lambda: True,
+    )
+    assert verdict.measurement.repeats == MIN_ROUNDS
+    assert verdict.winner == ENTRANTS[3]
+
+
 def test_the_default_stays_where_all_challengers_fail() -> None:
     errors = {schedule: (0, CandidateCrashed("it died")) for schedule in ENTRANTS[1:]}
     verdict = play_off(ENTRANTS[0], ENTRANTS[1:], Failing(errors).time_all, max_rounds=ROUNDS, deadline=float("inf"))

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from hsa_compile.autotune.options import MAX_SEED
 from hsa_compile.autotune.search import Trial
 from hsa_compile.autotune.session import first_schedules, with_rows_kept
 from hsa_compile.autotune.tune import Progress, conflict, tune
-from hsa_compile.errors import InvalidArgument, InvalidTarget, WrongResult
+from hsa_compile.errors import (
+    CompilerCrashed,
+    HSACompileError,
+    InvalidArgument,
+    InvalidTarget,
+    OutOfMemory,
+    TimedOut,
+    WrongResult,
+)
 from hsa_compile.problem import OPS, Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.ops import backend_for
@@ -160,6 +169,78 @@ def test_a_search_begins_with_the_winner_of_another_group_with_its_rows_kept() -
     assert first_schedules(replace(problem, seq_len=8192), target)[1] == winner
 
 
+def test_a_neighbour_whose_schedule_is_none_any_more_is_passed_over() -> None:
+    problem = Problem(op="select_chunks", seq_len=1024, num_heads=1, num_kv_heads=1, head_dim=64, top_k=8)
+    target = NAMED_TARGETS["sm_90"]
+    record = tune(PROBLEM, **{**QUICK, "trials": 1})
+    useless = Schedule.of("stream", block_tokens=0, block_n=64)
+    default_cache().put(replace(record, problem=replace(problem, seq_len=2048), target=target, schedule=useless))
+    assert first_schedules(problem, target)[0] == default_schedule(problem, target)
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, kind: type[HSACompileError], count: int) -> None:
+    """Has the first candidates but the default fail; the others take as long as the default."""
+    valid = list(SearchSpace.of(PROBLEM, Target.parse("cpu")).schedules())
+    default = default_schedule(PROBLEM, Target.parse("cpu"))
+    failing = [schedule for schedule in valid if schedule != default][:count]
+
+    def time_or_fail(problem: Problem, schedule: Schedule, *rest: Any) -> Candidate:
+        if schedule in failing:
+            raise kind("killed")
+        return Candidate(schedule=schedule, fingerprint="0123456789abcdef", call=lambda: None)
+
+    monkeypatch.setattr(bench_module, "prepare", time_or_fail)
+    monkeypatch.setattr(bench_module, "measure", lambda calls, device, rounds: [[1.0] * rounds for _ in calls])
+
+
+@pytest.mark.parametrize("kind", [TimedOut, CompilerCrashed, OutOfMemory, WrongResult])
+def test_a_search_that_failed_mostly_for_reasons_that_may_pass_is_not_whole_and_the_next_tries_again(
+    kind: type[HSACompileError], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    count = sum(1 for _ in SearchSpace.of(PROBLEM, Target.parse("cpu")).schedules())
+    options = {"device": "cpu", "trials": count, "timeout": 600.0, "isolate": False, "sampler": "random",
+               "storage": str(tmp_path / "study.journal"), "ledger": tmp_path / "ledger.jsonl"}  # fmt: skip
+    passes = kind is not WrongResult
+    fails(monkeypatch, kind, count - 4)
+    first = tune(PROBLEM, **options)
+    assert (first.trials, first.timed) == (count, 4)
+    assert (first.complete, first.tried_all) == (not passes, not passes)
+    assert (first.shortfall is None) == (not passes)
+    fails(monkeypatch, kind, 0)
+    again = tune(PROBLEM, **options)
+    assert again.timed == (count if passes else 4)
+
+
+def test_a_verdict_of_any_length_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hsa_compile.autotune.tune.conflict", lambda trials, winner: "\n" + "x" * 3000)
+    record = tune(PROBLEM, **QUICK)
+    assert TuningRecord.from_dict(record.to_dict()).verdict.endswith("xxx…")
+
+
+def test_a_search_in_this_process_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[str] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            held.append("held")
+
+        def __exit__(self, *_: object) -> None:
+            held.pop()
+
+    def checked(work: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            assert held
+            return work(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("hsa_compile.autotune.session.device_lock", lambda device: Lock())
+    monkeypatch.setattr(bench_module, "prepare", checked(prepare))
+    monkeypatch.setattr(bench_module, "measure", checked(bench_module.measure))
+    assert tune(PROBLEM, **QUICK).trials == 3
+    assert not held
+
+
 def test_one_trial_is_the_default_alone(prepared: list[Schedule]) -> None:
     record = tune(PROBLEM, **{**QUICK, "trials": 1})
     assert prepared == [record.schedule] == [default_schedule(PROBLEM, Target.parse("cpu"))]
@@ -201,6 +282,7 @@ def test_a_candidate_that_is_wrong_is_counted_and_never_wins(monkeypatch: pytest
         ({"trials": 0}, "trials = 0 must be at least 1"),
         ({"timeout": 0}, "timeout = 0 must be more than 0"),
         ({"timeout": float("nan")}, "timeout = nan must be more than 0"),
+        ({"timeout": float("inf")}, "timeout = inf must be more than 0 seconds and finite"),
         ({"seed": -1}, "seed = -1 must be in 0"),
         ({"seed": MAX_SEED + 1}, f"seed = {MAX_SEED + 1} must be in 0 … {MAX_SEED}"),
         ({"distribution": "odd"}, "distribution = 'odd' is not one of random, local, hot"),
@@ -216,7 +298,7 @@ def test_the_largest_seed_works() -> None:
     assert tune(PROBLEM, **{**QUICK, "seed": MAX_SEED}).trials == 3
 
 
-@pytest.mark.parametrize("device", ["sm_90", "banana", "cpu:x"])
+@pytest.mark.parametrize("device", ["sm_90", "banana", "cpu:x", "cuda:01", "cuda:99999999999999999999"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(InvalidTarget, match=f"'{device}' is not known; allowed are cpu, cuda"):
         tune(PROBLEM, **{**QUICK, "device": device})

@@ -280,7 +280,7 @@ BAD_INPUTS: list[tuple[list[str], str, str]] = [
     (["tune", "--trials", "many"], "'many'", "integer"),
     (["tune", "--timeout", "0"], "0.0", "x>0"),
     (["tune", "--timeout", "-3"], "-3.0", "x>0"),
-    (["tune", "--timeout", "nan"], "timeout = nan", "more than 0"),
+    (["tune", "--timeout", "nan"], "'nan'", "a finite number"),
     (["tune", "--timeout", "soon"], "'soon'", "float"),
     (["tune", "--seed", "-1"], "-1", "0<=x"),
     (["tune", "--device", "cpu", "--storage", "banana"], "'banana'", "postgresql://…, mysql://…"),

@@ -18,7 +18,9 @@ from test_cli import COMMANDS
 
 import hsa_compile
 from hsa_compile.cli.main import cli
-from hsa_compile.cli.options import RestrictedOption, counted, print_rows
+from hsa_compile.cli.models.argument import device_of
+from hsa_compile.cli.options import FiniteFloat, RestrictedOption, counted, print_rows
+from hsa_compile.errors import InvalidArgument
 from hsa_compile.log import progress_bar
 
 LEGEND = dict.fromkeys(("number", "problem", "note", *"abcd"), "seven")
@@ -109,6 +111,26 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_is_done(
     assert option.opts[0] in line
     assert other in line or verb == "exclude each other"
     assert option.because in line
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_no_number_may_be_infinite_or_not_a_number(value: str, run: Shell) -> None:
+    kinds = [(*path, *option.opts) for path, command in COMMANDS.items() for option in command.params
+             if isinstance(option.type, click.FloatRange) and not isinstance(option.type, FiniteFloat)]  # fmt: skip
+    assert not kinds
+    done = run("tune", "--timeout", value)
+    assert (done.code, done.out) == (2, "")
+    assert f"Invalid value for '--timeout': '{value}' is not a finite number" in done.err
+
+
+@pytest.mark.parametrize("name", ["cuda:01", "cuda:٣", "cuda:1000", "cuda:99999999999999999999", "cpu:0", "mps"])
+def test_what_is_no_name_of_a_device_is_refused_in_one_line(name: str, run: Shell) -> None:
+    for command in (["tune", "--device"], ["bench", "--device"]):
+        done = run(*command, name)
+        assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+        assert f"device '{name}' is not known; allowed are auto, cpu, cuda, cuda:N" in done.err
+    with pytest.raises(InvalidArgument, match="device 'cuda:999' is not here; allowed are auto, cpu"):
+        device_of("cuda:999")
 
 
 def test_several_devices_are_refused_where_one_is_used(run: Shell) -> None:

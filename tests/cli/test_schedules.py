@@ -1,6 +1,7 @@
 """`hsa-compile schedules`: what it lists, explains, compares, moves and removes."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from shell import SHAPE, Outcome, Shell, record_of
 
 from hsa_compile.problem import OPS
-from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
+from hsa_compile.schedules.exchange import export_records
 from hsa_compile.schedules.record import Measurement
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -76,6 +78,16 @@ def test_clear_asks_first(answer: str, left: int, run: Shell, monkeypatch: pytes
     assert len(run("schedules", "list", "--json").json) == left
 
 
+@pytest.mark.usefixtures("stored")
+def test_clear_names_the_flag_where_nobody_answers(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        outcome = run("schedules", "clear")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1] == "error: nobody answers on standard input; --yes removes without asking"
+    assert len(run("schedules", "list", "--json").json) == 2
+
+
 def test_the_list_tells_predicted_from_measured_and_kernels_of_another_text(run: Shell) -> None:
     time = Measurement.predicted(1.0)
     default_cache().put(record_of(OPS[0]))
@@ -131,6 +143,28 @@ def test_diff_of_a_file_and_a_device_goes_problem_by_problem(run: Shell, tmp_pat
     stored_in = str(default_cache().path(Target.parse("cpu")))
     verdicts = [row["verdict"] for row in run("schedules", "diff", stored_in, "sm_90", "--json").json]
     assert verdicts == ["only in the one"] * 2
+
+
+def test_diff_compares_entries_of_several_devices_each_with_its_own(run: Shell, tmp_path: Path) -> None:
+    here, there = record_of(OPS[0]), replace(record_of(OPS[0]), target=replace(Target.parse("cpu"), num_cores=99))
+    changed = replace(here, schedule=Schedule.of("token", block_tokens=1))
+    for name, records in (("one.json", [here, there]), ("other.json", [changed, there])):
+        export_records(tmp_path / name, records)
+    rows = run("schedules", "diff", str(tmp_path / "one.json"), str(tmp_path / "other.json"), "--json").json
+    assert [row["verdict"] for row in rows] == ["another schedule", "same entry"]
+    assert rows[1]["device"].endswith(", 99 cores")
+
+
+def test_diff_compares_the_users_own_entry_and_not_the_shipped_one(
+    run: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsa_compile.schedules.cache.PRETUNED_DIR", tmp_path / "shipped")
+    shipped = replace(record_of(OPS[0]), schedule=Schedule.of("token", block_tokens=1))
+    ScheduleCache(tmp_path / "shipped").put(shipped)
+    default_cache().put(record_of(OPS[0]))
+    export_records(tmp_path / "own.json", [record_of(OPS[0])])
+    (row,) = run("schedules", "diff", str(tmp_path / "own.json"), "cpu", "--json").json
+    assert row["verdict"] == "same entry"
 
 
 @pytest.mark.usefixtures("stored")

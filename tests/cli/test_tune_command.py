@@ -20,24 +20,27 @@ from shell import Shell
 
 from hsa_compile.autotune.bench import bench as bench_module
 from hsa_compile.autotune.evaluate import Outcome, evaluate
+from hsa_compile.autotune.play_off import Verdict, play_off
 from hsa_compile.autotune.sweeps import RecordedSweep
 from hsa_compile.autotune.tune import Progress
 from hsa_compile.autotune.tune import tune as tune_problem
 from hsa_compile.cli.options import stop_on_ctrl_c
+from hsa_compile.errors import TimedOut, WrongResult
 from hsa_compile.kernels.emit import emit
 from hsa_compile.model.cost.workload import problems
 from hsa_compile.model.presets import preset
 from hsa_compile.problem import Problem
-from hsa_compile.schedules.cache import default_cache
+from hsa_compile.schedules.cache import ScheduleCache, default_cache
 from hsa_compile.schedules.record import TuningRecord
 from hsa_compile.schedules.schedule import Schedule
-from hsa_compile.schedules.space import default_schedule
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 SHAPE = [
     "--seq-len", "130", "--heads", "4", "--kv-heads", "1", "--head-dim", "16", "--chunk-size", "16", "--top-k", "2",
     "--op", "forward", "--device", "cpu",
 ]  # fmt: skip
+FIELDS = {"seq_len": 130, "num_heads": 4, "num_kv_heads": 1, "head_dim": 16, "chunk_size": 16, "top_k": 2}
 TUNE = ["tune", *SHAPE, "--trials", "6", "--timeout", "600", "--in-process", "--sampler", "random"]
 
 
@@ -132,6 +135,40 @@ def test_ctrl_c_stores_the_best_so_far_and_the_same_command_goes_on(run: Shell, 
     assert "cached (--force tunes again)" in run(*TUNE).err
 
 
+def test_ctrl_c_in_the_play_off_stores_its_winner_and_tunes_no_other(
+    run: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Verdict:
+        os.kill(os.getpid(), signal.SIGINT)
+        return play_off(*arguments, **options)
+
+    two = [*TUNE, "--top-k", "1,2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hsa_compile.autotune.tune.play_off", interrupted)
+        stopped = run(*two)
+    assert stopped.code == 130
+    (entry,) = run("schedules", "list", "--json").json
+    assert (entry["problem"]["top_k"], entry["complete"], entry["measurement"]["repeats"]) == (1, True, 9)
+    assert "[the default stays" in stopped.err
+    monkeypatch.setattr("hsa_compile.autotune.tune.play_off", interrupted)
+    assert run(*two).code == 130
+    assert len(run("schedules", "list", "--json").json) == 2
+
+
+def test_ctrl_c_while_a_stored_schedule_is_found_ends_the_command(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*TUNE).code == 0
+    finished = ScheduleCache.finished
+
+    def interrupted(*arguments: Any) -> TuningRecord | None:
+        os.kill(os.getpid(), signal.SIGINT)
+        return finished(*arguments)
+
+    monkeypatch.setattr(ScheduleCache, "finished", interrupted)
+    stopped = run(*TUNE, "--top-k", "2,1")
+    assert stopped.code == 130
+    assert "cached" in stopped.err
+
+
 def test_an_interrupted_force_does_not_push_out_a_whole_search(run: Shell, interrupting: list[int]) -> None:
     assert run(*TUNE).code == 0
     interrupting.append(5)
@@ -153,7 +190,7 @@ def test_a_search_that_tried_almost_nothing_is_not_stored_and_goes_on(run: Shell
     assert "from      the default" in run("schedules", "explain", *SHAPE).out
     done = run(*TUNE)
     assert "stored in" in done.out
-    assert re.search(r"best of 6 tried", done.err)
+    assert re.search(r"best of 6 timed", done.err)
     assert re.search(r"expected to lose  none: .* 6 candidates", run("schedules", "explain", *SHAPE).out)
 
 
@@ -186,6 +223,23 @@ def test_a_plan_counts_what_is_left_to_do(run: Shell) -> None:
     (after,) = run("plan", *SHAPE, "--trials", "6", "--json").json
     assert (after["trials"], after["cached"], after["minutes"]) == (0, "yes", 0)
     assert after["timed before"] == 6
+    (other,) = run("plan", *SHAPE, "--trials", "6", "--inputs", "local", "--json").json
+    assert (other["trials"], other["timed before"], other["cached"]) == (6, 0, "no")
+    (anew,) = run("plan", *SHAPE, "--trials", "6", "--force", "--json").json
+    assert (anew["trials"], anew["timed before"], anew["cached"]) == (6, 0, "no")
+    run("schedules", "clear", "--yes")
+    many = str(before["candidates"])
+    (rest,) = run("plan", *SHAPE, "--trials", many, "--json").json
+    assert (rest["trials"], rest["timed before"], rest["cached"]) == (before["candidates"] - 6, 6, "no")
+
+
+def test_what_was_tuned_on_other_inputs_is_tuned_again(run: Shell) -> None:
+    assert run(*TUNE, "--inputs", "local").code == 0
+    assert "cached (--force tunes again)" in run(*TUNE, "--inputs", "local").err
+    assert "cached (--force tunes again)" in run(*TUNE).err
+    assert "cached" not in run(*TUNE, "--inputs", "random").err
+    (entry,) = run("schedules", "list", "--json").json
+    assert entry["inputs"] == "random"
     (again,) = run("plan", *SHAPE, "--trials", "6", "--force", "--json").json
     assert (again["trials"], again["cached"]) == (6, "no")
 
@@ -254,6 +308,40 @@ def test_a_recorded_sweep_holds_every_candidate_and_goes_on_where_it_was_stopped
     assert run("schedules", "list", "--json").json == []
 
 
+def test_the_times_of_a_sweep_are_relative_to_those_of_the_default(
+    run: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(problem: Problem, target: Target, *_: Any) -> dict[Schedule, Outcome]:
+        default = default_schedule(problem, target)
+        schedules = [one for one in SearchSpace.of(problem, target).schedules() if one != default]
+        ratios = {schedules[0]: 30.0, default: 1.0, schedules[1]: 2.0}
+        return {
+            one: Outcome(stage="full", times_ms=(5.0 * ratio,), default_times_ms=(5.0,))
+            for one, ratio in ratios.items()
+        }
+
+    monkeypatch.setattr("hsa_compile.cli.tuning.record._sweep", times)
+    file = tmp_path / "sweep.json"
+    assert run("tune", *SHAPE, "--record", str(file)).code == 0
+    assert RecordedSweep.load(file).times == [150.0, 5.0, 10.0]
+
+
+def test_what_the_line_of_a_search_counts_was_timed(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = default_schedule(Problem(**FIELDS), Target.parse("cpu"))
+    prepared: list[Schedule] = []
+
+    def prepare(problem: Problem, schedule: Schedule, *rest: Any) -> bench_module.Candidate:
+        prepared.append(schedule)
+        if schedule != default and len(prepared) < 4:
+            raise WrongResult("o is off")
+        return bench_module.Candidate(schedule=schedule, fingerprint="0123456789abcdef", call=lambda: None)
+
+    monkeypatch.setattr(bench_module, "prepare", prepare)
+    done = run(*TUNE, "--trials", "8")
+    assert "best of 6 timed" in done.err
+    assert "failed: 2 WrongResult" in done.err
+
+
 def test_a_stored_winner_is_timed_again_and_dropped_if_it_loses(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*TUNE).code == 0
     (record,) = [record for _, record in default_cache().entries()]
@@ -263,6 +351,15 @@ def test_a_stored_winner_is_timed_again_and_dropped_if_it_loses(run: Shell, monk
     assert (done.code, done.out.count("kept, ")) == (0, 1)
     assert "1 stored winner timed again" in done.out
     assert [record for _, record in default_cache().entries()] == [faster]
-    monkeypatch.setattr("hsa_compile.autotune.play_off.verify", lambda record, device: None)
+
+    def busy(record: TuningRecord, device: str) -> TuningRecord:
+        raise TimedOut("killed after 20 s")
+
+    monkeypatch.setattr("hsa_compile.autotune.play_off.verify", busy)
+    done = run("tune", "--verify")
+    assert "kept as it is, killed after 20 s" in done.out
+    assert "0 stored winners timed again" in done.out
+    assert [record for _, record in default_cache().entries()] == [faster]
+    monkeypatch.setattr("hsa_compile.autotune.play_off.verify", lambda record, device: "the default is faster now")
     assert "dropped, the default is faster now" in run("tune", "--verify").out
     assert not list(default_cache().entries())

@@ -7,6 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from hsa_compile import paths
-from hsa_compile.errors import CacheWarning, CompileError, HSACompileWarning
+from hsa_compile.errors import CacheWarning, CompileError, CompilerCrashed, CompileTimedOut, HSACompileWarning
 from hsa_compile.files import write_whole
 from hsa_compile.kernels import compile as compile_module
 from hsa_compile.kernels import native
@@ -55,6 +58,17 @@ def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return paths.temporary_dir()
 
 
+def test_what_has_the_name_of_the_temporary_directory_does_not_end_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    paths._own_temporary_dir.cache_clear()
+    (tmp_path / f"hsa-compile-{os.getuid()}").touch()
+    found = paths.temporary_dir()
+    assert (found.parent, found.is_dir(), found.stat().st_mode & 0o777) == (tmp_path, True, 0o700)
+    paths._own_temporary_dir.cache_clear()
+
+
 def test_on_a_full_disk_a_kernel_is_kept_in_a_temporary_directory(spare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole = compile_module.write_whole
 
@@ -83,7 +97,7 @@ def test_where_no_library_can_be_loaded_another_place_or_kernel_serves(
         return SimpleNamespace()
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    monkeypatch.setattr(compile_module, "build_library", lambda path, arch: path.with_suffix(".so"))
+    monkeypatch.setattr(compile_module, "build_library", lambda path, *_: path.with_suffix(".so"))
     with pytest.warns(HSACompileWarning, match="failed to map") as caught:
         kernel = resolve(PROBLEM, WITH_COMPILER)
     assert kernel.source.backend == ("torch" if everywhere else "cpp")
@@ -105,6 +119,76 @@ def test_a_compiler_that_cannot_be_run_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(native, "cxx_compiler", lambda: (str(program),))
     with pytest.raises(CompileError, match=r"c\+\+ cannot be run: "):
         native.build_library(tmp_path / "kernel.cpp", "avx2")
+
+
+@pytest.fixture
+def compiler_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a script in the compiler's place; returns the source that it is to build."""
+
+    def put(script: str) -> Path:
+        program = tmp_path / "c++"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(native, "cxx_compiler", lambda: (str(program),))
+        return tmp_path / "kernel.cpp"
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo 'kernel.cpp:3:1: error: no such thing' >&2; exit 1", CompileError),
+        ("echo '/tmp/cc.s: fatal error: cannot write: No space left on device' >&2; exit 1", CompilerCrashed),
+        ("echo 'c++: fatal error: Killed signal terminated program cc1plus' >&2; exit 1", CompilerCrashed),
+        ("echo 'cc1plus: out of memory allocating 64 bytes' >&2; exit 1", CompilerCrashed),
+        ("kill -9 $$", CompilerCrashed),
+    ],
+)
+def test_a_compiler_that_the_machine_did_not_let_work_has_refused_nothing(
+    script: str, error: type[CompileError], compiler_does: Callable[[str], Path]
+) -> None:
+    with pytest.raises(CompileError) as raised:
+        native.build_library(compiler_does(script), "avx2")
+    assert type(raised.value) is error
+
+
+def test_a_build_that_takes_too_long_is_killed(compiler_does: Callable[[str], Path]) -> None:
+    with pytest.raises(CompileTimedOut, match=r"c\+\+ was killed after 0 s"):
+        native.build_library(compiler_does("sleep 600"), "avx2", native.CxxRunner(0.01))
+
+
+def test_a_closed_runner_has_killed_the_compiler_with_what_it_started(
+    compiler_does: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = compiler_does(f"cd '{tmp_path}'; sleep 600 & echo $! > new; mv new pid; wait")
+    runner = native.CxxRunner()
+    with ThreadPoolExecutor(1) as threads:
+        building = threads.submit(native.build_library, source, "avx2", runner)
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        runner.close()
+        with pytest.raises(CompilerCrashed, match="died of SIGKILL"):
+            building.result()
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        time.sleep(0.01)  # for ever, if it lives on
+    with pytest.raises(CompilerCrashed, match="the search has ended"):
+        native.build_library(source, "avx2", runner)
+    assert not list(tmp_path.glob(".*.build"))
+
+
+def test_folders_that_killed_builds_left_are_removed_after_a_day(
+    compiler_does: Callable[[str], Path], tmp_path: Path
+) -> None:
+    old, new = tmp_path / ".kernel.abc.build", tmp_path / ".kernel.def.build"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "kernel.so").touch()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    with pytest.raises(CompileError):
+        native.build_library(compiler_does("exit 1"), "avx2")
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +221,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The libraries that were built, without a compiler, and "loaded"."""
     built: list[Path] = []
 
-    def build(source: Path, library: Path, arch: str) -> None:
+    def build(source: Path, library: Path, arch: str, runner: native.CxxRunner) -> None:
         library.write_bytes(b"a library")
         library.chmod(0o755)
         built.append(library)

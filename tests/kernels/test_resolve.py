@@ -235,7 +235,7 @@ def test_thousands_of_lengths_do_not_grow_what_is_remembered(monkeypatch: pytest
 def test_a_library_that_is_not_whole_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
 
-    def build(source: Path, library: Path, arch: str) -> None:
+    def build(source: Path, library: Path, arch: str, runner: native.CxxRunner) -> None:
         built.append(arch)
         library.write_bytes(b"a library")
 

@@ -138,6 +138,35 @@ def test_a_prediction_never_replaces_a_measurement_of_the_same_key(
             assert [(record.kind, record.schedule) for _, record in reader.entries()] == [("measured", TOKEN_4)]
 
 
+def test_half_a_search_never_replaces_a_whole_one_of_the_same_key_whoever_put_it(
+    make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    whole = make_record(schedule=TOKEN_4)
+    half = replace(make_record(schedule=TOKEN_1, date="2026-09-09T00:00:00+00:00"), complete=False)
+    open_cache().put(half)
+    ours, others = open_cache(), open_cache()
+    others.put(whole)
+    ours.put(half)  # it does not know what the other process put
+    assert [record for _, record in open_cache().entries()] == [whole]
+    assert others.merge([half]).kept == 1
+    assert [record for _, record in open_cache().entries()] == [whole]
+    others.remove(whole)
+    others.put(half)
+    assert others.merge([whole]).replaced == 1  # although it is older
+    assert [record for _, record in open_cache().entries()] == [whole]
+
+
+def test_half_a_search_replaces_a_whole_one_that_can_serve_no_more(
+    make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    useless = make_record(schedule=Schedule.of("token", block_tokens=5))
+    half = replace(make_record(schedule=TOKEN_1), complete=False)
+    cache = open_cache()
+    cache.put(useless)
+    cache.put(half)
+    assert [record for _, record in open_cache().entries()] == [half]
+
+
 def test_an_answer_is_forgotten_when_something_better_is_put(
     make_record: MakeRecord, make_problem: MakeProblem, open_cache: OpenCache, cpu: Target
 ) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,24 @@ def test_entries_for_kernels_of_another_text_are_left_out_and_counted(tmp_path: 
 def test_a_directory_that_is_not_there_is_a_cache_error(tmp_path: Path, make_record: MakeRecord) -> None:
     with pytest.raises(CacheError, match=r"cannot write .*No such file"):
         export_records(tmp_path / "none" / "schedules.json", [make_record()])
+
+
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path: Path, make_record: MakeRecord) -> None:
+    link, file = tmp_path / "link.json", tmp_path / "elsewhere.json"
+    link.symlink_to(file)
+    for _ in range(2):  # at first it leads nowhere
+        export_records(link, [make_record()])
+        assert link.is_symlink()
+        assert import_records(file).records == (make_record(),)
+
+
+def test_what_is_no_regular_file_is_not_written_over(tmp_path: Path, make_record: MakeRecord) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, why in ((pipe, "it is no regular file"), (tmp_path, "Is a directory")):
+        with pytest.raises(CacheError, match=rf"cannot write .*: {why}"):
+            export_records(path, [make_record()])
+    assert pipe.is_fifo()
 
 
 EARLIER, LATER = "2026-01-01T00:00:00+00:00", "2026-03-01T00:00:00+00:00"

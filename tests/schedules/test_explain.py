@@ -56,7 +56,7 @@ def test_an_exact_entry_loses_nothing_and_the_others_are_farther_away(
     ("fields", "loss"),
     [
         ({"trials": 3, "failures": {"WrongResult": 1}}, "not known: only 2 of"),
-        ({"complete": False}, "not known: its search was interrupted after 12 candidates"),
+        ({"complete": False}, "not known: its search is not finished after 12 candidates"),
     ],
 )
 def test_an_exact_entry_of_half_a_search_promises_nothing(

@@ -168,6 +168,17 @@ def test_damage_that_comes_after_the_file_was_read_is_kept_aside_too(
     assert stored.with_name(f"{stored.name}.damaged-1").read_bytes() == b"broken"
 
 
+def test_a_damaged_file_is_kept_aside_when_an_entry_is_removed(
+    stored: Path, make_record: MakeRecord, open_cache: OpenCache
+) -> None:
+    cache = open_cache()
+    damaged = stored.read_text().replace('"trials": 12', '"trials": 13', 1)
+    stored.write_text(damaged)
+    cache.remove(make_record(head_dim=128))
+    assert stored.with_name(f"{stored.name}.damaged-1").read_text() == damaged
+    assert head_dims(open_cache()) == {64}
+
+
 def test_a_whole_file_is_never_copied_aside(stored: Path, make_record: MakeRecord, open_cache: OpenCache) -> None:
     open_cache().put(make_record(head_dim=16))
     assert not list(stored.parent.glob("*.damaged-*"))

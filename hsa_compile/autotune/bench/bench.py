@@ -11,7 +11,16 @@ import torch
 
 from hsa_compile.autotune.cost.roofline import Resources
 from hsa_compile.autotune.options import input_names
-from hsa_compile.errors import CandidateCrashed, CandidateError, CompileError, OutOfResources, TimedOut, WrongResult
+from hsa_compile.errors import (
+    CandidateCrashed,
+    CandidateError,
+    CompileError,
+    OutOfMemory,
+    OutOfResources,
+    TimedOut,
+    WrongResult,
+    compile_error,
+)
 from hsa_compile.kernels.ahead_of_time import compile_launches
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
@@ -85,8 +94,9 @@ def _time_on_gpu(device: torch.device) -> Callable[[Call], float]:
 # What a GPU's driver says, through Triton or PyTorch, where a compiled kernel cannot be loaded or launched for want of
 # memory or registers. There is no type for it; any other error of the driver leaves a process that can use it no more.
 _NO_ROOM = re.compile(
-    r"(Triton Error \[\w+\]|(CUDA|HIP)( driver)? error): .*(out of memory|too many resources requested)"
+    r"(?:Triton Error \[\w+\]|(CUDA|HIP)( driver)? error): .*(out of memory|too many resources requested)"
 )
+_NO_ROOM_FOR = {"out of memory": OutOfMemory, "too many resources requested": OutOfResources}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +139,15 @@ def launch_errors(backend: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfResources(f"not enough memory: {error}") from error
+        raise OutOfMemory(f"not enough memory: {error}") from error
     except no_resources as error:
         raise OutOfResources(str(error)) from error
     except no_code as error:
-        raise CompileError(str(error)) from error
+        raise compile_error(str(error)) from error
     except RuntimeError as error:
-        if not _NO_ROOM.match(str(error)):
+        if not (found := _NO_ROOM.match(str(error))):
             raise
-        raise OutOfResources(str(error)) from error
+        raise _NO_ROOM_FOR[found[3]](str(error)) from error
 
 
 def _triton_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
@@ -213,6 +223,33 @@ class LocalBench:
         calls = [self._ready[schedule][name].call for schedule in schedules]
         with launch_errors(backend_for(self.problem, self.target)):
             return measure(calls, self.device, rounds=rounds)
+
+
+class LockedBench:
+    """A bench in this process that holds the device while a candidate is on it.
+
+    Args:
+        bench: the bench.
+        lock: what is held.
+    """
+
+    def __init__(self, bench: Bench, lock: contextlib.AbstractContextManager[object]) -> None:
+        self._bench, self._lock = bench, lock
+
+    def compile(self, schedule: Schedule) -> Resources | None:
+        """Compiles a candidate, while others may be on the device."""
+        return self._bench.compile(schedule)
+
+    def prepare(self, schedule: Schedule) -> str:
+        """Checks a candidate, while nobody else is on the device; returns the fingerprint of its source."""
+        with self._lock:
+            return self._bench.prepare(schedule)
+
+    def time(self, schedules: Sequence[Schedule], rounds: int, inputs: str | None = None) -> list[list[float]]:
+        """Times candidates, alone on the device."""
+        named = () if inputs is None else (inputs,)  # a bench that has one distribution need not know of others
+        with self._lock:
+            return self._bench.time(schedules, rounds, *named)
 
 
 def open_bench(problem: Problem, target: Target, device: str, distribution: str, seed: int) -> LocalBench:

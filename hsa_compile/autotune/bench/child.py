@@ -48,10 +48,12 @@ def _answer(bench: Any, verb: str, arguments: tuple[Any, ...]) -> tuple[Any, ...
         return "done", getattr(bench, verb)(*arguments)
     except HSACompileError as error:
         return "raised", type(error).__name__, str(error)
+    except OSError as error:  # a full disk, a file that cannot be opened: no fault of the candidate
+        return "raised", "CandidateCrashed", f"{type(error).__name__}: {error}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
             raise
-        return "raised", "OutOfResources", f"not enough memory: {error}"
+        return "raised", "OutOfMemory", f"not enough memory: {error}"
 
 
 def _limit_memory(more_bytes: int) -> None:
@@ -61,6 +63,9 @@ def _limit_memory(more_bytes: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to kill this process with its parent, since it would else hold the device while its candidate runs."""
+    """Asks Linux to kill this process with its parent, since it would else hold the device while its candidate runs.
+
+    Linux does so when the thread ends that started this process, so it is one that lives as long as the parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

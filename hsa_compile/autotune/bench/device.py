@@ -62,10 +62,12 @@ def _of_machine() -> int | None:
 
 
 def _of_control_group() -> int | None:
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    limit, used, parts = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
         return None
-    return int(limit.read_text()) - int(used.read_text())
+    # Pages of files that nobody used lately count as used, and are given back before anything is killed.
+    found = re.search(r"^inactive_file (\d+)$", parts.read_text() if parts.exists() else "", re.MULTILINE)
+    return int(limit.read_text()) - int(used.read_text()) + (int(found[1]) if found else 0)
 
 
 def device_lock(device: str) -> filelock.BaseFileLock:

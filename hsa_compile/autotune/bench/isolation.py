@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing import Pipe
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from hsa_compile import errors
 from hsa_compile.autotune.cost.roofline import Resources
@@ -26,11 +26,12 @@ from hsa_compile.errors import (
     CandidateError,
     CompileTimedOut,
     HSACompileError,
-    OutOfResources,
+    OutOfMemory,
     TimedOut,
 )
 from hsa_compile.kernels.compile import build_native
 from hsa_compile.kernels.emit import emit
+from hsa_compile.kernels.native import CxxRunner
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.target import Target
@@ -41,6 +42,34 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom hsa_compi
 _START_S = 300.0
 _MOST_STDERR = 1 << 16  # bytes that are looked through for the error
 _DEATH_S = 10.0  # how long a process may take to end after its connection closed
+_spawner: ThreadPoolExecutor
+
+
+def _renew_spawner() -> None:
+    """Makes the thread that starts all workers: Linux ends a worker with the thread that started it, not the process.
+
+    A forked child has the object but not the thread, so it begins with a new one.
+    """
+    global _spawner
+    _spawner = ThreadPoolExecutor(1, thread_name_prefix="spawn")
+
+
+_renew_spawner()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_spawner)
+
+
+def _spawn(handle: int, stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
+    # Others than texts may stand in the path; Python passes over them.
+    path = json.dumps([place for place in sys.path if isinstance(place, str)])
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{_BOOT}serve(int(sys.argv[2]))", path, str(handle)],
+        pass_fds=(handle,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        start_new_session=True,
+    )
 
 
 class WorkerProcess:
@@ -58,15 +87,7 @@ class WorkerProcess:
     def __init__(self, factory: str, arguments: tuple[Any, ...], memory_bytes: int | None = None) -> None:
         self._connection, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
-        handle = theirs.fileno()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"{_BOOT}serve(int(sys.argv[2]))", json.dumps(sys.path), str(handle)],
-            pass_fds=(handle,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-            start_new_session=True,
-        )
+        self._process = _spawner.submit(_spawn, theirs.fileno(), self._stderr).result()
         theirs.close()
         self._opening: tuple[Any, ...] | None = (factory, arguments, memory_bytes)
         self._connection.send(self._opening)
@@ -96,7 +117,7 @@ class WorkerProcess:
         Raises:
             HSACompileError: the bench raised this error of the project.
             TimedOut: the call took too long, and the process was killed.
-            OutOfResources, CandidateCrashed, CandidateError: the process died.
+            OutOfMemory, CandidateCrashed, CandidateError: the process died.
         """
         self.wait_until_open()
         try:
@@ -136,7 +157,7 @@ class WorkerProcess:
         error = self._error_line()
         self.close()
         if code == -signal.SIGKILL:
-            return OutOfResources("its process was killed, as Linux does where memory runs out")
+            return OutOfMemory("its process was killed, as Linux does where memory runs out")
         if code < 0:
             return CandidateCrashed(f"its process died of {signal.Signals(-code).name}")
         if code == 1 and error:
@@ -267,17 +288,24 @@ class LibraryBuilder:
 
     Args:
         problem, target: what candidates are emitted for.
+        limits: how long a build may take before the compiler is killed.
     """
 
-    def __init__(self, problem: Problem, target: Target) -> None:
+    def __init__(self, problem: Problem, target: Target, limits: Limits | None = None) -> None:
         self._problem, self._target = problem, target
+        self._runner = CxxRunner((limits or Limits()).compile_s)
 
     def compile(self, schedule: Schedule) -> None:
-        """Builds a candidate's library unless it is there."""
-        build_native(emit(self._problem, schedule, self._target))
+        """Builds a candidate's library unless it is there.
+
+        Raises:
+            CompileError, CompileTimedOut, CacheError: as in `build_native`.
+        """
+        build_native(emit(self._problem, schedule, self._target), self._runner)
 
     def close(self) -> None:
-        """Does nothing: a build takes seconds and ends by itself."""
+        """Kills the compiler."""
+        self._runner.close()
 
 
 class CompilePool:

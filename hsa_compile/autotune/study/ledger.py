@@ -10,7 +10,7 @@ from typing import Any
 import filelock
 
 from hsa_compile.autotune.evaluate import Outcome
-from hsa_compile.errors import StorageError
+from hsa_compile.errors import StorageError, may_pass
 from hsa_compile.files import append_line, parse_json, read_lines
 from hsa_compile.kernels.emit import emit
 from hsa_compile.paths import make_cache_dir, schedule_dir
@@ -19,8 +19,6 @@ from hsa_compile.schedules.schedule import Schedule
 from hsa_compile.schedules.space import SearchSpace
 from hsa_compile.target import Target
 from hsa_compile.versions import installed_versions
-
-_PASSING = ("TimedOut", "CompileTimedOut", "CandidateCrashed")  # the machine may be at fault: worth another try
 
 
 def default_ledger(target: Target) -> Path:
@@ -103,18 +101,18 @@ class ProblemLedger:
     def known(self) -> dict[Schedule, Outcome]:
         """Returns the latest outcome of each candidate that is valid now and whose source is still the same.
 
-        Failures that another day may not repeat are left out.
+        Failures that another day may not repeat are left out: what was known before them still is.
         """
         space = SearchSpace.of(self._problem, self._target)
         found: dict[Schedule, tuple[dict[str, Any], Outcome]] = {}
         for key, outcome in self._ledger.lines():
-            if all(key.get(name) == value for name, value in self._common.items()):
+            if not may_pass(outcome.failure) and all(key.get(name) == value for name, value in self._common.items()):
                 schedule = Schedule.from_dict(key["schedule"])
                 found[schedule] = key, outcome
         return {
             schedule: outcome
             for schedule, (key, outcome) in found.items()
-            if outcome.failure not in _PASSING and space.is_valid(schedule) and key == self._key(schedule)
+            if space.is_valid(schedule) and key == self._key(schedule)
         }
 
     def _key(self, schedule: Schedule) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hsa_compile.model.presets import PRESETS, preset
 from hsa_compile.model.pretrained import from_pretrained, read_config, read_extra, read_tokenizer
 from hsa_compile.model.transformer import HSATransformer
 from hsa_compile.paths import CHECKPOINT_DIR
+from hsa_compile.target import gpu_index
 
 # These are the numbers of settings in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -96,18 +97,15 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgument(f"device {name!r} is not known; allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
+    index = gpu_index(name)
+    if name not in ("cpu", "cuda") and index is None:
+        raise InvalidArgument(f"device {name!r} is not known; allowed are auto, cpu, cuda, cuda:N")
+    if name != "cpu" and (index or 0) >= torch.cuda.device_count():
         raise InvalidArgument(
             f"device {name!r} is not here; allowed are auto, cpu"
             + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))
         )
-    return device
+    return torch.device(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from hsa_compile.cli.options import DTYPE_ALIASES, RestrictedOption
+from hsa_compile.cli.options import DTYPE_ALIASES, FiniteFloat, RestrictedOption
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.log import progress_bar
 from hsa_compile.model.config import MAX_SEED, PLACEMENTS, VARIANTS
@@ -52,14 +52,14 @@ _PROGRESS_FROM = 4  # from so many pieces on there is a progress bar
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteFloat(min=0),
     default=0.0,
     show_default=True,
     help="What logits are divided by; 0 is greedy.",
 )
 @click.option("--top-p", cls=RestrictedOption, needs="--temperature",
               because="without it the most likely token is taken",
-              type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+              type=FiniteFloat(0, 1, min_open=True), default=1.0, show_default=True,
               help="Draw only from the most likely tokens that sum to this probability.")  # fmt: skip
 @click.option("--stop", multiple=True, help="A text to end before; may be repeated.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Seed of what is drawn.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hsa_compile.cli.options import json_option
+from hsa_compile.cli.options import FiniteFloat, json_option
 from hsa_compile.log import progress_bar
 from hsa_compile.model.data.manifest import SPLITS, Manifest
 
@@ -24,7 +24,7 @@ _MAX_NAMED = 10
 )
 @click.option(
     "--validation",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteFloat(0, 1, max_open=True),
     default=0.01,
     show_default=True,
     help="Share of documents held out, chosen by their hash.",

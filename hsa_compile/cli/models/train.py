@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hsa_compile.cli.options import FiniteFloat
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.log import progress_bar
 from hsa_compile.model.config import VARIANTS
@@ -46,7 +47,7 @@ FIRST_STEPS = 10  # after so many steps the time that the run will take is estim
 )
 @click.option("--corpus", help="The text to train on: 'stdlib', or a folder that prepare wrote.")
 @click.option("--steps", type=click.IntRange(min=1), help="How many optimizer steps the whole run makes.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long, to a step, and save.")
+@click.option("--minutes", type=FiniteFloat(min=0, min_open=True), help="Stop after so long, to a step, and save.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of weights and data.")
 @click.option("--tune", is_flag=True, help="First tune schedules that the run needs and the cache lacks.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")

@@ -13,18 +13,19 @@ from hsa_compile.cli.tuning.search_options import search_options, searched_probl
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.cache import default_cache
 from hsa_compile.schedules.record import MIN_TIMED
-from hsa_compile.schedules.space import SearchSpace
+from hsa_compile.schedules.space import SearchSpace, default_schedule
 from hsa_compile.target import Target
 
 if TYPE_CHECKING:
     from hsa_compile.autotune.evaluate import Outcome
     from hsa_compile.autotune.options import TuneOptions
+    from hsa_compile.autotune.study.ledger import Ledger
 
 _LEGEND = {
     "problem": "the op, and its shape in the letters of docs/hsa.md",
     "candidates": "how many schedules there are",
-    "trials": "how many of them would be tried at most",
-    "timed before": "how many the ledger has times of, which cost nothing again",
+    "trials": "how many of the others would be tried at most",
+    "timed before": "how many outcomes the ledger knows, which cost nothing again",
     "minutes": "how long that would take, by what candidates took before; at most the timeout",
     "cached": "whether a finished search is stored, so that nothing would be done",
 }
@@ -56,8 +57,9 @@ def plan(device: str, force: bool, as_json: bool, **flags: Any) -> None:
 
     options = replace(tune_options(flags), anew=force)
     target = Target.parse(device.split(",")[0])
-    past = [(key["problem"], outcome) for key, outcome in Ledger(default_ledger(target)).lines()]
-    rows = [_row(problem, target, options, past) for problem in searched_problems(target, flags)]
+    ledger = Ledger(default_ledger(target))
+    past = [(key["problem"], outcome) for key, outcome in ledger.lines()]
+    rows = [_row(problem, target, options, ledger, past) for problem in searched_problems(target, flags)]
     print_rows(rows, as_json=as_json, legend=_LEGEND)
     if not as_json:
         click.echo(f"\nabout {sum(row['minutes'] for row in rows):.1f} minutes")
@@ -66,20 +68,32 @@ def plan(device: str, force: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _row(
-    problem: Problem, target: Target, options: TuneOptions, past: Sequence[tuple[dict[str, Any], Outcome]]
+    problem: Problem,
+    target: Target,
+    options: TuneOptions,
+    ledger: Ledger,
+    past: Sequence[tuple[dict[str, Any], Outcome]],
 ) -> dict[str, Any]:
+    from hsa_compile.autotune.options import default_inputs, inputs_label
+    from hsa_compile.autotune.study.ledger import ProblemLedger
+
     valid = sum(1 for _ in SearchSpace.of(problem, target).schedules())
-    cached = not options.anew and default_cache().finished(problem, target) is not None
+    found = default_cache().finished(problem, target)
+    cached = found is not None and options.takes(found.inputs)
     own = [outcome.seconds for fields, outcome in past if fields == problem.to_dict()]
     same_op = [outcome.seconds for fields, outcome in past if fields["op"] == problem.op]
     seconds = own or same_op
-    trials = 0 if cached else min(valid, options.trials)
+    known = 0
+    if valid and not options.anew:
+        label = inputs_label(options.distribution or default_inputs(target.kind))
+        known = len(ProblemLedger(ledger, problem, target, label, default_schedule(problem, target)).known())
+    trials = 0 if cached else min(valid - known, options.trials)
     estimate = _START_S + trials * (sum(seconds) / len(seconds) if seconds else _TRIAL_S)
     return {
         "problem": problem.describe(),
         "candidates": valid,
         "trials": trials,
-        "timed before": len(own),
+        "timed before": known,
         "minutes": 0.0 if cached else round(min(options.timeout, estimate) / 60, 2),
         "cached": "yes" if cached else "no",
     }

@@ -16,6 +16,7 @@ from hsa_compile.errors import CacheError
 from hsa_compile.log import progress_bar
 from hsa_compile.problem import Problem
 from hsa_compile.schedules.schedule import Schedule
+from hsa_compile.schedules.space import default_schedule
 from hsa_compile.target import Target
 
 
@@ -33,7 +34,8 @@ def record_sweeps(
     options = replace(options, storage=None, ledger=default_ledger(target), workers=1)
     for number, problem in enumerate(problems, start=1):
         outcomes = _sweep(problem, target, devices, options)
-        default_ms = next(outcome.median_ms for outcome in outcomes.values() if outcome.median_ms is not None)
+        default_ms = outcomes[default_schedule(problem, target)].median_ms
+        assert default_ms is not None  # a sweep ends where the default fails
         results = {schedule: _result(outcome, default_ms) for schedule, outcome in outcomes.items()}
         file = path if len(problems) == 1 else _numbered(path, f"{problem.op}-{number}")
         try:

@@ -14,7 +14,7 @@ from hsa_compile.autotune.options import (
     TOGETHER,
     TuneOptions,
 )
-from hsa_compile.cli.options import SHAPE_FIELDS, RestrictedOption, asked_problems
+from hsa_compile.cli.options import SHAPE_FIELDS, FiniteFloat, RestrictedOption, asked_problems
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.problem import DISTRIBUTIONS, PICKS_ENDING, Problem
 from hsa_compile.target import Target
@@ -101,7 +101,7 @@ _OPTIONS = (
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteFloat(min=0, min_open=True),
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
         help="How many seconds each problem and op may take.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hsa_compile.checks import one_line
 from hsa_compile.cli.options import (
     GAIN,
     OP_NAMES,
@@ -45,11 +46,12 @@ NOT_SWEPT = ("--trials", "--timeout", "--sampler", "--until-within", "--storage"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one problem: its record, which was tuned just now or found."""
+    """What became of one problem: its record, which was tuned just now or found, and whether Ctrl-C came meanwhile."""
 
     problem: Problem
     record: TuningRecord
     cached: bool
+    stopped: bool
 
 
 @click.command()
@@ -148,7 +150,7 @@ def tune(device: str, absent: str | None, report_prediction: bool, record: Path 
     for problem in problems:
         outcomes.append(_outcome(problem, target, devices, options))
         click.echo(_verdict(outcomes[-1]), err=True)
-        if not outcomes[-1].record.complete:
+        if outcomes[-1].stopped:
             raise KeyboardInterrupt
     if report_prediction:
         from hsa_compile.cli.tuning.predicted import report_predictions
@@ -163,7 +165,11 @@ def tune(device: str, absent: str | None, report_prediction: bool, record: Path 
 
 
 def _verify(target: Target, device: str) -> None:
-    """Times what the user's cache has for a device once more: winners stay with today's times, losers go."""
+    """Times what the user's cache has for a device once more: winners stay with today's times, losers go.
+
+    What cannot be timed at the moment stays as it is.
+    """
+    from hsa_compile.autotune.bench.bench import FAILURES
     from hsa_compile.autotune.play_off import verify
 
     cache = default_cache()
@@ -173,17 +179,23 @@ def _verify(target: Target, device: str) -> None:
         if (origin, record.kind) == ("user", MEASURED) and record.target == target
         and record.kernel_source == source_version(record.problem, target)
     ]  # fmt: skip
+    num_timed = 0
     for record in stored:
-        found = verify(record, device)
-        if found is None:
+        try:
+            found = verify(record, device)
+        except FAILURES as error:
+            click.echo(f"{record.problem.describe()}: kept as it is, {one_line(error)}")
+            continue
+        num_timed += 1
+        if isinstance(found, str):
             cache.remove(record)
-            click.echo(f"{record.problem.describe()}: dropped, the default is faster now: {record.schedule}")
+            click.echo(f"{record.problem.describe()}: dropped, {found}: {record.schedule}")
         else:
             cache.put(found)
             click.echo(
                 f"{record.problem.describe()}: kept, {found.speedup:.2f}x the default ({record.speedup:.2f}x then)"
             )
-    click.echo(f"{counted(len(stored), 'stored winner')} timed again in {cache.path(target)}")
+    click.echo(f"{counted(num_timed, 'stored winner')} timed again in {cache.path(target)}")
 
 
 def _devices(text: str) -> tuple[list[str], Target]:
@@ -209,12 +221,12 @@ def _outcome(problem: Problem, target: Target, devices: Sequence[str], options: 
         record, cached = tune_missing(
             problem, target, options, device=devices, on_progress=show, should_stop=stopped.is_set
         )
-    return Outcome(problem=problem, record=record, cached=cached)
+    return Outcome(problem=problem, record=record, cached=cached, stopped=stopped.is_set())
 
 
 def _verdict(outcome: Outcome) -> str:
     record = outcome.record
-    how = "cached (--force tunes again)" if outcome.cached else _how(record)
+    how = "cached (--force tunes again)" if outcome.cached else _how(outcome)
     if record.problem != outcome.problem:
         how += f", tuned as {record.problem.describe()}"
     return f"{outcome.problem.describe()}: {_found(record)} [{how}]"
@@ -222,7 +234,8 @@ def _verdict(outcome: Outcome) -> str:
 
 def _found(record: TuningRecord) -> str:
     """Says what the search gained, or that there was nothing to gain."""
-    tried = f"all {record.trials} there are" if record.tried_all else f"{record.trials} tried"
+    is_all = record.tried_all and not record.failures
+    tried = f"all {record.timed} there are" if is_all else f"{record.timed} timed"
     time = f"{record.measurement.median_ms:.3g} ms{_by_inputs(record)}"
     if not record.is_default:
         return f"{time}, {record.speedup:.2f}x faster than the default, the best of {tried}: {record.schedule}"
@@ -237,12 +250,15 @@ def _by_inputs(record: TuningRecord) -> str:
     return f" ({each})" if each else ""
 
 
-def _how(record: TuningRecord) -> str:
+def _how(outcome: Outcome) -> str:
     """Says why nothing is stored, or what the play-off found; and counts the trials that failed, by kind."""
+    record = outcome.record
     if record.shortfall:
         how = f"nothing is stored: {record.shortfall}; with more --trials or --timeout the same command goes on"
+    elif record.complete:
+        how = record.verdict
     else:
-        how = record.verdict if record.complete else "interrupted"
+        how = "interrupted" if outcome.stopped else f"{record.verdict}; the same command tries again what failed"
     failed = ", ".join(f"{count} {name}" for name, count in sorted(record.failures.items()))
     return f"{how}; failed: {failed}" if failed else how
 
