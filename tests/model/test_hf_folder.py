@@ -1,5 +1,6 @@
 """A directory of ours at home in Hugging Face: fresh processes, the Hub's layout, and `Trainer`."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hsa_compile.model.data.tokenizer import load_tokenizer
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
 from hsa_compile.model.pretrained import from_pretrained, read_tokenizer, save_pretrained
+from hsa_compile.model.tensor_files import read_tensors
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
 from hsa_compile.model.training.optimizer import make_optimizer
@@ -257,6 +259,42 @@ def test_trainer_goes_where_our_trainer_goes(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-4, rtol=1e-4)
     trainer.save_model(tmp_path / "saved")
     assert torch.equal(from_pretrained(tmp_path / "saved").embedding.weight, theirs.model.embedding.weight)
+
+
+def test_trainer_loads_the_weights_that_it_saved(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    tokens = torch.randint(97, 101, (6, 16), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {
+        "output_dir": tmp_path, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "use_cpu": True,
+        "save_strategy": "steps", "save_steps": 2, "report_to": [], "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    trained = wrapped()
+    first = transformers.TrainingArguments(max_steps=2, **options)
+    transformers.Trainer(trained, first, train_dataset=Batches(tokens)).train()
+    resumed = wrapped()
+    again = transformers.TrainingArguments(max_steps=2, ignore_data_skip=True, **options)
+    transformers.Trainer(resumed, again, train_dataset=Batches(tokens)).train(resume_from_checkpoint=True)
+    assert not torch.equal(trained.model.embedding.weight, wrapped().model.embedding.weight)
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_weights_are_loaded_by_their_names_in_a_file_and_in_the_module(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    others = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    for names in (read_tensors(tmp_path / "model.safetensors"), dict(model.state_dict())):
+        for found in (wrapped(), copy.deepcopy(wrapped())):
+            found.load_state_dict(others)
+            found.load_state_dict(names)
+            assert all(torch.equal(found.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    inside = torch.nn.ModuleDict({"module": wrapped()})  # as a wrapper of several processes names it
+    inside.load_state_dict(
+        {f"module.{name}": weight for name, weight in read_tensors(tmp_path / "model.safetensors").items()}
+    )
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"model\.foreign\""):
+        model.load_state_dict({**model.state_dict(), "foreign": torch.zeros(1)})
 
 
 def test_the_model_class_of_the_harness_scores_as_ours_does(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         if config.hsa_config is None:
             raise InvalidArgument("the config has no hsa_config, which holds the sizes of the model")
         self.model = HSATransformer(ModelConfig.from_dict(config.hsa_config)) if model is None else model
+        self.register_load_state_dict_pre_hook(_name_as_here)
         self.post_init()
 
     @classmethod
@@ -334,6 +335,15 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
             logits=logits,
             hidden_states=None if outputs is None else tuple(outputs),
         )
+
+
+def _name_as_here(
+    module: torch.nn.Module, weights: dict[str, Any], prefix: str, *_: Any
+) -> None:  # fmt: skip
+    """Lets `load_state_dict`, which `Trainer` calls, take the names in our files, which lack the name of `.model`."""
+    own = f"{prefix}{HSACompileForCausalLM.base_model_prefix}."
+    for name in [name for name in weights if name.startswith(prefix) and not name.startswith(own)]:
+        weights[own + name.removeprefix(prefix)] = weights.pop(name)
 
 
 def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
