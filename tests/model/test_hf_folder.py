@@ -181,6 +181,12 @@ def test_a_new_model_of_a_config_has_its_tokenizer_and_no_training(tmp_path: Pat
     new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "a"))
     new.save_pretrained(tmp_path / "b")
     assert read_tokenizer(tmp_path / "b") == "tokenizer.json"
+    (tmp_path / "words").mkdir()
+    (tmp_path / "a" / "words.json").rename(tmp_path / "words" / "words.json")
+    sizes = small_config("swa").to_dict()
+    new = hf.HSACompileForCausalLM(hf.HSACompileConfig(sizes, "words.json", name_or_path=str(tmp_path / "words")))
+    new.save_pretrained(tmp_path / "e")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "e")("b a c")["input_ids"] == [1, 0, 2]
     save_pretrained(wrapped().model, tmp_path / "c", extra={"training": {"step": 7}})
     new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "c"))
     new.save_pretrained(tmp_path / "d")

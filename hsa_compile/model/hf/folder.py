@@ -81,6 +81,9 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
             pretrained_model_name_or_path: the directory of the model, or its name on the Hub.
             inputs, others: as in `transformers`.
 
+        Returns:
+            a tokenizer of this class, or a `PreTrainedTokenizerFast`.
+
         Raises:
             InvalidArgument, SaveError: for the reasons of `find_tokenizer`.
         """
@@ -174,7 +177,7 @@ def download(name: str, options: Mapping[str, Any]) -> Path:
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns the dtype that a person named; None for `auto`, which is the saved one."""
+    """Returns the dtype that a person named, None for the saved one; raises InvalidArgument if it is none."""
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -184,7 +187,7 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def device_of(device_map: Any) -> torch.device:
-    """Returns the device for a model, which is never split: the one that a person named, `auto`, or the CPU if None."""
+    """Returns the device for a model, which is never split, the CPU if None; raises InvalidArgument if it is none."""
     device: Any = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -227,6 +230,9 @@ def find_tokenizer(name: str | Path, file: str, options: Mapping[str, Any]) -> T
         name: the directory of the model, or its name on the Hub.
         file: `bytes`, or the name of the tokenizer's file, as the model's config has it.
         options: as in `download`.
+
+    Returns:
+        the tokenizer, as our commands use it.
 
     Raises:
         InvalidArgument: the file is not there, or is no tokenizer.

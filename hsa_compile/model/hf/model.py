@@ -55,6 +55,9 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
     Args:
         config: a config with `hsa_config`.
         model: the model to wrap; a new one if None.
+
+    Raises:
+        InvalidArgument, SaveError: the config is not allowed, or its tokenizer cannot be read.
     """
 
     config_class = HSACompileConfig
@@ -122,7 +125,15 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
 
     @classmethod
     def of(cls, model: HSATransformer, *, name_or_path: str = "") -> "HSACompileForCausalLM":
-        """Wraps a model, in evaluation mode; `name_or_path` is the directory that it was read from."""
+        """Wraps a model, in evaluation mode.
+
+        Args:
+            model: the model.
+            name_or_path: the directory that it was read from; empty for a new model, whose tokens are bytes.
+
+        Raises:
+            SaveError, InvalidArgument: the directory holds no model, or not its tokenizer.
+        """
         config = HSACompileConfig(
             hsa_config=model.config.to_dict(),
             name_or_path=name_or_path,
@@ -147,7 +158,8 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         """Writes a directory that `from_pretrained` reads, and that can be uploaded to the Hub as it is.
 
         It gets the weights, always as one safetensors file, the config, the module for `trust_remote_code`, the
-        tokenizer, `generation_config.json`, and a model card if there is none.
+        tokenizer, `generation_config.json`, and a model card if there is none. What `read_extra` found where the model
+        was read from stays with it.
 
         Args:
             save_directory: the directory; it is made if it is not there.
