@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from hsa_compile.checks import check_text, shown
 from hsa_compile.errors import InvalidArgument, SaveError
-from hsa_compile.files import make_directory, read_json, replace_text, sync_directory, write_json
+from hsa_compile.files import make_directory, read_json, replace_file, replace_text, sync_directory, write_json
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.data.tokenizer import BYTES, FileTokenizer, Tokenizer
 from hsa_compile.model.tensor_files import read_metadata, read_tensors, write_tensors
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 FORMAT_VERSION = 1
 _FIELDS = {"save_id": str, "tokenizer": str, "hsa_config": dict, "extra": dict}
 _NAMES = {str: "a text", dict: "an object"}
@@ -36,7 +37,11 @@ __all__ = ["HSABytesTokenizer", "HSACompileConfig", "{ARCHITECTURE}"]
 
 
 def save_pretrained(
-    model: HSATransformer, directory: str | Path, *, tokenizer: str = "bytes", extra: Mapping[str, Any] | None = None
+    model: HSATransformer,
+    directory: str | Path,
+    *,
+    tokenizer: str | Tokenizer = BYTES,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model so that `from_pretrained`, and `transformers` with our `hf` extra, can read it.
 
@@ -45,7 +50,8 @@ def save_pretrained(
     Args:
         model: the model, on any device, in any dtype.
         directory: where it is written; it is made if it is not there.
-        tokenizer: the name of the tokenizer that turns texts into the model's tokens.
+        tokenizer: what turns texts into the model's tokens: a tokenizer, whose file is written beside the model; or
+            `bytes`, or the name of a file that somebody else puts there.
         extra: plain values to keep beside the model, such as how it was trained; `read_extra` gives them back.
 
     Raises:
@@ -54,6 +60,8 @@ def save_pretrained(
     directory = Path(directory)
     make_directory(directory)
     save_id = uuid.uuid4().hex
+    content = tokenizer.content if isinstance(tokenizer, FileTokenizer) else None
+    name = tokenizer if isinstance(tokenizer, str) else BYTES if content is None else TOKENIZER_FILE
     config = {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
@@ -61,13 +69,15 @@ def save_pretrained(
         "format_version": FORMAT_VERSION,
         "save_id": save_id,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-        "tokenizer": tokenizer,
+        "tokenizer": name,
         "hsa_config": model.config.to_dict(),
         "extra": dict(extra or {}),
     }
     # Two files cannot be renamed at once. The new config waits under the name of its save until the weights that
     # carry the same name are in place; from there on `_current_config` finds it, even if the last rename never comes.
     replace_text(directory / f"{MODULE}.py", _MODULE_TEXT)
+    if content is not None:
+        replace_file(directory / TOKENIZER_FILE, lambda temporary: temporary.write_bytes(content))
     waiting = _waiting_config(directory, save_id)
     write_json(waiting, config)
     try:

@@ -1,5 +1,6 @@
 """A directory of ours at home in Hugging Face: fresh processes, the Hub's layout, and `Trainer`."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from hsa_compile.files import write_json
 from hsa_compile.model.data.tokenizer import load_tokenizer
 from hsa_compile.model.evaluation.outcomes import OutcomeFile
 from hsa_compile.model.evaluation.subject import Subject
-from hsa_compile.model.pretrained import from_pretrained, read_tokenizer, save_pretrained
+from hsa_compile.model.pretrained import from_pretrained, read_extra, read_tokenizer, save_pretrained
+from hsa_compile.model.tensor_files import read_tensors
 from hsa_compile.model.training.config import TrainConfig
 from hsa_compile.model.training.feed import StepBatch, StepPlan
 from hsa_compile.model.training.optimizer import make_optimizer
@@ -114,18 +116,103 @@ def test_the_card_has_the_table_of_the_evaluation(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "c")
 
 
-def test_a_tokenizer_file_goes_along(tmp_path: Path) -> None:
+def save_words(directory: Path, *names: str) -> None:
+    """A model whose tokens are words, the last one for those that are unknown."""
     tokenizers = pytest.importorskip("tokenizers")
-    written = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-    written.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    save_pretrained(build(small_config("swa")), tmp_path / "a", tokenizer="words.json")
-    written.save(str(tmp_path / "a" / "words.json"))
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    assert read_tokenizer(tmp_path / "b") == "tokenizer.json"
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b")("b a c")["input_ids"] == [1, 0, 2]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    written = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=names[-1]))
+    written.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    save_pretrained(build(small_config("swa")), directory, tokenizer="words.json")
+    written.save(str(directory / "words.json"))
+
+
+@pytest.mark.parametrize("source", ["stays", "goes"])
+def test_a_tokenizer_file_goes_along(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_words(tmp_path / "a", "a", "b", "</s>", "?")
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained("a")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if source == "goes":
+        (tmp_path / "a").rename(tmp_path / "moved")
+    model.save_pretrained("b")
+    assert read_tokenizer("b") == "tokenizer.json"
+    assert load_tokenizer(Path("b", "tokenizer.json")).encode("b a c").tolist() == [1, 0, 3]
+    again = transformers.AutoModelForCausalLM.from_pretrained("b")
+    for found in (model, again):
+        assert (found.generation_config.eos_token_id, found.generation_config.pad_token_id) == (2, 2)
+
+
+def test_the_tokenizer_of_a_file_pads_and_ends_with_its_end_of_a_document(tmp_path: Path) -> None:
+    save_words(tmp_path / "native", "a", "b", "</s>", "?")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "hub")
+    for name in ("native", "hub"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer(["b a c", "a"], padding=True)["input_ids"] == [[1, 0, 3], [2, 2, 0]]
+        assert (tokenizer.eos_token_id, tokenizer.decode([1, 0])) == (2, "b a")
+    others = transformers.AutoTokenizer.from_pretrained(tmp_path / "native", padding_side="right")
+    assert others(["b a c", "a"], padding=True)["input_ids"] == [[1, 0, 3], [0, 2, 2]]
+
+
+def test_a_file_without_an_end_of_documents_has_none(tmp_path: Path) -> None:
+    save_words(tmp_path / "a", "a", "b", "?")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert model.generation_config.eos_token_id is None
+    model.save_pretrained(tmp_path / "b")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert (tokenizer("b a c")["input_ids"], tokenizer.eos_token, tokenizer.pad_token) == ([1, 0, 2], None, None)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_and_not_guessed(tmp_path: Path) -> None:
+    save_words(tmp_path / "a", "a", "b", "?")
     (tmp_path / "a" / "words.json").unlink()
-    with pytest.raises(SaveError, match=r"words\.json cannot be read"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "c")
+    for read in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        with pytest.raises(InvalidArgument, match=r"words\.json: No such file or directory; allowed are bytes and"):
+            read.from_pretrained(tmp_path / "a")
+    sizes = small_config("swa").to_dict()
+    with pytest.raises(InvalidArgument, match=r"tokenizer = '\.\./t\.json' must be bytes or the name of a file"):
+        hf.HSACompileConfig(hsa_config=sizes, tokenizer="../t.json")
+    with pytest.raises(SaveError, match=r"runs/a/b is no directory, and the Hub does not give its t\.json: "):
+        hf.HSACompileForCausalLM(hf.HSACompileConfig(sizes, "t.json", name_or_path="runs/a/b"))
+
+
+def test_a_new_model_of_a_config_has_its_tokenizer_and_no_training(tmp_path: Path) -> None:
+    save_words(tmp_path / "a", "a", "b", "?")
+    new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "a"))
+    new.save_pretrained(tmp_path / "b")
+    assert read_tokenizer(tmp_path / "b") == "tokenizer.json"
+    (tmp_path / "words").mkdir()
+    (tmp_path / "a" / "words.json").rename(tmp_path / "words" / "words.json")
+    sizes = small_config("swa").to_dict()
+    new = hf.HSACompileForCausalLM(hf.HSACompileConfig(sizes, "words.json", name_or_path=str(tmp_path / "words")))
+    new.save_pretrained(tmp_path / "e")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "e")("b a c")["input_ids"] == [1, 0, 2]
+    save_pretrained(wrapped().model, tmp_path / "c", extra={"training": {"step": 7}})
+    new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "c"))
+    new.save_pretrained(tmp_path / "d")
+    assert read_extra(tmp_path / "d") == {}
+
+
+def test_a_save_keeps_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    training = {"training": {"step": 7, "config": {"data": {"corpus": "stdlib"}}}}
+    save_pretrained(wrapped().model, tmp_path / "a", extra=training)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    for name in ("b", "a"):  # also in the place where it was
+        model.save_pretrained(tmp_path / name)
+        assert read_extra(tmp_path / name) == training
+    copy.deepcopy(model).save_pretrained(tmp_path / "c", state_dict=model.state_dict())  # as Trainer does
+    assert read_extra(tmp_path / "c") == training
+
+
+def test_generation_ends_with_a_document_unless_something_else_is_said(tmp_path: Path) -> None:
+    model = wrapped()
+    assert model.generation_config.eos_token_id == 0
+    model.generation_config.eos_token_id = [3, 10]
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == ([3, 10], 0)
+    (tmp_path / "generation_config.json").unlink()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 0
 
 
 @pytest.mark.parametrize("has_card", [False, True])
@@ -257,6 +344,42 @@ def test_trainer_goes_where_our_trainer_goes(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-4, rtol=1e-4)
     trainer.save_model(tmp_path / "saved")
     assert torch.equal(from_pretrained(tmp_path / "saved").embedding.weight, theirs.model.embedding.weight)
+
+
+def test_trainer_loads_the_weights_that_it_saved(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    tokens = torch.randint(97, 101, (6, 16), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {
+        "output_dir": tmp_path, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "use_cpu": True,
+        "save_strategy": "steps", "save_steps": 2, "report_to": [], "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    trained = wrapped()
+    first = transformers.TrainingArguments(max_steps=2, **options)
+    transformers.Trainer(trained, first, train_dataset=Batches(tokens)).train()
+    resumed = wrapped()
+    again = transformers.TrainingArguments(max_steps=2, ignore_data_skip=True, **options)
+    transformers.Trainer(resumed, again, train_dataset=Batches(tokens)).train(resume_from_checkpoint=True)
+    assert not torch.equal(trained.model.embedding.weight, wrapped().model.embedding.weight)
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_weights_are_loaded_by_their_names_in_a_file_and_in_the_module(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    others = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    for names in (read_tensors(tmp_path / "model.safetensors"), dict(model.state_dict())):
+        for found in (wrapped(), copy.deepcopy(wrapped())):
+            found.load_state_dict(others)
+            found.load_state_dict(names)
+            assert all(torch.equal(found.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    inside = torch.nn.ModuleDict({"module": wrapped()})  # as a wrapper of several processes names it
+    inside.load_state_dict(
+        {f"module.{name}": weight for name, weight in read_tensors(tmp_path / "model.safetensors").items()}
+    )
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"model\.foreign\""):
+        model.load_state_dict({**model.state_dict(), "foreign": torch.zeros(1)})
 
 
 def test_the_model_class_of_the_harness_scores_as_ours_does(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from small_models import build, one_first, small_config
 from torch import Tensor
 
 from hsa_compile.errors import InvalidArgument
+from hsa_compile.model.config import VARIANTS
 from hsa_compile.model.inference.inference import extend, new_state, prefill
 from hsa_compile.model.inference.reading import load_state, save_state
 from hsa_compile.model.inference.snapshot import snapshot, take_rows
@@ -120,7 +121,7 @@ def test_a_saved_reading_is_gone_on_with(variant: str, tmp_path: Path) -> None:
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_prompt_that_was_read_once_is_continued_many_times(variant: str) -> None:
     model = wrapped(variant)
     cache = model(PROMPT[:1, :30], use_cache=True).past_key_values
@@ -138,7 +139,7 @@ def test_a_prompt_that_was_read_once_is_continued_many_times(variant: str) -> No
     assert (cache.get_seq_length(), cache.batch_size) == (0, -1)
 
 
-@pytest.mark.parametrize("variant", one_first("hsa-ultralong"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_that_are_taken_read_on_each_by_itself(variant: str) -> None:
     model = build(small_config(variant))
     state = new_state(model, 2)

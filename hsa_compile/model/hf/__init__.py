@@ -12,8 +12,8 @@ except ModuleNotFoundError as error:
 
 from hsa_compile.model.hf.attention import NAME, hsa_attention_forward, hsa_mask
 from hsa_compile.model.hf.cache import HSACache
-from hsa_compile.model.hf.folder import HSABytesTokenizer
-from hsa_compile.model.hf.model import HSACompileConfig, HSACompileForCausalLM
+from hsa_compile.model.hf.folder import HSABytesTokenizer, HSACompileConfig
+from hsa_compile.model.hf.model import HSACompileForCausalLM
 from hsa_compile.model.pretrained import MODEL_TYPE
 
 __all__ = ["HSABytesTokenizer", "HSACache", "HSACompileConfig", "HSACompileForCausalLM", "register"]

@@ -1,4 +1,4 @@
-"""A directory as the Hugging Face Hub expects it: the model with its tokenizer, generation config and model card."""
+"""A directory as the Hugging Face Hub expects it: the model, with its configs, tokenizer and model card."""
 
 import json
 from collections.abc import Mapping
@@ -6,21 +6,61 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import tokenizers
+import torch
 import transformers
 
-from hsa_compile.checks import one_line
-from hsa_compile.errors import SaveError
-from hsa_compile.files import make_directory, read_json, read_regular, replace_file, replace_text, write_json
-from hsa_compile.model.config import PERPLEXITY
+from hsa_compile.checks import check_text, one_line, shown
+from hsa_compile.errors import InvalidArgument, SaveError
+from hsa_compile.files import make_directory, read_json, replace_text, write_json
+from hsa_compile.model.config import PERPLEXITY, ModelConfig
 from hsa_compile.model.cost.info import model_info
-from hsa_compile.model.data.tokenizer import BYTES
-from hsa_compile.model.pretrained import MODULE, read_tokenizer, save_pretrained
+from hsa_compile.model.data.tokenizer import BYTES, FileTokenizer, Tokenizer, load_tokenizer
+from hsa_compile.model.pretrained import MODEL_TYPE, MODULE, save_pretrained
 from hsa_compile.model.transformer import HSATransformer
 
 GENERATION_FILE, CARD_FILE = "generation_config.json", "README.md"
-_TOKENIZER_FILE, _TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_AUTO = ("_commit_hash", "_from_auto", "proxies", "trust_remote_code", *_DOWNLOADING)  # what is no tokenizer's option
+_CONTEXT = 2**24  # what programs take as the longest text: the length that the model is evaluated at
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _RESULTS = ("results.json", "evaluation/results.json")  # what `hsa-compile eval --out` wrote beside the model
+
+
+class HSACompileConfig(transformers.PretrainedConfig):
+    """`config.json` as `transformers` sees it.
+
+    Args:
+        hsa_config: the fields of `ModelConfig`.
+        tokenizer: `bytes`, or the name of the tokenizer's file in the directory `name_or_path`.
+        others: what `transformers` keeps in every config, such as `name_or_path`.
+
+    Raises:
+        InvalidArgument: a value is not allowed.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self, hsa_config: Mapping[str, Any] | None = None, tokenizer: str = BYTES, **others: Any
+    ) -> None:  # fmt: skip
+        check_text("tokenizer", tokenizer)
+        if Path(tokenizer).name != tokenizer:
+            raise InvalidArgument(f"tokenizer = {tokenizer!r} must be bytes or the name of a file beside the model")
+        self.tokenizer = tokenizer
+        self.hsa_config = dict(hsa_config) if hsa_config is not None else None
+        if hsa_config is not None:  # `transformers` makes an empty one to see defaults
+            config = ModelConfig.from_dict(hsa_config)
+            others.setdefault("tie_word_embeddings", config.tie_embeddings)
+            self.vocab_size, self.hidden_size = config.vocab_size, config.dim
+            self.num_hidden_layers, self.num_attention_heads = config.num_layers, config.num_heads
+        self.max_position_embeddings = _CONTEXT
+        super().__init__(**others | {"dtype": dtype_of(others.get("dtype"))})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: a directory of ours names the module that imports this class, which need not be copied."""
 
 
 class HSABytesTokenizer(transformers.PreTrainedTokenizer):
@@ -32,6 +72,30 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
 
     def __init__(self, eos_token: str = "\0", pad_token: str = "\0", **others: Any) -> None:
         super().__init__(eos_token=eos_token, pad_token=pad_token, **others)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *inputs: Any, **others: Any) -> Any:
+        """Reads the tokenizer of a model; if that has a tokenizer file, one of the class that such files have.
+
+        Args:
+            pretrained_model_name_or_path: the directory of the model, or its name on the Hub.
+            inputs, others: as in `transformers`.
+
+        Returns:
+            a tokenizer of this class, or a `PreTrainedTokenizerFast`.
+
+        Raises:
+            InvalidArgument, SaveError: for the reasons of `find_tokenizer`.
+        """
+        config, _ = transformers.PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **others)
+        tokenizer = find_tokenizer(pretrained_model_name_or_path, config.get("tokenizer", BYTES), others)
+        if not isinstance(tokenizer, FileTokenizer):
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **others)
+        options = {name: value for name, value in others.items() if name not in _AUTO}
+        content = tokenizers.Tokenizer.from_buffer(tokenizer.content)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=content, **{"padding_side": "left", **_special_tokens(tokenizer), **options}
+        )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
@@ -65,7 +129,13 @@ class HSABytesTokenizer(transformers.PreTrainedTokenizer):
 
 
 def write_folder(
-    model: HSATransformer, directory: Path, generation: transformers.GenerationConfig, *, source: Path | None
+    model: HSATransformer,
+    directory: Path,
+    generation: transformers.GenerationConfig,
+    *,
+    tokenizer: Tokenizer,
+    extra: Mapping[str, Any],
+    source: Path | None,
 ) -> None:
     """Writes all that the Hub and Auto classes ask of a model's directory.
 
@@ -73,20 +143,17 @@ def write_folder(
         model: the model.
         directory: where it is written; it is made if it is not there. A model card that is there stays.
         generation: how `generate` chooses tokens.
-        source: the directory that the model was read from, for its tokenizer and the results of its evaluation; None
-            for a new model, whose tokens are bytes.
+        tokenizer: what turns texts into the model's tokens.
+        extra: as in `pretrained.save_pretrained`.
+        source: the directory that the model was read from, for the results of its evaluation; None for a new model.
 
     Raises:
-        SaveError: a file cannot be written, or a file of the source cannot be read.
+        SaveError: a file cannot be written, or the results cannot be read.
     """
     make_directory(directory)
-    name = read_tokenizer(source) if source is not None and source.is_dir() else BYTES
     write_json(directory / GENERATION_FILE, json.loads(generation.to_json_string()))
-    write_json(directory / _TOKENIZER_CONFIG_FILE, _tokenizer_config(name))
-    if name != BYTES:
-        assert source is not None
-        _copy(source / name, directory / _TOKENIZER_FILE)
-    save_pretrained(model, directory, tokenizer=BYTES if name == BYTES else _TOKENIZER_FILE)
+    write_json(directory / _TOKENIZER_CONFIG_FILE, _tokenizer_config(tokenizer))
+    save_pretrained(model, directory, tokenizer=tokenizer, extra=extra)
     if not (directory / CARD_FILE).exists():
         text = _card(model, directory.resolve().name, [place for place in (source, directory) if place is not None])
         replace_text(directory / CARD_FILE, text)
@@ -107,6 +174,29 @@ def download(name: str, options: Mapping[str, Any]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, **asked))
     except (OSError, ValueError) as error:
         raise SaveError(f"{name} is no directory, and the Hub does not give it: {one_line(error)}") from error
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns the dtype that a person named, None for the saved one; raises InvalidArgument if it is none."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise InvalidArgument(f"dtype = {shown(dtype)} is not allowed; weights are {', '.join(_DTYPES)}, or auto")
+    return found
+
+
+def device_of(device_map: Any) -> torch.device:
+    """Returns the device for a model, which is never split, the CPU if None; raises InvalidArgument if it is none."""
+    device: Any = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device("cpu" if device_map is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(
+            f"device_map = {shown(device_map)} is not allowed; it is a device, auto, or {{'': device}}"
+        ) from error
 
 
 def upload(
@@ -133,22 +223,47 @@ def upload(
     )
 
 
-def _tokenizer_config(name: str) -> dict[str, Any]:
-    if name != BYTES:
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+def find_tokenizer(name: str | Path, file: str, options: Mapping[str, Any]) -> Tokenizer:
+    """Loads the tokenizer of a model.
+
+    Args:
+        name: the directory of the model, or its name on the Hub.
+        file: `bytes`, or the name of the tokenizer's file, as the model's config has it.
+        options: as in `download`.
+
+    Returns:
+        the tokenizer, as our commands use it.
+
+    Raises:
+        InvalidArgument: the file is not there, or is no tokenizer.
+        SaveError: the Hub does not give it.
+    """
+    if file == BYTES:
+        return load_tokenizer(BYTES)
+    if Path(name).is_dir():
+        return load_tokenizer(Path(name) / file)
+    asked = {key: value for key, value in options.items() if key in _DOWNLOADING}
+    try:
+        return load_tokenizer(transformers.utils.cached_file(str(name), file, **asked))
+    except OSError as error:
+        raise SaveError(f"{name} is no directory, and the Hub does not give its {file}: {one_line(error)}") from error
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the token that ends a document, which also pads, as byte 0 does; nothing if the file has none."""
+    if tokenizer.separator is None:
+        return {}
+    return dict.fromkeys(("eos_token", "pad_token"), tokenizer.decode([tokenizer.separator]))
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    if tokenizer.name != BYTES:
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **_special_tokens(tokenizer)}
     return {
         "tokenizer_class": HSABytesTokenizer.__name__,
         "padding_side": "left",
         "auto_map": {"AutoTokenizer": [f"{MODULE}.{HSABytesTokenizer.__name__}", None]},
     }
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        content = read_regular(source)
-    except OSError as error:
-        raise SaveError(f"tokenizer {source} cannot be read: {error.strerror or error}") from error
-    replace_file(target, lambda temporary: temporary.write_bytes(content))
 
 
 def _card(model: HSATransformer, name: str, places: list[Path]) -> str:

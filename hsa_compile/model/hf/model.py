@@ -1,4 +1,4 @@
-"""The bundled model behind the interfaces of `transformers`: its config, and `HSATransformer` as a causal model."""
+"""The bundled model behind the interfaces of `transformers`: `HSATransformer` as a causal model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +15,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.files import read_json
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.data.tokenizer import BYTES
 from hsa_compile.model.hf.cache import HSACache, first_tokens, rolled
-from hsa_compile.model.hf.folder import GENERATION_FILE, download, upload, write_folder
-from hsa_compile.model.pretrained import ARCHITECTURE, AUTO_MAP, MODEL_TYPE, from_pretrained
+from hsa_compile.model.hf.folder import (
+    GENERATION_FILE,
+    HSACompileConfig,
+    device_of,
+    download,
+    dtype_of,
+    find_tokenizer,
+    upload,
+    write_folder,
+)
+from hsa_compile.model.pretrained import (
+    ARCHITECTURE,
+    AUTO_MAP,
+    from_pretrained,
+    read_extra,
+    read_tokenizer,
+)
 from hsa_compile.model.transformer import HSATransformer, empty_model
 
 _IGNORED_LABEL = -100
@@ -28,27 +44,6 @@ _LOADING = {
     "_from_auto",
 }  # fmt: skip
 _SAVING = {"max_shard_size", "safe_serialization", "save_function", "save_original_format", "save_peft_format", "token"}
-_CONTEXT = 2**24  # what programs take as the longest text: the length that the model is evaluated at
-
-
-class HSACompileConfig(transformers.PretrainedConfig):
-    """`config.json` as `transformers` sees it; `hsa_config` holds the fields of `ModelConfig`."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(self, hsa_config: Mapping[str, Any] | None = None, **others: Any) -> None:
-        self.hsa_config = dict(hsa_config) if hsa_config is not None else None
-        if hsa_config is not None:  # `transformers` makes an empty one to see defaults
-            config = ModelConfig.from_dict(hsa_config)
-            others.setdefault("tie_word_embeddings", config.tie_embeddings)
-            self.vocab_size, self.hidden_size = config.vocab_size, config.dim
-            self.num_hidden_layers, self.num_attention_heads = config.num_layers, config.num_heads
-        self.max_position_embeddings = _CONTEXT
-        super().__init__(**others)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Does nothing: a directory of ours names the module that imports this class, which need not be copied."""
 
 
 class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
@@ -60,6 +55,9 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
     Args:
         config: a config with `hsa_config`.
         model: the model to wrap; a new one if None.
+
+    Raises:
+        InvalidArgument, SaveError: the config is not allowed, or its tokenizer cannot be read.
     """
 
     config_class = HSACompileConfig
@@ -74,7 +72,11 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         if config.hsa_config is None:
             raise InvalidArgument("the config has no hsa_config, which holds the sizes of the model")
         self.model = HSATransformer(ModelConfig.from_dict(config.hsa_config)) if model is None else model
+        self.register_load_state_dict_pre_hook(_name_as_here)
+        self._tokenizer = find_tokenizer(config.name_or_path, config.tokenizer, {})
+        self._extra: dict[str, Any] = {}
         self.post_init()
+        self._end_documents(self.generation_config)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -109,30 +111,41 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
             path = download(str(pretrained_model_name_or_path), others)
-        device = device_map.get("", "auto") if isinstance(device_map, Mapping) else device_map or "cpu"
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = from_pretrained(path, device=device, dtype=_dtype(dtype if dtype is not None else torch_dtype))
+        chosen = dtype_of(dtype if dtype is not None else torch_dtype)
+        model = from_pretrained(path, device=device_of(device_map), dtype=chosen)
         if config is not None and config.hsa_config != model.config.to_dict():
             raise InvalidArgument(f"the config is not that of {path}; change what {path / 'config.json'} says instead")
-        found = cls.of(model, name_or_path=str(path))
+        found = cls.of(model, name_or_path=str(path.resolve()))
         if generation_config is None and (path / GENERATION_FILE).exists():
             generation_config = transformers.GenerationConfig.from_dict(read_json(path / GENERATION_FILE))
+            found._end_documents(generation_config)
         if generation_config is not None:
             found.generation_config = generation_config
         return found
 
     @classmethod
     def of(cls, model: HSATransformer, *, name_or_path: str = "") -> "HSACompileForCausalLM":
-        """Wraps a model, in evaluation mode; `name_or_path` is the directory that it was read from."""
+        """Wraps a model, in evaluation mode.
+
+        Args:
+            model: the model.
+            name_or_path: the directory that it was read from; empty for a new model, whose tokens are bytes.
+
+        Raises:
+            SaveError, InvalidArgument: the directory holds no model, or not its tokenizer.
+        """
         config = HSACompileConfig(
             hsa_config=model.config.to_dict(),
             name_or_path=name_or_path,
             architectures=[ARCHITECTURE],
             auto_map=dict(AUTO_MAP),
+            tokenizer=read_tokenizer(name_or_path) if name_or_path else BYTES,
         )
         config.dtype = model.embedding.weight.dtype
-        return cls(config, model).eval()
+        found = cls(config, model).eval()
+        if name_or_path:
+            found._extra = read_extra(name_or_path)
+        return found
 
     def save_pretrained(
         self,
@@ -145,7 +158,8 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         """Writes a directory that `from_pretrained` reads, and that can be uploaded to the Hub as it is.
 
         It gets the weights, always as one safetensors file, the config, the module for `trust_remote_code`, the
-        tokenizer, `generation_config.json`, and a model card if there is none.
+        tokenizer, `generation_config.json`, and a model card if there is none. What `read_extra` found where the model
+        was read from stays with it.
 
         Args:
             save_directory: the directory; it is made if it is not there.
@@ -163,7 +177,14 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
             return
         directory, name = Path(save_directory), self.config.name_or_path
         model = self.model if state_dict is None else self._with_weights(state_dict)
-        write_folder(model, directory, self.generation_config, source=Path(name) if name else None)
+        write_folder(
+            model,
+            directory,
+            self.generation_config,
+            tokenizer=self._tokenizer,
+            extra=self._extra,
+            source=Path(name) if name else None,
+        )
         if push_to_hub:
             upload(directory, directory.resolve().name, token=others.get("token"))
 
@@ -199,6 +220,13 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         except RuntimeError as error:
             raise InvalidArgument(f"state_dict does not fit the model: {error}") from error
         return model
+
+    def _end_documents(self, generation: transformers.GenerationConfig) -> None:
+        """Lets `generate` end with a document, unless it is said what it ends with."""
+        if generation.eos_token_id is None:
+            generation.eos_token_id = self._tokenizer.separator
+        if generation.pad_token_id is None:
+            generation.pad_token_id = self._tokenizer.separator
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Does nothing: `HSATransformer` draws its own weights."""
@@ -336,6 +364,15 @@ class HSACompileForCausalLM(transformers.PreTrainedModel, transformers.Generatio
         )
 
 
+def _name_as_here(
+    module: torch.nn.Module, weights: dict[str, Any], prefix: str, *_: Any
+) -> None:  # fmt: skip
+    """Lets `load_state_dict`, which `Trainer` calls, take the names in our files, which lack the name of `.model`."""
+    own = f"{prefix}{HSACompileForCausalLM.base_model_prefix}."
+    for name in [name for name in weights if name.startswith(prefix) and not name.startswith(own)]:
+        weights[own + name.removeprefix(prefix)] = weights.pop(name)
+
+
 def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
     loss = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
@@ -349,12 +386,6 @@ def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Ten
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     """Returns the places whose logits are wanted: the last ones, all for 0, or those that are named."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 def _refuse(function: str, arguments: Mapping[str, Any]) -> None:

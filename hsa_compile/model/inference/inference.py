@@ -34,6 +34,7 @@ class ModelState:
         memory: the chunks that are complete, of which a process may hold a share; None in baselines.
         carried: DRT's selections for the next token, by layer.
         rows: the states of the rows in DRT, which reads each row on its own: landmark tokens come at different times.
+            They hold all that was read; the other fields are then what the first row had when the state was made.
     """
 
     positions: list[int]

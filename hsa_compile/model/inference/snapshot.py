@@ -87,8 +87,11 @@ def take_rows(model: HSATransformer, state: ModelState, rows: Sequence[int]) -> 
 
 
 def _rows_of(parts: Any, index: Tensor) -> Any:
-    """Takes rows of each tensor of a cache or a selection; None stays None."""
-    return parts and type(parts)(**{name: getattr(parts, name)[index] for name in parts.__slots__})
+    """Takes rows of each tensor of a cache or a selection; None stays None, also within."""
+    if parts is None:
+        return None
+    tensors = {name: getattr(parts, name) for name in parts.__slots__}
+    return type(parts)(**{name: tensor if tensor is None else tensor[index] for name, tensor in tensors.items()})
 
 
 def _copy(state: ModelState) -> ModelState:

@@ -21,6 +21,7 @@ from hsa_compile.files import make_directory, read_json, write_json
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.cost.info import num_positions
 from hsa_compile.model.cost.workload import of_a_part, problems
+from hsa_compile.model.data.tokenizer import BYTES
 from hsa_compile.model.layers.hs_attention import Selection
 from hsa_compile.model.layers.moe import saved_name
 from hsa_compile.model.layers.picked_chunks import ChunkTraffic
@@ -106,6 +107,7 @@ class TrainingRun:
             open_corpus(config)  # prepares what is missing
         processes.wait()
         corpus = open_corpus(config)
+        self._tokenizer = corpus.tokenizer() if corpus is not None else BYTES
         self._mixtures = mixtures(config, corpus)
         check_rows(config, self._mixtures, processes.num_row_groups)
         torch.manual_seed(config.train.seed)
@@ -307,7 +309,7 @@ class TrainingRun:
             "precision": chosen_precision(self.config.train.precision, self.processes.device),
             "config": self.config.to_dict(),
         }
-        save_pretrained(model, self.directory / MODEL, extra={"training": trained})
+        save_pretrained(model, self.directory / MODEL, tokenizer=self._tokenizer, extra={"training": trained})
 
     def _model_config(self, stage: int) -> ModelConfig:
         return self.config.model_in(self.config.stages[stage])

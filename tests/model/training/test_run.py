@@ -12,7 +12,8 @@ from small_runs import small_run
 from hsa_compile.errors import HSACompileWarning, InvalidArgument, SaveError, TrainingError
 from hsa_compile.model.data.documents import find_sources
 from hsa_compile.model.data.prepare import prepare
-from hsa_compile.model.pretrained import from_pretrained, read_extra
+from hsa_compile.model.data.tokenizer import load_tokenizer
+from hsa_compile.model.pretrained import from_pretrained, read_extra, read_tokenizer
 from hsa_compile.model.training import run as run_module
 from hsa_compile.model.training.checkpoint import best_checkpoint, checkpoints, read_state
 from hsa_compile.model.training.config import RunConfig
@@ -69,6 +70,20 @@ def test_a_run_leaves_config_records_checkpoints_and_a_model(tmp_path: Path, alo
     assert trained["step"] == 6
     assert trained["config"]["train"]["precision"] == "auto"
     assert trained["precision"] == chosen_precision("auto", alone.device)
+
+
+def test_the_model_has_the_tokenizer_of_its_corpus(tmp_path: Path, alone: Processes) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("a b " * 500)
+    sources = find_sources([tmp_path / "text.txt"])
+    prepare(sources, tmp_path / "corpus", tokenizer=tmp_path / "words.json", validation=0)
+    assert train(on_text(tmp_path / "corpus", 0.0, "noise", model=PLAIN, steps=1), tmp_path / "run", alone)
+    folder = tmp_path / "run" / MODEL
+    assert load_tokenizer(folder / read_tokenizer(folder)).encode("b a").tolist() == [1, 0]
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
 
 
 @pytest.mark.slow
