@@ -64,7 +64,7 @@ def sampled_tokens(case: Case, computes: str) -> Tensor:
     problem = case.problem
     scores = problem.batch * problem.num_heads * problem.kv_len
     count = max(1, min(_SAMPLED_TOKENS, problem.seq_len, _LARGEST_SCORES // scores))
-    tokens = torch.linspace(problem.seq_len - 1, 0, count).long().unique().to(case.device)
+    tokens = torch.linspace(problem.seq_len - 1, 0, count, dtype=torch.float64).long().unique().to(case.device)
     if computes != DENSE:
         some = (case.attention.chunk_indices[:, tokens] >= 0).any(dim=3).all(dim=2).all(dim=0)
         tokens = tokens[some]

@@ -1,6 +1,10 @@
-"""Any valid pair of problem and schedule gives the reference's answer: drawn at random over the whole space."""
+"""Any valid pair of problem and schedule gives the reference's answer: drawn at random over the whole space.
+
+It does so whatever PyTorch's default dtype is.
+"""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -14,6 +18,7 @@ from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.hsa_attention.op import global_indices
+from hsa_compile.kernels.ops import OP_KERNELS, check, inputs_of
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import NAMED_TARGETS
 
@@ -161,6 +166,38 @@ def test_any_torch_schedule_is_right(count: int) -> None:
 @pytest.mark.parametrize("count", HOW_MANY)
 def test_any_triton_schedule_is_right(count: int) -> None:
     draw_and_run(GPUS, 9, count)
+
+
+@pytest.fixture
+def restores_the_default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("restores_the_default_dtype")
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+@pytest.mark.parametrize("op", OP_KERNELS)
+def test_the_default_dtype_changes_nothing(op: str, name: str) -> None:
+    if name == "cpp" and cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    target = CPU if name == "cpp" else TARGETS["torch"]
+    # Enough tokens that bfloat16 does not count them, and that a random bfloat16 is 1 after rounding.
+    sizes = {"batch": 300, "seq_len": 1, "kv_len": 2000} if op == "hsa_decode" else {"seq_len": 2000}
+    problem = Problem(op=op, num_heads=2, num_kv_heads=2, head_dim=8, chunk_size=8, top_k=3, **sizes)
+    kernel = compile_kernel(emit(problem, next(SearchSpace.of(problem, target).schedules()), target))
+
+    def results(default: torch.dtype) -> list[Tensor]:
+        torch.set_default_dtype(default)
+        inputs = inputs_of(problem, torch.device("cpu"), distribution="trained")
+        check(kernel, problem, inputs)
+        found = kernel.entry(*inputs.arguments(op), **inputs.options(op))
+        return [*inputs.arguments(op), *(found if isinstance(found, tuple) else (found,))]
+
+    expected = results(torch.float32)
+    for default in (torch.float64, torch.bfloat16):
+        for one, wanted in zip(results(default), expected, strict=True):
+            assert one is wanted is None or (one.dtype == wanted.dtype and torch.equal(one, wanted))
 
 
 def test_given_case(request: pytest.FixtureRequest) -> None:
