@@ -104,13 +104,15 @@ def test_tokens_are_shared_by_threads_if_they_read_enough(threads: int, monkeypa
 def test_the_reference_is_that_of_attention_where_pages_are_a_sequence() -> None:
     shape = Shape(B=1, T=3, mask_last=True, per_head=True)
     (q, k, v, indices, weights), _ = Case(shape, torch.float64).tensors()
-    k, v, weights = (x.nan_to_num(0.0) for x in (k, v, weights))
     indices = torch.where(indices < shape.P, indices, -1)
+    indices[:, 0], q[:, 0] = -1, float("nan")
     flat = [x.transpose(1, 2).reshape(1, -1, shape.H, x.shape[3]) for x in (k, v)]
     options: dict[str, Any] = {"chunk_size": shape.C, "mask_last_token": True}
     expected = hsa_attention_reference(q, *flat, indices, weights, **options)
     actual = hsa_decode_reference(q, k, v, indices, weights, mask_last_token=True)
     torch.testing.assert_close(actual, expected)
+    assert actual.isfinite().all()
+    assert not actual[:, 0].any()
 
 
 @both_families
