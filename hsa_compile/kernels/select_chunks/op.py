@@ -26,9 +26,10 @@ def select_chunks(
 
     A chunk's score is `query · landmark / √Dr`, the largest of these if it has several landmarks. Row `t` stands at
     position `p = offset + t` and sees chunk `i` iff it is complete, `p ≥ (i + 1)·C`. The K visible chunks of the
-    highest scores are picked; if scores are equal, the lower chunk wins. Scores are compared in float32 (float64 for
-    float64 inputs). Weights come from the scores of the picks: their softmax, or stick-breaking from the most recent
-    chunk on, `w_i = σ(s_i) · Π (1 − σ(s_j))` over the more recent picks `j`.
+    highest scores are picked; if scores are equal, the lower chunk wins. A chunk whose score is −∞ is never picked, as
+    if it were not visible. Scores are compared in float32 (float64 for float64 inputs). Weights come from the scores of
+    the picks: their softmax, or stick-breaking from the most recent chunk on, `w_i = σ(s_i) · Π (1 − σ(s_j))` over the
+    more recent picks `j`.
 
     The weights are differentiable in query and landmarks: K landmarks a token, of each chunk the one that scored
     highest, the first of equals. Forward and backward need memory linear in T and N; query, landmarks and the numbers
@@ -50,7 +51,7 @@ def select_chunks(
         deterministic: allows only schedules that give the same bits in every run, gradients included.
 
     Returns:
-        chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K are visible;
+        chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K can be picked;
         chunk_weights `[B, T, H, K]` float32 (float64 for float64 inputs), 0 in that tail.
 
     Raises:
