@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_choice, check_count
+from hsa_compile.checks import check_choice, check_count, check_flag, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
 from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
@@ -67,6 +67,7 @@ def select_chunks(
     if not are_checked_below(query, landmarks):
         select_ops.check_arguments(query, landmarks)
     _check_options(chunk_size, top_k, offset, fusion, noise_seed)
+    check_flag("deterministic", deterministic)
     if query.numel() == 0 or landmarks.numel() == 0 or offset + query.shape[1] <= chunk_size:
         select_ops.check_arguments(query, landmarks)
         return _nothing_to_select(query, landmarks, top_k)
@@ -94,5 +95,7 @@ def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_
     check_count("top_k", top_k, 1, MAX_SELECTED)
     check_count("offset", offset, 0, select_ops.MAX_OFFSET)
     if noise_seed is not None and (type(noise_seed) is not int or not 0 <= noise_seed <= MAX_SEED):
-        raise InvalidArgument(f"noise_seed = {noise_seed!r} must be an integer in 0 … {MAX_SEED}, or None for no noise")
+        raise InvalidArgument(
+            f"noise_seed = {shown(noise_seed)} must be an integer in 0 … {MAX_SEED}, or None for no noise"
+        )
     check_choice("fusion", fusion, FUSIONS)
