@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -64,7 +65,7 @@ def sampled_tokens(case: Case, computes: str) -> Tensor:
     problem = case.problem
     scores = problem.batch * problem.num_heads * problem.kv_len
     count = max(1, min(_SAMPLED_TOKENS, problem.seq_len, _LARGEST_SCORES // scores))
-    tokens = torch.linspace(problem.seq_len - 1, 0, count).long().unique().to(case.device)
+    tokens = torch.linspace(problem.seq_len - 1, 0, count, dtype=torch.float64).long().unique().to(case.device)
     if computes != DENSE:
         some = (case.attention.chunk_indices[:, tokens] >= 0).any(dim=3).all(dim=2).all(dim=0)
         tokens = tokens[some]
@@ -81,7 +82,7 @@ def definition(case: Case, computes: str, tokens: Tensor) -> tuple[Tensor, ...]:
         attention = case.attention
         q, k, v, grad_o = attention.q[:, tokens], attention.k, attention.v, attention.grad_o[:, tokens]
     q = q.double().requires_grad_(case.kind == BOTH)
-    positions = tokens + case.problem.kv_len - case.problem.seq_len
+    positions = tokens + max(0, case.problem.kv_len - case.problem.seq_len)
     if computes == DENSE:
         allowed = (torch.arange(k.shape[1], device=q.device) <= positions[:, None])[None, :, None]  # [1, T, 1, S]
     else:
@@ -145,14 +146,17 @@ def _make_dense(backend: str | None, case: Case) -> Call:
     q, k, v = (x.transpose(1, 2).contiguous() for x in tensors)
     if backend == "efficient":  # it knows no groups
         k, v = (x.repeat_interleave(case.problem.group, dim=1) for x in (k, v))
-    causal = case.kind != DECODE  # a decoded token is the last one
+    T, S = q.shape[2], k.shape[2]
+    # The queries are the last positions, and the last of all sees every key; PyTorch takes them for the first.
+    mask, causal = (causal_lower_right(T, S), False) if 1 < T < S else (None, T > 1)
     chosen: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     if backend is not None:
         chosen = functools.partial(sdpa_kernel, _BACKENDS[backend])
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with chosen():
-            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            grouped = q.shape[1] != k.shape[1]
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
     return call_of(forward, q, k, v, case)
 

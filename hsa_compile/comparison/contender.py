@@ -97,7 +97,8 @@ def dense_work(case: Case) -> Work:
     """Counts the products of every query with all keys before it, with each tensor moved once."""
     problem = case.problem
     D, Dv, T, S = problem.head_dim, problem.value_dim, problem.seq_len, problem.kv_len
-    pairs = problem.batch * problem.num_heads * (T * (T + 1) / 2 + T * (S - T))
+    least = min(T, S)
+    pairs = problem.batch * problem.num_heads * (least * (least + 1) / 2 + least * abs(T - S))
     queries = problem.batch * T * problem.num_heads * (D + Dv)
     keys = problem.batch * S * problem.num_kv_heads * (D + Dv)
     backward = case.kind == BOTH

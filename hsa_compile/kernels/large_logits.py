@@ -8,11 +8,14 @@ MAX_FLOAT32_LOGIT = 64.0
 
 
 def too_large_for_float32(logits: Tensor) -> bool:
-    """Returns whether any entry is beyond `MAX_FLOAT32_LOGIT`; for CPU tensors, where asking does not wait."""
+    """Returns whether any entry is beyond `MAX_FLOAT32_LOGIT`, or NaN, beside which others may be.
+
+    It is for CPU tensors, where asking does not wait.
+    """
     if logits.numel() == 0:
         return False
     low, high = torch.aminmax(logits)
-    return max(-low.item(), high.item()) > MAX_FLOAT32_LOGIT
+    return not -MAX_FLOAT32_LOGIT <= low.item() <= high.item() <= MAX_FLOAT32_LOGIT
 
 
 def precise_softmax(q: Tensor, k: Tensor, *, scale: float, chunk_size: int, extra_key: bool) -> Tensor:

@@ -3,9 +3,9 @@
 Tiles run in parallel, rather than parts of an operator.
 """
 
-import functools
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +21,8 @@ def run_on_workers(task: Callable[[int, int], R], count: int) -> list[tuple[int,
     """Splits `count` items into one contiguous range for each worker and calls `task(first, last)` for each range.
 
     There are as many workers as `torch.get_num_threads()`; inside one, operators use a single thread, record no
-    gradients and do not autocast. The split depends on nothing else, so sums over workers are reproducible.
+    gradients, do not autocast, and are in inference mode where the caller is. The split depends on nothing else, so
+    sums over workers are reproducible.
 
     Whatever ends the call, an error in a worker or Ctrl-C, it ends after the last worker has returned: until then
     workers write into the caller's tensors, native code even through bare pointers.
@@ -33,9 +34,11 @@ def run_on_workers(task: Callable[[int, int], R], count: int) -> list[tuple[int,
     bounds = [count * i // num_workers for i in range(num_workers + 1)]
     ranges = list(itertools.pairwise(bounds))
     todo, results = deque(ranges), {}
+    # In inference mode the caller's tensors are such that no other thread may write to.
+    without_gradients = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
     def work() -> None:
-        with torch.no_grad():
+        with without_gradients():
             while todo:
                 try:
                     first, last = todo.popleft()
@@ -75,14 +78,64 @@ def _wait_for(futures: list[Future[Any]]) -> None:
         raise
 
 
-@functools.cache
-def _pool(num_workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_workers, "hsa-compile", initializer=torch.set_num_threads, initargs=(1,))
+class _Pool:
+    """The threads of all calls: as many as the widest call so far asked for."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._making = threading.Lock()
+        self._num_workers = 0
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __call__(self, num_workers: int) -> ThreadPoolExecutor:
+        """Returns the executor, which has at least so many threads, all of them begun.
+
+        Raises:
+            RuntimeError: there can be no more threads.
+        """
+        with self._making:
+            if self._executor is None or self._num_workers < num_workers:
+                before, self._num_workers = self._executor, max(num_workers, torch.get_num_threads())
+                self._executor = None
+                if before is not None:
+                    before.shutdown(wait=False)  # whoever still submits to it does the work without it
+                self._executor = _begin(self._num_workers)
+            return self._executor
 
 
+def _begin(num_workers: int) -> ThreadPoolExecutor:
+    """Makes an executor and begins its threads at once.
+
+    To use one thread, each of them has to set what is also the process's number, which PyTorch gives to each thread
+    that begins later. So the caller's number is set again when all have begun.
+    """
+    num_threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(num_workers, "hsa-compile", initializer=_use_one_thread)
+    all_begun = threading.Barrier(num_workers + 1)
+    try:
+        for _ in range(num_workers):
+            executor.submit(all_begun.wait)
+        all_begun.wait()
+    except BaseException:
+        all_begun.abort()
+        executor.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(num_threads)
+    return executor
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # else the first operator would take the process's number
+    torch.set_num_threads(1)
+
+
+_pool = _Pool()
 # A forked child has the pool's object but none of its threads, so it begins with a new one.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_pool.forget)
 
 
 def add_chunk_gradients(

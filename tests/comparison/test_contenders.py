@@ -42,6 +42,26 @@ def test_all_that_can_run_on_a_cpu_pass_the_check_of_their_claim(kind: str, dtyp
         contender.check(case, contender.make(case))
 
 
+@pytest.mark.parametrize("length", [64, 67, 200])
+@pytest.mark.parametrize("kind", [FORWARD, BOTH, DECODE])
+def test_queries_that_are_not_as_many_as_the_keys_are_the_last_ones(kind: str, length: int, case_of: CaseOf) -> None:
+    problem = replace(case_of(kind).problem, seq_len=5 if kind == DECODE else 67, kv_len=length // 16 * 16)
+    case = Case.of(kind, problem, CPU)
+    for contender in contenders_for(CPU):
+        if kind in contender.kinds and contender.why_not(case) is None:
+            contender.check(case, contender.make(case))
+
+
+def test_tokens_are_sampled_alike_under_any_default_dtype(case_of: CaseOf) -> None:
+    case, before = case_of(FORWARD, 2000), torch.get_default_dtype()
+    expected = sampled_tokens(case, DENSE)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(sampled_tokens(case, DENSE), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_every_contender_of_a_kind_gives_the_tensors_of_that_kind(case_of: CaseOf) -> None:
     for kind, count in ((FORWARD, 1), (SELECT, 2), (DECODE, 1), (BOTH, 5)):
         case = case_of(kind)
@@ -164,6 +184,9 @@ def test_work_is_that_of_pairs_that_there_are(case_of: CaseOf) -> None:
     pairs = sum(range(1, 65)) * 4
     assert dense_work(case).flops == 2 * pairs * 32
     assert dense_work(case_of(BOTH, 64)).flops == 3.5 * dense_work(case).flops
+    for queries, keys, seen in ((2, 5, 9), (5, 2, 9), (3, 3, 6)):
+        other = replace(case, problem=replace(case.problem, seq_len=queries, kv_len=keys))
+        assert dense_work(other).flops == 2 * seen * 4 * 32
     picks = int((case.attention.chunk_indices >= 0).sum()) * 2  # query heads of a kv head
     assert sparse_work(case).flops == pytest.approx(2 * picks * 16 * 32)
     assert sparse_work(case_of(BOTH, 64)).flops == pytest.approx(3.5 * sparse_work(case).flops)

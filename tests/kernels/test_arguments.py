@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import hsa_compile
-from hsa_compile import hsa_attention
+from hsa_compile import hsa_attention, select_chunks
 from hsa_compile.errors import InvalidArgument
 
 Q, INDICES, WEIGHTS = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 1, 2, dtype=torch.int32), torch.ones(1, 4, 1, 2)
@@ -35,11 +35,22 @@ GOOD = {
         ({"chunk_size": 0}, "chunk_size = 0 must be an integer in 1 …"),
         ({"chunk_size": 16.0}, "chunk_size = 16.0 must be an integer"),
         ({"scale": "big"}, "scale = 'big'"),
+        ({"scale": float("nan")}, "scale = nan"),
+        ({"scale": 10**400}, "scale = an integer of more than 200 digits must be a finite number"),
+        ({"scale": -(10**5000)}, "scale = an integer of more than 200 digits must be a finite number"),
+        ({"softmax_off_by_one": 1}, "softmax_off_by_one = 1 must be True or False"),
+        ({"mask_last_token": None}, "mask_last_token = None must be True or False"),
+        ({"deterministic": "no"}, "deterministic = 'no' must be True or False"),
+        ({"k": torch.zeros(1, 15, 1, 8), "v": torch.zeros(1, 15, 1, 8)},
+         r"chunk_indices holds 0; allowed are -1 \(empty\) alone, no whole chunk of 15 keys"),
+        ({"cu_seqlens": [0, 4]}, "cu_seqlens is a list, not a tensor"),
         ({"k": torch.zeros(1, 32, 1, 8, device="meta")}, "k is on meta, q on cpu"),
         ({name: torch.zeros(1, n, 1, 300) for name, n in (("q", 4), ("k", 32), ("v", 32))}, "D = 300 .* 1 … 256"),
     ],
 )  # fmt: skip
 def test_bad_arguments_name_the_value_and_what_is_allowed(bad: dict, message: str) -> None:
+    if "cu_seqlens" in bad:
+        bad = {**bad, "k": torch.zeros(1, 4, 1, 8), "v": torch.zeros(1, 4, 1, 8)}
     with pytest.raises(InvalidArgument, match=message) as caught:
         hsa_attention(**{**GOOD, **bad})
     assert "\n" not in str(caught.value)
@@ -66,6 +77,34 @@ def test_bad_cu_seqlens_are_named(cu_seqlens: Tensor, message: str) -> None:
             q, k, k, torch.zeros(1, T, 1, 1, dtype=torch.int32), torch.ones(1, T, 1, 1), chunk_size=8,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
+
+
+def test_bad_cu_seqlens_are_named_where_there_is_no_whole_chunk() -> None:
+    x = torch.zeros(1, 4, 1, 8)
+    picks, weights = torch.zeros(1, 4, 1, 1, dtype=torch.int32), torch.ones(1, 4, 1, 1)
+    with pytest.raises(InvalidArgument, match=r"\[3, 99\] must rise from 0 to T = 4"):
+        hsa_attention(x, x, x, picks, weights, chunk_size=8, cu_seqlens=torch.tensor([3, 99]))
+
+
+@pytest.mark.parametrize("chunk", [2, 99, -5])
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning")
+def test_a_chunk_that_a_packed_sequence_lacks_is_an_empty_slot(chunk: int) -> None:
+    x = torch.ones(1, 32, 1, 8)
+    picks = torch.full((1, 32, 1, 1), chunk, dtype=torch.int32)
+    assert not hsa_attention(x, x, x, picks, picks + 1.0, chunk_size=8, cu_seqlens=torch.tensor([0, 16, 32])).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deterministic": 1}, "deterministic = 1 must be True or False"),
+        ({"deterministic": None}, "deterministic = None must be True or False"),
+        ({"noise_seed": 10**5000}, "noise_seed = an integer of more than 200 digits must be an integer in 0"),
+    ],
+)
+def test_bad_options_of_selection_are_named(options: dict, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        select_chunks(torch.zeros(1, 9, 1, 8), torch.zeros(1, 2, 1, 8), chunk_size=4, top_k=1, **options)
 
 
 PICKS = torch.zeros(1, 32, 1, 1, dtype=torch.int32)

@@ -104,13 +104,15 @@ def test_tokens_are_shared_by_threads_if_they_read_enough(threads: int, monkeypa
 def test_the_reference_is_that_of_attention_where_pages_are_a_sequence() -> None:
     shape = Shape(B=1, T=3, mask_last=True, per_head=True)
     (q, k, v, indices, weights), _ = Case(shape, torch.float64).tensors()
-    k, v, weights = (x.nan_to_num(0.0) for x in (k, v, weights))
     indices = torch.where(indices < shape.P, indices, -1)
+    indices[:, 0], q[:, 0] = -1, float("nan")
     flat = [x.transpose(1, 2).reshape(1, -1, shape.H, x.shape[3]) for x in (k, v)]
     options: dict[str, Any] = {"chunk_size": shape.C, "mask_last_token": True}
     expected = hsa_attention_reference(q, *flat, indices, weights, **options)
     actual = hsa_decode_reference(q, k, v, indices, weights, mask_last_token=True)
     torch.testing.assert_close(actual, expected)
+    assert actual.isfinite().all()
+    assert not actual[:, 0].any()
 
 
 @both_families
@@ -182,6 +184,9 @@ def wrong_arguments() -> dict[str, tuple[dict[str, Any], str]]:
         "weight dtype": ({"chunk_weights": weights.int()}, "chunk_weights has dtype torch.int32"),
         "dtypes": ({"k_chunks": k.half()}, "k_chunks has dtype torch.float16"),
         "scale": ({"scale": float("inf")}, "scale = inf"),
+        "huge scale": ({"scale": 10**400}, "scale = an integer of more than 200 digits"),
+        "off by one": ({"softmax_off_by_one": 1}, "softmax_off_by_one = 1 must be True or False"),
+        "mask": ({"mask_last_token": None}, "mask_last_token = None must be True or False"),
         "table": ({"page_table": table[:1]}, r"page_table has shape \[1, 7\]; \[B, N\] = \[2, N\]"),
         "table dtype": ({"page_table": table.float()}, "page_table has dtype torch.float32"),
         "no table": ({"page_table": [0]}, "page_table is a list"),

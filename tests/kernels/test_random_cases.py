@@ -1,10 +1,15 @@
-"""Any valid pair of problem and schedule gives the reference's answer: drawn at random over the whole space."""
+"""Any valid pair of problem and schedule gives the reference's answer: drawn at random over the whole space.
+
+It does so whatever PyTorch's default dtype is.
+"""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
+from corners import corners
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +19,9 @@ from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
 from hsa_compile.kernels.hsa_attention.op import global_indices
+from hsa_compile.kernels.large_logits import too_large_for_float32
+from hsa_compile.kernels.ops import OP_KERNELS, OpInputs, check, inputs_of
+from hsa_compile.kernels.select_chunks.reference import select_weights_reference
 from hsa_compile.paths import cxx_compiler
 from hsa_compile.target import NAMED_TARGETS
 
@@ -161,6 +169,127 @@ def test_any_torch_schedule_is_right(count: int) -> None:
 @pytest.mark.parametrize("count", HOW_MANY)
 def test_any_triton_schedule_is_right(count: int) -> None:
     draw_and_run(GPUS, 9, count)
+
+
+@pytest.fixture
+def restores_the_default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("restores_the_default_dtype")
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+@pytest.mark.parametrize("op", OP_KERNELS)
+def test_the_default_dtype_changes_nothing(op: str, name: str) -> None:
+    if name == "cpp" and cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    target = CPU if name == "cpp" else TARGETS["torch"]
+    # Enough tokens that bfloat16 does not count them, and that a random bfloat16 is 1 after rounding.
+    sizes = {"batch": 300, "seq_len": 1, "kv_len": 2000} if op == "hsa_decode" else {"seq_len": 2000}
+    problem = Problem(op=op, num_heads=2, num_kv_heads=2, head_dim=8, chunk_size=8, top_k=3, **sizes)
+    kernel = compile_kernel(emit(problem, next(SearchSpace.of(problem, target).schedules()), target))
+
+    def results(default: torch.dtype) -> list[Tensor]:
+        torch.set_default_dtype(default)
+        inputs = inputs_of(problem, torch.device("cpu"), distribution="trained")
+        check(kernel, problem, inputs)
+        found = kernel.entry(*inputs.arguments(op), **inputs.options(op))
+        return [*inputs.arguments(op), *(found if isinstance(found, tuple) else (found,))]
+
+    expected = results(torch.float32)
+    for default in (torch.float64, torch.bfloat16):
+        for one, wanted in zip(results(default), expected, strict=True):
+            assert one is wanted is None or (one.dtype == wanted.dtype and torch.equal(one, wanted))
+
+
+def _attended(tensors: list[Tensor], kv_heads: int, value: float) -> list[Tensor]:
+    """q, k, v, picks, weights and grad_o where nobody picks chunk 0, and the value stands in all that is not read."""
+    q, k, v, indices, weights, grad_o = tensors
+    indices = torch.where(indices == 0, -1, indices)
+    skipped = (indices < 0).all(3).repeat_interleave(q.shape[2] // kv_heads, 2).unsqueeze(3)  # [B, T, HQ, 1]
+    q, grad_o = q.masked_fill(skipped, value), grad_o.masked_fill(skipped, value)
+    k, v = k.clone(), v.clone()
+    k[:, :8], v[:, :8] = value, value
+    return [q, k, v, indices, weights.masked_fill(indices < 0, value), grad_o]
+
+
+def _selected(tensors: list[Tensor], value: float) -> list[Tensor]:
+    """query, landmarks, picks and grad_weights where nobody picks landmark 0, and the value stands as above."""
+    query, landmarks, indices, grad_weights = tensors
+    indices = torch.where(indices == 0, -1, indices)
+    query, landmarks = query.masked_fill((indices < 0).all(3, keepdim=True), value), landmarks.clone()
+    landmarks[:, 0] = value
+    return [query, landmarks, indices, grad_weights.masked_fill(indices < 0, value)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["torch", "reference", pytest.param("cpp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", [*OPS, "select_chunks_backward"])
+def test_what_no_slot_picks_reaches_no_result(op: str, name: str, value: float) -> None:
+    if name == "cpp" and cxx_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    target = CPU if name == "cpp" else TARGETS["torch"]
+    problem = Problem(op=op, seq_len=99, num_heads=2, num_kv_heads=2, head_dim=8, chunk_size=8, top_k=3)
+    for fusion in ("softmax", "stick_breaking") if op == "select_chunks_backward" else ("softmax",):
+        problem = replace(problem, fusion=fusion)
+        inputs = inputs_of(problem, torch.device("cpu"))
+        for schedule in corners(problem, target):
+            run = _reference(problem) if name == "reference" else _entry(problem, schedule, target, inputs)
+            found = []
+            for stands in (0.0, value):
+                given = [x for x in inputs.arguments(op) if x is not None]
+                given = _selected(given, stands) if op == "select_chunks_backward" else _attended(
+                    given if op == "hsa_backward" else [*given, given[0]], 2, stands
+                )  # fmt: skip
+                found.append(run(given[:5] if op == "hsa_forward" else given))
+            for expected, actual in zip(*found, strict=True):
+                assert relative_error(actual, expected) <= 1e-5, schedule
+
+
+def test_a_landmark_in_the_last_place_reaches_no_gradient_of_the_reference() -> None:
+    found = []
+    for value in (0.0, float("nan")):
+        leaves = [torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
+        for x in leaves[1:]:
+            x[:, 3::4] = value
+        leaves = [x.requires_grad_() for x in (*leaves, torch.ones(1, 9, 2, 1))]
+        picks = torch.zeros(1, 9, 2, 1, dtype=torch.int32)
+        o = hsa_attention_reference(*leaves[:3], picks, leaves[3], chunk_size=4, mask_last_token=True)
+        found.append([o.detach(), *torch.autograd.grad(o.sum(), leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_logit_that_is_nan_hides_no_large_one() -> None:
+    for other, large in ((1.0, False), (65.0, True), (-65.0, True), (float("nan"), True), (float("-inf"), True)):
+        assert too_large_for_float32(torch.tensor([0.0, other, 1.0])) is large
+    assert too_large_for_float32(torch.tensor([float("nan"), 65.0]))
+
+
+def _entry(problem: Problem, schedule: Schedule, target: Target, inputs: OpInputs) -> Callable[..., tuple[Tensor, ...]]:
+    entry, options = compile_kernel(emit(problem, schedule, target)).entry, inputs.options(problem.op)
+
+    def run(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        results = entry(*tensors, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    return run
+
+
+def _reference(problem: Problem) -> Callable[..., tuple[Tensor, ...]]:
+    def attention(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        q, k, v, indices, weights, *grad_o = tensors
+        leaves = [x.requires_grad_() for x in (q, k, v, weights)]
+        o = hsa_attention_reference(*leaves[:3], indices, leaves[3], chunk_size=8)
+        return torch.autograd.grad(o, leaves, *grad_o) if grad_o else (o.detach(),)
+
+    def selection(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        query, landmarks, indices, grad_weights = tensors
+        leaves = [x.requires_grad_() for x in (query, landmarks)]
+        weights = select_weights_reference(*leaves, indices, fusion=problem.fusion)
+        return torch.autograd.grad(weights, leaves, grad_weights)
+
+    return selection if problem.op == "select_chunks_backward" else attention
 
 
 def test_given_case(request: pytest.FixtureRequest) -> None:

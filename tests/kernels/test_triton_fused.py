@@ -125,7 +125,7 @@ def test_windows_of_a_part_of_a_row_or_of_two_rows_add_nothing_twice(
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("limit", ["MOST_SORTED", "MOST_COUNTED"])
+@pytest.mark.parametrize("limit", ["MOST_SORTED", "MOST_COUNTED", "MOST_LISTS"])
 def test_picks_sorted_block_by_block_or_by_pytorch_give_the_same(
     limit: str, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +133,7 @@ def test_picks_sorted_block_by_block_or_by_pytorch_give_the_same(
     compiled = kernel(case, op)
     first = results(case, compiled)
     # A row has the picks of 16 tokens, an eighth of a super-tile; or PyTorch sorts all.
-    monkeypatch.setattr(pick_lists, limit, {"MOST_SORTED": 16 * MANY.K, "MOST_COUNTED": 0}[limit])
+    monkeypatch.setattr(pick_lists, limit, {"MOST_SORTED": 16 * MANY.K, "MOST_COUNTED": 0, "MOST_LISTS": 1}[limit])
     assert all(torch.equal(one, other) for one, other in zip(results(case, compiled), first, strict=True))
 
 

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
+from hsa_compile.kernels.hsa_attention import pick_lists
 from hsa_compile.kernels.hsa_attention.pick_lists import lists_of_chunks, visits_of_blocks
-from hsa_compile.kernels.inverse_index import block_visits, inverse_index, list_addresses, split_lists
+from hsa_compile.kernels.inverse_index import (
+    block_visits,
+    inverse_index,
+    list_addresses,
+    split_lists,
+    super_tile_lists,
+)
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 5, 40000])
@@ -58,6 +65,23 @@ def test_visits_serve_every_pick_of_a_block_once(block_m: int) -> None:
         all_picks = [(t, i, chunk) for t, row in enumerate(picks) for i, chunk in enumerate(row) if 0 <= chunk < 3]
         assert sorted(served) == all_picks
         assert not any(tokens for _, _, tokens in rows[count:])
+
+
+def test_more_lists_than_a_grid_has_rows_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("_sorting", "_spreading", "_cutting", "_visiting"):
+        monkeypatch.setattr(pick_lists, kernel, None)
+    indices = torch.randint(-1, 3, (4096, 1, 16, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    entries, offsets = inverse_index(indices, 3)
+    expected = (*list_addresses(entries, indices.shape), offsets)
+    for ours, theirs in (
+        (lists_of_chunks(indices, 3), expected),
+        (visits_of_blocks(indices, 3, block_m=4), block_visits(indices, 3, block_m=4)),
+        (
+            pick_lists.lists_by_super_tile(indices, 3, super_tile=64, segment=16),
+            super_tile_lists(indices, 3, super_tile=64, segment=16),
+        ),
+    ):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("num_chunks", [0, 1, 6, 1500, 5000, 40000])

@@ -12,6 +12,7 @@ import torch
 from in_turn import in_turn
 from torch import Tensor
 
+from hsa_compile import select_chunks
 from hsa_compile.kernels.compare import relative_error
 from hsa_compile.kernels.compile import compile_kernel
 from hsa_compile.kernels.emit import emit
@@ -95,6 +96,24 @@ def test_a_pick_is_found_in_each_part_of_the_landmarks(schedule: Schedule) -> No
     entry = compile_kernel(emit(problem("select_chunks", T=1, N=64, D=16, K=4), schedule, HOPPER)).entry
     indices, _ = entry(query, landmarks, None, top_k=4, offset=64)
     assert indices.sort(dim=-1).values.flatten().tolist() == best * 4
+
+
+@pytest.mark.parametrize("masked", [[2, 3], [0, 1, 2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("schedule", FORWARD, ids=str)
+@pytest.mark.filterwarnings("ignore::hsa_compile.errors.UntunedWarning", "ignore:invalid value:RuntimeWarning")
+def test_a_score_of_minus_infinity_is_never_picked(schedule: Schedule, masked: list[int]) -> None:
+    query, landmarks = tensors(8, 12, 16, torch.float32)
+    query[..., 0] = 1.0
+    landmarks[:, :, :, 0].view(2, 6, 2, 2)[:, masked] = float("-inf")
+    landmarks[:, 2, :, 0] = float("-inf")  # a chunk of which one landmark is left
+    several = landmarks.unflatten(1, (6, 2))
+    expected, weights = select_chunks_reference(query, several, chunk_size=1, top_k=4)
+    assert not torch.isin(expected, torch.tensor(masked)).any()
+    wanted = problem("select_chunks", T=8, N=6, D=16, K=4, R=2)
+    found = compile_kernel(emit(wanted, schedule, HOPPER)).entry(query, landmarks, None, top_k=4, offset=0)
+    for indices, actual in ((found[0] >> 1, found[1]), select_chunks(query, several, chunk_size=1, top_k=4)):
+        assert torch.equal(indices, expected)
+        torch.testing.assert_close(actual, weights)
 
 
 KINDS = [(schedule, fusion) for fusion in ("softmax", "stick_breaking") for schedule in BACKWARD]

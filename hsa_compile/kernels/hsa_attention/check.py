@@ -67,7 +67,7 @@ def check_attention(kernel: Kernel, problem: Problem, inputs: Inputs) -> None:
 def _sample(problem: Problem, inputs: Inputs) -> list[_Sample]:
     """Computes with the reference the parts that are compared: some tokens, and gradients of some chunks."""
     count = min(_SAMPLED_TOKENS, problem.seq_len)
-    tokens = torch.linspace(0, problem.seq_len - 1, count).long().unique()
+    tokens = torch.linspace(0, problem.seq_len - 1, count, dtype=torch.float64).long().unique()
     expected = dict(
         zip(RESULT_NAMES[problem.op], _reference(problem.op, _at_tokens(inputs, tokens), problem), strict=True)
     )

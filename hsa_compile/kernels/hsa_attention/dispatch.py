@@ -5,12 +5,13 @@ kernel: eager, compiled, exported.
 """
 
 import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_count
+from hsa_compile.checks import check_count, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.compile import Kernel
 from hsa_compile.kernels.gradient import register_gradient, register_no_gradient
@@ -19,6 +20,7 @@ from hsa_compile.problem import DTYPES, MAX_CHUNK_SIZE, MAX_HEAD_DIM, Problem
 from hsa_compile.target import Target
 
 DEVICE_TYPES = ("cpu", "cuda", "meta")  # those with a kernel, and `meta`, which has shapes alone
+_MAX_FLOAT = sys.float_info.max
 _PLAIN = (Tensor, torch.nn.Parameter)
 DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
@@ -64,7 +66,7 @@ def _run(op: str, tensors: tuple[Tensor, ...], chunk_starts: Tensor | None, opti
     kernel = _kernel(op, tensors, chunk_starts, options)
     kv_len, indices, chunk_size = tensors[1].shape[1], tensors[3], options[0]
     if indices.device.type == "cpu":
-        _check_values(indices, chunk_starts, kv_len, chunk_size)
+        check_values(indices, chunk_starts, kv_len, chunk_size)
     elif chunk_starts is not None:
         chunk_starts = chunk_starts.clamp(0, kv_len - chunk_size)  # a check would wait for the device
     if chunk_starts is None:
@@ -100,7 +102,7 @@ def _problem(
     if chunk_starts is not None:
         check_chunk_starts(chunk_starts, k, chunk_size)
     if q.device.type == "cpu" and indices.numel():
-        _check_values(indices, chunk_starts, k.shape[1], chunk_size)  # before a kernel is built in vain
+        check_values(indices, chunk_starts, k.shape[1], chunk_size)  # before a kernel is built in vain
     return Problem(
         op=op,
         batch=q.shape[0],
@@ -121,13 +123,14 @@ def _problem(
     )
 
 
-def _check_values(indices: Tensor, chunk_starts: Tensor | None, kv_len: int, chunk_size: int) -> None:
+def check_values(indices: Tensor, chunk_starts: Tensor | None, kv_len: int, chunk_size: int) -> None:
+    """Raises InvalidArgument unless indices, which are on a CPU and not none, name chunks that there are."""
     num_chunks = kv_len // chunk_size if chunk_starts is None else chunk_starts.numel()
     low, high = (int(x) for x in indices.aminmax())
     if low < -1 or high >= num_chunks:
+        chunks = f"and 0 … {num_chunks - 1}, the {num_chunks} whole chunks" if num_chunks else "alone, no whole chunk"
         raise InvalidArgument(
-            f"chunk_indices holds {low if low < -1 else high}; allowed are -1 (empty) and "
-            f"0 … {num_chunks - 1}, the {num_chunks} whole chunks of {kv_len} keys"
+            f"chunk_indices holds {low if low < -1 else high}; allowed are -1 (empty) {chunks} of {kv_len} keys"
         )
     if chunk_starts is not None and num_chunks:
         low, high = (int(x) for x in chunk_starts.aminmax())
@@ -180,6 +183,12 @@ def check_arguments(
         raise InvalidArgument(f"chunk_weights has dtype {weights.dtype}; a float dtype is needed")
 
 
+def check_scale(scale: object) -> None:
+    """Raises InvalidArgument unless this is a number that a float can hold, or None."""
+    if scale is not None and not (isinstance(scale, int | float) and -_MAX_FLOAT <= scale <= _MAX_FLOAT):
+        raise InvalidArgument(f"scale = {shown(scale)} must be a finite number, or None for D ** -0.5")
+
+
 def are_checked_below(*tensors: Tensor) -> bool:
     """Returns whether an operator's own kernel will see these tensors, which checks each combination of shapes once.
 
@@ -221,6 +230,8 @@ def check_chunk_starts(chunk_starts: Tensor, k: Tensor, chunk_size: int) -> None
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     """Raises InvalidArgument unless these may be the bounds of sequences; their values are not looked at."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise InvalidArgument(f"cu_seqlens is a {type(cu_seqlens).__name__}, not a tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise InvalidArgument(
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "

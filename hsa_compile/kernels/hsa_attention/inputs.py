@@ -75,10 +75,10 @@ def make_inputs(problem: Problem, device: torch.device, *, distribution: str = "
     weight_heads = problem.num_heads if problem.per_head_weights else H
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     indices = pick_chunks(problem, distribution, generator)
-    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device)
+    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device, dtype=torch.float32)
     weights = scores.softmax(dim=-1).to(torch.float64 if problem.dtype == "float64" else torch.float32)
     return Inputs(
         q=normal(B, T, problem.num_heads, problem.head_dim),
@@ -104,14 +104,14 @@ def pick_chunks(problem: Problem, distribution: str, generator: torch.Generator)
     position = token + max(0, problem.kv_len - T)
     visible = (position // problem.chunk_size).clamp(max=problem.num_chunks).view(1, T, 1, 1)
     slot = torch.arange(K, device=device).view(1, 1, 1, K)
-    uniform = torch.rand(B, T, H, K, generator=generator, device=device)
+    uniform = torch.rand(B, T, H, K, generator=generator, device=device, dtype=torch.float32)
     if distribution == "hot":
         indices = (visible * uniform**3).long()
     else:
         among = visible
         if distribution == "local":
             shared = uniform[:, token // LOCAL_BLOCK * LOCAL_BLOCK]
-            keep = torch.rand(B, T, H, K, generator=generator, device=device) < LOCAL_OVERLAP
+            keep = torch.rand(B, T, H, K, generator=generator, device=device, dtype=torch.float32) < LOCAL_OVERLAP
             uniform = torch.where(keep, shared, uniform)
         if distribution == "trained":
             uniform = _drifting(uniform, generator)
@@ -131,14 +131,16 @@ def _drifting(uniform: Tensor, generator: torch.Generator) -> Tensor:
     together. In the shipped `tiny`, on source text at positions 2K to 8K, it is 0.81, and 1.43, 2.16 and 3.30 K.
     """
     B, T, H, K = uniform.shape
-    device, blocks = uniform.device, -(-T // LOCAL_BLOCK)
-    pool = torch.rand(B, blocks, 4, H, K, generator=generator, device=device)
-    size = 3 + (torch.rand(B, blocks, H, K, generator=generator, device=device) < 0.35).int()
-    moves = torch.rand(B, blocks, LOCAL_BLOCK, H, K, generator=generator, device=device) < 1 - TRAINED_OVERLAP
+    blocks = -(-T // LOCAL_BLOCK)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=uniform.device, dtype=torch.float32)
+
+    pool = drawn(B, blocks, 4, H, K)
+    size = 3 + (drawn(B, blocks, H, K) < 0.35).int()
+    moves = drawn(B, blocks, LOCAL_BLOCK, H, K) < 1 - TRAINED_OVERLAP
     # A move leads to any of the other numbers of the slot, all alike.
-    ahead = (
-        torch.rand(B, blocks, LOCAL_BLOCK, H, K, generator=generator, device=device) * (size - 1)[:, :, None]
-    ).int()
+    ahead = (drawn(B, blocks, LOCAL_BLOCK, H, K) * (size - 1)[:, :, None]).int()
     steps = torch.where(moves, ahead + 1, 0)
     place = steps.cumsum(dim=2) % size[:, :, None]
     return pool.gather(2, place.long()).flatten(1, 2)[:, :T]
@@ -174,7 +176,7 @@ class RecordedPicks:
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no whole safetensors file"
             raise InvalidArgument(f"picks {path} cannot be read: {reason or error}") from error
-        size = tensors.pop("chunk_size", torch.zeros(0))
+        size = tensors.pop("chunk_size", torch.zeros(0, dtype=torch.int64))
         layers = sorted(name.removesuffix(".chunk_indices") for name in tensors if name.endswith(".chunk_indices"))
         names = [f"{layer}.{kind}" for layer in layers for kind in ("chunk_indices", "chunk_weights")]
         if not names or set(names) != set(tensors) or size.dtype != torch.int64 or size.shape != (1,):

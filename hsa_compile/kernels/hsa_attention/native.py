@@ -69,8 +69,9 @@ def _backward(
 
     def differentiate(first: int, last: int) -> tuple[int, Tensor, Tensor]:
         first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
-        dk = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.head_dim)
-        dv = torch.zeros(last_pair - first_pair + 1, num_chunks * problem.chunk_size, problem.value_dim)
+        rows = (last_pair - first_pair + 1, num_chunks * problem.chunk_size)
+        dk = torch.zeros(*rows, problem.head_dim, dtype=torch.float32)
+        dv = torch.zeros(*rows, problem.value_dim, dtype=torch.float32)
         own = [pointer(x) for x in (dk, dv, dw)]
         library.hsa_backward(*before, *own, *lengths, ctypes.c_double(scale), *sizes(first, last))
         return first_pair, dk, dv

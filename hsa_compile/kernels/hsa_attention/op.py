@@ -1,10 +1,9 @@
 """`hsa_attention` as users call it: it checks its arguments, then PyTorch's dispatcher finds kernel and gradient."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from hsa_compile.checks import check_flag
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.hsa_attention import dispatch as torch_ops
 
@@ -69,7 +68,8 @@ def hsa_attention(
     Each chunk is attended to on its own and the results are fused by weight. There is no causal mask inside:
     a token sees exactly the chunks in its slots. The result is differentiable in q, k, v and chunk_weights; q, k, v,
     indices and weights are all that is saved for backward. Under autocast, q, k and v are cast as for
-    `scaled_dot_product_attention`: all but float64.
+    `scaled_dot_product_attention`: all but float64. q, k and v must be finite: a value that is not reaches the rows
+    that pick it, and on a GPU it may reach their neighbours, which share a product with them.
 
     Args:
         q: `[B, T, HQ, D]`, float32, bfloat16 or float16; float64 on a CPU.
@@ -87,7 +87,8 @@ def hsa_attention(
         mask_last_token: leaves out the last key of each chunk, a landmark.
         cu_seqlens: `[num_sequences + 1]` int32 or int64, the first row of each of several sequences packed into a
             batch of one with `T = S`, and the end. Chunks are counted from the beginning of a token's own sequence;
-            a sequence's rows past its last whole chunk belong to none.
+            a sequence's rows past its last whole chunk belong to none. A chunk that a token's sequence does not have
+            is an empty slot, on a CPU too.
         deterministic: allows only schedules that give the same bits in every run; it is also switched on by
             `torch.use_deterministic_algorithms(True)`.
 
@@ -99,22 +100,26 @@ def hsa_attention(
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
+    check_flag("softmax_off_by_one", softmax_off_by_one)
+    check_flag("mask_last_token", mask_last_token)
+    check_flag("deterministic", deterministic)
     if isinstance(q, Tensor) and q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q.device.type, q, k, v)
     tensors = (q, k, v, chunk_indices, chunk_weights)
     # Only an int, since True and 1 are one key; and before indices are numbered over all sequences.
     if type(chunk_size) is not int or cu_seqlens is not None or not torch_ops.are_checked_below(*tensors):
         torch_ops.check_arguments(*tensors, chunk_size, mask_last_token)
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
-    if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
-        torch_ops.check_arguments(*tensors, chunk_size, mask_last_token)
-        return _nothing_to_attend_to(q, k, v, chunk_weights)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    torch_ops.check_scale(scale)
     chunk_starts = None
     if cu_seqlens is not None:
         chunk_indices, chunk_starts = global_indices(chunk_indices, cu_seqlens, k.shape[1], chunk_size)
+    if chunk_indices.numel() == 0 or q.numel() == 0 or k.shape[1] < chunk_size:
+        torch_ops.check_arguments(*tensors, chunk_size, mask_last_token)
+        if chunk_indices.numel() and chunk_indices.is_cpu and torch_ops.are_checked_below(chunk_indices):
+            torch_ops.check_values(chunk_indices, None, k.shape[1], chunk_size)
+        return _nothing_to_attend_to(q, k, v, chunk_weights)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     return torch_ops.hsa_forward(
         q,
         k,

@@ -29,6 +29,7 @@ from hsa_compile.kernels.launch import quick
 MOST_SORTED = 1024  # picks that one warp sorts by chunk
 MOST_VISITED = 2048  # picks that one program sorts into visits
 MOST_COUNTED = 16384  # chunks whose picks are counted; with more, PyTorch sorts
+MOST_LISTS = 65535  # pairs of (batch, kv head), the second axis of a grid; with more, PyTorch sorts
 CUT_CHUNKS = 1024  # chunks of one step that cuts their picks into tiles
 SUM_BLOCK = {"ROWS": 32, "CHUNKS": 64}  # blocks and chunks of one step that sums counts
 SORT_OPTIONS = {"num_stages": 1}
@@ -238,7 +239,7 @@ def lists_by_super_tile(
         entries `[B·H, …]`, `t·K + slot`, and the tiles `[B·H, M, 3]` that they are cut into, (chunk, start, stop);
         superfluous ones have start = stop.
     """
-    if num_chunks > MOST_COUNTED:
+    if num_chunks > MOST_COUNTED or chunk_indices.shape[0] * chunk_indices.shape[2] > MOST_LISTS:
         return super_tile_lists(chunk_indices, num_chunks, super_tile=super_tile, segment=segment)
     with torch.cuda.device_of(chunk_indices):
         entries, _, until = _sort(chunk_indices, num_chunks, super_tile)
@@ -259,8 +260,8 @@ def lists_of_chunks(
         token_heads and picks `[B·H, T·K]`, as `list_addresses` returns them; and tiles as `split_lists` does, or
         without a segment the offsets `[B·H, N + 1]` of `inverse_index`.
     """
-    _, T, _, K = chunk_indices.shape
-    if not 0 < num_chunks <= MOST_COUNTED or not 0 < chunk_indices.numel() <= INT32_MAX:
+    B, T, H, K = chunk_indices.shape
+    if not (0 < num_chunks <= MOST_COUNTED and 0 < chunk_indices.numel() <= INT32_MAX and B * H <= MOST_LISTS):
         listed, offsets = inverse_index(chunk_indices, num_chunks)
         addresses = list_addresses(listed, chunk_indices.shape)
         return *addresses, offsets if segment is None else split_lists(offsets, segment=segment, num_entries=T * K)
@@ -275,7 +276,7 @@ def visits_of_blocks(chunk_indices: Tensor, num_chunks: int, *, block_m: int) ->
     """Returns what `block_visits` does, in one launch; superfluous visits hold anything."""
     B, T, H, K = chunk_indices.shape
     picks = _power_of_2(block_m * K)
-    if not 0 < picks <= MOST_VISITED or num_chunks * picks > INT32_MAX:
+    if not 0 < picks <= MOST_VISITED or num_chunks * picks > INT32_MAX or B * H > MOST_LISTS:
         return block_visits(chunk_indices, num_chunks, block_m=block_m)
     num_blocks, blocks = -(-T // block_m), MOST_VISITED // picks
     options: Any = {"dtype": torch.int32, "device": chunk_indices.device}

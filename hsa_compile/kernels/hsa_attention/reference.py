@@ -72,13 +72,15 @@ def hsa_attention_reference(
     index = chunk_indices.clamp(min=0).long().movedim(1, 2)  # [B, H, T, K]
     b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
     h = torch.arange(num_kv_heads, device=q.device).view(1, -1, 1, 1)
-    k_picked, v_picked = k_chunks[b, h, index], v_chunks[b, h, index]  # [B, H, T, K, C, D | Dv]
+    empty = ~filled.unsqueeze(-1).unsqueeze(-1)
+    k_picked = k_chunks[b, h, index].masked_fill(empty, 0)  # [B, H, T, K, C, D]
+    v_picked = v_chunks[b, h, index].masked_fill(empty, 0)  # [B, H, T, K, C, Dv]
+    if mask_last_token:
+        k_picked, v_picked = k_picked[..., : chunk_size - 1, :], v_picked[..., : chunk_size - 1, :]
 
     q_grouped = q.unflatten(2, (num_kv_heads, group)).movedim(1, 2)  # [B, H, T, G, D]
     logits = scale * torch.einsum("bhtgd,bhtkcd->bhtgkc", q_grouped, k_picked)
-    if mask_last_token:
-        logits = logits[..., : chunk_size - 1]
-        v_picked = v_picked[..., : chunk_size - 1, :]
+    logits = logits.masked_fill(empty.squeeze(-1).unsqueeze(3), 0)  # [B, H, T, G, K, C]
     if softmax_off_by_one:
         logits = torch.cat([logits, torch.zeros_like(logits[..., :1])], dim=-1)
     attention = logits.softmax(dim=-1)[..., : v_picked.shape[4]]  # [B, H, T, G, K, C]

@@ -73,7 +73,8 @@ def _compare(kernel: Kernel, inputs: DecodeInputs, expected: Tensor, problem: Pr
 
 def _sampled(inputs: DecodeInputs) -> Tensor:
     """Returns the numbers of the sequences that are compared."""
-    return torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES).long().unique().to(inputs.q.device)
+    some = torch.linspace(0, inputs.q.shape[0] - 1, _SAMPLED_SEQUENCES, dtype=torch.float64)
+    return some.long().unique().to(inputs.q.device)
 
 
 def _reference(inputs: DecodeInputs, problem: Problem) -> Tensor:

@@ -61,10 +61,10 @@ def make_decode_inputs(
     num_pages = B * N if problem.paged else N
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     indices = pick_chunks(problem, distribution, generator)
-    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device)
+    scores = torch.randn(B, T, weight_heads, problem.top_k, generator=generator, device=device, dtype=torch.float32)
     table = None
     if problem.paged:
         table = torch.randperm(num_pages, generator=generator, device=device).view(B, N).to(torch.int32)

@@ -1,11 +1,9 @@
 """`hsa_decode` as users call it: it checks its arguments, then PyTorch's dispatcher finds the tuned kernel."""
 
-import math
-
 from torch import Tensor
 
-from hsa_compile.errors import InvalidArgument
-from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
+from hsa_compile.checks import check_flag
+from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below, check_scale
 from hsa_compile.kernels.hsa_decode import dispatch as decode_ops
 
 
@@ -56,11 +54,12 @@ def hsa_decode(
 
     Source: arXiv 2504.16795, section 3; softmax-off-by-one from arXiv 2410.01651.
     """
+    check_flag("softmax_off_by_one", softmax_off_by_one)
+    check_flag("mask_last_token", mask_last_token)
     tensors = (q, k_chunks, v_chunks, chunk_indices, chunk_weights)
     if not are_checked_below(*tensors, *(() if page_table is None else (page_table,))):
         decode_ops.check_arguments(*tensors, page_table, mask_last_token)
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise InvalidArgument(f"scale = {scale!r} must be a finite number, or None for D ** -0.5")
+    check_scale(scale)
     no_chunks = k_chunks.shape[0] == 0 or (page_table is not None and page_table.shape[1] == 0)
     if chunk_indices.numel() == 0 or q.numel() == 0 or no_chunks:
         decode_ops.check_arguments(*tensors, page_table, mask_last_token)

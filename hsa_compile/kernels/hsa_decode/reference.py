@@ -59,6 +59,7 @@ def hsa_decode_reference(
     if mask_last_token:
         k_picked, v_picked = k_picked[..., : chunk_size - 1, :], v_picked[..., : chunk_size - 1, :]
     logits = scale * torch.einsum("bthgd,bthkcd->bthgkc", q.unflatten(2, (num_kv_heads, group)), k_picked)
+    logits = logits.masked_fill(empty.squeeze(-1).unsqueeze(3), 0)  # [B, T, H, G, K, C]
     if softmax_off_by_one:
         logits = torch.cat([logits, torch.zeros_like(logits[..., :1])], dim=-1)
     attention = logits.softmax(dim=-1)[..., : v_picked.shape[4]]  # [B, T, H, G, K, C]

@@ -31,7 +31,8 @@ def check_select(kernel: Kernel, problem: Problem, inputs: SelectInputs) -> None
     for one, where in ((_small_case(problem, inputs.query.device), "a small odd shape"), (inputs, "sampled tokens")):
         results = kernel.entry(*one.arguments(problem.op), **one.options(problem.op))
         count = min(_SAMPLED_TOKENS, one.query.shape[1])
-        tokens = torch.linspace(0, one.query.shape[1] - 1, count).long().unique().to(one.query.device)
+        tokens = torch.linspace(0, one.query.shape[1] - 1, count, dtype=torch.float64).long().unique()
+        tokens = tokens.to(one.query.device)
         if problem.op == "select_chunks":
             _check_picks(results, one, tokens, problem, where)
         else:

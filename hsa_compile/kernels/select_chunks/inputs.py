@@ -77,7 +77,7 @@ def make_select_inputs(
     R = problem.landmarks_per_chunk
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     chunks = pick_chunks(problem, distribution, generator).sort(dim=-1, descending=True).values
     one_of_each = torch.arange(problem.top_k, dtype=torch.int32, device=device) % R

@@ -60,7 +60,7 @@ def _backward(
 
     def differentiate(first: int, last: int) -> tuple[int, Tensor]:
         first_pair, last_pair = first // num_super_tiles, (last - 1) // num_super_tiles
-        own = torch.zeros(last_pair - first_pair + 1, num_chunks, dim)
+        own = torch.zeros(last_pair - first_pair + 1, num_chunks, dim, dtype=torch.float32)
         library.select_chunks_backward(*before, pointer(own), *lengths, *sizes(first, last))
         return first_pair, own
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hsa_compile.checks import check_choice, check_count
+from hsa_compile.checks import check_choice, check_count, check_flag, shown
 from hsa_compile.errors import InvalidArgument
 from hsa_compile.kernels.gumbel import MAX_SEED
 from hsa_compile.kernels.hsa_attention.dispatch import are_checked_below
@@ -26,9 +26,10 @@ def select_chunks(
 
     A chunk's score is `query · landmark / √Dr`, the largest of these if it has several landmarks. Row `t` stands at
     position `p = offset + t` and sees chunk `i` iff it is complete, `p ≥ (i + 1)·C`. The K visible chunks of the
-    highest scores are picked; if scores are equal, the lower chunk wins. Scores are compared in float32 (float64 for
-    float64 inputs). Weights come from the scores of the picks: their softmax, or stick-breaking from the most recent
-    chunk on, `w_i = σ(s_i) · Π (1 − σ(s_j))` over the more recent picks `j`.
+    highest scores are picked; if scores are equal, the lower chunk wins. A chunk whose score is −∞ is never picked, as
+    if it were not visible. Scores are compared in float32 (float64 for float64 inputs). Weights come from the scores of
+    the picks: their softmax, or stick-breaking from the most recent chunk on, `w_i = σ(s_i) · Π (1 − σ(s_j))` over the
+    more recent picks `j`.
 
     The weights are differentiable in query and landmarks: K landmarks a token, of each chunk the one that scored
     highest, the first of equals. Forward and backward need memory linear in T and N; query, landmarks and the numbers
@@ -50,7 +51,7 @@ def select_chunks(
         deterministic: allows only schedules that give the same bits in every run, gradients included.
 
     Returns:
-        chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K are visible;
+        chunk_indices `[B, T, H, K]` int32, most recent chunk first, −1 in the tail where fewer than K can be picked;
         chunk_weights `[B, T, H, K]` float32 (float64 for float64 inputs), 0 in that tail.
 
     Raises:
@@ -66,6 +67,7 @@ def select_chunks(
     if not are_checked_below(query, landmarks):
         select_ops.check_arguments(query, landmarks)
     _check_options(chunk_size, top_k, offset, fusion, noise_seed)
+    check_flag("deterministic", deterministic)
     if query.numel() == 0 or landmarks.numel() == 0 or offset + query.shape[1] <= chunk_size:
         select_ops.check_arguments(query, landmarks)
         return _nothing_to_select(query, landmarks, top_k)
@@ -93,5 +95,7 @@ def _check_options(chunk_size: int, top_k: int, offset: int, fusion: str, noise_
     check_count("top_k", top_k, 1, MAX_SELECTED)
     check_count("offset", offset, 0, select_ops.MAX_OFFSET)
     if noise_seed is not None and (type(noise_seed) is not int or not 0 <= noise_seed <= MAX_SEED):
-        raise InvalidArgument(f"noise_seed = {noise_seed!r} must be an integer in 0 … {MAX_SEED}, or None for no noise")
+        raise InvalidArgument(
+            f"noise_seed = {shown(noise_seed)} must be an integer in 0 … {MAX_SEED}, or None for no noise"
+        )
     check_choice("fusion", fusion, FUSIONS)

@@ -69,7 +69,9 @@ def select_weights_reference(query: Tensor, landmarks: Tensor, chunk_indices: Te
     b = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1)
     h = torch.arange(query.shape[2], device=query.device).view(1, 1, -1, 1)
     picked = _several(landmarks).transpose(2, 3)[b, chunk_indices.clamp(min=0).long(), h]  # [B, T, H, K, R, Dr]
+    picked = picked.masked_fill(~filled.unsqueeze(-1).unsqueeze(-1), 0)
     scores = torch.einsum("bthd,bthkrd->bthkr", query, picked).max(-1).values * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~filled, 0)  # what is in an empty slot, and in a query without picks, goes nowhere
     if fusion == "softmax":
         # A row without picks gets a finite score, and then a weight of zero: no NaN on the way back.
         scores = scores.masked_fill(~filled & filled.any(dim=-1, keepdim=True), float("-inf"))
