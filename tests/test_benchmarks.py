@@ -32,7 +32,8 @@ def test_the_times_that_are_told_and_drawn_are_those_of_the_committed_results() 
     for bars in script.panels().values():
         times = [script.milliseconds(time) for _, time in bars]
         assert all(re.search(rf"\| (\*\*)?{time}(\*\*)? [(|]", readme) for time in times[:2])
-        assert all(re.search(rf"\b{time}\b", page) for time in (times[0], times[-1]))
+        plain = page.replace(",", "")  # the tables of `bench` have no commas within numbers
+        assert all(re.search(rf"\b{time.replace(',', '')}\b", plain) for time in (times[0], times[-1]))
 
 
 def test_the_pictures_of_the_lessons_are_those_that_the_script_draws() -> None:
