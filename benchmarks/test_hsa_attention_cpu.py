@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsa_compile import Problem, hsa_attention, hsa_attention_reference
+from hsa_compile import Problem, hsa_attention
+from hsa_compile.comparison.same_function import gather_attention
 from hsa_compile.kernels.hsa_attention.inputs import make_inputs
-
-GATHER_BLOCK = 128  # tokens at once: all 16,384 would gather 4 GB
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,7 @@ class Case:
 
     def gather(self) -> Tensor:
         q, k, v, weights = self.leaves
-        blocks = [slice(t, t + GATHER_BLOCK) for t in range(0, q.shape[1], GATHER_BLOCK)]
-        return torch.cat(
-            [
-                hsa_attention_reference(
-                    q[:, b], k, v, self.chunk_indices[:, b], weights[:, b], chunk_size=self.problem.chunk_size
-                )
-                for b in blocks
-            ],
-            dim=1,
-        )
+        return gather_attention(q, k, v, self.chunk_indices, weights, chunk_size=self.problem.chunk_size)
 
     def with_gradients(self, forward: Callable[[], Tensor], *, weights: bool) -> Callable[[], object]:
         leaves = self.leaves if weights else self.leaves[:3]
