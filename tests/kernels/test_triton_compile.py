@@ -46,7 +46,7 @@ SCHEDULES = {
         "fused reduce=fused window=0 super_tile=128 segment=32 unroll=8 discard=0 num_warps=8 num_stages=2",
         f"union dk_dv=apart block_tokens=8 {_SECOND_PASS}",
         *(f"chunk reduce={dq} segment={segment} {_CHUNK}" for dq in ("atomic", "slots16") for segment in (0, 128)),
-        "chunk reduce=slots segment=0 block_entries=8 num_warps=4 num_stages=2 super_tile=0",
+        "chunk reduce=slots segment=0 block_entries=8 num_warps=4 num_stages=1 super_tile=0",
     ],
 }
 
