@@ -144,6 +144,11 @@ def log_level() -> str | None:
     return os.environ.get("HSA_COMPILE_LOG")
 
 
+def restart_count() -> str:
+    """Returns how often `torchrun` has started its processes again, of which this is one; 0 without it."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def quiet_profiler() -> None:
     """Keeps PyTorch's profiler from writing two lines to standard error each time it runs.
 

@@ -63,8 +63,9 @@ def run_on_workers(task: Callable[[int, int], R], count: int) -> list[tuple[int,
 
 def _submit(work: Callable[[], None], count: int, futures: list[Future[None]]) -> None:
     try:
+        pool = _pool(count)
         for _ in range(count):
-            futures.append(_pool(count).submit(work))
+            futures.append(pool.submit(work))
     except RuntimeError:
         pass  # the interpreter is ending, or there can be no more threads: the caller does what is left
 

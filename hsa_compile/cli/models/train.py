@@ -122,6 +122,7 @@ def _config(
     settings: Mapping[str, Any],
 ) -> RunConfig:  # fmt: skip
     """Makes the config from the flags; a run that goes on takes the saved one, with which all flags must agree."""
+    from hsa_compile.model.tasks.haystack import STDLIB
     from hsa_compile.model.training.config_file import resolve
     from hsa_compile.model.training.run import CONFIG_FILE, saved_config
 
@@ -133,7 +134,7 @@ def _config(
     if saved is not None and not (preset or file):
         file = out / CONFIG_FILE
     told = resolve(preset_name=preset, file=file, overrides=overrides, settings=settings)
-    if told.data.corpus not in ("", "stdlib"):  # the run, and who evaluates its model, may be in another folder later
+    if told.data.corpus not in ("", STDLIB):  # the run, and who evaluates its model, may be in another folder later
         told = replace(told, data=replace(told.data, corpus=str(Path(told.data.corpus).expanduser().absolute())))
     for name, before, now in _differences(saved.to_dict(), told.to_dict()) if saved is not None else ():
         if name in MAY_CHANGE:

@@ -11,13 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import Shard
 
 from hsa_compile.errors import InvalidArgument, TrainingError
 from hsa_compile.model.layers.moe import MoE
 from hsa_compile.model.training.config import RunConfig
 from hsa_compile.model.transformer import HSATransformer
+from hsa_compile.paths import restart_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,11 @@ def join_processes() -> Processes:
     if not dist.is_torchelastic_launched():
         return Processes(device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        # The store is torchrun's and outlives a restart: a process must not find the address that a killed one left.
+        store, rank, world_size = next(rendezvous("env://"))
+        store = PrefixStore(f"attempt {restart_count()}", store)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     rank = dist.get_rank()
     device = torch.device("cpu")
     if on_cuda:

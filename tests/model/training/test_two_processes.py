@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import finish, losses, start
 from small_runs import small_run, write_toml
 
 from hsa_compile.model.pretrained import from_pretrained
 from hsa_compile.model.training.checkpoint import SHARDS, checkpoints
+from hsa_compile.model.training.processes import join_processes, leave_processes
 from hsa_compile.model.training.run import CHECKPOINTS, MODEL
 
 pytestmark = pytest.mark.slow
@@ -71,3 +73,24 @@ def test_two_processes_go_on_from_the_newest_whole_checkpoint(tmp_path: Path) ->
     assert newest.is_dir()  # its step was made again, from the one before
     assert before.is_dir()
     assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+def test_processes_that_start_again_do_not_find_what_killed_ones_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torchrun` keeps its store, in which processes find each other's addresses, over a restart."""
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port),
+             "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    stores = []
+    init = dist.init_process_group
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **more: stores.append(more["store"]) or init(*args, **more)
+    )
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert join_processes().world_size == 1
+        leave_processes()
+    stores[0].set("address", "of a process that was killed")
+    assert stores[0].check(["address"])
+    assert not stores[1].check(["address"])
